@@ -1,0 +1,19 @@
+"Everything this package says about itself stands in settings.ini; this file only hands it to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+cfg = ConfigParser()
+cfg.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+lines = lambda key: [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
+extras = {k.removesuffix('_requirements').replace('_', '-'): lines(k) for k in cfg if k.endswith('_requirements')}
+
+setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], url=cfg['git_url'],
+      author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'].split(), license='Apache-2.0',
+      classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Natural Language :: English',
+                   'Programming Language :: Python :: 3.11', 'Programming Language :: Python :: 3.12'],
+      long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+      packages=find_packages(include=['competition_kit*']), include_package_data=True,
+      python_requires=f">={cfg['min_python']}", install_requires=lines('requirements'), extras_require=extras,
+      entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]}, zip_safe=False)
