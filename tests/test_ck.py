@@ -1,0 +1,160 @@
+"The command: light, self-explanatory, refusing cleanly, repeating runs."
+import json, os, re, shlex, subprocess, sys, time
+import nbformat, pytest
+from competition_kit.ck import _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main
+from competition_kit.core import Refusal, root_at
+from competition_kit.log import start_run, sync_log
+
+HEAVY = {'torch', 'transformers', 'pandas', 'numpy', 'papermill', 'openpyxl', 'nbformat', 'jupyter_client', 'pyarrow'}
+
+@pytest.fixture
+def root(tmp_path):
+    with root_at(tmp_path/'project') as r: yield r
+
+def best(code, n=3):
+    took = []
+    for _ in range(n):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL)
+        took.append(time.perf_counter()-start)
+    return min(took)
+
+@pytest.mark.parametrize('code', ['import competition_kit', 'import competition_kit.ck as k\ntry: k.main(["--help"])\nexcept SystemExit: pass',
+                                  'import competition_kit.ck as k\nassert k.main(["log"]) == 0'])
+def test_light(root, code):
+    out = subprocess.run([sys.executable, '-c', f'{code}\nimport sys; print("\\n"+" ".join(sys.modules))'], capture_output=True, text=True, check=True).stdout
+    assert not HEAVY & {o.split('.')[0] for o in out.splitlines()[-1].split()}
+
+def test_light_in_time():
+    bare = best(['-c', 'pass'])
+    peft = best(['-c', 'import peft'], 1)-bare
+    assert best(['-c', 'import competition_kit'])-bare <= .05*peft
+    assert best(['-m', 'competition_kit.ck', '--help'])-bare <= .05*peft
+
+@pytest.mark.parametrize('argv', [[], ['run'], ['log'], ['log', 'sync'], ['log', 'show'], ['log', 'plan'], ['log', 'repro'], ['check'], ['doctor']])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as e: main([*argv, '--help'])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and 'example' in said and 'ck '+' '.join(argv) in said
+
+@pytest.mark.parametrize('argv', [['nonsense'], ['run'], ['run', 'x', '-p', 'fold'], ['log', 'show'], ['run', 'x', '--gpus', 'two'], []])
+def test_wrong_usage_is_2(argv):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code == 2
+
+def test_refusals_are_one_message(root, capsys):
+    for argv, what in [(['run', 'no_such'], 'no notebook'), (['run', 'x', '-p', 'a', '1', '-p', 'a', '2'], 'given twice'), (['log', 'show', 'x'], "no run 'x'"),
+                       (['log', 'repro', 'x'], "no run 'x'")]:
+        assert main(argv) == 2
+        said = capsys.readouterr()
+        assert what in said.err and said.err.startswith('ck: ') and not said.out
+
+def test_as_a_process(root):
+    p = subprocess.run([sys.executable, '-m', 'competition_kit.ck', 'log', 'show', 'x'], capture_output=True, text=True)
+    assert p.returncode == 2 and p.stderr.startswith('ck: no run') and 'Traceback' not in p.stderr
+    p = subprocess.run(f'{shlex.quote(sys.executable)} -m competition_kit.ck doctor | head -1', shell=True, capture_output=True, text=True)
+    assert p.stdout.startswith('python') and not p.stderr
+
+def test_values_with_dashes(): assert _pairs(['run', 'x', '-p', 'a', '--gpus', '-p', 'b', '-p']) == (['run', 'x'], dict(a='--gpus', b='-p'))
+
+def test_command_is_read_back():
+    params = dict(a='$(touch x); "\'', b=1e-4, c=None, d=True, e=['a', None], f='', g='-x')
+    argv = shlex.split(_command('my nb', params))
+    rest, got = _pairs(argv[1:])
+    assert _parser().parse_args(rest).notebook == 'my nb'
+    assert got == dict(a=params['a'], b='0.0001', c='None', d='true', e='["a", null]', f='', g='-x')
+
+def test_doctor(root):
+    said = doctor()
+    assert re.search(r'^cpu +\d+ cores, .* GiB memory', said, re.M) and re.search(r'^\[gpu\]', said, re.M) and re.search('^packages', said, re.M)
+    assert main(['doctor']) == 0
+
+def test_empty_project(root, capsys):
+    assert main(['log']) == 0 and 'No runs yet' in capsys.readouterr().out
+    assert main(['log', 'plan']) == 0
+    assert main(['log', 'sync']) == 0
+    assert not (root/'models').exists() or not list((root/'models').glob('*/record.json'))
+
+def test_table(root, capsys):
+    with start_run('train', dict(fold=1), {}, fold=1) as run: run.finish(dict(log_loss=.9, accuracy=.6, baselines=dict(prior=dict(log_loss=1.1, accuracy=.3), longer=dict(accuracy=.5))))
+    with pytest.raises(RuntimeError), start_run('train', dict(fold=2), {}, fold=2): raise RuntimeError('out of luck')
+    lines = log_table().splitlines()
+    assert '0.9000 (1.1000)' in lines[1] and '0.6000 (0.5000)' in lines[1] and 'failed' in lines[2]
+    assert main(['log', 'show', 'train-f2']) == 0 and 'out of luck' in capsys.readouterr().out
+
+def test_check_is_thin(root, tmp_path, monkeypatch, capsys):
+    import types
+    fake = types.ModuleType('competition_kit.vote')
+    def check_submission(path, sample):
+        if path == 'bad.csv': raise Refusal('rows are missing', path, [7])
+        return f'{path} is valid'
+    fake.check_submission = check_submission
+    monkeypatch.setitem(sys.modules, 'competition_kit.vote', fake)
+    assert main(['check', 'good.csv', 'sample.csv']) == 0 and 'good.csv is valid' in capsys.readouterr().out
+    assert main(['check', 'bad.csv', 'sample.csv']) == 2 and 'bad.csv: rows are missing. Rows (1): 7' in capsys.readouterr().err
+
+# ---- runs that start kernels
+CELLS = ['fold: int = 0\nlr: float = 1e-4\nnote: str = ""', '''import os
+from competition_kit.core import data_path, models_path
+from competition_kit.log import start_run
+inputs = dict(rows=data_path("rows.txt").read_text(), teacher="teach-0123456789")
+with start_run("demo", dict(lr=lr, note=note), inputs, fold=fold, notebook="90_demo.ipynb") as run:
+    if not run.done:
+        (run.folder/"w.txt").write_text(note + models_path("teach-0123456789/w.txt").read_text() + os.environ.get("MOOD", ""))
+        run.finish(dict(accuracy=.5), ["w.txt"])''']
+
+@pytest.fixture
+def project(root):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS])
+    nb.cells[0].metadata.tags = ['parameters']
+    for d in ('nbs', 'data', 'models/teach-0123456789'): (root/d).mkdir(parents=True)
+    nbformat.write(nb, root/'nbs/90_demo.ipynb')
+    (root/'data/rows.txt').write_text('1 2 3')
+    (root/'models/teach-0123456789/w.txt').write_text('teacher')
+    return root
+
+def test_repro(project, capsys, monkeypatch):
+    assert main(['run', 'demo', '-p', 'fold', '2', '-p', 'note', "it's $HOME"]) == 0
+    id = next((project/'models').glob('demo-f2-*')).name
+    capsys.readouterr()
+    assert main(['log', 'repro', id[:9]]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    rest, params = _pairs(shlex.split(line)[1:])
+    assert rest == ['run', 'nbs/90_demo.ipynb'] and params == dict(fold='2', lr='0.0001', note="it's $HOME")
+    before = {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
+    assert main(['log', 'repro', id, '--go']) == 0 and 'came out equal' in capsys.readouterr().out
+    assert not (project/'models/.repro'/id).exists()
+    monkeypatch.setenv('MOOD', 'grim')
+    assert main(['log', 'repro', id, '--go']) == 1 and 'w.txt: other content' in capsys.readouterr().out
+    (project/'data/rows.txt').write_text('1 2 4')
+    assert main(['log', 'repro', id, '--go']) == 1 and 'the inputs are not what they were' in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
+    assert (project/'data/rows.txt').exists() and (project/'models/teach-0123456789/w.txt').exists()
+
+def test_repro_says_what_changed(project, capsys):
+    with start_run('demo', dict(lr=1e-4, gone=3), {}, fold=0, notebook='90_demo.ipynb') as run: run.finish({})
+    f = project/'models'/run.id/'record.json'
+    rec = json.loads(f.read_text())
+    rec['versions']['torch'], rec['code_hash'] = '1.0', 'beef'
+    f.write_text(json.dumps(rec))
+    assert log_repro(run.id) == 0
+    said = capsys.readouterr().out
+    assert 'not a parameter of the notebook today: gone = 3' in said and 'torch: 1.0 then' in said and 'code of the notebook: beef then' in said
+
+def test_plan(project, capsys):
+    import openpyxl
+    with start_run('train', {}, {}) as run: run.finish({})
+    wb = openpyxl.load_workbook(project/'experiments_log.xlsx')
+    ws = wb['runs']
+    cols = {c.value: c.column for c in ws[1]}
+    for row, (stage, fold, params) in enumerate([('demo', 1, 'note=a b'), ('demo', None, 'flod=1')], 5):
+        for c, v in dict(status='planned', stage=stage, fold=fold, params=params).items(): ws.cell(row, cols[c]).value = v
+    wb.save(project/'experiments_log.xlsx')
+    assert log_plan() == 0
+    assert capsys.readouterr().out.splitlines() == ["ck run demo -p note 'a b' -p fold 1   # row 5", 'ck run demo -p flod 1   # row 6']
+    assert log_plan(go=True) == 2
+    said = capsys.readouterr()
+    assert "unknown parameter 'flod'" in said.err and len(list((project/'models').glob('demo-f1-*/90_demo.ipynb'))) == 1
+    assert 'CK_PLANNED_ROW' not in os.environ
+    sync_log(wait=True)
+    assert openpyxl.load_workbook(project/'experiments_log.xlsx')['runs'].cell(5, cols['run_id']).value.startswith('demo-f1-')

@@ -1,0 +1,251 @@
+"Running notebooks headless: parameters, ends of every kind, signals, kills, GPUs. Needs Linux's /proc for the kills."
+import json, os, signal, subprocess, sys, tempfile, threading, time
+from pathlib import Path
+import nbformat, pytest
+from competition_kit.core import Refusal, root_at
+from competition_kit.run import check_params, declared, find_notebook, gpu_ids, lease_gpus, run_notebook, sweep
+
+CK = [sys.executable, '-m', 'competition_kit.ck']
+START = 'from competition_kit.log import start_run\n'
+
+def notebook(path, *cells, params='fold: int = 0  # Fold that is held out'):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (params, *cells)])
+    nb.cells[0].metadata.tags = ['parameters']
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, path)
+    return Path(path)
+
+def record(root, id): return json.loads((root/'models'/id/'record.json').read_text())
+
+@pytest.fixture
+def root(tmp_path):
+    with root_at(tmp_path/'project') as r: yield r
+
+# ---- parameters
+TYPED = '''i: int = 1
+f: float = 0.5
+s: str = 'a'
+b: bool = False
+l: list[str] = []
+d: dict = {}
+t: tuple = (1, 2)
+o: int | None = None
+u: "float | str" = 1.
+bare = 3
+nothing = None'''
+
+@pytest.mark.parametrize('name,given,want', [
+    ('i', '7', 7), ('i', '-7', -7), ('i', 7, 7), ('f', '2', 2.), ('f', '1e-4', 1e-4), ('f', 3, 3.), ('s', '007', '007'), ('s', 'None', 'None'),
+    ('s', 'no', 'no'), ('s', '', ''), ('s', Path('a b'), 'a b'), ('b', 'true', True), ('b', 'False', False), ('b', True, True), ('l', '["a", "b"]', ['a', 'b']),
+    ('l', "['a']", ['a']), ('d', '{"a": null}', {'a': None}), ('t', '(1, 2)', (1, 2)), ('o', 'None', None), ('o', '4', 4), ('o', None, None),
+    ('u', 'x', 'x'), ('u', '2', 2.), ('bare', '4', 4), ('nothing', 'text', 'text'), ('nothing', '5', 5), ('nothing', 'None', None)])
+def test_types(tmp_path, name, given, want):
+    got = check_params(notebook(tmp_path/'n.ipynb', params=TYPED), {name: given})[name]
+    assert got == want and type(got) is type(want)
+
+@pytest.mark.parametrize('name,given', [('i', '2.5'), ('i', 'two'), ('i', ''), ('i', True), ('i', 2.), ('i', None), ('f', 'high'), ('f', 'nan'), ('f', 'inf'),
+    ('f', float('nan')), ('f', True), ('s', 3), ('s', None), ('b', '1'), ('b', 'yes'), ('b', 1), ('l', 'a,b'), ('l', '{}'), ('l', '['*500), ('d', '[]'), ('o', 'x'), ('bare', '4.5')])
+def test_wrong_types(tmp_path, name, given):
+    with pytest.raises(Refusal, match=f"parameter '{name}'"): check_params(notebook(tmp_path/'n.ipynb', params=TYPED), {name: given})
+
+def test_unknown_name_is_refused_with_the_nearest_and_the_list(tmp_path):
+    nb = notebook(tmp_path/'n.ipynb')
+    with pytest.raises(Refusal, match=r"unknown parameter 'foldd', did you mean 'fold'\?(.|\n)*Fold that is held out"): check_params(nb, dict(foldd='2'))
+    with pytest.raises(Refusal, match='zzz.*\n?.*'): check_params(nb, dict(zzz=1))
+    assert declared(dict(cells=[])) == {}
+
+def test_names_mean_the_same_from_everywhere(tmp_path, monkeypatch):
+    home = tmp_path/'pro ject'
+    want = notebook(home/'nbs/77_demo.ipynb')
+    with root_at(home):
+        for cwd, names in {home: ['77_demo', 'nbs/77_demo.ipynb', 'demo', str(want)], home/'nbs': ['77_demo.ipynb', 'nbs/77_demo.ipynb', '77_demo'],
+                           tmp_path: ['77_demo', 'nbs/77_demo', 'demo']}.items():
+            monkeypatch.chdir(cwd)
+            for name in names: assert find_notebook(name) == want
+        for bad in ('77_dem', '../../etc/passwd', 'no\0such', 'x'*300, '', '*'):
+            with pytest.raises(Refusal): find_notebook(bad)
+
+# ---- ends
+def test_everything_arrives_as_it_was_given(root, tmp_path):
+    text = '"; import os; os.system("touch PWNED"); "$(touch PWNED)`touch PWNED`\\\n\u2028\'\'\' {x} é😀'
+    nb = notebook(tmp_path/'a {b} & c/note book.ipynb', 'import json, os\nprint(json.dumps([note, i, os.environ["CUDA_VISIBLE_DEVICES"]]))', params='note: str = ""\ni: int = 0')
+    p = subprocess.run([*CK, 'run', str(nb), '-p', 'note', text, '-p', 'i', '-3', '--gpus', '1'], cwd=tmp_path, capture_output=True, text=True,
+                       env=dict(os.environ, CUDA_VISIBLE_DEVICES='6,7', TMPDIR=str(tmp_path)))
+    assert p.returncode == 0, p.stderr
+    assert json.loads(next(o for o in p.stdout.splitlines() if o.startswith('["'))) == [text, -3, '6']
+    assert not list(tmp_path.rglob('PWNED')) and not list(tmp_path.glob('ck-*'))
+    assert 'WARNING' not in p.stderr
+
+def test_leaving_early_is_a_failure(root, tmp_path):
+    r = run_notebook(notebook(tmp_path/'n.ipynb', 'import sys\nsys.exit(0)', 'fold'))
+    assert r['code'] == 1 and 'before its last cell' in r['error'] and r['notebook'].exists()
+
+def test_failing_cell(root, tmp_path, capsys):
+    from competition_kit.ck import main
+    nb = notebook(tmp_path/'n.ipynb', START+'with start_run("demo", dict(fold=fold), {}) as run: 1/0')
+    assert main(['run', str(nb)]) == 1
+    said = capsys.readouterr().err
+    assert 'ZeroDivisionError: division by zero' in said and 'notebook: models/demo-' in said
+    folder, = (root/'models').glob('demo-*')
+    assert record(root, folder.name)['status'] == 'failed' and 'ZeroDivisionError' in (folder/'n.ipynb').read_text()
+    assert not list((root/'models/.running').iterdir())
+
+def test_a_kernel_that_dies_leaves_a_closed_record(root, tmp_path):
+    r = run_notebook(notebook(tmp_path/'n.ipynb', START+'import os\nwith start_run("demo", {}, {}) as run: os._exit(0)'))
+    assert r['code'] == 1 and record(root, r['run'])['status'] == 'failed' and 'DeadKernel' in record(root, r['run'])['error']
+    assert r['notebook'].parent.name == r['run']
+
+def test_refusal_in_a_cell(root, tmp_path, capsys):
+    from competition_kit.ck import main
+    nb = notebook(tmp_path/'n.ipynb', 'from competition_kit.core import Refusal\nraise Refusal("no such fold", "rows.parquet")')
+    assert main(['run', str(nb)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('rows.parquet: no such fold') and 'Traceback' not in said
+
+def test_a_finished_run_keeps_its_notebook(root, tmp_path):
+    nb = notebook(tmp_path/'n.ipynb', START+'with start_run("demo", dict(fold=fold), {}) as run:\n    if not run.done: print("first"); run.finish({})', 'print("x"*3_000_000)')
+    a = run_notebook(nb); b = run_notebook(nb)
+    assert a['code'] == b['code'] == 0 and a['notebook'] == b['notebook'] and 'first' in a['notebook'].read_text()
+    assert a['notebook'].stat().st_size < 1_500_000 and 'characters not kept' in a['notebook'].read_text()
+
+# ---- kills
+SLEEPER = ['''import os, subprocess, time
+from pathlib import Path
+p = subprocess.Popen(['sleep', '1000'], start_new_session=True)''', START+'''with start_run('demo', dict(name=name), {}) as run:
+    Path(where+'.tmp').write_text(f"{os.environ['CK_TOKEN']} {os.getpid()} {p.pid} {run.id}")
+    os.rename(where+'.tmp', where)
+    while True:
+        try: time.sleep(1000)
+        except KeyboardInterrupt:
+            if name != 'deaf': raise''']
+
+def carriers(token):
+    found = []
+    for f in Path('/proc').glob('[0-9]*/environ'):
+        try: found += [f.parent.name] if f'CK_TOKEN={token}'.encode() in f.read_bytes() else []
+        except OSError: pass
+    return found
+
+@pytest.fixture(scope='module')
+def sleepers(tmp_path_factory): # All are started at once, which takes half the time
+    tmp = tmp_path_factory.mktemp('kills')
+    nb = notebook(tmp/'n.ipynb', *SLEEPER, params='name: str = ""\nwhere: str = ""')
+    env = dict(os.environ, CK_ROOT=str(tmp/'project'))
+    (tmp/'project').mkdir()
+    def start(name, where): return subprocess.Popen([*CK, 'run', str(nb), '-p', 'name', name, '-p', 'where', str(tmp/where)], env=env, stdout=subprocess.PIPE,
+                                                    stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    procs = {o: start(o, o) for o in ('term', 'int', 'deaf', 'ck', 'kernel', 'both', 'group')}
+    end = time.time()+90
+    while time.time() < end and not all((tmp/o).exists() for o in procs): time.sleep(.1)
+    class S: pass
+    s = S()
+    s.root, s.procs, s.start = tmp/'project', procs, start
+    s.facts = {o: (t[0], int(t[1]), int(t[2]), t[3]) for o in procs for t in [(tmp/o).read_text().split()]}
+    yield s
+    for p in procs.values():
+        if p.poll() is None: p.kill()
+    for f in s.facts.values(): sweep(f[0], 0)
+
+def all_gone(token, since, limit=5):
+    while carriers(token) and time.monotonic() < since+limit: time.sleep(.05)
+    assert carriers(token) == []
+
+def test_second_starter_exits_75(sleepers):
+    before = record(sleepers.root, sleepers.facts['term'][3])
+    p = sleepers.start('term', 'second')
+    out = p.communicate(timeout=60)[0]
+    assert p.returncode == 75 and 'is being worked on by process' in out and 'models/.running/' in out
+    assert record(sleepers.root, sleepers.facts['term'][3]) == before and sleepers.procs['term'].poll() is None
+
+@pytest.mark.parametrize('name,sig,code', [('term', signal.SIGTERM, 143), ('int', signal.SIGINT, 130), ('deaf', signal.SIGTERM, 143)])
+def test_signals(sleepers, name, sig, code):
+    p, (token, _, _, id) = sleepers.procs[name], sleepers.facts[name]
+    assert len(carriers(token)) >= 2
+    start = time.monotonic()
+    p.send_signal(sig)
+    out = p.communicate(timeout=20)[0]
+    assert time.monotonic()-start < 5 and p.returncode == code, out
+    assert carriers(token) == [] and 'notebook: models/' in out
+    rec = record(sleepers.root, id)
+    assert rec['status'] == 'failed' and 'interrupted' in rec['error'].lower() and (sleepers.root/'models'/id/'n.ipynb').exists()
+
+@pytest.mark.parametrize('name', ['ck', 'kernel', 'both', 'group'])
+def test_kill_9_leaves_nothing(sleepers, name):
+    p, (token, kernel, child, id) = sleepers.procs[name], sleepers.facts[name]
+    assert str(child) in carriers(token)
+    start = time.monotonic()
+    if name in ('ck', 'both'): p.kill()
+    if name in ('kernel', 'both'): os.kill(kernel, signal.SIGKILL)
+    if name == 'group': os.killpg(p.pid, signal.SIGKILL)
+    all_gone(token, start)
+    p.wait(10)
+    if name == 'kernel': assert p.returncode == 1 and record(sleepers.root, id)['status'] == 'failed'
+
+# ---- GPUs
+def test_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,3')
+    got = []
+    def third():
+        with lease_gpus(1, poll=.05) as ids: got.extend(ids)
+    with lease_gpus(1) as a:
+        with lease_gpus(1) as b:
+            assert (a, b) == (['0'], ['3'])
+            t = threading.Thread(target=third)
+            t.start()
+            time.sleep(.3)
+            assert got == []
+        t.join(5)
+        assert got == ['3']
+    with pytest.raises(Refusal, match='3 GPUs are asked for and this process may use 2'), lease_gpus(3): pass
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    with pytest.raises(Refusal), lease_gpus(1): pass
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '../x,GPU-1a')
+    with lease_gpus(2) as ids: assert ids == ['../x', 'GPU-1a']
+    assert {p.name for p in tmp_path.rglob('*.lock')} == {'gpu0.lock', 'gpu3.lock', 'gpu___x.lock', 'gpuGPU-1a.lock'}
+
+def test_two_pairs_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2')
+    done = []
+    def pair(i):
+        for _ in range(5):
+            with lease_gpus(2, poll=.01): time.sleep(.005)
+        done.append(i)
+    ts = [threading.Thread(target=pair, args=(i,)) for i in range(4)]
+    for t in ts: t.start()
+    for t in ts: t.join(30)
+    assert len(done) == 4
+
+def test_a_killed_holder_gives_its_gpu_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    code = 'from competition_kit.run import lease_gpus\nwith lease_gpus(1) as g: print(g, flush=True); input()'
+    p = subprocess.Popen([sys.executable, '-c', code], env=dict(os.environ, TMPDIR=str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline().strip() == "['0']" and gpu_ids() == ['0']
+    threading.Timer(.3, p.kill).start()
+    start = time.monotonic()
+    with lease_gpus(1, poll=.05) as ids: assert ids == ['0'] and time.monotonic()-start > .2
+    p.wait()
+
+def test_busy_gpu_is_waited_for(tmp_path, monkeypatch):
+    fake = tmp_path/'nvidia-smi'
+    fake.write_text(f'''#!/bin/sh
+case "$1" in
+  *gpu=index*) echo "0, GPU-aa"; echo "1, GPU-bb";;
+  *) [ $(date +%s) -lt {int(time.time())+2} ] && echo "GPU-aa, 4242, python";; esac
+exit 0''')
+    fake.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert gpu_ids() == ['0', '1']
+    start = time.monotonic()
+    with lease_gpus(2) as ids: assert ids == ['0', '1'] and time.monotonic()-start > .5
+
+# ---- time
+def test_not_slower_than_papermill(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1]/'bench'))
+    from run import compare
+    papermill, ck = compare(tmp_path, 2)
+    assert min(ck) <= 1.1*min(papermill)+.5
