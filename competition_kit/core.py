@@ -7,16 +7,16 @@ __all__ = ['Refusal', 'project_root', 'data_path', 'models_path', 'bases_path', 
            'write_json', 'read_json', 'hash_obj', 'sha256', 'seal', 'damage', 'write_table', 'read_table',
            'content_hash', 'now', 'peak_memory', 'device_name', 'versions', 'seed_all']
 
-# %% ../nbs/00_core.ipynb #31b68b43
+# %% ../nbs/00_core.ipynb #19cb3d30
 import contextlib, hashlib, json, os, platform, sys, tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #72cc0f61
+# %% ../nbs/00_core.ipynb #4155e07a
 for _k, _v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', GPTQMODEL_CPU_WORKERS='2').items():
     os.environ.setdefault(_k, _v)
 
-# %% ../nbs/00_core.ipynb #b92c9aa0
+# %% ../nbs/00_core.ipynb #4720fda4
 class Refusal(ValueError):
     "Input that the kit will not work on: what is wrong, where, and what to do about it"
     def __init__(self,
@@ -29,7 +29,7 @@ class Refusal(ValueError):
         rows = f" Rows ({len(ids)}): {', '.join(ids[:10])}{', …' if len(ids)>10 else ''}." if ids else ''
         super().__init__(f"{f'{where}: ' if where else ''}{what}.{rows}{f' {fix}.' if fix else ''}")
 
-# %% ../nbs/00_core.ipynb #ea03d1fc
+# %% ../nbs/00_core.ipynb #4cd68c1a
 def project_root() -> Path: # The folder that holds `data/`, `models/` and `experiments_log.xlsx`
     "The root of the project, wherever the notebook was started"
     if env := os.environ.get('CK_ROOT'): return Path(env).resolve()
@@ -47,7 +47,7 @@ def models_path(*parts) -> Path: # A path below `models/`
     "A path in the project's models folder, where every run has a folder of its own"
     return project_root().joinpath('models', *parts)
 
-# %% ../nbs/00_core.ipynb #40198b41
+# %% ../nbs/00_core.ipynb #556a878f
 def bases_path(*parts) -> Path: # A path below `models/bases/`, or below `CK_BASES`
     "Where base models lie"
     return Path(os.environ.get('CK_BASES') or models_path('bases')).joinpath(*parts)
@@ -69,7 +69,7 @@ def sandbox() -> Path: # A new temporary folder, deleted when Python ends
     atexit.register(stack.close)
     return stack.enter_context(root_at(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))))
 
-# %% ../nbs/00_core.ipynb #63edc411
+# %% ../nbs/00_core.ipynb #93362001
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -90,10 +90,10 @@ def atomic(path): # The final name of the file
         _fsync(path.parent)
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #5d0a845f
+# %% ../nbs/00_core.ipynb #eb7e21a6
 _umask = os.umask(0o077); os.umask(_umask)
 
-# %% ../nbs/00_core.ipynb #c4fbd4cf
+# %% ../nbs/00_core.ipynb #c70f0d1f
 def to_json(obj, indent=None) -> str: # Text with sorted keys
     "One JSON text for one content: sorted keys, no NaN, paths and NumPy numbers as plain values"
     plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o) if isinstance(o, Path) else _not_json(o)
@@ -110,7 +110,7 @@ def read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise Refusal(f'not valid JSON ({e})', path, fix='Restore the file or delete it') from e
 
-# %% ../nbs/00_core.ipynb #e257cdec
+# %% ../nbs/00_core.ipynb #bdee6b8d
 def hash_obj(obj, n:int=10) -> str: # `n` hex digits
     "A stable hash of anything JSON can hold"
     return hashlib.blake2b(to_json(obj).encode('utf-8', 'replace'), digest_size=32).hexdigest()[:n]
@@ -119,7 +119,7 @@ def sha256(path) -> str: # 64 hex digits
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_core.ipynb #bd3d99b7
+# %% ../nbs/00_core.ipynb #a5889b66
 def seal(folder):
     "Write `manifest.json` into a folder: the size and SHA-256 of every file in it"
     folder = Path(folder)
@@ -138,7 +138,7 @@ def damage(folder) -> list: # One line a fault; empty when the folder is as it w
         elif sha256(p) != want['sha256']: bad.append(f'{name} has other content than when it was sealed')
     return bad
 
-# %% ../nbs/00_core.ipynb #7ba9ab0b
+# %% ../nbs/00_core.ipynb #68321422
 def write_table(
     df,            # DataFrame
     path,          # Where to
@@ -159,16 +159,19 @@ def _content(t):
         for chunk in t[name].chunks: h.update(json.dumps(chunk.to_pylist(), default=str)[1:-1].encode())
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #1a90bc43
+# %% ../nbs/00_core.ipynb #b96dce83
 def read_table(path): # DataFrame; the file's metadata is in `.attrs['meta']`
     "Read a parquet file, verifying its checksums; a damaged or cut file is refused by name"
     import pyarrow as pa, pyarrow.parquet as pq
     if not Path(path).exists(): raise Refusal('no such file', path)
-    try: t = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-    except (pa.ArrowException, OSError) as e:
+    try:
+        t = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+        meta = json.loads((t.schema.metadata or {}).get(b'competition_kit', b'{}'))
+        if 'content' in meta and meta['content'] != _content(t): raise ValueError('its content is not what was written')
+    except (pa.ArrowException, OSError, ValueError) as e:
         raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch or make the file again') from e
     df = t.replace_schema_metadata(None).to_pandas(split_blocks=True)
-    df.attrs['meta'] = json.loads((t.schema.metadata or {}).get(b'competition_kit', b'{}'))
+    df.attrs['meta'] = meta
     return df
 
 def content_hash(path) -> str: # 32 hex digits
@@ -177,7 +180,7 @@ def content_hash(path) -> str: # 32 hex digits
     meta = (pq.read_schema(path).metadata or {}).get(b'competition_kit')
     return json.loads(meta)['content'] if meta else _content(pq.read_table(path))
 
-# %% ../nbs/00_core.ipynb #4a715015
+# %% ../nbs/00_core.ipynb #3f631c7b
 def now() -> str: # Such as `2026-03-01T09:30:00Z`
     "The time in UTC, to the second"
     return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
@@ -196,7 +199,7 @@ def device_name() -> str: # Such as `NVIDIA H200` or `CPU x86_64, 2 cores`
     if torch and torch.cuda.is_available(): return f'{torch.cuda.get_device_name()} x{torch.cuda.device_count()}'
     return f'CPU {platform.machine()}, {os.cpu_count()} cores'
 
-# %% ../nbs/00_core.ipynb #1ad27945
+# %% ../nbs/00_core.ipynb #77944f63
 def versions() -> dict: # Package → version, for those that are installed
     "Versions of the packages that results depend on"
     from importlib.metadata import version, PackageNotFoundError
@@ -206,7 +209,7 @@ def versions() -> dict: # Package → version, for those that are installed
     names = 'competition_kit torch transformers peft accelerate tokenizers numpy pandas pyarrow bitsandbytes gptqmodel vllm'.split()
     return dict(python=platform.python_version(), **{n: v for n in names if (v := get(n))})
 
-# %% ../nbs/00_core.ipynb #02cc9042
+# %% ../nbs/00_core.ipynb #23b0415b
 def seed_all(seed:int):
     "Seed Python, NumPy and torch"
     import random, numpy as np, torch

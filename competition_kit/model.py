@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['collate', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'option_mask', 'pack_loss', 'view_probs', 'predict']
 
-# %% ../nbs/03a_model.ipynb #94b9b930
+# %% ../nbs/03a_model.ipynb #4692a9a8
 from .base import base_path, load_tokenizer, pick_dtype
 from .core import Refusal, hash_obj
 from .prompt import Prompt, pack
@@ -15,17 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03a_model.ipynb #6152763c
+# %% ../nbs/03a_model.ipynb #50531dd1
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
 ) -> dict: # `input_ids` and `position_ids` [1, tokens], `bounds` [sequences+1] as a list
     "Lay sequences end to end"
+    ids = list(ids)  # np.concatenate takes a Series by label, not in its order
     n = [len(i) for i in ids]
     return dict(input_ids=torch.from_numpy(np.concatenate(ids)).long()[None].to(device), position_ids=torch.cat([torch.arange(k) for k in n])[None].to(device),
                 bounds=[0, *np.cumsum(n).tolist()])
 
-# %% ../nbs/03a_model.ipynb #c7e3fa3e
+# %% ../nbs/03a_model.ipynb #58cc3345
 def _capped(q, k, v, scaling, softcap, window):
     "Causal attention with a soft cap or a window, written out"
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
@@ -57,14 +58,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
                    F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/03a_model.ipynb #8310a28d
+# %% ../nbs/03a_model.ipynb #c7b3c799
 def _register():
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
-# %% ../nbs/03a_model.ipynb #f21a942f
+# %% ../nbs/03a_model.ipynb #d1c87574
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 class Judge(torch.nn.Module):
@@ -93,7 +94,7 @@ class Judge(torch.nn.Module):
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/03a_model.ipynb #11b4193c
+# %% ../nbs/03a_model.ipynb #8096b759
 def _load_base(base, route, n_classes, dtype):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     if route not in ('answer', 'score'): raise Refusal(f'no route named {route!r}', fix='Take answer or score')
@@ -122,7 +123,7 @@ def load_judge(
         model = PeftModel.from_pretrained(model, adapter)
     return Judge(model, prompt.letters if route == 'answer' else None).eval()
 
-# %% ../nbs/03a_model.ipynb #eb60732b
+# %% ../nbs/03a_model.ipynb #d1c0f7a7
 def add_lora(
     judge,                         # From `load_judge`, without an adapter
     r:int=16,                      # Rank
@@ -148,7 +149,7 @@ def _linears(base): # names of the backbone's linear layers; the output matrix a
     keep = {id(base.get_output_embeddings()), id(getattr(base, 'score', None))}
     return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
 
-# %% ../nbs/03a_model.ipynb #7ffb1ab7
+# %% ../nbs/03a_model.ipynb #e7808733
 def option_mask(
     n,            # Options each sequence has
     width:int,    # Options of the task
@@ -167,7 +168,7 @@ def pack_loss(
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
     return -((target*logp).sum(-1)*weight).sum()/total
 
-# %% ../nbs/03a_model.ipynb #a1f10627
+# %% ../nbs/03a_model.ipynb #12ecee48
 @torch.no_grad()
 def view_probs(
     judge,             # A `Judge`

@@ -6,15 +6,15 @@
 __all__ = ['find_notebook', 'declared', 'as_declared', 'check_params', 'gpu_ids', 'lease_gpus', 'sweep', 'watched',
            'run_notebook']
 
-# %% ../nbs/01a_run.ipynb #425f6ff9
+# %% ../nbs/01a_run.ipynb #1ae98075
 import ast, contextlib, difflib, inspect, io, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, tokenize
 from pathlib import Path
 from uuid import uuid4
 
-# %% ../nbs/01a_run.ipynb #6dde5ec3
+# %% ../nbs/01a_run.ipynb #dd513be2
 from .core import Refusal, models_path, now, project_root, read_json, write_json
 
-# %% ../nbs/01a_run.ipynb #9bcb84b8
+# %% ../nbs/01a_run.ipynb #bcd04e3f
 def find_notebook(
     name, # A path, a name in `nbs/` such as `04_train`, or a stage such as `train`
 ) -> Path: # Absolute
@@ -30,7 +30,7 @@ def find_notebook(
     near = difflib.get_close_matches(Path(name).stem, known, 1)
     raise Refusal(f"no notebook '{name}'", home/'nbs', fix=f"Did you mean {near[0]}" if near else f"There are: {', '.join(known)}")
 
-# %% ../nbs/01a_run.ipynb #2c1958bc
+# %% ../nbs/01a_run.ipynb #b183f1db
 _types = ('None', 'bool', 'int', 'float', 'list', 'dict', 'tuple', 'str')
 
 def _kinds(a): # The type names in an annotation
@@ -42,7 +42,7 @@ def _kinds(a): # The type names in an annotation
         return _kinds(a.slice) | ({'None'} if outer == 'Optional' else set()) if outer in ('Optional', 'Union') else _kinds(a.value)
     return {a.id} & set(_types) if isinstance(a, ast.Name) else set()
 
-# %% ../nbs/01a_run.ipynb #d11449ca
+# %% ../nbs/01a_run.ipynb #7408dc34
 def declared(
     nb:dict,   # A notebook as its JSON
     where='',  # Named when the cell cannot be read
@@ -64,7 +64,7 @@ def declared(
         res[target.id] = dict(kinds=kinds, default=ast.unparse(n.value), help=helps.get(n.end_lineno, ''))
     return res
 
-# %% ../nbs/01a_run.ipynb #97aae43e
+# %% ../nbs/01a_run.ipynb #1661ea36
 def _number(s):
     x = float(s)
     if not math.isfinite(x): raise ValueError('not finite')
@@ -82,7 +82,7 @@ def _literal(kind):
 _read = {'None': lambda s: {'None': None}[s], 'bool': lambda s: {'true': True, 'false': False}[s.lower()], 'int': int,
          'float': _number, 'list': _literal('list'), 'dict': _literal('dict'), 'tuple': _literal('tuple'), 'str': str}
 
-# %% ../nbs/01a_run.ipynb #36ff7c4a
+# %% ../nbs/01a_run.ipynb #04fff526
 def as_declared(
     value,      # Text from a command line, or a value from Python
     kinds:set,  # Type names, as `declared` gives them
@@ -101,7 +101,7 @@ def as_declared(
         if kind == 'int' and 'float' in kinds: return float(value)
     raise ValueError(f"{value!r} is not {' or '.join(k for k in _types if k in kinds)}")
 
-# %% ../nbs/01a_run.ipynb #2064d5c7
+# %% ../nbs/01a_run.ipynb #5727e480
 def check_params(
     path,         # The notebook
     params:dict,  # Name → text or value
@@ -119,7 +119,7 @@ def check_params(
     if bad: raise Refusal('; '.join(bad), path, fix='It takes' + (''.join(o.rstrip(' .') for o in takes) or ' no parameters'))
     return res
 
-# %% ../nbs/01a_run.ipynb #9467bc75
+# %% ../nbs/01a_run.ipynb #612fc7cd
 def _smi(query):
     try: out = subprocess.run(['nvidia-smi', f'--query-{query}', '--format=csv,noheader'], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired): return []
@@ -142,7 +142,7 @@ def _lock_gpu(gpu): # An open file that holds the lock, or None
     except OSError: return os.close(f)
     return f
 
-# %% ../nbs/01a_run.ipynb #7dffa2c6
+# %% ../nbs/01a_run.ipynb #3e7f9169
 def _take(n, ids): # {gpu: lock} of `n` GPUs, or {}
     got = {}
     for i in ids:
@@ -158,7 +158,7 @@ def _wait_quiet(ids, wait=60): # A process that died a moment ago may hold its G
         if time.monotonic() > end: return print(f"GPU {','.join(ids)} is still used by {busy}: going on", file=sys.stderr)
         time.sleep(1)
 
-# %% ../nbs/01a_run.ipynb #c6653ed8
+# %% ../nbs/01a_run.ipynb #42cc0066
 @contextlib.contextmanager
 def lease_gpus(
     n:int,            # How many
@@ -178,7 +178,7 @@ def lease_gpus(
     finally:
         for f in got.values(): os.close(f)
 
-# %% ../nbs/01a_run.ipynb #6770e3b0
+# %% ../nbs/01a_run.ipynb #51d419bf
 def sweep(
     token:str,       # As in the environment variable CK_TOKEN
     grace:float=1.,  # Seconds between asking and killing
@@ -201,19 +201,20 @@ def sweep(
         asked |= set(pids)
         time.sleep(.03)
 
-# %% ../nbs/01a_run.ipynb #19de26b7
+# %% ../nbs/01a_run.ipynb #a49163a3
 @contextlib.contextmanager
 def watched(token:str):
-    "Sweep up after a `with` block, even if this process is killed in it"
-    code = f'{inspect.getsource(sweep)}\nimport sys\nsys.stdin.read()\nsweep(sys.argv[1])'
+    "Sweep up after a `with` block, even if this process is killed in it; yields a temporary folder that goes as well"
+    folder = tempfile.mkdtemp(prefix='ck-')
+    code = f'{inspect.getsource(sweep)}\nimport shutil, sys\nsys.stdin.read()\nsweep(sys.argv[1])\nshutil.rmtree(sys.argv[2], ignore_errors=True)'
     env = {k: v for k, v in os.environ.items() if k != 'CK_TOKEN'}
-    p = subprocess.Popen([sys.executable, '-ISc', code, token], stdin=subprocess.PIPE, env=env, cwd='/', start_new_session=True)
-    try: yield
+    p = subprocess.Popen([sys.executable, '-ISc', code, token, folder], stdin=subprocess.PIPE, env=env, cwd='/', start_new_session=True)
+    try: yield folder
     finally:
         p.stdin.close()
         p.wait()
 
-# %% ../nbs/01a_run.ipynb #5b3aea91
+# %% ../nbs/01a_run.ipynb #c639180e
 def _tidy(cell, limit=1_000_000, **kw):
     outs, parts = [], []
     for o in cell.outputs:
@@ -227,7 +228,7 @@ def _tidy(cell, limit=1_000_000, **kw):
         o.text = t if len(t) <= limit else f'{t[:limit//2]}\n[{len(t)-limit} characters not kept]\n{t[-limit//2:]}'
     cell.outputs = outs
 
-# %% ../nbs/01a_run.ipynb #659ab552
+# %% ../nbs/01a_run.ipynb #614b1ac0
 def _start_kernel(folder, env): # The manager of a running kernel, and a list that its clients will be in
     from jupyter_client.manager import KernelManager
     km = KernelManager(kernel_name='python3', client_class='jupyter_client.asynchronous.AsyncKernelClient',
@@ -238,7 +239,7 @@ def _start_kernel(folder, env): # The manager of a running kernel, and a list th
     km.start_kernel(env=env)
     return km, clients
 
-# %% ../nbs/01a_run.ipynb #ecd0f61b
+# %% ../nbs/01a_run.ipynb #e5a3c13b
 @contextlib.contextmanager
 def _signals(pid, token): # Yields a list that a signal which arrives is put in
     got, old = [], {}
@@ -253,30 +254,29 @@ def _signals(pid, token): # Yields a list that a signal which arrives is put in
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/01a_run.ipynb #beea84a0
+# %% ../nbs/01a_run.ipynb #e15138f3
 def _unreached(nb): # The source of the last cell that should have run, if it has not
     ran = [c for c in nb['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip() and 'skip-execution' not in c['metadata'].get('tags', [])]
     return ''.join(ran[-1]['source']) if ran and ran[-1]['execution_count'] is None else None
 
-# %% ../nbs/01a_run.ipynb #a79d9c38
-def _execute(path, out, params, env): # None when all went well, else dict of ename, evalue, traceback and code
-    with tempfile.TemporaryDirectory(prefix='ck-', ignore_cleanup_errors=True) as d:
-        km, clients = _start_kernel(d, env)
-        with _signals(km.provisioner.process.pid, env['CK_TOKEN']) as got:
-            err = None
-            try:
-                from papermill import execute_notebook
-                plain = lambda p: str(p).replace('{', '{{').replace('}', '}}')
-                nb = execute_notebook(plain(path), plain(out), params, km=km, kernel_name='python3', language='python', progress_bar=False,
-                                      stdout_file=sys.stdout, stderr_file=sys.stderr, on_cell_executed=_tidy)
-                if src := _unreached(nb): err = dict(ename='Unfinished', evalue=f'the notebook ended before its last cell: {src[:80]!r}')
-            except Exception as e: err = {k: getattr(e, k, d) for k, d in dict(ename=type(e).__name__, evalue=str(e), traceback=[]).items()}
-            with contextlib.suppress(Exception): km.shutdown_kernel(now=bool(err))
-            for kc in clients: kc.stop_channels()
-            if got: err = dict(err or {}, ename='Interrupted', evalue=f'by {signal.Signals(got[0]).name}', code=128+got[0])
-            return err
+# %% ../nbs/01a_run.ipynb #11750855
+def _execute(path, out, params, env, private): # None when all went well, else dict of ename, evalue, traceback and code
+    km, clients = _start_kernel(private, env)
+    with _signals(km.provisioner.process.pid, env['CK_TOKEN']) as got:
+        err = None
+        try:
+            from papermill import execute_notebook
+            plain = lambda p: str(p).replace('{', '{{').replace('}', '}}')
+            nb = execute_notebook(plain(path), plain(out), params, km=km, kernel_name='python3', language='python', progress_bar=False,
+                                  stdout_file=sys.stdout, stderr_file=sys.stderr, on_cell_executed=_tidy)
+            if src := _unreached(nb): err = dict(ename='Unfinished', evalue=f'the notebook ended before its last cell: {src[:80]!r}')
+        except Exception as e: err = {k: getattr(e, k, d) for k, d in dict(ename=type(e).__name__, evalue=str(e), traceback=[]).items()}
+        with contextlib.suppress(Exception): km.shutdown_kernel(now=bool(err))
+        for kc in clients: kc.stop_channels()
+        if got: err = dict(err or {}, ename='Interrupted', evalue=f'by {signal.Signals(got[0]).name}', code=128+got[0])
+        return err
 
-# %% ../nbs/01a_run.ipynb #f363f21a
+# %% ../nbs/01a_run.ipynb #b2a93a89
 def _ours(id, started): # Was it this execution that worked on the run? The kernel is gone, so a lock that is held is someone else's
     from filelock import FileLock, Timeout
     file = models_path(id, 'record.json')
@@ -294,7 +294,7 @@ def _code(err): # The exit code for how it went
     if err['ename'] == 'Refusal': return 75 if 'is being worked on by' in err['evalue'] else 2
     return err.get('code', 1)
 
-# %% ../nbs/01a_run.ipynb #b2265cfd
+# %% ../nbs/01a_run.ipynb #e6753807
 def run_notebook(
     nb,            # A path, or a name in `nbs/` such as `04_train`
     params=None,   # Name → value; text is read as the type that the notebook declares
@@ -305,11 +305,11 @@ def run_notebook(
     params = check_params(path, params or {})
     token, started = uuid4().hex, time.time()
     folder = models_path('.running', token)
-    with lease_gpus(gpus) as ids, watched(token):
+    with lease_gpus(gpus) as ids, watched(token) as private:
         folder.mkdir(parents=True)
         env = dict(os.environ, CK_TOKEN=token, CK_RUN_FILE=str(folder/'runs'), CK_ROOT=str(project_root()), SPT_NOENV='1')
         if gpus: env['CUDA_VISIBLE_DEVICES'] = ','.join(ids)
-        err = _execute(path, folder/path.name, params, env)
+        err = _execute(path, folder/path.name, params, env, private)
     runs = list(dict.fromkeys((folder/'runs').read_text().split())) if (folder/'runs').exists() else []
     where, error, ours = folder/path.name, f"{err['ename']}: {err['evalue']}" if err else None, [i for i in runs if _ours(i, started)]
     for i in ours: _close(i, error)

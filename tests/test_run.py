@@ -128,7 +128,7 @@ def carriers(token):
 
 @pytest.fixture(scope='module')
 def sleepers(tmp_path_factory): # All are started at once, which takes half the time
-    tmp = tmp_path_factory.mktemp('kills')
+    tmp, born = tmp_path_factory.mktemp('kills'), time.time()
     nb = notebook(tmp/'n.ipynb', *SLEEPER, params='name: str = ""\nwhere: str = ""')
     env = dict(os.environ, CK_ROOT=str(tmp/'project'))
     (tmp/'project').mkdir()
@@ -141,10 +141,13 @@ def sleepers(tmp_path_factory): # All are started at once, which takes half the 
     s = S()
     s.root, s.procs, s.start = tmp/'project', procs, start
     s.facts = {o: (t[0], int(t[1]), int(t[2]), t[3]) for o in procs for t in [(tmp/o).read_text().split()]}
+    temps = set(Path(tempfile.gettempdir()).glob('ck-*'))
     yield s
     for p in procs.values():
         if p.poll() is None: p.kill()
     for f in s.facts.values(): sweep(f[0], 0)
+    time.sleep(.3)
+    assert not [o for o in temps if o.exists() and o.stat().st_mtime > born]
 
 def all_gone(token, since, limit=5):
     while carriers(token) and time.monotonic() < since+limit: time.sleep(.05)
@@ -247,5 +250,5 @@ exit 0''')
 def test_not_slower_than_papermill(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[1]/'bench'))
     from run import compare
-    papermill, ck = compare(tmp_path, 2)
-    assert min(ck) <= 1.1*min(papermill)+.5
+    rounds = (compare(tmp_path, 1) for _ in range(4)) # a busy neighbour may spoil a round, hardly all of them
+    assert any(ck[0] <= 1.1*papermill[0] for papermill, ck in rounds)
