@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['kinds', 'styles', 'samples', 'arena_rows', 'knight_worlds', 'logic_problems', 'make_sample']
 
-# %% ../nbs/01b_sample.ipynb #17e457bb
+# %% ../nbs/01b_sample.ipynb #bdb42385
 import csv, io, itertools, json, random
 from pathlib import Path
 from .core import Refusal, atomic, data_path
 
-# %% ../nbs/01b_sample.ipynb #a03a42f9
+# %% ../nbs/01b_sample.ipynb #da52310c
 def _gym(name, n, seed, **kw):
     import reasoning_gym
     return reasoning_gym.create_dataset(name, size=n, seed=seed, **kw)
@@ -22,7 +22,7 @@ def _other(items, rng):
     for i, o in enumerate(items): o['wrong'] = items[(i+rng.randrange(1, len(items)))%len(items)]['right']
     return items
 
-# %% ../nbs/01b_sample.ipynb #7e93f1b1
+# %% ../nbs/01b_sample.ipynb #e00d0ec6
 def _legs(n, rng, seed):
     "How many legs: an answer that counts the legs of other animals is wrong"
     def item(x):
@@ -39,44 +39,8 @@ def _who(n, rng, seed):
         return _item(f"{facts.strip()} {ask.split('?')[0]}?", [x['answer'], f'{fact}.', f"{x['answer']}, because {fact}."], None)
     return _other([item(x) for x in _gym('needle_haystack', n, seed, min_num_statements=2, max_num_statements=2)], rng)
 
-# %% ../nbs/01b_sample.ipynb #b9cce3ea
-def _swap(xs, i, j):
-    xs = list(xs)
-    xs[i], xs[j] = xs[j], xs[i]
-    return xs
-
-def _damage(text, rng, by):
-    "`text` with two words (`by='word'`) or neighbouring letters of up to three words (`by='letter'`) exchanged"
-    words = text.split()
-    while True:
-        bad = words
-        if by == 'word': bad = _swap(bad, *rng.sample(range(len(bad)), 2))
-        else:
-            for i in rng.sample([i for i, w in enumerate(words) if len(w) > 3], k=min(3, sum(len(w) > 3 for w in words))):
-                k = rng.randrange(len(bad[i])-1)
-                bad = [''.join(_swap(w, k, k+1)) if i == j else w for j, w in enumerate(bad)]
-        if bad != words: return ' '.join(bad)
-
-# %% ../nbs/01b_sample.ipynb #062e2d52
-def _ways(s): return [s, f'The answer is: {s}', f'"{s}"']
-
-def _order(n, rng, seed):
-    "Put words in order: an answer with two words exchanged is wrong"
-    def item(x):
-        right = x['question'].split('.')[0].strip()+'.'
-        mixed = right.split()
-        rng.shuffle(mixed)
-        return _item(f"Put in order: {' '.join(mixed)}", _ways(right), _ways(_damage(right, rng, 'word')))
-    return [item(x) for x in _gym('needle_haystack', n, seed+1, min_num_statements=2, max_num_statements=2)]
-
-def _spell(n, rng, seed):
-    "Unscramble the words: an answer with letters exchanged is wrong"
-    gym = _gym('letter_jumble', 2*n, seed, min_words=3, max_words=5, min_corruption_level=.3, max_corruption_level=.9)
-    gym = [x for x in gym if any(len(set(w)) > 3 for w in x['answer'].split())][:n]
-    return [_item(f"Unscramble: {' '.join(x['metadata']['scrambled_words'])}", _ways(x['answer']), _ways(_damage(x['answer'], rng, 'letter'))) for x in gym]
-
-# %% ../nbs/01b_sample.ipynb #1ad15896
-kinds = dict(legs=_legs, who=_who, order=_order, spell=_spell)
+# %% ../nbs/01b_sample.ipynb #caf75f85
+kinds = dict(legs=_legs, who=_who)
 styles = ('terse', 'plain', 'chatty')
 
 def arena_rows(
@@ -84,9 +48,9 @@ def arena_rows(
     seed:int=0,   # Another seed, other rows
 ) -> list: # Dictionaries in LMSYS's layout, with the `kind` of question beside it
     "Questions with two worked answers, of which one, both or none is right"
-    rng, rows, each = random.Random(seed), [], -(-n//len(kinds))
+    rng, rows = random.Random(seed), []
     for kind, make in kinds.items():
-        for x in make(each, rng, seed):
+        for x in make(max(2, -(-n//len(kinds))), rng, seed):
             winner = rng.choices(['model_a', 'model_b', 'tie'], [.4, .4, .2])[0]
             good = dict(model_a=(True, False), model_b=(False, True), tie=(rng.random() < .5,)*2)[winner]
             way = [rng.randrange(len(styles)) for _ in good]
@@ -96,7 +60,7 @@ def arena_rows(
     rng.shuffle(rows)
     return rows[:n]
 
-# %% ../nbs/01b_sample.ipynb #64a94de0
+# %% ../nbs/01b_sample.ipynb #d6c587c9
 _say = dict(
     en=dict(knight='knight', knave='knave', no='it is not the case that {}', join={'and': '{} and {}', 'or': '{} or {}',
             '->': 'if {} then {}', '<=>': '{} if and only if {}'}, be='{} is a {}', line='{}. {} says: "{}".',
@@ -119,7 +83,7 @@ def _true(tree, world):
     v = [_true(o, world) for o in args]
     return {'not': lambda: not v[0], 'and': lambda: all(v), 'or': lambda: any(v), '->': lambda: not v[0] or v[1], '<=>': lambda: v[0] == v[1]}[op]()
 
-# %% ../nbs/01b_sample.ipynb #632fa3bb
+# %% ../nbs/01b_sample.ipynb #46d90f8b
 def knight_worlds(statements) -> list: # Tuples of True (knight) and False (knave), one entry a person
     "Every assignment in which knights' statements are true and knaves' are false"
     return [w for w in itertools.product((True, False), repeat=len(statements)) if all(_true(s, w) == k for s, k in zip(statements, w))]
@@ -139,7 +103,7 @@ def _knights(x, lang, rng, id):
     asked.append(_choices(say['many'], str(sum(world)), map(str, range(len(world)+1)), rng))
     return dict(id=id, problem=f"{say['head']}\n{told}", questions=asked)
 
-# %% ../nbs/01b_sample.ipynb #0c9df9bc
+# %% ../nbs/01b_sample.ipynb #0d211881
 def _zebra(x, rng, id):
     story, ask = x['question'].split('\n\nWhat is ')
     people = story.split('unique name: ')[1].split('\n')[0].split(', ')
@@ -157,7 +121,7 @@ def logic_problems(
     rng.shuffle(out)
     return out
 
-# %% ../nbs/01b_sample.ipynb #6c5aee10
+# %% ../nbs/01b_sample.ipynb #65ab2ab0
 samples = ('sample_arena', 'sample_logic')
 _winners = dict(model_a='winner_model_a', model_b='winner_model_b', tie='winner_tie')
 
@@ -181,7 +145,7 @@ def _write_arena(folder, n_train, n_test, seed):
     _csv(folder/'sample_submission.csv', [dict(id=r['id'], **{c: round(1/3, 6) for c in _winners.values()}) for r in test])
     _csv(folder/'solution.csv', [dict(id=r['id'], **won(r)) for r in test])
 
-# %% ../nbs/01b_sample.ipynb #0dcf3e40
+# %% ../nbs/01b_sample.ipynb #abb381f6
 def _write_logic(folder, n_train, n_test, seed):
     strip = lambda p, *keys: dict(p, questions=[{k: v for k, v in q.items() if k not in keys} for q in p['questions']])
     problems = logic_problems(n_train+n_test, seed)
@@ -198,6 +162,6 @@ def make_sample(
     "Write a small competition's files, the same bytes every time"
     if name not in samples: raise Refusal(f'there is no sample named {name!r}', fix=f"Take one of {', '.join(samples)}")
     folder = Path(folder or data_path(name))
-    if name == 'sample_arena': _write_arena(folder, 400, 120, seed)
+    if name == 'sample_arena': _write_arena(folder, 320, 120, seed)
     else: _write_logic(folder, 60, 20, seed)
     return folder

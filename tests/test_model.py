@@ -1,0 +1,470 @@
+"Packed forwards, gradients and adapters of tiny random models of many kinds, against transformers and peft themselves"
+import json, shutil
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from peft import PeftModel, get_peft_model
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
+from competition_kit.core import Refusal, damage
+from competition_kit.model import Judge, add_lora, collate, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
+from competition_kit.prompt import Prompt
+from competition_kit.split import swap_probs, tasks
+
+# ---- tiny models in folders. Wide initial weights, so that attention looks at something
+SHAPE = dict(vocab_size=49152, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=.25,
+             max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+def config(cls, **kw): return cls(**SHAPE | kw)
+CONFIGS = dict(
+    llama=lambda: config(LlamaConfig, tie_word_embeddings=False),
+    llama_tied=lambda: config(LlamaConfig, tie_word_embeddings=True, num_key_value_heads=1, head_dim=32),
+    qwen2=lambda: config(Qwen2Config, tie_word_embeddings=True, num_hidden_layers=3, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    qwen3=lambda: config(Qwen3Config, tie_word_embeddings=False),
+    mistral=lambda: config(MistralConfig, sliding_window=8, tie_word_embeddings=False),
+    gemma2=lambda: config(Gemma2Config, sliding_window=8, attn_logit_softcapping=3., final_logit_softcapping=2., query_pre_attn_scalar=24, num_hidden_layers=4, pad_token_id=0),
+    gemma3=lambda: config(Gemma3TextConfig, sliding_window=8, num_hidden_layers=4, layer_types=['sliding_attention', 'full_attention']*2, query_pre_attn_scalar=24))
+
+def save(folder, cfg, tokenizer, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(cfg, dtype=torch.float32)
+    for n, p in model.named_parameters():
+        if p.dim() == 1: p.data.normal_(p.data.mean().item(), .2)  # norms and biases that do something
+    model.save_pretrained(folder)
+    for f in Path(tokenizer).iterdir():
+        if 'token' in f.name or f.suffix == '.jinja': shutil.copy(f, folder)
+    return folder
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, smollm2):
+    "A folder of each kind, made when first asked for"
+    made = {}
+    def get(kind):
+        if kind not in made: made[kind] = str(save(tmp_path_factory.mktemp('bases')/kind, CONFIGS[kind](), smollm2))
+        return made[kind]
+    return get
+
+@pytest.fixture(scope='session')
+def prompt(tok): return Prompt(tok, 'preference', 128)
+
+@pytest.fixture(params=CONFIGS)
+def kind(request): return request.param
+
+def sequences(lengths=(1, 2, 7, 8, 9, 10, 33, 20, 3), seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 49152, k).astype(np.int32) for k in lengths]
+
+def judge_of(base, prompt, route='answer', dtype='fp32', **kw):
+    torch.manual_seed(0)  # a new score head is random
+    return load_judge(base, prompt, route, dtype, **kw)
+
+def reference(base, cls=AutoModelForCausalLM, **kw):
+    return cls.from_pretrained(base, dtype=torch.float32, attn_implementation='eager', **kw).eval()
+
+def classifier(base, judge):
+    "transformers' own sequence classifier with the judge's head"
+    ref = reference(base, AutoModelForSequenceClassification, num_labels=3)
+    ref.config.pad_token_id = ref.config.get_text_config().pad_token_id = ref.config.eos_token_id
+    ref.score.weight.data.copy_(judge.base.score.weight)
+    return ref
+
+def one(i): return torch.tensor(np.asarray(i))[None].long()
+def packed(judge, ids, order=None):
+    with torch.no_grad(): return judge(**collate(ids))
+def close(a, b, eps=1e-5): torch.testing.assert_close(a, b, atol=eps, rtol=eps)
+
+# ---- logits
+def test_answer_route_is_transformers_own(kind, tiny, prompt):
+    ref, judge, ids = reference(tiny(kind)), judge_of(tiny(kind), prompt), sequences()
+    with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
+    got = packed(judge, ids)
+    assert got.dtype == torch.float32 and got.shape == (len(ids), 3) and want.std() > .1
+    close(got, want)
+    order = np.random.default_rng(1).permutation(len(ids))
+    close(packed(judge, [ids[k] for k in order]), want[order.tolist()])
+    close(torch.cat([packed(judge, [i]) for i in ids]), want)
+    lies = collate(ids); lies['bounds'] = [0, sum(map(len, ids))]  # sequences that see each other would be noticed
+    with torch.no_grad(): assert (judge(**lies)-want[-1:]).abs().max() > 1e-3
+
+def test_score_route_is_transformers_own(kind, tiny, prompt):
+    judge, ids = judge_of(tiny(kind), prompt, 'score'), sequences()
+    ref = classifier(tiny(kind), judge)
+    with torch.no_grad(): want = torch.cat([ref(one(i)).logits for i in ids])
+    got = packed(judge, ids)
+    assert got.shape == (len(ids), 3) and want.std() > .1 and judge.base.score.weight.dtype == torch.float32
+    close(got, want)
+
+def padded(ids, side, pad):
+    n = max(map(len, ids))
+    x, m = torch.full((len(ids), n), pad), torch.zeros(len(ids), n, dtype=torch.long)
+    for k, i in enumerate(ids):
+        at = slice(0, len(i)) if side == 'right' else slice(n-len(i), n)
+        x[k, at], m[k, at] = torch.tensor(i).long(), 1
+    return x, m
+
+@pytest.mark.parametrize('side', ['right', 'left'])
+def test_pooled_position_beside_padded_batches(tiny, prompt, side):
+    "pad = eos, and eos inside the text: transformers' padded batches and our packs read the same token, the last real one"
+    base = tiny('llama'); judge = judge_of(base, prompt, 'score'); ref = classifier(base, judge); eos = ref.config.eos_token_id
+    assert eos == ref.config.pad_token_id == judge.base.config.pad_token_id
+    ids = sequences((5, 9, 17, 30)); ids[1][3] = ids[2][:2] = ids[3][15] = eos
+    x, m = padded(ids, side, eos)
+    pos = (m.cumsum(1)-1).clip(0)
+    with torch.no_grad(): want = ref(x, attention_mask=m, position_ids=pos).logits
+    close(packed(judge, ids), want)
+    answer, causal = judge_of(base, prompt), reference(base)
+    last = [len(i)-1 if side == 'right' else -1 for i in ids]
+    with torch.no_grad(): out = causal(x, attention_mask=m, position_ids=pos).logits
+    close(packed(answer, ids), torch.stack([out[k, l, prompt.letters] for k, l in enumerate(last)]))
+
+def test_pooled_position_when_the_text_ends_with_eos(tiny, prompt):
+    "Here transformers' classifier looks at an earlier token; ours stays with the last"
+    base = tiny('llama'); judge = judge_of(base, prompt, 'score'); ref = classifier(base, judge)
+    ids = sequences((5, 9, 12)); ids[0][-1] = ids[2][-3:] = 2
+    with torch.no_grad(): want = torch.cat([ref.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
+    close(packed(judge, ids), want)
+
+def test_pad_token_zero_stays(tiny, prompt):
+    assert judge_of(tiny('gemma2'), prompt, 'score').base.config.pad_token_id == 0
+
+def test_by_path_with_its_tokenizer(tiny, tok):
+    t = load_tokenizer(tiny('qwen2'))
+    pr = Prompt(t, 'preference', 128)
+    assert pr.hash == Prompt(tok, 'preference', 128).hash and t.pad_token_id is not None
+    judge = load_judge(tiny('qwen2'), pr)
+    assert not judge.training and isinstance(judge, Judge) and judge.letters == pr.letters and load_judge(tiny('qwen2'), pr, 'score').letters is None
+
+def test_more_tokens_than_rows_in_the_base(tmp_path, smollm2, prompt):
+    "A tokenizer that knows more tokens than the base has rows (tokens added, never resized)"
+    base = save(tmp_path/'small', config(LlamaConfig, vocab_size=40_000), smollm2)
+    with pytest.raises(Refusal): load_judge(str(base), prompt)
+
+def test_attention_alone():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 21, 8, generator=g) for h in (4, 2, 2))
+    bounds = [0, 1, 6, 21]
+    for cap, window in ((None, None), (2., None), (None, 4), (2., 4), (None, 99)):
+        got, _ = packed_attention(None, q, k, v, None, scaling=.3, bounds=bounds, softcap=cap, sliding_window=window)
+        s = q@k.repeat_interleave(2, 1).transpose(2, 3)*.3
+        if cap: s = cap*torch.tanh(s/cap)
+        i = torch.arange(21); of = torch.bucketize(i, torch.tensor(bounds[1:]), right=True)
+        far = (i[:, None] < i) | (of[:, None] != of) | ((i[:, None]-i >= window) if window else False)
+        want = (s.masked_fill(far, -torch.inf).softmax(-1)@v.repeat_interleave(2, 1)).transpose(1, 2)
+        close(got, want)
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_collate(n):
+    ids = pd.Series([np.arange(10*k, 10*k+k, dtype=np.int32) for k in n], index=range(len(n))[::-1])  # labels in another order than the places
+    c = collate(ids)
+    assert c['bounds'] == [0, *np.cumsum(n)] and c['input_ids'].shape == c['position_ids'].shape == (1, sum(n)) and c['input_ids'].dtype == torch.int64
+    for s, e, want in zip(c['bounds'], c['bounds'][1:], ids):
+        assert c['input_ids'][0, s:e].tolist() == want.tolist() and c['position_ids'][0, s:e].tolist() == list(range(e-s))
+
+# ---- gradients
+def randomise(judge, seed=0, scale=.1):
+    g = torch.Generator().manual_seed(seed)
+    for n, p in judge.named_parameters():
+        if 'lora_B' in n: p.data.normal_(0, scale, generator=g)
+    return judge
+
+def step(judge, ids, y, packs, w=None):
+    judge.zero_grad(); w, total = (torch.ones(len(ids)) if w is None else torch.tensor(w)), 0.
+    for p in packs:
+        loss = pack_loss(judge(**collate([ids[i] for i in p])), y[p], w[p], option_mask([y.shape[1]]*len(p), y.shape[1]), float(w.sum()))
+        loss.backward(); total += loss.item()
+    return total, {n: p.grad.clone() for n, p in judge.named_parameters() if p.requires_grad}
+
+def alike(a, b, eps=1e-5):
+    assert a[0] == pytest.approx(b[0], abs=eps) and set(a[1]) == set(b[1]) and max(g.abs().max() for g in a[1].values()) > 1e-3
+    for n in a[1]: close(a[1][n], b[1][n], eps)
+
+@pytest.mark.parametrize('route', ['answer', 'score'])
+def test_gradients_packed_and_not(kind, route, tiny, prompt):
+    judge = randomise(add_lora(judge_of(tiny(kind), prompt, route), r=4)).train()
+    ids, y = sequences((3, 12, 9, 20)), torch.tensor([[1., 0, 0], [0, 1, 0], [.2, .3, .5], [0, 0, 1]])
+    whole = step(judge, ids, y, [[0, 1, 2, 3]])
+    alike(whole, step(judge, ids, y, [[3], [0], [2], [1]])); alike(whole, step(judge, ids, y, [[2, 0], [3, 1]]))
+    assert any('lora_A' in n for n in whole[1]) and any('score' in n for n in whole[1]) == (route == 'score')
+    assert all(p.grad is None for p in judge.parameters() if not p.requires_grad)
+
+@pytest.mark.parametrize('kind', ['llama', 'gemma2'])
+def test_gradients_are_those_of_plain_peft(kind, tiny, prompt):
+    judge = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)).train()
+    plain = get_peft_model(reference(tiny(kind)), judge.model.peft_config['default']).train()
+    plain.load_state_dict({n: p for n, p in judge.model.state_dict().items()})
+    ids, y = sequences((3, 12, 9)), torch.tensor([0, 2, 1])
+    _, got = step(judge, ids, F.one_hot(y, 3).float(), [[0, 1, 2]])
+    loss = sum(F.cross_entropy(plain(one(i)).logits[:, -1, prompt.letters], y[k:k+1]) for k, i in enumerate(ids))/3
+    loss.backward()
+    want = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert set(want) == {n.removeprefix('model.') for n in got}
+    for n, g in got.items():
+        w = want[n.removeprefix('model.')]
+        assert (g-w).abs().max() <= 1e-5*max(1, w.abs().max()), n
+
+@pytest.mark.parametrize('route', ['answer', 'score'])
+def test_everything_learns_over_a_bf16_base(route, tiny, prompt):
+    judge = add_lora(judge_of(tiny('llama'), prompt, route, 'bf16'), r=4, dropout=.1).train()
+    learns = {n: p for n, p in judge.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in learns.values()) and {p.dtype for n, p in judge.named_parameters() if n not in learns} <= {torch.bfloat16, torch.float32}
+    assert next(p for n, p in judge.named_parameters() if 'q_proj.base_layer' in n).dtype == torch.bfloat16
+    before, frozen = {n: p.detach().clone() for n, p in learns.items()}, {n: p.detach().clone() for n, p in judge.named_parameters() if n not in learns}
+    opt, ids, y, losses = torch.optim.AdamW(learns.values(), 1e-5, weight_decay=0), sequences((3, 12, 9)), torch.eye(3), []
+    for k in range(12):
+        for g in opt.param_groups: g['lr'] = 1e-5 if k < 2 else 1e-2
+        loss, grads = step(judge, ids, y, [[0, 1, 2]]); opt.step(); losses.append(loss)
+        if k == 1: assert all((learns[n] != before[n]).any() for n in learns), 'a step of 1e-5 must not be rounded away'
+    assert losses[-1] < .5*losses[0] and all((p != frozen[n]).sum() == 0 for n, p in judge.named_parameters() if n in frozen)
+    assert any('score' in n for n in learns) == (route == 'score') and packed(judge.eval(), ids).dtype == torch.float32
+
+# ---- the loss
+def test_option_mask():
+    assert option_mask([2, 3, 1], 3).tolist() == [[False, False, True], [False]*3, [False, True, True]]
+    assert option_mask(pd.Series([7]), 7).sum() == 0 and option_mask([], 3).shape == (0, 3)
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 999))
+def test_loss_is_the_weighted_mean_over_the_rows_own_options(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(n), 5, generator=g)*3
+    logits.requires_grad_()
+    w, missing, y = torch.rand(len(n), generator=g)+.1, option_mask(n, 5), torch.zeros(len(n), 5)
+    for k, m in enumerate(n): y[k, :m] = torch.rand(m, generator=g).softmax(-1)
+    loss = pack_loss(logits, y, w, missing, float(w.sum()))
+    want = sum(w[k]*F.cross_entropy(logits[k:k+1, :m], y[k:k+1, :m]) for k, m in enumerate(n))/w.sum()
+    close(loss, want)
+    loss.backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[missing] == 0).all()
+    half = sum(pack_loss(logits[k:k+1], y[k:k+1], w[k:k+1], missing[k:k+1], float(w.sum())) for k in range(len(n)))
+    close(half, loss)
+
+def test_weight_two_is_the_row_twice(tiny, prompt):
+    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    ids, y = sequences((3, 12, 9)), torch.tensor([[1., 0, 0], [.5, .5, 0], [.2, .3, .5]])
+    alike(step(judge, ids, y, [[0, 1, 2]], [1., 2., 1.]), step(judge, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
+    alike(step(judge, ids, y, [[0, 1, 2]], [1., 0., 1.]), step(judge, [ids[0], ids[2]], y[[0, 2]], [[0, 1]]))
+
+def test_soft_target_is_the_mixture(tiny, prompt):
+    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    [i] = sequences((9,))
+    alike(step(judge, [i], torch.tensor([[.25, .75, 0]]), [[0]]), step(judge, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]]))
+
+# ---- LoRA
+ALL = {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
+def on(judge): return {n.split('.')[-1] for n, m in judge.model.named_modules() if hasattr(m, 'lora_A')}
+
+@pytest.mark.parametrize('route', ['answer', 'score'])
+def test_all_linear(kind, route, tiny, prompt):
+    plain = judge_of(tiny(kind), prompt, route); want = packed(plain, sequences())
+    judge = add_lora(judge_of(tiny(kind), prompt, route), r=4)
+    assert on(judge) == ALL
+    learns = {n for n, p in judge.named_parameters() if p.requires_grad}
+    assert all('lora_' in n or 'score' in n for n in learns) and any('score' in n for n in learns) == (route == 'score')
+    close(packed(judge, sequences()), want)
+
+def test_named_modules(tiny, prompt):
+    load = lambda **kw: add_lora(judge_of(tiny('llama'), prompt), r=4, **kw)
+    assert on(load(modules='q_proj,v_proj')) == on(load(modules=' q_proj , v_proj')) == {'q_proj', 'v_proj'}
+    assert on(load(modules='layers.1.self_attn.q_proj')) == {'q_proj'}
+
+@pytest.mark.parametrize('modules', ['q_prj', 'q_proj,q_prj', 'proj', 'q_proj,proj', 'q_proj,', ''])
+def test_unknown_modules(tiny, prompt, modules):
+    "peft ignores a name that fits nothing as long as another one fits"
+    with pytest.raises(Refusal, match='no module'): add_lora(judge_of(tiny('llama'), prompt), modules=modules)
+
+def test_output_matrix_is_refused_or_learns(tiny, prompt):
+    "The letters' logits are computed from the bare matrix: a LoRA on it would be trained by nothing"
+    try: judge = add_lora(judge_of(tiny('llama'), prompt), r=4, modules='q_proj,lm_head')
+    except Refusal: return
+    ids = sequences((3, 12)); before = packed(judge, ids); randomise(judge, scale=.5)
+    for n, p in judge.named_parameters():
+        if 'q_proj' in n and 'lora_B' in n: p.data.zero_()
+    assert (packed(judge, ids)-before).abs().max() > 1e-2
+
+@pytest.mark.parametrize('rslora,scale', [(False, 32/16), (True, 32/4)])
+def test_scale(tiny, prompt, rslora, scale):
+    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=16, alpha=32, rslora=rslora, modules='q_proj'))
+    mods = [m for m in judge.model.modules() if hasattr(m, 'lora_A')]
+    assert all(m.scaling == {'default': scale} for m in mods)
+    ref, ids = reference(tiny('llama')), sequences((3, 12))
+    for layer, m in zip(ref.model.layers, mods): layer.self_attn.q_proj.weight.data += scale*m.lora_B['default'].weight.data@m.lora_A['default'].weight.data
+    with torch.no_grad(): close(packed(judge, ids), torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids]))
+
+def test_seed_decides_a(tiny, prompt):
+    a = lambda s: torch.cat([p.flatten() for n, p in add_lora(judge_of(tiny('llama'), prompt), r=4, seed=s).named_parameters() if 'lora_A' in n])
+    assert torch.equal(a(3), a(3)) and not torch.equal(a(3), a(4))
+
+@pytest.mark.parametrize('kind', ['llama_tied', 'gemma2'])
+def test_adapter_in_plain_peft(kind, tiny, prompt, tmp_path):
+    judge, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), sequences()
+    want = packed(judge, ids); judge.model.save_pretrained(tmp_path/'a')
+    plain = PeftModel.from_pretrained(reference(tiny(kind)), tmp_path/'a').eval()
+    with torch.no_grad(): close(torch.stack([plain(one(i)).logits[0, -1, prompt.letters] for i in ids]), want)
+    close(packed(judge_of(tiny(kind), prompt, adapter=str(tmp_path/'a')), ids), want)
+    assert (packed(judge_of(tiny(kind), prompt), ids)-want).abs().max() > .01
+    assert not [f for f in (tmp_path/'a').iterdir() if f.suffix in ('.bin', '.pt', '.pkl')]
+
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+def test_score_adapter_carries_its_head(dtype, tiny, prompt, tmp_path):
+    judge, ids = randomise(add_lora(judge_of(tiny('llama'), prompt, 'score', dtype), r=4)), sequences()
+    for n, p in judge.named_parameters():
+        if p.requires_grad and 'score' in n: p.data.normal_(generator=torch.Generator().manual_seed(5))
+    want = packed(judge, ids); judge.model.save_pretrained(tmp_path/'a')
+    torch.manual_seed(99)  # another random head under it
+    again = load_judge(tiny('llama'), prompt, 'score', dtype, adapter=str(tmp_path/'a'))
+    assert torch.equal(packed(again, ids), want) and not any(p.requires_grad for p in again.parameters())
+    if dtype == 'fp32':
+        plain = PeftModel.from_pretrained(reference(tiny('llama'), AutoModelForSequenceClassification, num_labels=3), tmp_path/'a').eval()
+        with torch.no_grad(): close(torch.cat([plain(one(i)).logits for i in ids]), want)
+
+def saved(tiny, prompt, folder, route='answer', kind='llama'):
+    randomise(add_lora(judge_of(tiny(kind), prompt, route), r=4)).model.save_pretrained(folder)
+    return folder
+
+def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
+    "Wrong route, wrong base, a tensor lost: an error, never random weights in silence"
+    from safetensors.torch import load_file, save_file
+    a, s = saved(tiny, prompt, tmp_path/'a'), saved(tiny, prompt, tmp_path/'s', 'score')
+    faults = {}
+    def attempt(name, *args, **kw):
+        try: load_judge(*args, **kw)
+        except Exception as e: faults[name] = e
+        else: faults[name] = 'loaded'
+    attempt('an answer adapter on the score route', tiny('llama'), prompt, 'score', 'fp32', adapter=str(a))
+    attempt('a score adapter on the answer route', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(s))
+    attempt('an adapter of a shallower base', tiny('qwen2'), prompt, 'answer', 'fp32', adapter=str(a))
+    attempt('an adapter of another shape', tiny('llama_tied'), prompt, 'answer', 'fp32', adapter=str(a))
+    t = load_file(a/'adapter_model.safetensors'); t.pop(next(k for k in t if 'lora_B' in k)); save_file(t, a/'adapter_model.safetensors')
+    attempt('an adapter that lost a tensor', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(a))
+    attempt('no adapter', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(tmp_path/'none'))
+    assert not [k for k, e in faults.items() if e == 'loaded']
+
+def test_missing_adapter_is_refused_by_name(tiny, prompt, tmp_path):
+    with pytest.raises(Refusal, match='none'): load_judge(tiny('llama'), prompt, adapter=str(tmp_path/'none'))
+
+class Evil:
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return (Path.write_text, (Path(self.mark), 'ran'))
+
+def test_no_pickle_is_loaded(tiny, prompt, tmp_path):
+    "A base or adapter in pickle form runs nothing, and is not loaded at all"
+    mark = tmp_path/'mark'
+    a = saved(tiny, prompt, tmp_path/'a'); (a/'adapter_model.safetensors').unlink()
+    b = tmp_path/'b'; shutil.copytree(tiny('llama'), b); (b/'model.safetensors').unlink()
+    loaded = []
+    for evil in (True, False):
+        torch.save(Evil(mark) if evil else {'base_model.model.x': torch.zeros(1)}, a/'adapter_model.bin')
+        torch.save(Evil(mark) if evil else AutoModelForCausalLM.from_pretrained(tiny('llama')).state_dict(), b/'pytorch_model.bin')
+        for base, kw in ((tiny('llama'), dict(adapter=str(a))), (str(b), {})):
+            try: load_judge(base, prompt, **kw)
+            except Exception: pass
+            else: loaded.append((evil, 'adapter' if kw else 'base'))
+            assert not mark.exists()
+    assert not loaded
+
+@pytest.mark.parametrize('known', [True, False])
+def test_no_code_of_a_base_runs(tiny, prompt, tmp_path, known):
+    b, mark = tmp_path/'b', tmp_path/'mark'; shutil.copytree(tiny('llama'), b)
+    c = json.loads((b/'config.json').read_text())
+    c['auto_map'] = dict(AutoConfig='evil.C', AutoModelForCausalLM='evil.M')
+    if not known: c['model_type'] = 'evil'
+    (b/'config.json').write_text(json.dumps(c)); (b/'evil.py').write_text(f'open({str(mark)!r}, "w")\nclass C: pass\nclass M: pass\n')
+    try: load_judge(str(b), prompt)
+    except Exception: assert not known
+    assert not mark.exists()
+
+def test_broken_bases(tiny, prompt, tmp_path):
+    b = tmp_path/'b'; shutil.copytree(tiny('llama'), b); raw = (b/'model.safetensors').read_bytes()
+    (b/'model.safetensors').write_bytes(raw[:len(raw)//2])
+    with pytest.raises(Refusal): load_judge(str(b), prompt)
+    (b/'model.safetensors').unlink()
+    with pytest.raises(Refusal): load_judge(str(b), prompt)
+    for f in ('tokenizer.json', 'tokenizer_config.json'): (b/f).unlink()
+    with pytest.raises(Refusal): load_tokenizer(str(b))
+    (b/'config.json').write_text('{')
+    with pytest.raises(Refusal): load_judge(str(b), prompt)
+
+def test_route_is_refused(tiny, prompt):
+    with pytest.raises(Refusal, match='route'): load_judge(tiny('llama'), prompt, 'logits')
+
+# ---- bases
+@pytest.mark.parametrize('base', ['', ' ', '.', './no/such', '/no/such', '~/no_such_base', 'smolm2', 'a/b/c', 'SmolLM2', '../x', 'tests', 'a\nb'])
+def test_no_such_base(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match='no base'): base_path(base)
+
+def test_base_path(tiny, smollm2, tmp_path, monkeypatch):
+    assert base_path() == base_path('smollm2') == smollm2 and not damage(smollm2)
+    assert base_path(tiny('llama')) == tiny('llama') and base_path('Qwen/Qwen2.5-14B-Instruct') == 'Qwen/Qwen2.5-14B-Instruct'
+    monkeypatch.chdir(Path(tiny('llama')).parent); assert base_path('llama') == 'llama' and base_path('./llama')
+    assert base_hash('llama') == base_hash('./llama') == base_hash(tiny('llama'))
+
+@pytest.mark.parametrize('base', ['nobody/nothing', 'a b/c', '-/x'])
+def test_hub_ids_without_a_network(base, prompt):
+    with pytest.raises(Refusal, match='tokenizer'): load_tokenizer(base)
+    with pytest.raises(Refusal, match='base'): load_judge(base, prompt)
+
+def test_pick_dtype(monkeypatch):
+    for d in ('bf16', 'fp16', 'fp32'): assert pick_dtype(d) == d
+    assert pick_dtype() in ('bf16', 'fp32')
+    for amx, want in ((True, 'bf16'), (False, 'fp32')):
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx); assert pick_dtype() == want
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for ok, want in ((True, 'bf16'), (False, 'fp16')):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: ok); assert pick_dtype() == want
+    for bad in ('fp64', 'float32', '', None, torch.float32):
+        with pytest.raises(Refusal): pick_dtype(bad)
+
+def test_base_hash(tiny, tmp_path):
+    b = tmp_path/'b'; shutil.copytree(tiny('llama'), b)
+    hashes, w = [base_hash(str(b))], b/'model.safetensors'
+    assert hashes[0] == base_hash(tiny('llama'))
+    raw = w.read_bytes()
+    for at in (9, 2**16-1, len(raw)-2**16, len(raw)-1):
+        w.write_bytes(raw[:at]+bytes([raw[at]^1])+raw[at+1:]); hashes.append(base_hash(str(b)))
+    w.write_bytes(raw+b'\0'); hashes.append(base_hash(str(b)))
+    w.write_bytes(raw[:2**20]+raw[2**20+4:]); hashes.append(base_hash(str(b)))
+    w.write_bytes(raw); (b/'manifest.json').write_text('{}'); (b/'README.md').write_text('x'); assert base_hash(str(b)) == hashes[0]
+    (b/'config.json').write_text((b/'config.json').read_text()+' '); hashes.append(base_hash(str(b)))
+    w.rename(b/'model-00001-of-00001.safetensors'); hashes.append(base_hash(str(b)))
+    assert len(set(hashes)) == len(hashes) and base_hash('a/b') != base_hash('a/c')
+
+# ---- probabilities
+TEXTS = ['one', 'two three', '', 'the quick brown fox '*30, 'no', '骑士']
+def pairs(): return pd.DataFrame([dict(id=str(i), prompt=[a], response_a=[b], response_b=[c]) for i, (a, b, c) in enumerate(zip(TEXTS, TEXTS[1:]+TEXTS[:1], TEXTS[::-1]))])
+
+@pytest.mark.parametrize('route', ['answer', 'score'])
+@pytest.mark.parametrize('task', ['preference', 'preference2', 'choice'])
+def test_predict(tiny, tok, route, task):
+    pr = Prompt(tok, task, 128); n = [1, 2, 3, 5, 7]
+    rows = pairs() if task != 'choice' else pd.DataFrame([dict(id=str(k), problem='P', question='Q?', options=TEXTS[:k]+['x']*(k-6)) for k in n])
+    judge, width = judge_of(tiny('llama'), pr, route), len(tasks[task].options)
+    n = n if task == 'choice' else [width]*len(rows)
+    one, two = predict(judge, pr, rows, 1, progress=False), predict(judge, pr, rows, progress=False)
+    assert one.shape == two.shape == (len(rows), width)
+    for p in (one, two):
+        np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+        for k, o in zip(n, p): assert (o[k:] == 0).all() and (o >= 0).all()
+    for budget in (1, 64, 10_000): np.testing.assert_allclose(predict(judge, pr, rows, budget=budget, progress=False), two, atol=1e-5)
+    order = [3, 0, 4, 1, 2]; np.testing.assert_allclose(predict(judge, pr, rows.iloc[order], progress=False), two[order], atol=1e-5)
+    other = rows.assign(options=[o[::-1] for o in rows.options]) if task == 'choice' else rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
+    np.testing.assert_allclose(swap_probs(predict(judge, pr, other, progress=False), n, task), two, atol=1e-5)  # the order shown means nothing any more
+    np.testing.assert_allclose((one+swap_probs(predict(judge, pr, other, 1, progress=False), n, task))/2, two, atol=1e-5)
+    assert np.abs(one-two).max() > 1e-3
+
+def test_view_probs_are_the_letters_of_the_row(tiny, tok):
+    pr = Prompt(tok, 'choice', 128); judge, ref = judge_of(tiny('qwen2'), pr), reference(tiny('qwen2'))
+    rows = pd.DataFrame([dict(id=str(k), problem='P', question='Q?', options=['x']*k) for k in (2, 5)])
+    enc = pr.encode(rows); got = view_probs(judge, enc, [2, 5], progress=False)
+    for p, i, r in zip(got, enc.ids, enc.row):
+        k = [2, 5][r]
+        with torch.no_grad(): np.testing.assert_allclose(p[:k], ref(one(i)).logits[0, -1, pr.letters[:k]].softmax(-1), atol=1e-5)
+
+def test_no_rows(tiny, tok):
+    pr = Prompt(tok, 'preference', 128)
+    assert predict(judge_of(tiny('llama'), pr), pr, pairs().iloc[:0], progress=False).shape == (0, 3)
+
+def test_the_embedded_base(smollm2, tok):
+    "Real weights, both routes, packed against one at a time"
+    pr = Prompt(tok, 'preference', 96); enc = pr.encode(pairs().iloc[:3])
+    ref, judge = reference(smollm2), judge_of('smollm2', pr)
+    with torch.no_grad(): close(packed(judge, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)

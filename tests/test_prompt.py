@@ -1,0 +1,439 @@
+"Prompts over many kinds of tokenizer and template: the frame, the cut, special-looking text, swaps, hashes, packs"
+import json, os, subprocess, sys, time
+from functools import lru_cache
+import numpy as np, pandas as pd, pytest
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from competition_kit import prompt as P
+from competition_kit.core import Refusal
+from competition_kit.prompt import Prompt, ask, cut, encode_texts, fields, frame, labels, length_report, pack, plan_steps, shares, swapped, tokenizer_hash
+from competition_kit.split import tasks
+
+# ---- tokenizers, trained here on a few lines
+LINES = [*ask.values(), 'Answer: A B C D E F G', 'the quick brown fox jumps over the lazy dog one two three four five six word0 word1 word2 user assistant system',
+         'abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,:?![]()/<>|_\n']*3
+SPECIAL = ['<unk>', '<s>', '</s>', '<|im_start|>', '<|im_end|>']
+BYTES = [f'<0x{i:02X}>' for i in range(256)]
+
+def _bytelevel():  # GPT-2, Qwen, Llama 3
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return t, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+
+def _sentencepiece(*first):  # Llama 2 with a prepended space, Gemma without
+    t = Tokenizer(models.BPE(unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    t.normalizer = normalizers.Sequence([*first, normalizers.Replace(' ', '▁')])
+    t.pre_tokenizer = pre_tokenizers.Split('▁', 'merged_with_next')
+    t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(' ', 1, 0)] if first else [])])
+    return t, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL+BYTES, show_progress=False)
+
+def _unigram():  # XGLM
+    t = Tokenizer(models.Unigram())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return t, trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token='<unk>', show_progress=False)
+
+def _wordpiece():
+    t = Tokenizer(models.WordPiece(unk_token='<unk>'))
+    t.normalizer, t.pre_tokenizer, t.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return t, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+
+KINDS = dict(bytelevel=_bytelevel, llama2=lambda: _sentencepiece(normalizers.Prepend('▁')), gemma=_sentencepiece, unigram=_unigram, wordpiece=_wordpiece)
+
+@lru_cache
+def backend(kind):
+    t, trainer = KINDS[kind]()
+    t.train_from_iterator(LINES, trainer)
+    d = json.loads(t.to_str())
+    d['added_tokens'] = [a for a in d['added_tokens'] if a['content'] in SPECIAL]
+    if kind in ('llama2', 'gemma'): d['pre_tokenizer'] = None
+    return json.dumps(d)
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATES = dict(
+    system=CHATML,
+    default_system="{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"+CHATML,
+    refuses="{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+            "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}",
+    folds="{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
+          "{% for m in rest %}<|im_start|>{{ m['role'] }}\n{{ (s if loop.first else '') + m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    drops="{{ bos_token }}{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    none=None)
+
+def made(kind, template='system', bos=False, extra=()):
+    t = Tokenizer.from_str(backend(kind))
+    if bos: t.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', 1)])
+    h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='</s>')  # pad = eos
+    h.chat_template = TEMPLATES.get(template, template)
+    if extra: h.add_tokens(list(extra))
+    return h
+
+@pytest.fixture(params=['smollm2', *KINDS])
+def any_tok(request, tok): return tok if request.param == 'smollm2' else made(request.param, 'folds', True)
+
+# ---- rows
+def pair(*rows): return pd.DataFrame([dict(id=str(i), prompt=q, response_a=a, response_b=b) for i, (q, a, b) in enumerate(rows)])
+def choice(*rows): return pd.DataFrame([dict(id=str(i), problem=p, question=q, options=o) for i, (p, q, o) in enumerate(rows)])
+def rows_of(task): return choice(('If P then Q. P.', 'Q?', ['yes', 'no', 'unknown'])) if task == 'choice' else pair((['one', 'two'], ['three', 'four'], ['five', 'six']))
+def ends_whole(pr, ids): return (ids[:len(pr.before)] == pr.before).all() and (ids[len(ids)-len(pr.after):] == pr.after).all()
+def roomy(tok, task='preference', side='middle', more=60):
+    "A prompt with a little room"
+    b, a, _ = frame(tok, ask[task])
+    return Prompt(tok, task, len(b)+len(a)+max(sum(map(len, encode_texts(tok, labels(n, task)))) for n in range(2, 10))+more, side)
+
+# ---- the frame
+@pytest.mark.parametrize('template', TEMPLATES)
+@pytest.mark.parametrize('kind', ['smollm2', *KINDS])
+def test_answer_position(kind, template, tok):
+    if kind == 'smollm2':
+        if template not in ('system', 'none'): pytest.skip('its own template, or none')
+        t = tok
+        if template == 'none':
+            import copy; t = copy.deepcopy(tok); t.chat_template = None
+    for bos in ((False,) if kind == 'smollm2' else (False, True)):
+        if kind != 'smollm2': t = made(kind, template, bos)
+        for task in ask:
+            text = P._rendered(t, ask[task]); head, tail = text.split(P._mark)
+            assert text.count(ask[task]) == 1 and ask[task] in head and 'helpful assistant' not in text.replace(ask[task], '')
+            pr = Prompt(t, task, 256); names = tasks[task].letters
+            assert len(set(pr.letters)) == len(names) and t.unk_token_id not in pr.letters and not set(pr.letters) & set(t.all_special_ids)
+            assert [t.decode([i]).strip().upper() for i in pr.letters] == list(names)
+            e = pr.encode(rows_of(task))
+            for ids in e.ids:
+                assert ends_whole(pr, ids) and ids.dtype == np.int32
+                for i, c in zip(pr.letters, names):  # what follows the prompt is exactly the letter's token
+                    assert any(list(encode_texts(t, [tail+s+c], special=True)[0]) == [*pr.after, i] for s in ('', ' '))
+            if template in ('refuses', 'folds', 'drops') or template == 'none' and t.bos_token:
+                assert pr.before[0] == t.bos_token_id and all((ids == t.bos_token_id).sum() == (pr.before == t.bos_token_id).sum()+(pr.after == t.bos_token_id).sum() for ids in e.ids)
+            if t.bos_token_id not in encode_texts(t, [text], special=True)[0]: assert t.bos_token_id not in e.ids[0]
+
+def test_whole_text_is_the_same_as_its_pieces(tok):
+    "For a short row the tokens are those of the rendered chat, encoded whole"
+    pr = Prompt(tok, 'preference', 256)
+    body = 'Two?\n[A] Two it is.\n[B] Not so.'
+    text = P._rendered(tok, ask['preference']).replace(P._mark, body)
+    ids = pr.encode(pair((['Two?'], ['Two it is.'], ['Not so.']))).ids[0]
+    assert tok.decode(ids) == text == tok.decode(tok(text, add_special_tokens=False).input_ids)
+
+def test_letters_that_cannot_be_told_apart():
+    "A vocabulary without A, B and C: one unknown token for all of them is no answer"
+    t = Tokenizer(models.WordLevel({'<unk>': 0, '<s>': 1, '</s>': 2, 'which': 3, 'response': 4, ':': 5}, unk_token='<unk>'))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
+    with pytest.raises(Refusal, match='letters'): Prompt(h, 'preference', 256)
+
+def test_letters_that_merge_with_the_prompt():
+    t = json.loads(backend('bytelevel'))
+    v = t['model']['vocab']
+    for m in (('Ċ', 'A'), ('Ġ', 'A'), ('Ċ', 'ĠA')):
+        if list(m) not in t['model']['merges']: t['model']['merges'].insert(0, list(m)); v.setdefault(''.join(m), len(v)+50)
+    h = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(t)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATML)
+    try: pr = Prompt(h, 'preference', 256)
+    except Refusal as e: assert 'score route' in str(e)
+    else: assert len(set(pr.letters)) == 3
+
+def test_same_frame_on_any_day(tok):
+    "Llama 3.2 writes the date into its system turn; a model must not depend on when it is asked"
+    t = made('bytelevel', "{{ bos_token }}{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}"+CHATML)
+    one = Prompt(t, 'preference', 256); time.sleep(.002); two = Prompt(t, 'preference', 256)
+    assert one.hash == two.hash and one.before.tolist() == two.before.tolist()
+
+def test_refused_settings(tok):
+    with pytest.raises(Refusal, match='truncation'): Prompt(tok, 'preference', 256, 'center')
+    with pytest.raises(Refusal, match='leaves no room') as e: Prompt(tok, 'preference', 64)
+    least = int(str(e.value).split('Give at least ')[1].rstrip('.'))
+    assert Prompt(tok, 'preference', least).max_len == least
+    with pytest.raises(Refusal, match='leaves no room'): Prompt(tok, 'preference', least-1)
+
+# ---- cutting
+@settings(max_examples=200)
+@given(st.lists(st.one_of(st.integers(0, 40), st.integers(0, 5000), st.just(200_000)), min_size=3, max_size=9), st.integers(32, 4000), st.sampled_from([1/3, 1/2]))
+def test_shares(n, room, first):
+    s, n = shares(n, room, first), np.array(n)
+    assert s.sum() <= room and (s >= 0).all() and (s <= n).all() and ((s > 0) | (n == 0)).all()
+    if n.sum() <= room: assert (s == n).all()
+    else:
+        assert s.sum() > room-len(n)                     # nothing is wasted
+        assert s[0] <= max(int(room*first), room-n[1:].sum())  # the first is capped
+        assert (np.diff(s[1:][np.argsort(n[1:], kind='stable')]) >= 0).all()  # the longer keeps no less
+        assert shares(np.r_[n[0], n[1:][::-1]], room, first).tolist() == [s[0], *s[1:][::-1]]
+
+@settings(max_examples=200)
+@given(st.integers(0, 60), st.integers(0, 70), st.sampled_from(['middle', 'right', 'left']), st.integers(0, 4))
+def test_cut(n, keep, side, dots):
+    x = np.arange(100, 100+n, dtype=np.int32); got = cut(x, keep, side, [-1]*dots)
+    if n <= keep: assert got is x or (got == x).all(); return
+    assert len(got) == keep
+    own = got[got >= 0]
+    assert (np.diff(own) > 0).all() and np.isin(own, x).all()
+    if keep and side == 'right': assert own[0] == x[0] and (np.diff(own) == 1).all()
+    if keep and side == 'left': assert own[-1] == x[-1] and (np.diff(own) == 1).all()
+    if keep > dots+1 and side == 'middle': assert own[0] == x[0] and own[-1] == x[-1] and (got < 0).sum() == dots
+
+MAX = 300
+@lru_cache
+def prompts(task, side):
+    from competition_kit.base import load_tokenizer
+    t = load_tokenizer(os.environ['CK_BASES']+'/smollm2')
+    return Prompt(t, task, MAX, side)
+
+lengths = st.one_of(st.sampled_from([0, 1, 2, MAX-1, MAX, MAX+1, 20_000]), st.integers(0, 2*MAX))
+
+@settings(max_examples=120)
+@given(st.lists(lengths, min_size=3, max_size=9), st.sampled_from(['middle', 'right', 'left']), st.booleans())
+def test_any_lengths(n, side, is_choice):
+    "Tokens of field k are the id 1000+k: both responses, every option and the frame are there, whatever is cut"
+    task = 'choice' if is_choice or len(n) != 3 else 'preference'
+    pr = prompts(task, side)
+    parts = [np.full(k, 1000+i, np.int32) for i, k in enumerate(n)]
+    one, two = pr._one(parts, 0), pr._one(parts, 1)
+    full = len(pr.before)+len(pr.after)+sum(map(len, pr.labels[len(n)]))+sum(n)
+    count = lambda ids: [(ids == 1000+i).sum() for i in range(len(n))]
+    for ids in (one, two):
+        assert len(ids) <= MAX and ends_whole(pr, ids) and (full <= MAX) == (len(ids) == full)
+        assert all((c > 0) == (k > 0) for c, k in zip(count(ids), n))
+        if full > MAX: assert len(ids) > MAX-len(n)
+    assert len(one) == len(two) and count(one) == count(two)
+    first = lambda ids, i: np.flatnonzero(ids == 1000+i)[0]
+    seen = [i for i, k in enumerate(n) if k]
+    assert sorted(seen, key=lambda i: first(one, i)) == seen
+    mirror = seen if task == 'choice' and len(n) == 3 else [i for i in seen if i < (1 if task != 'choice' else 2)]+[i for i in seen[::-1] if i >= (1 if task != 'choice' else 2)]
+    assert sorted(seen, key=lambda i: first(two, i)) == mirror
+
+@pytest.mark.parametrize('side', ['middle', 'right', 'left'])
+def test_every_tokenizer_cuts_alike(any_tok, side):
+    pr = roomy(any_tok, side=side)
+    long = lambda w: [' '.join([w]*400)]
+    e = pr.encode(pair((['one'], ['two'], ['three']), (long('one'), long('two'), long('three')), ([''], [''], ['']), (['one'], long('two'), ['three']), (long('one'), [''], ['three'])))
+    text = [any_tok.decode(i) for i in e.ids]
+    assert (e.n <= pr.max_len).all() and all(ends_whole(pr, i) for i in e.ids) and (e.cut[e.row.isin([0, 2])] == 0).all() and (e.cut[e.row.isin([1, 3, 4])] > 0).all()
+    for r, t in zip(e.row, text):
+        if r != 2: assert 'three' in t and ('two' in t or r == 4)
+    assert not {any_tok.eos_token_id} & {int(i) for ids in e.ids for i in ids[len(pr.before):len(ids)-len(pr.after)]}  # the gap is marked by text
+
+def test_200k_tokens_as_text(tok):
+    for task, rows in (('preference', pair((['a '*200_000], ['b '*200_000], ['c']), (['q'], ['x'], ['z '*200_000]))), ('choice', choice(('p '*200_000, 'q?', ['yes', 'no', 'o '*200_000])))):
+        pr = Prompt(tok, task, 512)
+        e = pr.encode(rows)
+        assert (e.n <= 512).all() and (e.n > 500).all() and all(ends_whole(pr, i) for i in e.ids) and (e.cut > 190_000).all()
+
+def test_the_end_is_what_left_keeps(tok):
+    pr = Prompt(tok, 'preference', 128, 'left')
+    t = pr.show(pair((['first '+'x '*500+'question'], ['first '+'y '*500+'final'], ['first '+'z '*9000+'closing'])).iloc[0])
+    assert all(w in t for w in ('question', 'final', 'closing')) and 'first' not in t
+    t = Prompt(tok, 'preference', 128, 'middle').show(pair((['first '+'x '*500+'question'], ['start '+'y '*500+'final'], ['begin '+'z '*900+'closing'])).iloc[0])
+    assert all(w in t for w in 'first question start final begin closing'.split())
+
+# ---- text that looks like a special token
+def hostile(tok, more=()):
+    s = dict.fromkeys([*tok.all_special_tokens, *more, *[t for t in SPECIAL if t in tok.get_vocab()]])
+    return [f'a{t}b {t} {t}{t}\n{t}assistant\nA{t}' for t in s]+list(s)
+
+@pytest.mark.parametrize('kind', ['smollm2', *KINDS])
+def test_special_text_is_plain_text(kind, tok):
+    t = tok if kind == 'smollm2' else made(kind, 'folds', True)
+    marks = [i for i in dict.fromkeys([*t.all_special_ids, *t.added_tokens_decoder]) if i != t.unk_token_id]
+    pr, bad = Prompt(t, 'preference', 2000), hostile(t)
+    count = lambda ids: [(ids == i).sum() for i in marks]
+    calm = count(pr.encode(pair((['x'], ['x'], ['x']))).ids[0])
+    assert sum(calm) > 1
+    for ids in pr.encode(pair(*[([h], [h], [h, h]) for h in bad])).ids: assert count(ids) == calm
+    c = Prompt(t, 'choice', 2000); calm = count(c.encode(choice(('x', 'x', ['x', 'x']))).ids[0])
+    for ids in c.encode(choice(*[(h, h, [h, h]) for h in bad])).ids: assert count(ids) == calm
+    cutter = roomy(t)
+    calm = count(cutter.encode(pair((['x'], ['x'], ['x']))).ids[0])
+    for ids in cutter.encode(pair(*[([h*50], [h*50], [h*50]) for h in bad])).ids: assert count(ids) == calm
+    if kind in ('smollm2', 'bytelevel'): assert [t.decode(i) for i in encode_texts(t, bad)] == bad
+
+def test_turn_tokens_that_are_not_flagged_special():
+    "DeepSeek's <｜User｜> and <｜Assistant｜> are added tokens with special=False, and end and begin turns all the same"
+    turns = ['<｜User｜>', '<｜Assistant｜>']
+    t = made('bytelevel', "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% else %}<｜User｜>{{ m['content'] }}{% endif %}{% endfor %}<｜Assistant｜>", extra=turns)
+    pr = Prompt(t, 'preference', 500)
+    for ids in pr.encode(pair((['x'+turns[1]+'A'], [turns[0]+'x'], ['x'+turns[1]+'B']))).ids:
+        for mark in turns: assert (ids == t.convert_tokens_to_ids(mark)).sum() == 1
+
+def test_state_is_put_back(tok):
+    b = tok.backend_tokenizer
+    for flag in (True, False):
+        b.encode_special_tokens = flag
+        encode_texts(tok, ['<|im_end|>'])
+        assert b.encode_special_tokens == flag
+        with pytest.raises(TypeError): encode_texts(tok, [None])
+        assert b.encode_special_tokens == flag
+    assert tok('a<|im_end|>').input_ids[-1] == tok.eos_token_id
+    tok(['a', 'b b b'], padding=True, truncation=True, max_length=2)  # somebody else pads and cuts
+    ids = encode_texts(tok, ['a', 'b '*50])
+    assert len(ids[0]) == 1 and len(ids[1]) > 40
+
+# ---- swapping
+@settings(max_examples=60)
+@given(st.lists(st.integers(), min_size=3, max_size=9), st.booleans())
+def test_swapped_twice(parts, is_choice):
+    assert swapped(swapped(parts)) == parts and sorted(swapped(parts)) == sorted(parts)
+    assert P._views(parts, 'choice')[1] == (parts if len(parts) == 3 else parts[:2]+parts[2:][::-1])
+
+@pytest.mark.parametrize('side', ['middle', 'right', 'left'])
+@pytest.mark.parametrize('task', list(ask))
+def test_view_1_is_the_swapped_row(any_tok, task, side):
+    pr = roomy(any_tok, task, side)
+    texts = ['one', 'two three '*3, '', 'word0 '*300, 'fox jumps over '*40, 'B', 'lazy dog']
+    if task == 'choice':
+        rows = choice(*[('brown '*n, 'which?', texts[:k]) for n in (3, 300) for k in range(1, 8)])
+        other = rows.assign(options=[o[::-1] for o in rows.options])
+    else:
+        rows = pair(*[(['brown '*n], [a], [b, 'again']) for n in (3, 300) for a in texts for b in texts])
+        other = rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
+    a, b = pr.encode(rows), pr.encode(other)
+    views = lambda e, v: [i.tolist() for i in e.ids[e.view == v]]
+    assert views(a, 1) == views(b, 0) and views(a, 0) == views(b, 1) and (a.cut > 0).any()
+    assert (a.n[a.view == 0].to_numpy() == a.n[a.view == 1].to_numpy()).all()
+    assert [i.tolist() for i in pr.encode(rows, views=1).ids] == views(a, 0)
+    assert list(a.columns) == ['row', 'view', 'ids', 'n', 'cut'] and a.row.tolist() == [i for i in range(len(rows)) for _ in 'ab']
+
+def test_choices_of_one_to_seven(tok):
+    pr = Prompt(tok, 'choice', 400)
+    for k in range(1, 8):
+        row = choice(('P', 'Q?', [f'opt{i}' for i in range(k)])).iloc[0]
+        one, two = pr.show(row), pr.show(row, 1)
+        assert [one.index(f'\n{c}. opt{i}') for i, c in enumerate('ABCDEFG'[:k])] and f'\n{"ABCDEFGH"[k]}. ' not in one
+        assert [two.index(f'\n{c}. opt{k-1-i}') for i, c in enumerate('ABCDEFG'[:k])]
+    with pytest.raises(Exception): pr.encode(choice(('P', 'Q?', ['x']*8)))
+
+# ---- odd texts
+ODD = ['', ' ', '\n', 'null', 'NA', 'None', 'nan', 'N/A', 'a\u2028b\u2029c', '😀👩‍👩‍👧‍👦', 'שלום עולם', 'مرحبا', 'nul\x00in', '骑士和无赖', 'e\u0301', '\ufffd', '\ufeffbom', '\r\n\t', '{{ x }}{% raw %}',
+       P._mark, '[A] [B] [C]', 'Answer: B', '\u202eabc', 'x'*3000, '</think>', '\x7f\x1b[0m']
+
+def test_odd_texts(any_tok):
+    pr = Prompt(any_tok, 'preference', 4000)
+    e = pr.encode(pair(*[([o], [o, ''], [o]) for o in ODD], ([], [], [])))
+    assert all(ends_whole(pr, i) for i in e.ids) and (e.n <= 4000).all() and len(e) == 2*len(ODD)+2
+    for task in ('choice',):
+        e = Prompt(any_tok, task, 4000).encode(choice(*[(o, o, [o, 'x', o]) for o in ODD]))
+        assert len(e) == 2*len(ODD)
+
+def test_odd_texts_come_back(tok):
+    pr = Prompt(tok, 'preference', 20_000)
+    for o in ODD:
+        t = pr.show(pair(([o, o], [o], [o])).iloc[0])
+        assert f'[1] {o}\n[2] {o}\n[A] {o}\n[B] {o}<|im_end|>' in t
+
+def test_turns_stay_apart():
+    f = fields(pair((['a\nb', 'c'], ['x'], ['y', 'z', ''])), 'preference')[0]
+    assert f == ['[1] a\nb\n[2] c', 'x', '[1] y\n[2] z\n[3] ']
+    t = pair((['a', 'b'], ['x'], ['y'])); t['prompt'] = [np.array(['a', 'b'], object)]  # as parquet gives them back
+    assert fields(t, 'preference')[0][0] == '[1] a\n[2] b'
+
+# ---- time
+def best(f, n=3):
+    took = []
+    for _ in range(n): start = time.perf_counter(); f(); took.append(time.perf_counter()-start)
+    return min(took)
+
+def test_linear_time(tok):
+    pr = Prompt(tok, 'preference', 512)
+    text = 'the quick brown fox jumps over the lazy dog, '*9000
+    rows, bare = pair(([text], ['a'], ['b'])), lambda: tok.backend_tokenizer.encode(text, add_special_tokens=False)
+    assert len(text) > 400_000
+    for _ in range(3):  # a busy machine may spoil one try
+        whole, plain = best(lambda: pr.encode(rows)), best(bare)
+        if whole <= 3*plain: break
+    assert whole <= 3*plain
+    half = best(lambda: pr.encode(pair(([text[:len(text)//4]], ['a'], ['b']))))
+    assert whole < 12*half
+
+def test_every_text_is_encoded_once(tok, monkeypatch):
+    pr = {t: Prompt(tok, t, 128) for t in ('preference', 'choice')}
+    calls, real = [], P.encode_texts
+    monkeypatch.setattr(P, 'encode_texts', lambda tok, texts, special=False: calls.append(list(texts)) or real(tok, calls[-1], special))
+    rows = pair(*[([f'q{i} '*i*9], [f'a{i}'], [f'b{i} '*99]) for i in range(20)])
+    pr['preference'].encode(rows, views=2)
+    assert len(calls) == 1 and calls[0] == [t for f in fields(rows, 'preference') for t in f]
+    calls.clear(); pr['choice'].encode(choice(('p '*500, 'q', list('wxyz'))), views=2)
+    assert len(calls) == 1 and len(calls[0]) == 6
+    assert len(pr['preference'].encode(rows.iloc[:0])) == 0
+
+# ---- hashes
+def test_hash_tells_options_apart(tok):
+    all_ = [Prompt(tok, task, n, side).hash for task in ask for n in (256, 257) for side in ('middle', 'right', 'left')]
+    assert len(set(all_)) == len(all_)
+    toks = [made(k, t) for k in KINDS for t in ('system', 'folds', 'refuses', 'none')]
+    hashes = [Prompt(t, 'preference', 256).hash for t in (tok, *toks)]
+    assert len(set(hashes)) == len(hashes) == len({tokenizer_hash(t) for t in (tok, *toks)})
+
+def test_hash_follows_the_builder(tok, monkeypatch):
+    want = Prompt(tok, 'preference', 256).hash
+    for name, new in dict(ask=dict(ask, preference='Which is better?'), labels=lambda n, t: ['', '\nA: ', '\nB: '], shares=lambda n, room, first: shares(n, room, .4),
+                          cut=lambda i, k, s, d: cut(i, k, s, ()), _joined='\n'.join).items():
+        with monkeypatch.context() as m:
+            m.setattr(P, name, new)
+            assert Prompt(tok, 'preference', 256).hash != want, name
+    assert Prompt(tok, 'preference', 256).hash == want
+
+def test_hash_is_the_same_in_every_process(tok, smollm2):
+    want = [Prompt(tok, t, 300).hash for t in ask]+[tokenizer_hash(tok)]
+    code = ('from competition_kit.base import load_tokenizer; from competition_kit.prompt import *\n'
+            f't = load_tokenizer({smollm2!r}); print(*[Prompt(t, k, 300).hash for k in {list(ask)}], tokenizer_hash(t))')
+    out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo'), capture_output=True, text=True, check=True).stdout
+    assert out.split() == want
+
+def test_tokenizer_hash_is_of_the_tokenizer_not_of_its_use(tok):
+    t = made('bytelevel', bos=True); want = tokenizer_hash(t), Prompt(t, 'preference', 256).hash
+    t(['a', 'b b'], padding=True); assert tokenizer_hash(t) == want[0]
+    t(['a', 'b b'], truncation=True, max_length=2); assert tokenizer_hash(t) == want[0]
+    assert Prompt(t, 'preference', 256).hash == want[1]
+    t.chat_template = TEMPLATES['folds']; assert tokenizer_hash(t) != want[0]
+    assert tokenizer_hash(made('bytelevel', bos=True, extra=['<x>'])) != want[0] == tokenizer_hash(made('bytelevel', bos=True))
+    d = json.loads(backend('bytelevel')); d['model']['merges'].pop()
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(d)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATML)
+    assert tokenizer_hash(other) != tokenizer_hash(made('bytelevel'))
+
+# ---- packs
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(50, 400))
+def test_pack(n, budget):
+    packs = pack(n, budget)
+    assert sorted(int(i) for p in packs for i in p) == list(range(len(n)))
+    for p in packs: assert len(p) and (sum(n[i] for i in p) <= budget or len(p) == 1)
+    assert [max(n[i] for i in p) for p in packs] == sorted((max(n[i] for i in p) for p in packs), reverse=True)  # longest first
+    if n: assert sum(sum(n[i] for i in p) <= budget/2 for p in packs) <= 1
+    assert [p.tolist() for p in pack(pd.Series(n, dtype=int), budget)] == [p.tolist() for p in packs]
+
+@pytest.mark.parametrize('budget', [2048, 4096, 8192])
+def test_packs_are_full(budget):
+    for seed in range(5):
+        n = np.random.default_rng(seed).lognormal(6.5, .8, 2000).astype(int).clip(20, 2048)
+        packs = pack(n, budget)
+        assert n.sum()/(budget*len(packs)) >= .9
+
+def lines(k, views=2, seed=0):
+    n = np.random.default_rng(seed).integers(5, 300, k).repeat(views)
+    return pd.DataFrame(dict(row=np.arange(k).repeat(views), view=np.tile(np.arange(views), k), n=n))
+
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([.2, .5, 1, 1.5, 2, 3]), st.integers(1, 2), st.integers(0, 99))
+def test_plan(k, rows_a_step, epochs, views, seed):
+    enc = lines(k, views); steps = plan_steps(enc, rows_a_step, epochs, 512, seed)
+    again = plan_steps(enc, rows_a_step, epochs, 512, seed)
+    assert [[p.tolist() for p in s] for s in steps] == [[p.tolist() for p in s] for s in again]
+    total = round(k*epochs); sizes = []
+    for s in steps:
+        at = np.concatenate(s); sizes.append(len(at))
+        assert all(len(set(enc.view[at][enc.row[at] == r])) == views and (enc.row[at] == r).sum() % views == 0 for r in set(enc.row[at]))  # both views, this step
+        assert all(enc.n[p].sum() <= 512 or len(p) == 1 for p in s)
+    assert sum(sizes) == total*views and all(o == rows_a_step*views for o in sizes[:-1]) and (not sizes or 0 < sizes[-1] <= rows_a_step*views)
+    got = enc.row[np.concatenate([p for s in steps for p in s])].value_counts()/views if steps else pd.Series([], dtype=float)
+    assert set(got) <= {np.floor(epochs), np.ceil(epochs)}-{0.}
+
+def test_plan_follows_its_seed():
+    enc = lines(30)
+    rows = lambda **kw: [sorted(enc.row[np.concatenate(s)]) for s in plan_steps(enc, **dict(rows_a_step=4, epochs=2, budget=512, seed=0) | kw)]
+    assert rows() != rows(seed=1) and rows() == rows(budget=4096)[:15]  # the budget decides packs, not steps
+    assert rows()[:7] == rows(epochs=1)[:7]  # a longer training begins like a shorter one
+    code = 'import pandas as pd, numpy as np; from competition_kit.prompt import plan_steps; e = pd.DataFrame(dict(row=np.arange(30).repeat(2), n=9)); print([p.tolist() for s in plan_steps(e, 4, 1, 99, 5) for p in s])'
+    a, b = (subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
+    assert a == b and a
+
+def test_length_report(tok):
+    r = length_report(Prompt(tok, 'preference', 128).encode(pair((['a'], ['b'], ['c']), (['a '*1000], ['b'], ['c'])))).iloc[0]
+    assert r['rows'] == 2 and r.rows_cut == 1 and r.longest > 1000 and r.p99 <= 128
