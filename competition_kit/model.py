@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['collate', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'option_mask', 'pack_loss', 'view_probs', 'predict']
 
-# %% ../nbs/03a_model.ipynb #4692a9a8
-from .base import base_path, load_tokenizer, pick_dtype
-from .core import Refusal, hash_obj
-from .prompt import Prompt, pack
+# %% ../nbs/03a_model.ipynb #0e0bddae
+from .base import base_path, pick_dtype
+from .core import Refusal
+from .prompt import pack
 from .split import n_options, swap_probs, tasks
-from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03a_model.ipynb #50531dd1
+# %% ../nbs/03a_model.ipynb #a95fc3c2
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
@@ -26,7 +25,7 @@ def collate(
     return dict(input_ids=torch.from_numpy(np.concatenate(ids)).long()[None].to(device), position_ids=torch.cat([torch.arange(k) for k in n])[None].to(device),
                 bounds=[0, *np.cumsum(n).tolist()])
 
-# %% ../nbs/03a_model.ipynb #58cc3345
+# %% ../nbs/03a_model.ipynb #b67a4802
 def _capped(q, k, v, scaling, softcap, window):
     "Causal attention with a soft cap or a window, written out"
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
@@ -58,14 +57,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
                    F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/03a_model.ipynb #c7b3c799
+# %% ../nbs/03a_model.ipynb #91c5af96
 def _register():
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
-# %% ../nbs/03a_model.ipynb #d1c87574
+# %% ../nbs/03a_model.ipynb #ab2639ed
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 class Judge(torch.nn.Module):
@@ -94,9 +93,11 @@ class Judge(torch.nn.Module):
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/03a_model.ipynb #8096b759
+# %% ../nbs/03a_model.ipynb #ab4910a7
 def _load_base(base, route, n_classes, dtype):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     if route not in ('answer', 'score'): raise Refusal(f'no route named {route!r}', fix='Take answer or score')
     _register()
     kw = dict(dtype=_dtypes[pick_dtype(dtype)], attn_implementation='packed')
@@ -123,7 +124,7 @@ def load_judge(
         model = PeftModel.from_pretrained(model, adapter)
     return Judge(model, prompt.letters if route == 'answer' else None).eval()
 
-# %% ../nbs/03a_model.ipynb #d1c0f7a7
+# %% ../nbs/03a_model.ipynb #ef8f58c7
 def add_lora(
     judge,                         # From `load_judge`, without an adapter
     r:int=16,                      # Rank
@@ -149,7 +150,7 @@ def _linears(base): # names of the backbone's linear layers; the output matrix a
     keep = {id(base.get_output_embeddings()), id(getattr(base, 'score', None))}
     return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
 
-# %% ../nbs/03a_model.ipynb #e7808733
+# %% ../nbs/03a_model.ipynb #40121cd2
 def option_mask(
     n,            # Options each sequence has
     width:int,    # Options of the task
@@ -168,7 +169,7 @@ def pack_loss(
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
     return -((target*logp).sum(-1)*weight).sum()/total
 
-# %% ../nbs/03a_model.ipynb #12ecee48
+# %% ../nbs/03a_model.ipynb #fea13e14
 @torch.no_grad()
 def view_probs(
     judge,             # A `Judge`
@@ -178,7 +179,7 @@ def view_probs(
     progress=True,     # Show a bar
 ) -> np.ndarray: # [lines of `enc`, options], as asked: not yet un-swapped
     "Option probabilities of every view"
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     judge.eval()
     width = len(judge.letters) if judge.letters is not None else judge.base.config.num_labels
     out, missing = np.zeros((len(enc), width), np.float32), option_mask(np.asarray(n)[enc.row], width)
@@ -197,9 +198,10 @@ def predict(
     views:int=2,       # 1: as they are; 2: also swapped
     budget:int=4096,   # Tokens in a pack
     progress=True,     # Show a bar
+    enc=None,          # The rows already encoded with as many views
 ) -> np.ndarray: # [rows, options]
     "Option probabilities of every row, un-swapped and averaged over its views"
-    task, enc = tasks[prompt.task], prompt.encode(rows, views)
+    task, enc = tasks[prompt.task], prompt.encode(rows, views) if enc is None else enc
     n = n_options(rows, task)
     p = view_probs(judge, enc, n, budget, progress)
     v = [p[enc.view == k] for k in range(views)]

@@ -6,22 +6,22 @@
 __all__ = ['fold_rows', 'targets', 'Steps', 'save_checkpoint', 'last_checkpoint', 'fit', 'train_fold', 'run_table', 'held_out',
            'plot_run', 'hardest']
 
-# %% ../nbs/04_train.ipynb #b911c271
+# %% ../nbs/04_train.ipynb #29317512
 from .base import base_hash, load_tokenizer, pick_dtype
-from .core import Refusal, damage, hash_obj, read_json, seal, write_json
+from .core import Refusal, damage, read_json, seal, write_json
 from .log import start_run
-from .model import _dtypes, add_lora, collate, load_judge, option_mask, pack_loss, predict
+from .model import add_lora, collate, load_judge, option_mask, pack_loss, predict
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
 from .prompt import Prompt, length_report, plan_steps, tokenizer_hash
 from .split import check_fold, load_rows, n_options, swap_probs, table_hashes, tasks
 from pathlib import Path
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 import numpy as np
 import pandas as pd
 import shutil
 import torch
 
-# %% ../nbs/04_train.ipynb #143c2cbe
+# %% ../nbs/04_train.ipynb #57c6a50b
 def fold_rows(rows, fold:int):
     "The rows to train on, and the held-out rows"
     check_fold(rows, fold)
@@ -38,7 +38,7 @@ def targets(rows, task) -> np.ndarray: # [rows, options], each summing to one
         if t is not None: out[i] = np.pad(np.asarray(t, np.float32), (0, width-len(t)))
     return out
 
-# %% ../nbs/04_train.ipynb #ce7a55d1
+# %% ../nbs/04_train.ipynb #71ff538c
 class Steps(torch.utils.data.Dataset):
     "A data set whose items are optimiser steps: packs of sequences with their targets and weights"
     def __init__(self, enc, rows, task, steps):
@@ -54,7 +54,7 @@ class Steps(torch.utils.data.Dataset):
         total = float(sum(self.weight[p].sum() for p in self.steps[k]))
         return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p], missing=self.missing[p], total=total) for p in self.steps[k]]
 
-# %% ../nbs/04_train.ipynb #51ffab36
+# %% ../nbs/04_train.ipynb #d459ab9a
 class _PackTrainer(Trainer):
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -74,7 +74,7 @@ class _PackTrainer(Trainer):
         if path: _load_optimizer(self.optimizer, self.lr_scheduler, Path(path))
     def _load_rng_state(self, path): pass
 
-# %% ../nbs/04_train.ipynb #c2b12bf6
+# %% ../nbs/04_train.ipynb #c14bc5f5
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 def save_checkpoint(
@@ -106,7 +106,7 @@ def last_checkpoint(folder): # Path, or None
         if not (bad := damage(c)): return c
         print(f'{c.name} is damaged ({bad[0]}); going back to the one before')
 
-# %% ../nbs/04_train.ipynb #b05b8ebb
+# %% ../nbs/04_train.ipynb #7032c3be
 def _load_weights(model, folder):
     from safetensors.torch import load_file
     saved, mine = load_file(folder/'weights.safetensors'), _learned(model)
@@ -122,7 +122,7 @@ def _load_optimizer(optimizer, schedule, folder):
     optimizer.load_state_dict(dict(state=state, param_groups=kept['groups']))
     schedule.load_state_dict(dict(kept['schedule'], lr_lambdas=schedule.state_dict()['lr_lambdas']))
 
-# %% ../nbs/04_train.ipynb #a49901b6
+# %% ../nbs/04_train.ipynb #10fe6837
 class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         from tqdm import tqdm
@@ -134,7 +134,7 @@ class _Bar(TrainerCallback):
         self.bar.update(1)
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
-# %% ../nbs/04_train.ipynb #9860e606
+# %% ../nbs/04_train.ipynb #27fd0b0d
 def fit(
     judge,                   # From `add_lora`
     data,                    # `Steps`
@@ -148,17 +148,19 @@ def fit(
     seed:int=0,              # Of dropout
 ) -> list: # Loss of every step
     "Train what learns in `judge`, from the newest whole checkpoint if there is one"
-    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=1, max_steps=len(data), learning_rate=lr, lr_scheduler_type=schedule if schedule == 'cosine' else
-        dict(linear='linear', constant='constant_with_warmup')[schedule], warmup_steps=round(warmup*len(data)), weight_decay=weight_decay, max_grad_norm=clip, logging_steps=1, save_steps=save_every,
-        save_strategy='steps', report_to='none', disable_tqdm=True, remove_unused_columns=False, optim='adamw_torch', seed=seed, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+    kinds = dict(cosine='cosine', linear='linear', constant='constant_with_warmup')
+    if schedule not in kinds: raise Refusal(f'no schedule named {schedule!r}', fix=f"Take one of {', '.join(kinds)}")
+    args = TrainingArguments(output_dir=str(folder), max_steps=len(data), per_device_train_batch_size=1, seed=seed, use_cpu=not torch.cuda.is_available(),
+        optim='adamw_torch', learning_rate=lr, lr_scheduler_type=kinds[schedule], warmup_steps=round(warmup*len(data)), weight_decay=weight_decay, max_grad_norm=clip,
+        save_strategy='steps', save_steps=save_every, logging_steps=1, report_to='none', disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False)
     trainer = _PackTrainer(model=judge, args=args, train_dataset=data, data_collator=lambda x: x[0], callbacks=[_Bar()])
-    for quiet in ('PrinterCallback', 'DefaultFlowCallback_'): trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != quiet]
+    trainer.remove_callback(PrinterCallback)
     at = last_checkpoint(folder)
     if at: print(f'going on from {at.name}')
     trainer.train(resume_from_checkpoint=str(at) if at else None)
     return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 
-# %% ../nbs/04_train.ipynb #1bac7ed3
+# %% ../nbs/04_train.ipynb #02c14b6f
 def train_fold(
     mix:str='sample_arena',         # Table, or mix of tables
     fold:int=0,                     # Fold that is held out
@@ -193,7 +195,7 @@ def train_fold(
         if not run.done: _train(run, params, prompt, train, held)
     return run
 
-# %% ../nbs/04_train.ipynb #e8030452
+# %% ../nbs/04_train.ipynb #1f520552
 def _train(run, p, prompt, train, held):
     task = tasks[prompt.task]
     enc = prompt.encode(train, p['views'])
@@ -212,7 +214,7 @@ def _train(run, p, prompt, train, held):
     run.finish(metrics=metrics, outputs=['probs.parquet', 'loss.json', 'adapter/adapter_model.safetensors', 'adapter/adapter_config.json'],
                rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), **ids)
 
-# %% ../nbs/04_train.ipynb #c06e43c8
+# %% ../nbs/04_train.ipynb #4695f7c5
 def run_table(run): # DataFrame
     "A run's scores beside its baselines, best first"
     m = run.record['metrics']

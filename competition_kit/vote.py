@@ -8,7 +8,7 @@ __all__ = ['majority', 'combine', 'agreement', 'entropy', 'plot_agreement', 'fit
            'fold_scores', 'verdict', 'trusted_prompt', 'wear', 'predict_runs', 'vote_inputs', 'score_vote', 'hold_vote',
            'write_votes']
 
-# %% ../nbs/10_vote.ipynb #a7e23d7a
+# %% ../nbs/10_vote.ipynb #647e8472
 import csv, functools, io, json, re
 from collections import Counter
 from pathlib import Path
@@ -20,9 +20,9 @@ from .log import find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
 from .prompt import Prompt, tokenizer_hash
 from .split import (_decode, _make_raw, _read_csv, _refuse, load_rows, n_options, parse_mix, read_meta, samples, swap_probs,
-                                   table_hashes, table_name, table_path, tasks)
+                                   table_name, table_path, tasks)
 
-# %% ../nbs/10_vote.ipynb #b43606b0
+# %% ../nbs/10_vote.ipynb #e5896d50
 def _paired(p, weights):
     if weights is None: yield from ((v, 1.) for v in p); return
     w = np.asarray(weights, np.float64)
@@ -44,7 +44,7 @@ def _pool(p, weights, *each): # the weighted mean over voters of each function o
     if out is None: raise Refusal('a vote needs a voter')
     return [o/np.float32(total) for o in out]
 
-# %% ../nbs/10_vote.ipynb #1bf013c4
+# %% ../nbs/10_vote.ipynb #d158bcb1
 def majority(
     p,             # [voters, rows, options], or an iterable of [rows, options]
     weights=None,  # One number a voter; equal when absent
@@ -61,7 +61,7 @@ def majority(
     share[:, tie] = np.where(tied[:, tie], (s*tied[:, tie]).sum(0)*q/q.sum(0), s)
     return np.ascontiguousarray(share.T), np.isin(np.arange(share.shape[1]), tie)
 
-# %% ../nbs/10_vote.ipynb #dbff222a
+# %% ../nbs/10_vote.ipynb #8a439cd4
 def combine(
     p,             # [voters, rows, options], or an iterable of [rows, options], rows in one order
     weights=None,  # One number a voter, of any scale; equal when absent
@@ -75,9 +75,9 @@ def combine(
     e = np.exp(log-log.max(0))*(mean > 0)
     return np.ascontiguousarray((e/e.sum(0)).T)
 
-# %% ../nbs/10_vote.ipynb #1071c96d
+# %% ../nbs/10_vote.ipynb #6f23ef4e
 def agreement(
-    p,    # Iterable of [rows, options]
+    p,    # [voters, rows, options], or an iterable of [rows, options]
     vote, # [rows, options]
 ) -> np.ndarray: # [rows], 0 to 1
     "The share of voters whose most probable option is the vote's"
@@ -91,7 +91,7 @@ def entropy(
     p = np.asarray(p, np.float64)
     return -(p*np.log(np.maximum(p, 1e-15))).sum(1).astype(np.float32)
 
-# %% ../nbs/10_vote.ipynb #f7a19e6e
+# %% ../nbs/10_vote.ipynb #2273376a
 def plot_agreement(
     p,          # [voters, rows, options]
     vote,       # [rows, options]
@@ -112,7 +112,7 @@ def plot_agreement(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10_vote.ipynb #d6753409
+# %% ../nbs/10_vote.ipynb #8ff30547
 def fit_weights(
     p,            # [voters, rows, options], of rows that no voter was trained on
     label,        # [rows]
@@ -133,7 +133,7 @@ def fit_weights(
     w /= w.sum()
     return w if loss(w)[0] <= loss(equal)[0] else equal
 
-# %% ../nbs/10_vote.ipynb #684f09c5
+# %% ../nbs/10_vote.ipynb #efe5a224
 def find_sample(
     data:str='sample_arena',  # Name of the folder in `data/`
     sample:str='',            # Path of the file, if it is not there
@@ -157,22 +157,24 @@ def _lines(path):
         if not isinstance(out[-1], dict) or 'id' not in out[-1]: raise Refusal(f'line {n} is not an object with an id', path)
     return out
 
-# %% ../nbs/10_vote.ipynb #63a8c43c
+# %% ../nbs/10_vote.ipynb #022d78a4
 def _layout(sample):
     "The sample's content and what it asks for: `p` (a probability an option), `label` (a name) or `answers` (letters)"
     sample = Path(sample)
     if not sample.is_file(): raise Refusal('no such file', sample)
     if sample.suffix == '.jsonl':
         got = _lines(sample)
-        if got and all(isinstance(o.get('questions'), list) and all(isinstance(q, dict) and 'answer' in q for q in o['questions']) for o in got): return got, 'answers'
+        whole = lambda o: isinstance(o.get('questions'), list) and all(isinstance(q, dict) and 'answer' in q for q in o['questions'])
+        if got and all(map(whole, got)): return got, 'answers'
     elif sample.suffix == '.csv':
         got = _read_csv(sample)
         cols = [c for c in got if c != 'id']
         if 'id' in got and cols == ['winner']: return got, 'label'
         if 'id' in got and len(cols) > 1 and all(c.startswith('winner_') for c in cols): return got, 'p'
-    raise Refusal('not a sample submission that is understood', sample, fix='It has id and winner_<option> columns, or id and winner, or JSON lines with id and questions with an answer')
+    raise Refusal('not a sample submission that is understood', sample,
+                  fix='It has id and winner_<option> columns, or id and winner, or JSON lines with id and questions with an answer')
 
-# %% ../nbs/10_vote.ipynb #68fd552b
+# %% ../nbs/10_vote.ipynb #ca1cb226
 def _check_ids(got, want, path, sample):
     for ids, where in (want, sample), (got, path):
         if twice := [i for i, n in Counter(ids).items() if n > 1]: raise Refusal('an id occurs twice', where, twice)
@@ -190,23 +192,28 @@ def _check_p(got, path):
     _refuse(~((p >= 0) & (p <= 1)).all(1), 'a probability outside 0 to 1', path, ids)
     _refuse(np.abs(p.sum(1)-1) > 1e-3, 'probabilities that do not sum to one', path, ids)
 
-# %% ../nbs/10_vote.ipynb #6fd422fd
+# %% ../nbs/10_vote.ipynb #90521f35
+def _blank(line): # a line without its answers
+    qs = line.get('questions')
+    if isinstance(qs, list): qs = [{**q, 'answer': ''} if isinstance(q, dict) and 'answer' in q else q for q in qs]
+    return {**line, 'questions': qs}
+
 def _check_answers(got, want, path, letters, allowed):
-    ids, n = [str(o['id']) for o in got], 0
-    blank = lambda o: {**o, 'questions': [{**q, 'answer': ''} if isinstance(q, dict) and 'answer' in q else q for q in o['questions']] if isinstance(o.get('questions'), list) else None}
-    _refuse([blank(g) != blank(w) for g, w in zip(got, want)], 'lines that differ from the sample in more than their answers', path, ids)
+    ids = [str(o['id']) for o in got]
+    _refuse([_blank(g) != _blank(w) for g, w in zip(got, want)], 'lines that differ from the sample in more than their answers', path, ids)
     flat = [(f'{i}-{k}', q['answer']) for i, o in zip(ids, got) for k, q in enumerate(o['questions'])]
     bad = [not (isinstance(a, str) and len(a) == 1 and a in (allowed or {}).get(i, letters)) for i, a in flat]
     _refuse(bad, f"an answer that is no letter of {'the row' if allowed else letters}", path, [f'{i} ({a!r})' for i, a in flat])
     return len(flat)
 
 def _allowed(sample, rows): # letters of each row, where the test table is known
-    table = data_path(f'{Path(sample).absolute().parent.name}_test.parquet')
-    if rows is None and Path(sample).absolute().parent == data_path(Path(sample).absolute().parent.name) and table.exists(): rows = load_rows(table.stem)
+    folder = Path(sample).resolve().parent
+    table = data_path(f'{folder.name}_test.parquet')
+    if rows is None and folder == data_path(folder.name) and table.exists(): rows = load_rows(table.stem)
     if rows is None or 'options' not in rows: return None
     return {i: tasks['choice'].letters[:len(o)] for i, o in zip(rows['id'], rows['options'])}
 
-# %% ../nbs/10_vote.ipynb #61c53fe9
+# %% ../nbs/10_vote.ipynb #4cfa3c12
 def check_submission(
     path,       # The file to submit
     sample,     # The host's sample submission
@@ -233,7 +240,7 @@ def check_submission(
     said = 'probabilities sum to one' if kind == 'p' else ', '.join(f'{v} {k}' for k, v in sorted(Counter(got['winner']).items()))
     return f"{Path(path).name}: {len(got['id'])} rows, as the sample asks; {said}"
 
-# %% ../nbs/10_vote.ipynb #b1f89238
+# %% ../nbs/10_vote.ipynb #0c2da48e
 def make_submission(
     p,         # [rows, options]
     rows,      # The rows predicted
@@ -242,35 +249,35 @@ def make_submission(
     path,      # Where to
 ) -> str: # What `check_submission` said of it
     "Write a submission in the sample's layout and check it"
-    p, ids = np.asarray(p, np.float64), list(rows['id'])
     got, kind = _layout(sample)
-    t, at = tasks[task], {i: k for k, i in enumerate(ids)}
-    if kind == 'answers': want = [f"{o['id']}-{k}" for o in got for k in range(len(o['questions']))]
-    else: want = got['id']
-    _check_ids(sorted(ids), sorted(want), 'the rows predicted', sample)
-    p = p[[at[i] for i in want]]
-    if kind == 'p':
-        cols = [c for c in got if c != 'id']
-        if sorted(cols) != sorted(f'winner_{o}' for o in t.options): raise Refusal(f'its columns {cols} are not the options of {task}', sample)
-        k = [t.options.index(c.removeprefix('winner_')) for c in cols]
-        values = {c: [f'{v:.9g}' for v in (p/p.sum(1, keepdims=True))[:, j]] for c, j in zip(cols, k)}
-    else: best = [(t.letters if kind == 'answers' else t.options)[k] for k in p.argmax(1)]
+    want = [f"{o['id']}-{k}" for o in got for k in range(len(o['questions']))] if kind == 'answers' else got['id']
+    _check_ids(sorted(rows['id']), sorted(want), 'the rows predicted', sample)
+    at = {i: k for k, i in enumerate(rows['id'])}
+    p = np.asarray(p, np.float64)[[at[i] for i in want]]
+    text = _answers_text(got, p, tasks[task]) if kind == 'answers' else _csv_text(got, p, tasks[task], sample)
     with atomic(path) as tmp:
-        if kind == 'answers':
-            flat = iter(best)
-            tmp.write_text(''.join(json.dumps({**o, 'questions': [{**q, 'answer': next(flat)} for q in o['questions']]}, ensure_ascii=False)+'\n' for o in got), encoding='utf-8')
-        else: _write_csv(tmp, {c: values[c] if kind == 'p' and c in values else want if c == 'id' else best for c in got})
+        tmp.write_text(text, encoding='utf-8')
         said = check_submission(tmp, sample, task, rows)
     return f"{Path(path).name}:{said.split(':', 1)[1]}"
 
-def _write_csv(path, cols):
-    text = io.StringIO(newline='')
+# %% ../nbs/10_vote.ipynb #20b1444b
+def _answers_text(lines, p, task):
+    best = iter(task.letters[k] for k in p.argmax(1))
+    lines = [{**o, 'questions': [{**q, 'answer': next(best)} for q in o['questions']]} for o in lines]
+    return ''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in lines)
+
+def _csv_text(cols, p, task, sample):
+    own, values = {f'winner_{o}': k for k, o in enumerate(task.options)}, [c for c in cols if c != 'id']
+    if values == ['winner']: new = dict(winner=[task.options[k] for k in p.argmax(1)])
+    elif set(values) != set(own): raise Refusal(f'its columns {values} are not the options of {task.name}', sample)
+    else: new = {c: [f'{v:.9g}' for v in (p/p.sum(1, keepdims=True))[:, own[c]]] for c in values}
+    cols, text = {**cols, **new}, io.StringIO(newline='')
     w = csv.writer(text, lineterminator='\n')
     w.writerow(cols)
     w.writerows(zip(*cols.values()))
-    path.write_text(text.getvalue(), encoding='utf-8')
+    return text.getvalue()
 
-# %% ../nbs/10_vote.ipynb #f3d784ab
+# %% ../nbs/10_vote.ipynb #baba048e
 def practice_score(
     path,      # A submission
     solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
@@ -290,7 +297,9 @@ def practice_score(
     s = scores(a.to_numpy(float), b[a.columns].to_numpy(float).argmax(1))
     return dict(practice_log_loss=s['log_loss'], practice_accuracy=s['accuracy'])
 
-# %% ../nbs/10_vote.ipynb #6db785c0
+# %% ../nbs/10_vote.ipynb #e96b2353
+def _probs_file(run): return project_root()/run if run.endswith('.parquet') else models_path(run, 'probs.parquet')
+
 def _trained(data): # finished train runs whose first table is `data`
     def on(r):
         try: return parse_mix(str(r['params'].get('mix', '')))[0].name == table_name(data)
@@ -301,7 +310,7 @@ def _named_apart(many): # for each set of parameters, those that are not the sam
     keys = [k for k in dict.fromkeys(k for p in many for k in p) if len({hash_obj(p.get(k)) for p in many}) > 1 and k != 'fold']
     return [', '.join(f'{k}={p.get(k)}' for k in keys) for p in many]
 
-# %% ../nbs/10_vote.ipynb #70d9addf
+# %% ../nbs/10_vote.ipynb #b326f90f
 def voters(
     data:str='sample_arena',  # Name of the table that the runs were trained on
     runs:str='',              # Run ids or their beginnings and paths of probability files, separated by spaces; '': see above
@@ -315,6 +324,8 @@ def voters(
         recs = [r for r in recs if word(r['run_id'])] or [r for r in recs if word(r['run_id']) is None]
     if not recs and not names:
         raise Refusal(f'there is no finished train run on {data} that may vote', fix=f'Train one: ck run 04_train -p mix {data} -p fold 0. Or empty the column keep')
+    files = [n for n in names if n.endswith('.parquet')]
+    if lost := [n for n in files if not _probs_file(n).is_file()]: raise Refusal('no such file', lost[0])
     if no := [r['run_id'] for r in recs if r['stage'] != 'train' or r.get('status') != 'done']: raise Refusal(f"not finished train runs: {', '.join(no)}")
     key = lambda r: hash_obj([{k: v for k, v in r['params'].items() if k != 'fold'}, r['inputs']])
     groups = {k: [r for r in recs if key(r) == k] for k in dict.fromkeys(map(key, recs))}
@@ -323,10 +334,10 @@ def voters(
     weight = lambda id: 1. if (w := said.get(id, {}).get('vote_weight')) is None else w
     out = [dict(voter=n, run=r['run_id'], fold=r['fold'], **{k: r['metrics'].get(k) for k in ('log_loss', 'accuracy')}, vote_weight=weight(r['run_id']))
            for n, g in zip(label, groups.values()) for r in sorted(g, key=lambda r: r['fold'] or 0)]
-    out += [dict(voter=f'{len(label)+i}: {Path(n).name}', run=n, vote_weight=1.) for i, n in enumerate([n for n in names if n.endswith('.parquet')], 1)]
+    out += [dict(voter=f'{len(label)+i}: {Path(n).name}', run=n, vote_weight=1.) for i, n in enumerate(files, 1)]
     return pd.DataFrame(out, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
 
-# %% ../nbs/10_vote.ipynb #ea278a48
+# %% ../nbs/10_vote.ipynb #1243735d
 def weigh(
     ballot,            # From `voters`
     weights:str='log', # `log`: the column vote_weight; `fit`: fitted on `p`; or one number a voter, such as `2 1 1`
@@ -339,13 +350,16 @@ def weigh(
     if weights == 'log': w = said.to_numpy()
     elif weights == 'fit':
         n, least = 0 if p is None else np.shape(p)[1], 20*len(said)
-        if p is None or len(p) < len(said) or n < least: raise Refusal(f'weights cannot be fitted: the {len(said)} voters have {n} out-of-fold rows in common, and {least} are needed', fix='Take weights log, or train the same folds of each')
+        if p is None or len(p) < len(said) or n < least:
+            raise Refusal(f'weights cannot be fitted: the {len(said)} voters have {n} out-of-fold rows in common, and {least} are needed',
+                          fix='Take weights log, or train the same folds of each')
         w = fit_weights(p, label, rule)
     else:
         try: w = np.array([float(o) for o in weights.split()])
         except ValueError: raise Refusal(f'weights are {weights!r}', fix='Write log, fit, or a number for each voter, such as 2 1 1') from None
         if len(w) != len(said): raise Refusal(f'{len(w)} weights for {len(said)} voters: {"; ".join(said.index)}')
-    if not np.isfinite(w).all() or (w < 0).any() or not w.sum() > 0: raise Refusal(f'the weights {w.tolist()} are not numbers from 0, at least one of them above')
+    if not np.isfinite(w).all() or (w < 0).any() or not w.sum() > 0:
+        raise Refusal(f'the weights {w.tolist()} are not numbers from 0, at least one of them above')
     return w/w.sum()
 
 def run_weights(
@@ -356,9 +370,7 @@ def run_weights(
     each = dict(zip(dict.fromkeys(ballot.voter), w))
     return (ballot.voter.map(each)/ballot.groupby('voter').voter.transform('size')).to_numpy(float)
 
-# %% ../nbs/10_vote.ipynb #f08637f3
-def _probs_file(run): return project_root()/run if run.endswith('.parquet') else models_path(run, 'probs.parquet')
-
+# %% ../nbs/10_vote.ipynb #24af13a9
 def oof_probs(
     ballot,  # From `voters`
     rows,    # The training table
@@ -369,7 +381,7 @@ def oof_probs(
         tables = [read_probs(_probs_file(r)) for r in runs]
         meta, t = tables[0].attrs['meta'], pd.concat([t[~t.seen.to_numpy(bool)] for t in tables], ignore_index=True)
         t = t[t.id.isin(set(rows.id))]
-        if (twice := t.id[t.id.duplicated()]).any(): raise Refusal(f'two runs of one voter have the same out-of-fold row', ', '.join(runs), twice)
+        if (twice := t.id[t.id.duplicated()]).any(): raise Refusal('two runs of one voter have the same out-of-fold row', ', '.join(runs), twice)
         t.attrs['meta'] = meta
         if len(t): found[voter] = t
     shared = rows.label.ge(0)
@@ -377,7 +389,7 @@ def oof_probs(
     rows = rows[shared].reset_index(drop=True) if found else rows[:0]
     return {v: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for v, t in found.items()}, rows
 
-# %% ../nbs/10_vote.ipynb #9cec0924
+# %% ../nbs/10_vote.ipynb #de025300
 def oof_vote(
     oof,                # Voter → [rows, options]
     rows,               # Those rows, with `label` and `fold`
@@ -394,7 +406,7 @@ def oof_vote(
         out[here] = combine(p[:, here], fit_weights(p[:, fit], label[fit], rule), rule)
     return out
 
-# %% ../nbs/10_vote.ipynb #343c7b15
+# %% ../nbs/10_vote.ipynb #ae0c169d
 def fold_scores(
     p:dict,    # Name → [rows, options], out of fold
     rows,      # Those rows
@@ -426,7 +438,7 @@ def verdict(
     table = pd.concat([pd.DataFrame({c: mean[c], f'± {c}': sd[c]}) for c in mean], axis=1).dropna(axis=1, how='all')
     return table, _sentence(metric, mean.loc[vote, metric], best, mean.loc[best, metric], lead.mean(), spread)
 
-# %% ../nbs/10_vote.ipynb #adeb083c
+# %% ../nbs/10_vote.ipynb #6f2041be
 def _sentence(metric, vote, best, base, lead, spread):
     head = f"On held-out rows the vote's {metric.replace('_', '-')} is {vote:.4f}; the best baseline, {best}, has {base:.4f}. "
     if lead <= 0: return head+f'The vote is worse by {-lead:.4f}: it is not worth submitting.'
@@ -434,7 +446,7 @@ def _sentence(metric, vote, best, base, lead, spread):
     if lead <= spread: return head+f'The vote is better by {lead:.4f}, which is less than the spread over folds or seeds ({spread:.4f}): that may be chance.'
     return head+f'The vote is better by {lead:.4f}, more than the spread over folds or seeds ({spread:.4f}).'
 
-# %% ../nbs/10_vote.ipynb #0ed93294
+# %% ../nbs/10_vote.ipynb #ca1bf5d2
 @functools.lru_cache(8)
 def _builder(base, fingerprint, task, max_len, truncation): # the prompt builder, and the tokenizer's hash; made once for many voters
     tok = load_tokenizer(base)
@@ -444,17 +456,18 @@ def trusted_prompt(
     r, # Record of a train run
 ) -> Prompt:
     "The prompt builder of a run whose files, base and builder are what they were when it was trained; anything else is refused"
-    folder, p, again = models_path(r['run_id']), r['params'], 'Train it again, or leave it out of the vote'
-    if bad := damage(folder/'adapter'): raise Refusal(f"the adapter is not whole: {'; '.join(bad)}", folder/'adapter', fix=again)
-    files = {n: s for n, s in r['outputs'].items() if n == 'probs.parquet'}
-    if bad := [n for n, s in files.items() if not (folder/n).is_file() or sha256(folder/n) != s]: raise Refusal(f'{bad[0]} is not the file that the run left', folder, fix=again)
-    if (h := base_hash(p['base'])) != r['base']: raise Refusal(f"the base {p['base']} is not the one it was trained on ({h}, then {r['base']})", r['run_id'], fix=again)
-    prompt, h = _builder(p['base'], r['base'], r['task'], p['max_len'], p['truncation'])
-    if h != r['tokenizer']: raise Refusal(f"the tokenizer is not the one it was trained with ({h}, then {r['tokenizer']})", r['run_id'], fix=again)
-    if prompt.hash != r['prompt']: raise Refusal(f"prompts are not built as when it was trained ({prompt.hash}, then {r['prompt']})", r['run_id'], fix='Take the version of the kit that it was trained with, or train it again')
+    folder, p = models_path(r['run_id']), r['params']
+    def same(now, then, what):
+        if now != then: raise Refusal(f'{what} ({now}, then {then})', r['run_id'], fix='Train it again, or leave it out of the vote')
+    if bad := damage(folder/'adapter'): raise Refusal(f"the adapter is not whole: {'; '.join(bad)}", folder/'adapter', fix='Fetch it again, or leave it out')
+    same(sha256(f) if (f := folder/'probs.parquet').is_file() else 'gone', r['outputs']['probs.parquet'], 'probs.parquet is not the file that the run left')
+    same(base_hash(p['base']), r['base'], f"the base {p['base']} is not the one it was trained on")
+    prompt, tokenizer = _builder(p['base'], r['base'], r['task'], p['max_len'], p['truncation'])
+    same(tokenizer, r['tokenizer'], 'the tokenizer is not the one it was trained with')
+    same(prompt.hash, r['prompt'], 'prompts are not built as when it was trained')
     return prompt
 
-# %% ../nbs/10_vote.ipynb #bbb0bdc5
+# %% ../nbs/10_vote.ipynb #578a5438
 def wear(
     judge,   # From `load_judge`
     folder,  # Of an adapter
@@ -470,7 +483,7 @@ def wear(
         judge.model.delete_adapter(old)
     return judge.eval()
 
-# %% ../nbs/10_vote.ipynb #23f31ce8
+# %% ../nbs/10_vote.ipynb #623bda58
 def _kept(path, rows, views):
     "A probability table that was written before, if it is whole and of these rows"
     if not path.exists(): return None
@@ -482,14 +495,7 @@ def _seen(r, rows):
     t = load_rows(r['params']['mix'], r['params']['seed'])
     return rows.id.isin(set(t.id[t.fold != r['fold']])).to_numpy()
 
-def _predicted(judge, prompt, rows, enc, views, pack_tokens, progress): # as `predict`, with the rows tokenised already
-    from competition_kit.model import view_probs
-    n = n_options(rows, prompt.task)
-    p = view_probs(judge, enc, n, pack_tokens, progress)
-    v = [p[(enc.view == k).to_numpy()] for k in range(views)]
-    return v[0] if views == 1 else (v[0]+swap_probs(v[1], n, prompt.task))/2
-
-# %% ../nbs/10_vote.ipynb #b3a51ba4
+# %% ../nbs/10_vote.ipynb #f9645ea0
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -499,10 +505,11 @@ def predict_runs(
     progress=True,         # Show bars
 ): # Dict: run id → probability table
     "Each run's probabilities for `rows`; each base is loaded once, each kind of prompt tokenised once"
-    from competition_kit.model import load_judge
+    from competition_kit.model import load_judge, predict
     recs = {r: find_run(r) for r in runs}
     files, builder = {r: Path(folder)/f'{r}.parquet' for r in runs}, {r: trusted_prompt(o) for r, o in recs.items()}
-    if no := [r for r, b in builder.items() if b.task != rows.attrs['meta']['task']]: raise Refusal(f"runs of another task than {rows.attrs['meta']['task']}: {', '.join(no)}")
+    task = rows.attrs['meta']['task']
+    if no := [r for r, b in builder.items() if b.task != task]: raise Refusal(f"runs of another task than {task}: {', '.join(no)}")
     like = lambda r: [str(recs[r]['params'][k]) for k in ('base', 'route', 'dtype')]
     judge = last = enc = None
     for r in sorted((r for r in runs if _kept(files[r], rows, views) is None), key=lambda r: (like(r), builder[r].hash)):
@@ -514,10 +521,11 @@ def predict_runs(
         last = like(r), b.hash
         if judge.letters is not None: judge.letters = b.letters
         wear(judge, models_path(r, 'adapter'), r)
-        write_probs(files[r], rows, _predicted(judge, b, rows, enc, views, pack_tokens, progress), b.task, views, _seen(recs[r], rows), run=r, tokenizer=recs[r]['tokenizer'])
+        p = predict(judge, b, rows, views, pack_tokens, progress, enc)
+        write_probs(files[r], rows, p, b.task, views, _seen(recs[r], rows), run=r, tokenizer=recs[r]['tokenizer'])
     return {r: _kept(files[r], rows, views) for r in runs}
 
-# %% ../nbs/10_vote.ipynb #a0aeae0c
+# %% ../nbs/10_vote.ipynb #e5dc3fb2
 def vote_inputs(
     ballot,                   # From `voters`
     data:str='sample_arena',  # Name of the training table; `<data>_test` is predicted
@@ -543,7 +551,7 @@ def _seed_scores(ballot, oof, rows, metric): # pooled scores of the largest set 
             kin.setdefault(hash_obj(params), []).append(scores(oof[v], rows.label.to_numpy())[metric])
     return max(kin.values(), key=len, default=[])
 
-# %% ../nbs/10_vote.ipynb #1f8ea789
+# %% ../nbs/10_vote.ipynb #b1eb9555
 def score_vote(
     ballot,             # From `voters`
     data:str='sample_arena', # Name of the training table
@@ -557,7 +565,8 @@ def score_vote(
     names = list(dict.fromkeys(ballot.voter))
     whole = len(rows) and set(oof) == set(names)
     w = weigh(ballot, weights, np.stack(list(oof.values())) if whole else None, rows.label.to_numpy(), rule)
-    out = dict(weights=w, oof=oof, rows=rows, vote=None, metrics=None, table=None, sentence='There are no rows that no voter was trained on: the vote has no score.')
+    out = dict(weights=w, oof=oof, rows=rows, vote=None, metrics=None, table=None,
+               sentence='There are no rows that no voter was trained on: the vote has no score.')
     if not len(rows): return out
     here = [k for k, n in enumerate(names) if n in oof]
     vote = oof_vote(oof, rows, 'fit' if weights == 'fit' else w[here] if w[here].sum() else np.ones(len(here)), rule)
@@ -565,10 +574,12 @@ def score_vote(
     by_fold = fold_scores(every, rows, table, task)
     show, said = verdict(by_fold, every, task, _seed_scores(ballot, oof, rows, tasks[task].metric))
     if len(here) < len(names): said += f' It is of {len(here)} of the {len(names)} voters; the others have no out-of-fold rows.'
-    pooled = {n: {c: round(float(np.average(g[c], weights=g.rows)), 5) for c in ('log_loss', 'accuracy', 'ece')} for n, g in by_fold.groupby('who', sort=False) if n not in every}
-    return dict(out, vote=vote, metrics=dict(scores(vote, rows.label.to_numpy()), baselines=pooled, rows=len(rows)), table=show, sentence=said)
+    mean = lambda g: {c: round(float(np.average(g[c], weights=g.rows)), 5) for c in ('log_loss', 'accuracy', 'ece')}
+    pooled = {n: mean(g) for n, g in by_fold.groupby('who', sort=False) if n not in every}
+    metrics = dict(scores(vote, rows.label.to_numpy()), baselines=pooled, rows=len(rows))
+    return dict(out, vote=vote, metrics=metrics, table=show, sentence=said)
 
-# %% ../nbs/10_vote.ipynb #f7a33c79
+# %% ../nbs/10_vote.ipynb #2546e3ff
 def hold_vote(
     run,                      # From `start_run`
     ballot,                   # From `voters`
@@ -583,32 +594,37 @@ def hold_vote(
     if views not in (1, 2): raise Refusal(f'views is {views}', fix='Take 1 or 2')
     if rule not in ('mean', 'logits', 'majority'): raise Refusal(f'no rule named {rule!r}', fix='Take mean, logits or majority')
     sample, rows, s = find_sample(data, sample), load_rows(f'{table_name(data)}_test'), score_vote(ballot, data, weights, rule)
-    task, made, out = _test_task(rows, ballot), [r for r in ballot.run if not r.endswith('.parquet')], []
-    rows.attrs['meta'] = {**rows.attrs['meta'], 'task': task}
+    task = rows.attrs['meta']['task'] = _test_task(rows, ballot)
+    made = [r for r in ballot.run if not r.endswith('.parquet')]
     tables = predict_runs(made, rows, run.folder, views, pack_tokens) | {r: read_probs(_probs_file(r)) for r in ballot.run if r not in made}
-    width, each = len(tasks[task].options), run_weights(ballot, s['weights'])
-    p = {v: combine([align(tables[r], rows, width) for r in runs]) for v, runs in ballot.groupby('voter', sort=False).run}
-    vote, ties = (majority if rule == 'majority' else lambda p, w: (combine(p, w, rule), None))(list(p.values()), s['weights'])
+    each = {r: align(t, rows, len(tasks[task].options)) for r, t in tables.items()}
+    p = {v: combine([each[r] for r in runs]) for v, runs in ballot.groupby('voter', sort=False).run}
+    vote = combine(p.values(), s['weights'], rule)
     file = f'submission{sample.suffix}'
     print(make_submission(vote, rows, task, sample, run.folder/file))
-    write_votes(run.folder/'votes.parquet', rows, vote, p, task, max(int(t.views.min()) for t in tables.values()), np.any([_flag(tables[r], rows) for r in ballot.run], 0), run.id)
-    if s['vote'] is not None: write_probs(run.folder/'oof.parquet', s['rows'], s['vote'], task, views, run=run.id); out = ['oof.parquet']
-    solution = next(iter(sorted(sample.parent.glob('solution.*'))), None)
-    practice = practice_score(run.folder/file, solution) if solution else {}
-    show = {} if s['table'] is None else dict(table={str(k): {c: None if pd.isna(x) else round(float(x), 5) for c, x in v.items()} for k, v in s['table'].T.to_dict().items()})
-    run.finish(metrics={**(s['metrics'] or {}), **practice, **({} if ties is None else dict(ties=int(ties.sum())))}, outputs=[file, 'votes.parquet', *out, *(f'{r}.parquet' for r in made)],
-               members=list(ballot.run), weights=[round(float(x), 4) for x in each], rule=rule, submission=f'models/{run.id}/{file}', sentence=s['sentence'], **show)
+    seen = np.any([t.set_index('id').seen.loc[list(rows.id)] for t in tables.values()], 0)
+    write_votes(run.folder/'votes.parquet', rows, vote, p, task, min(int(t.views.min()) for t in tables.values()), seen, run.id)
+    if s['vote'] is not None: write_probs(run.folder/'oof.parquet', s['rows'], s['vote'], task, views, run=run.id)
+    metrics = {**(s['metrics'] or {}), 'seen': int(seen.sum())}
+    if rule == 'majority': metrics['ties'] = int(majority(p.values(), s['weights'])[1].sum())
+    if solution := sorted(sample.parent.glob('solution.*')): metrics |= practice_score(run.folder/file, solution[0])
+    outputs = [file, 'votes.parquet', *['oof.parquet']*(s['vote'] is not None), *(f'{r}.parquet' for r in made)]
+    run.finish(metrics, outputs, members=list(ballot.run), weights=run_weights(ballot, s['weights']).round(4).tolist(), rule=rule,
+               submission=f'models/{run.id}/{file}', sentence=s['sentence'], table=_plain(s['table']))
 
-# %% ../nbs/10_vote.ipynb #51956f6d
+# %% ../nbs/10_vote.ipynb #fd97adf6
 def _test_task(rows, ballot): # a test file without ties in its columns does not say whether there are any; the voters do
     kinds = {find_run(r)['task'] if not r.endswith('.parquet') else read_meta(_probs_file(r))['task'] for r in ballot.run}
     if len(kinds) > 1: raise Refusal(f'the voters are of different tasks: {sorted(kinds)}')
     task = kinds.pop()
-    if bad := [r for r in ballot.run if r.endswith('.parquet') and read_meta(_probs_file(r))['options'] != list(tasks[task].options)]: raise Refusal(f'its options are not {task}\'s, in that order', bad[0])
+    for r in ballot.run[ballot.run.str.endswith('.parquet')]:
+        if (o := read_meta(_probs_file(r))['options']) != list(tasks[task].options): raise Refusal(f"its options are {o}, not {task}'s", r)
     if ('options' in rows) != (not tasks[task].pair): raise Refusal(f"the voters answer {task}, the test table is {rows.attrs['meta']['task']}")
     return task
 
-def _flag(probs, rows): return probs.set_index('id').seen.loc[list(rows.id)].to_numpy(bool)
+def _plain(table): # for a record: no NaN
+    if table is None: return {}
+    return {k: {c: None if pd.isna(v) else round(float(v), 5) for c, v in row.items()} for k, row in table.T.to_dict().items()}
 
 def write_votes(
     path,   # Where to
@@ -623,5 +639,6 @@ def write_votes(
     "The vote and all voters in one table, which `read_probs` reads: a vote can be a voter, or a teacher"
     n, ids = n_options(rows, tasks[task]), list(rows.id)
     own = lambda a: [o[:k] for o, k in zip(np.asarray(a, np.float32), n)]
-    df = pd.DataFrame(dict(id=ids, p=own(vote), views=np.int32(views), seen=seen, agreement=agreement(p.values(), vote), entropy=entropy(vote), **{v: own(a) for v, a in p.items()}))
+    df = pd.DataFrame(dict(id=ids, p=own(vote), views=np.int32(views), seen=seen, agreement=agreement(p.values(), vote), entropy=entropy(vote),
+                           **{v: own(a) for v, a in p.items()}))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), run=run, voters=list(p))

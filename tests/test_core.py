@@ -266,10 +266,11 @@ def test_flips_in_the_footer(tmp_path):
     flips(tmp_path, df, lambda got: same(got, df), lambda n: [(i, rng.randrange(8)) for i in range(n-size-8, n, 2)])
 
 def test_flips_in_the_description(tmp_path):
-    "Run, task and order of the options are in the metadata (twice: pyarrow believes the copy in `ARROW:schema`): they are data too"
+    """Run, task and order of the options are in the metadata (twice: pyarrow believes the copy in `ARROW:schema`): they are data too.
+    Lost as a whole, they are missed by whoever needs them (`read_probs` does); changed, they would be believed"""
     df = table(4); write_table(df, tmp_path/'a.parquet', run='train-f0', task='preference', options=['model_a', 'model_b', 'tie'])
     raw, meta = (tmp_path/'a.parquet').read_bytes(), read_table(tmp_path/'a.parquet').attrs['meta']
-    flips(tmp_path, df, lambda got: got.attrs['meta'] == meta, lambda n: [(i, i % 5) for i in range(raw.index(b'ARROW:schema'), n)])
+    flips(tmp_path, df, lambda got: got.attrs['meta'] in ({}, meta), lambda n: [(i, i % 5) for i in range(raw.index(b'ARROW:schema'), n)])
 
 def test_edited_description(tmp_path):
     f = tmp_path/'a.parquet'; write_table(table(4), f, options=['model_a', 'model_b'])

@@ -1,16 +1,15 @@
 "Votes, weights and submissions: properties, damaged files of every layout, and adapters that are not what their record says"
-import itertools, json, shutil, time
+import json, shutil, time
 from collections import Counter
-from pathlib import Path
 import numpy as np, openpyxl, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from competition_kit.core import Refusal, data_path, models_path, read_json, root_at, seal, write_json
-from competition_kit.log import LOG, find_run, start_run, sync_log
+from competition_kit.core import Refusal, data_path, models_path, read_json, root_at, write_json
+from competition_kit.log import LOG, find_run, start_run
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
 from competition_kit.sample import _write_arena, make_sample
-from competition_kit.split import load_rows, n_options, tasks
+from competition_kit.split import load_rows, tasks
 from competition_kit.vote import (agreement, check_submission, combine, entropy, find_sample, fit_weights, hold_vote, majority, make_submission, oof_probs, oof_vote,
-                                  practice_score, predict_runs, run_weights, score_vote, trusted_prompt, vote_inputs, voters, weigh, wear)
+                                  practice_score, predict_runs, run_weights, score_vote, trusted_prompt, vote_inputs, voters, weigh)
 
 RULES = 'mean', 'logits', 'majority'
 
@@ -220,7 +219,7 @@ BOTH = [('are missing', lambda o: o[:-1]), ('twice', lambda o: o+o[-1:]), ('stan
 CSV = [*BOTH, ('does not have', lambda o: o+[o[-1].replace('真', 'new')]), ('its columns', lambda o: ['x'+o[0], *o[1:]]), ('its columns', lambda o: [l+',0' for l in [o[0]]]+[l+',0' for l in o[1:]]),
        ('are missing', cell(1, 0, '7.0')), ('are missing', cell(2, 0, '1200000.0')), ('are missing', cell(1, 0, '"007 "')), ('fields instead', lambda o: o[:3]+[o[3]+',1']+o[4:]),
        ('its columns', lambda o: [','.join(reversed(l.split(','))) for l in o[:1]]+o[1:]), ('cut or b', lambda o: o[:-1]+['"'+o[-1]])]
-LMSYS = [*CSV, ('an empty cell', cell(2, 1, '')), ('an empty cell', cell(2, 3, ' ')), *((f'not a number', cell(2, 1, v)) for v in ('nan', 'NaN', 'inf', 'null', '1_0', '0x1', '50%', 'one', '0.5.1')),
+LMSYS = [*CSV, ('an empty cell', cell(2, 1, '')), ('an empty cell', cell(2, 3, ' ')), *(('not a number', cell(2, 1, v)) for v in ('nan', 'NaN', 'inf', 'null', '1_0', '0x1', '50%', 'one', '0.5.1')),
          ('outside', cell(2, 2, '-0.2')), ('outside', cell(2, 2, '1.2')), ('sum to one', cell(2, 3, '0.9')), ('sum to one', cell(2, 1, '0'))]
 WSDM = [*CSV, *(('a label that is none', cell(2, 1, v)) for v in ('', 'A', 'model_c', 'Model_a', 'tie', '0', ' model_a'))]
 def q(line, value, key='answer'):
@@ -322,7 +321,7 @@ def trained(tmp_path_factory, tok):
     tok.save_pretrained(root/'tiny')
     with root_at(root/'root') as r:
         data_path('sample_arena').mkdir(parents=True)
-        _write_arena(data_path('sample_arena'), 60, 12, 0)
+        _write_arena(data_path('sample_arena'), 40, 12, 0)
         kw = dict(base=str(root/'tiny'), max_len=160, lr=1e-2, lora_r=2, dtype='fp32')
         ids = [train_fold(fold=f, seed=s, **kw).id for s in (0, 1) for f in (0, 1)]+[train_fold(route='score', **kw).id]
     return r, ids
@@ -500,7 +499,18 @@ def test_a_file_made_elsewhere_votes_too(runs, own_root):
     assert 'It is of 1 of the 2 voters' in got['sentence']
     only = held(runs='other/test.parquet').record
     assert 'no score' in only['sentence'] and 'log_loss' not in only['metrics']
-    with pytest.raises(Refusal, match='no such file'): voters_inputs = held(runs='other/none.parquet')
+    with pytest.raises(Refusal, match='no such file'): held(runs='other/none.parquet')
+
+def test_logic_goes_the_same_way(runs, own_root):
+    from competition_kit.train import train_fold
+    base = find_run(runs[0])['params']['base']
+    for fold in (0, 1): train_fold('sample_logic', fold, base=base, max_len=256, epochs=.1, lora_r=2, dtype='fp32')
+    run = held('sample_logic', views=1, weights='fit', rule='logits')
+    r = run.record
+    assert r['submission'].endswith('submission.jsonl') and 'practice_accuracy' in r['metrics'] and "the vote's accuracy" in r['sentence']
+    assert 'longest option' in r['metrics']['baselines']
+    assert 'its row' in check_submission(own_root/r['submission'], find_sample('sample_logic'))
+    with pytest.raises(Refusal, match='may vote'): voters('sample_logic_test')
 
 # ---- what is not what it was
 def flip(f):

