@@ -24,7 +24,7 @@ run: setup
 	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 0
 	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 1
 	ck run nbs/10_vote.ipynb -p data $(DATA)
-	@echo; ck log
+	@echo; ck log; echo; echo "log: experiments_log.xlsx   runs, submissions and executed notebooks: models/"
 
 test: setup
 	$(BIN)/python .ci/check.py

@@ -7,16 +7,16 @@ __all__ = ['Refusal', 'project_root', 'data_path', 'models_path', 'bases_path', 
            'write_json', 'read_json', 'hash_obj', 'sha256', 'seal', 'damage', 'write_table', 'read_table',
            'content_hash', 'now', 'peak_memory', 'device_name', 'versions', 'seed_all']
 
-# %% ../nbs/00_core.ipynb #19cb3d30
+# %% ../nbs/00_core.ipynb #8c56da6c
 import contextlib, hashlib, json, os, platform, sys, tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #4155e07a
+# %% ../nbs/00_core.ipynb #5249c7b5
 for _k, _v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', GPTQMODEL_CPU_WORKERS='2').items():
     os.environ.setdefault(_k, _v)
 
-# %% ../nbs/00_core.ipynb #4720fda4
+# %% ../nbs/00_core.ipynb #61bbc8c1
 class Refusal(ValueError):
     "Input that the kit will not work on: what is wrong, where, and what to do about it"
     def __init__(self,
@@ -29,7 +29,7 @@ class Refusal(ValueError):
         rows = f" Rows ({len(ids)}): {', '.join(ids[:10])}{', …' if len(ids)>10 else ''}." if ids else ''
         super().__init__(f"{f'{where}: ' if where else ''}{what}.{rows}{f' {fix}.' if fix else ''}")
 
-# %% ../nbs/00_core.ipynb #4cd68c1a
+# %% ../nbs/00_core.ipynb #74cef36a
 def project_root() -> Path: # The folder that holds `data/`, `models/` and `experiments_log.xlsx`
     "The root of the project, wherever the notebook was started"
     if env := os.environ.get('CK_ROOT'): return Path(env).resolve()
@@ -47,7 +47,7 @@ def models_path(*parts) -> Path: # A path below `models/`
     "A path in the project's models folder, where every run has a folder of its own"
     return project_root().joinpath('models', *parts)
 
-# %% ../nbs/00_core.ipynb #556a878f
+# %% ../nbs/00_core.ipynb #50aa4e93
 def bases_path(*parts) -> Path: # A path below `models/bases/`, or below `CK_BASES`
     "Where base models lie"
     return Path(os.environ.get('CK_BASES') or models_path('bases')).joinpath(*parts)
@@ -69,7 +69,7 @@ def sandbox() -> Path: # A new temporary folder, deleted when Python ends
     atexit.register(stack.close)
     return stack.enter_context(root_at(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))))
 
-# %% ../nbs/00_core.ipynb #93362001
+# %% ../nbs/00_core.ipynb #8fc78aeb
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -90,10 +90,10 @@ def atomic(path): # The final name of the file
         _fsync(path.parent)
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #eb7e21a6
+# %% ../nbs/00_core.ipynb #97f08ba3
 _umask = os.umask(0o077); os.umask(_umask)
 
-# %% ../nbs/00_core.ipynb #c70f0d1f
+# %% ../nbs/00_core.ipynb #3484b078
 def to_json(obj, indent=None) -> str: # Text with sorted keys
     "One JSON text for one content: sorted keys, no NaN, paths and NumPy numbers as plain values"
     plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o) if isinstance(o, Path) else _not_json(o)
@@ -110,7 +110,7 @@ def read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise Refusal(f'not valid JSON ({e})', path, fix='Restore the file or delete it') from e
 
-# %% ../nbs/00_core.ipynb #bdee6b8d
+# %% ../nbs/00_core.ipynb #3dab797c
 def hash_obj(obj, n:int=10) -> str: # `n` hex digits
     "A stable hash of anything JSON can hold"
     return hashlib.blake2b(to_json(obj).encode('utf-8', 'replace'), digest_size=32).hexdigest()[:n]
@@ -119,7 +119,7 @@ def sha256(path) -> str: # 64 hex digits
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_core.ipynb #a5889b66
+# %% ../nbs/00_core.ipynb #eeb0f552
 def seal(folder):
     "Write `manifest.json` into a folder: the size and SHA-256 of every file in it"
     folder = Path(folder)
@@ -130,15 +130,18 @@ def damage(folder) -> list: # One line a fault; empty when the folder is as it w
     "What is missing or changed in a sealed folder"
     folder = Path(folder)
     if not (folder/'manifest.json').exists(): return ['no manifest.json: the folder was never finished']
-    bad = []
-    for name, want in read_json(folder/'manifest.json').items():
+    try: sealed = {k: (int(v['size']), str(v['sha256'])) for k, v in read_json(folder/'manifest.json').items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e: return [f'manifest.json is damaged ({e})']
+    there = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}-{'manifest.json'}
+    bad = [f'{name} was not there when it was sealed' for name in sorted(there-set(sealed))]
+    for name, (size, sha) in sealed.items():
         p = folder/name
         if not p.is_file(): bad.append(f'{name} is missing')
-        elif p.stat().st_size != want['size']: bad.append(f"{name} has {p.stat().st_size} bytes, not {want['size']}")
-        elif sha256(p) != want['sha256']: bad.append(f'{name} has other content than when it was sealed')
+        elif p.stat().st_size != size: bad.append(f'{name} has {p.stat().st_size} bytes, not {size}')
+        elif sha256(p) != sha: bad.append(f'{name} has other content than when it was sealed')
     return bad
 
-# %% ../nbs/00_core.ipynb #68321422
+# %% ../nbs/00_core.ipynb #326bbdb1
 def write_table(
     df,            # DataFrame
     path,          # Where to
@@ -148,18 +151,19 @@ def write_table(
     "Write a DataFrame as parquet with page checksums, its content hash and `meta`"
     import pyarrow as pa, pyarrow.parquet as pq
     t = pa.Table.from_pandas(df, schema=schema, preserve_index=False)
-    kit = to_json(dict(meta, content=_content(t)))
+    kit = dict(meta, content=_content(t))
+    kit = to_json(dict(kit, seal=hash_obj(json.loads(to_json(kit)), 32)))
     t = t.replace_schema_metadata({b'competition_kit': kit.encode()})
     with atomic(path) as tmp: pq.write_table(t, tmp, write_page_checksum=True, compression='zstd')
 
 def _content(t):
     h = hashlib.blake2b(digest_size=16)
     for name in sorted(t.column_names):
-        h.update(name.encode())
-        for chunk in t[name].chunks: h.update(json.dumps(chunk.to_pylist(), default=str)[1:-1].encode())
+        h.update(json.dumps([name, len(t)]).encode())
+        for k in range(0, len(t), 2**16): h.update(json.dumps(t[name].slice(k, 2**16).to_pylist(), default=str).encode())
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #b96dce83
+# %% ../nbs/00_core.ipynb #89edcfc5
 def read_table(path): # DataFrame; the file's metadata is in `.attrs['meta']`
     "Read a parquet file, verifying its checksums; a damaged or cut file is refused by name"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -167,6 +171,7 @@ def read_table(path): # DataFrame; the file's metadata is in `.attrs['meta']`
     try:
         t = pq.read_table(path, page_checksum_verification=True, partitioning=None)
         meta = json.loads((t.schema.metadata or {}).get(b'competition_kit', b'{}'))
+        if meta.pop('seal', None) != (hash_obj(meta, 32) if meta else None): raise ValueError('its description is not what was written')
         if 'content' in meta and meta['content'] != _content(t): raise ValueError('its content is not what was written')
     except (pa.ArrowException, OSError, ValueError) as e:
         raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch or make the file again') from e
@@ -176,11 +181,13 @@ def read_table(path): # DataFrame; the file's metadata is in `.attrs['meta']`
 
 def content_hash(path) -> str: # 32 hex digits
     "The hash of what a parquet file holds, from its metadata, or computed for a file that the kit did not write"
-    import pyarrow.parquet as pq
-    meta = (pq.read_schema(path).metadata or {}).get(b'competition_kit')
-    return json.loads(meta)['content'] if meta else _content(pq.read_table(path))
+    import pyarrow as pa, pyarrow.parquet as pq
+    try:
+        meta = (pq.read_schema(path).metadata or {}).get(b'competition_kit')
+        return json.loads(meta)['content'] if meta else _content(pq.read_table(path, partitioning=None))
+    except (pa.ArrowException, OSError, ValueError) as e: raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch or make the file again') from e
 
-# %% ../nbs/00_core.ipynb #3f631c7b
+# %% ../nbs/00_core.ipynb #1c5eaab0
 def now() -> str: # Such as `2026-03-01T09:30:00Z`
     "The time in UTC, to the second"
     return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
@@ -199,7 +206,7 @@ def device_name() -> str: # Such as `NVIDIA H200` or `CPU x86_64, 2 cores`
     if torch and torch.cuda.is_available(): return f'{torch.cuda.get_device_name()} x{torch.cuda.device_count()}'
     return f'CPU {platform.machine()}, {os.cpu_count()} cores'
 
-# %% ../nbs/00_core.ipynb #77944f63
+# %% ../nbs/00_core.ipynb #9b4258d2
 def versions() -> dict: # Package → version, for those that are installed
     "Versions of the packages that results depend on"
     from importlib.metadata import version, PackageNotFoundError
@@ -209,7 +216,7 @@ def versions() -> dict: # Package → version, for those that are installed
     names = 'competition_kit torch transformers peft accelerate tokenizers numpy pandas pyarrow bitsandbytes gptqmodel vllm'.split()
     return dict(python=platform.python_version(), **{n: v for n in names if (v := get(n))})
 
-# %% ../nbs/00_core.ipynb #23b0415b
+# %% ../nbs/00_core.ipynb #0382e951
 def seed_all(seed:int):
     "Seed Python, NumPy and torch"
     import random, numpy as np, torch

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['collate', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'option_mask', 'pack_loss', 'view_probs', 'predict']
 
-# %% ../nbs/03a_model.ipynb #0e0bddae
+# %% ../nbs/03a_model.ipynb #01815169
 from .base import base_path, pick_dtype
 from .core import Refusal
 from .prompt import pack
 from .split import n_options, swap_probs, tasks
+from pathlib import Path
+from safetensors import SafetensorError
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03a_model.ipynb #a95fc3c2
+# %% ../nbs/03a_model.ipynb #d93ae5d5
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
@@ -25,7 +27,7 @@ def collate(
     return dict(input_ids=torch.from_numpy(np.concatenate(ids)).long()[None].to(device), position_ids=torch.cat([torch.arange(k) for k in n])[None].to(device),
                 bounds=[0, *np.cumsum(n).tolist()])
 
-# %% ../nbs/03a_model.ipynb #b67a4802
+# %% ../nbs/03a_model.ipynb #ad63258b
 def _capped(q, k, v, scaling, softcap, window):
     "Causal attention with a soft cap or a window, written out"
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
@@ -57,14 +59,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
                    F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/03a_model.ipynb #91c5af96
+# %% ../nbs/03a_model.ipynb #c49839ff
 def _register():
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
-# %% ../nbs/03a_model.ipynb #ab2639ed
+# %% ../nbs/03a_model.ipynb #5c572551
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 class Judge(torch.nn.Module):
@@ -93,7 +95,7 @@ class Judge(torch.nn.Module):
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/03a_model.ipynb #ab4910a7
+# %% ../nbs/03a_model.ipynb #27ea41e2
 def _load_base(base, route, n_classes, dtype):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -103,12 +105,24 @@ def _load_base(base, route, n_classes, dtype):
     kw = dict(dtype=_dtypes[pick_dtype(dtype)], attn_implementation='packed')
     path, cls = base_path(base), AutoModelForCausalLM
     if route == 'score': cls, kw['num_labels'] = AutoModelForSequenceClassification, n_classes
-    try: model = cls.from_pretrained(path, **kw)
-    except OSError as e: raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
+    try: model = cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **kw)
+    except (OSError, ValueError, SafetensorError) as e: raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
     if route == 'score':
         model.score.float()
-        model.config.pad_token_id = model.config.pad_token_id or model.config.eos_token_id
+        if model.config.pad_token_id is None: model.config.pad_token_id = model.config.eos_token_id
     return model.to('cuda' if torch.cuda.is_available() else 'cpu')
+
+def _adapted(model, adapter):
+    "An adapter over a model; peft would leave out tensors that do not fit without a word"
+    from peft import PeftModel
+    from safetensors import safe_open
+    f = Path(adapter)/'adapter_model.safetensors'
+    if not (f.exists() and (Path(adapter)/'adapter_config.json').exists()): raise Refusal('no adapter, or one that is not in safetensors', adapter)
+    out = PeftModel.from_pretrained(model, adapter)
+    with safe_open(f, 'pt') as o: have = set(o.keys())
+    want = {n.replace('.default', '').replace('.modules_to_save', '') for n, _ in out.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
+    if have != want: raise Refusal(f'the adapter does not fit this base and route: {len(want-have)} tensors missing, {len(have-want)} too many', adapter)
+    return out
 
 def load_judge(
     base:str,               # Name, folder or Hub id
@@ -119,12 +133,12 @@ def load_judge(
 ) -> Judge:
     "A base, with an adapter over it if one is given"
     model = _load_base(base, route, len(prompt.letters), dtype)
-    if adapter:
-        from peft import PeftModel
-        model = PeftModel.from_pretrained(model, adapter)
+    n = model.get_input_embeddings().num_embeddings
+    if n < len(prompt.tok): raise Refusal(f'the base {base!r} has embeddings for {n} tokens, and its tokenizer has {len(prompt.tok)}')
+    if adapter: model = _adapted(model, adapter)
     return Judge(model, prompt.letters if route == 'answer' else None).eval()
 
-# %% ../nbs/03a_model.ipynb #ef8f58c7
+# %% ../nbs/03a_model.ipynb #f10bdfa8
 def add_lora(
     judge,                         # From `load_judge`, without an adapter
     r:int=16,                      # Rank
@@ -138,7 +152,8 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
     wanted = _linears(judge.base) if modules == 'all-linear' else [m.strip() for m in modules.split(',')]
-    if missing := [m for m in wanted if not any(n.endswith(m) for n, _ in judge.base.named_modules())]: raise Refusal(f'the base has no module named {missing}', fix=f"It has {', '.join(_linears(judge.base))}")
+    there = {'.'.join(n.split('.')[-k:]) for n, _ in judge.base.named_modules() for k in (1, 2)} - {'lm_head', 'score', ''}
+    if missing := [m for m in wanted if m not in there]: raise Refusal(f'the base has no module named {missing} for a LoRA', fix=f"It has {', '.join(_linears(judge.base))}")
     score = judge.letters is None
     judge.model = get_peft_model(judge.model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, use_rslora=rslora,
         task_type='SEQ_CLS' if score else 'CAUSAL_LM', modules_to_save=['score'] if score else None))
@@ -150,7 +165,7 @@ def _linears(base): # names of the backbone's linear layers; the output matrix a
     keep = {id(base.get_output_embeddings()), id(getattr(base, 'score', None))}
     return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
 
-# %% ../nbs/03a_model.ipynb #40121cd2
+# %% ../nbs/03a_model.ipynb #25bd3518
 def option_mask(
     n,            # Options each sequence has
     width:int,    # Options of the task
@@ -169,7 +184,7 @@ def pack_loss(
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
     return -((target*logp).sum(-1)*weight).sum()/total
 
-# %% ../nbs/03a_model.ipynb #fea13e14
+# %% ../nbs/03a_model.ipynb #90b86fe8
 @torch.no_grad()
 def view_probs(
     judge,             # A `Judge`

@@ -6,15 +6,16 @@
 __all__ = ['write_probs', 'read_probs', 'align', 'log_loss', 'accuracy', 'reliability', 'ece', 'scores', 'baselines',
            'plot_reliability', 'plot_confusion']
 
-# %% ../nbs/02a_probs.ipynb #1b295da8
+# %% ../nbs/02a_probs.ipynb #8200dcfa
 from .core import Refusal, hash_obj, read_table, write_table
 from .split import n_options, swap_label, tasks
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/02a_probs.ipynb #953c71b6
+# %% ../nbs/02a_probs.ipynb #992544bb
 def _checked(p, n, ids, where):
     p = np.asarray(p, dtype=np.float64)
+    if p.ndim != 2 or len(p) != len(ids) or p.shape[1] < np.max(n, initial=1): raise Refusal(f'probabilities of shape {list(p.shape)} for {len(ids)} rows of up to {np.max(n, initial=1)} options', where)
     over = np.arange(p.shape[1]) >= np.asarray(n)[:, None]
     bad = ~np.isfinite(p).all(1) | (p < -1e-6).any(1) | (np.abs(p.sum(1)-1) > 1e-3) | (np.where(over, p, 0) != 0).any(1)
     if bad.any(): raise Refusal('probabilities must be finite, not negative, and sum to one over the row\'s options', where, np.asarray(ids)[bad])
@@ -39,11 +40,13 @@ def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options 
     "Read a probability table, refusing one with duplicate ids or without its description"
     df = read_table(path)
     if missing := {'id', 'p', 'views', 'seen'} - set(df.columns): raise Refusal(f'not a probability table: no column {sorted(missing)}', path)
-    if (dup := df.id[df.id.duplicated()]).any(): raise Refusal('an id occurs twice', path, dup)
+    if len(dup := df.id[df.id.duplicated()]): raise Refusal('an id occurs twice', path, dup)
+    meta = df.attrs['meta']
+    if (t := meta.get('task')) in tasks and meta.get('options') != list(tasks[t].options): raise Refusal(f"its options are {meta.get('options')}, not those of {t}", path, fix='Write it again in the order of the task')
     if hash_obj(list(df.id)) != df.attrs['meta'].get('ids'): raise Refusal('the ids are not those it was written with', path)
     return df
 
-# %% ../nbs/02a_probs.ipynb #78d74a8e
+# %% ../nbs/02a_probs.ipynb #069ac58f
 def align(
     probs,      # A probability table
     rows,       # The rows wanted, in the order wanted
@@ -51,6 +54,8 @@ def align(
 ) -> np.ndarray: # `[rows, options]`, float32, zeros past a row's own options
     "Probabilities for `rows`, joined by id, one to one"
     where = probs.attrs.get('meta', {}).get('run', 'probabilities')
+    for d in (probs, rows):
+        if d.id.duplicated().any(): raise Refusal('an id occurs twice', where, d.id[d.id.duplicated()])
     pos = pd.Index(probs.id).get_indexer(pd.Index(rows.id))
     if (pos < 0).any(): raise Refusal('rows without a probability', where, np.asarray(rows.id)[pos < 0], 'Predict these rows, or leave them out')
     width = width or len(probs.attrs['meta']['options'])
@@ -60,7 +65,7 @@ def align(
     out[np.arange(width) < n[:, None]] = np.concatenate(got) if len(got) else []
     return out
 
-# %% ../nbs/02a_probs.ipynb #9572a19b
+# %% ../nbs/02a_probs.ipynb #95a14569
 def log_loss(p, label) -> float: # Nats a row; a probability counts as at least 1e-15, as scikit-learn's
     "Mean negative log-probability of the label"
     return float(-np.log(np.clip(np.asarray(p, np.float64)[np.arange(len(label)), label], 1e-15, 1)).mean())
@@ -84,9 +89,10 @@ def ece(p, label, bins:int=10) -> float: # 0 (calibrated) to 1
 def scores(p, label) -> dict:
     "Log-loss, accuracy and calibration error together"
     label = np.asarray(label)
+    if len(bad := np.flatnonzero((label < 0) | (label >= np.asarray(p).shape[1]))): raise Refusal('rows without a label cannot be scored', ids=bad)
     return dict(log_loss=round(log_loss(p, label), 5), accuracy=round(accuracy(p, label), 5), ece=round(ece(p, label), 5))
 
-# %% ../nbs/02a_probs.ipynb #51544653
+# %% ../nbs/02a_probs.ipynb #cddf873a
 def _prior(label, n, width):
     "Shares of the labels, restricted to the options that a row has"
     share = np.bincount(label, minlength=width)+1
@@ -106,7 +112,7 @@ def _by_length(train, rows, task, width):
     for k in np.unique(mine): p[mine == k] = _prior(train.label[theirs == k], n[mine == k], width)
     return p
 
-# %% ../nbs/02a_probs.ipynb #ebec7cab
+# %% ../nbs/02a_probs.ipynb #1e0fbfae
 def _tfidf(texts):
     from sklearn.feature_extraction.text import TfidfVectorizer
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r'(?u)\b\w+\b', max_features=200_000).fit(texts)
@@ -134,7 +140,7 @@ def _words_choice(train, rows, task, width):
     p[np.arange(width) < n[:, None]] = m.predict_proba(v.transform(flat(rows)))[:, 1]
     return p/p.sum(1, keepdims=True)
 
-# %% ../nbs/02a_probs.ipynb #04018542
+# %% ../nbs/02a_probs.ipynb #4e8e7110
 def baselines(
     train,       # Rows to fit on, with labels
     rows,        # Rows to score on, with labels
@@ -147,7 +153,7 @@ def baselines(
              'tf-idf + logistic regression': (_words_pair if 'response_a' in rows else _words_choice)(train, rows, t, width)}
     return {k: scores(p, rows.label.to_numpy()) for k, p in guess.items()}
 
-# %% ../nbs/02a_probs.ipynb #d944ffee
+# %% ../nbs/02a_probs.ipynb #661b6396
 def plot_reliability(p, label, ax=None):
     "Accuracy by confidence; a calibrated model follows the diagonal"
     import matplotlib.pyplot as plt

@@ -6,13 +6,25 @@
 __all__ = ['ask', 'encode_texts', 'frame', 'fields', 'labels', 'swapped', 'shares', 'cut', 'Prompt', 'tokenizer_hash', 'pack',
            'plan_steps', 'length_report', 'plot_lengths']
 
-# %% ../nbs/03_prompt.ipynb #08f9881d
+# %% ../nbs/03_prompt.ipynb #f851811c
 from .core import Refusal, hash_obj
-from .split import n_options, tasks
+from .split import tasks
+import functools, json
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03_prompt.ipynb #aa28031f
+# %% ../nbs/03_prompt.ipynb #ffe50384
+@functools.lru_cache(4)
+def _plain(state, turns):
+    "A tokenizer that does not know the tokens that chat templates are made of"
+    from tokenizers import Tokenizer
+    d = json.loads(state)
+    special, model = {t['content'] for t in d['added_tokens'] if t['special']}, d['model']
+    d['added_tokens'] = [t for t in d['added_tokens'] if t['content'] not in turns]
+    if model['type'] == 'Unigram':
+        model['vocab'] = [[t, -1e4 if t in special and i != model['unk_id'] else score] for i, (t, score) in enumerate(model['vocab'])]
+    return Tokenizer.from_str(json.dumps(d))
+
 def encode_texts(
     tok,           # A fast tokenizer
     texts,         # Strings
@@ -20,19 +32,21 @@ def encode_texts(
 ) -> list: # An int32 array a text
     "Token ids of many texts in one call; text that looks like a special token stays text"
     back = tok.backend_tokenizer
+    if not special: back = _plain(back.to_str(), tuple(t for t in tok.get_added_vocab() if t in (tok.chat_template or '')))
     old, back.encode_special_tokens = back.encode_special_tokens, not special
     back.no_truncation(); back.no_padding()
     try: return [np.array(e.ids, np.int32) for e in back.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally: back.encode_special_tokens = old
 
-# %% ../nbs/03_prompt.ipynb #c7cd0bf9
+# %% ../nbs/03_prompt.ipynb #7418ff85
 ask = dict(preference='Which response is better, A or B? C if neither.', preference2='Which response is better, A or B?',
            choice='Choose the option that follows. What is not stated is false.')
 _mark = 'MARKER0OF0THE0ROW'
 
 def _rendered(tok, ask):
     if not tok.chat_template: return f'{tok.bos_token or ""}{ask}\n\n{_mark}\n\nAnswer:'
-    chat = lambda *turns: tok.apply_chat_template([dict(role=r, content=c) for r, c in turns], add_generation_prompt=True, tokenize=False)
+    def chat(*turns): # some templates print today's date; a prompt must not change overnight
+        return tok.apply_chat_template([dict(role=r, content=c) for r, c in turns], add_generation_prompt=True, tokenize=False, strftime_now=lambda form: '26 Jul 2024')
     try:
         text = chat(('system', ask), ('user', _mark))
         if ask in text: return text
@@ -49,11 +63,12 @@ def frame(
     def letters(names):
         for space in ('', ' '):
             ids = encode_texts(tok, [tail+space+c for c in names], special=True)
-            if all(len(i) == len(after)+1 and (i[:-1] == after).all() for i in ids): return [int(i[-1]) for i in ids]
+            one = all(len(i) == len(after)+1 and (i[:-1] == after).all() for i in ids)
+            if one and len({int(i[-1]) for i in ids}) == len(names): return [int(i[-1]) for i in ids]
         raise Refusal(f'the letters {names} are not single tokens after the prompt', getattr(tok, 'name_or_path', ''), fix='Take the score route for this base')
     return before, after, letters
 
-# %% ../nbs/03_prompt.ipynb #13c49fa0
+# %% ../nbs/03_prompt.ipynb #e02f2a97
 def _joined(turns): return turns[0] if len(turns) == 1 else '\n'.join(f'[{i+1}] {t}' for i, t in enumerate(turns))
 
 def fields(
@@ -66,17 +81,17 @@ def fields(
 
 def labels(n_fields, task) -> list: # What stands before each field
     "The fixed text before each field of a row with so many fields"
-    if task == 'choice': return ['', '\n', *(f'\n{c}. ' for c in tasks[task].letters[:n_fields-2])]
+    if not tasks[task].pair: return ['', '\n', *(f'\n{c}. ' for c in tasks[task].letters[:n_fields-2])]
     return ['', *(f'\n[{c}] ' for c in 'AB')]
 
 def swapped(parts):
     "The same row's parts in the other order: the responses exchanged, or the options turned round"
     return [parts[0], parts[2], parts[1]] if len(parts) == 3 else parts[:2]+parts[:1:-1]
 
-# %% ../nbs/03_prompt.ipynb #96c5f565
-def _views(parts, task): return [parts, swapped(parts) if task != 'choice' or len(parts) > 3 else parts]
+# %% ../nbs/03_prompt.ipynb #77519662
+def _views(parts, task): return [parts, swapped(parts) if tasks[task].pair or len(parts) > 3 else parts]
 
-# %% ../nbs/03_prompt.ipynb #ec5a2476
+# %% ../nbs/03_prompt.ipynb #f6c78fa2
 def shares(
     lengths,     # Tokens of each field of one row
     room:int,    # Tokens there are for all of them
@@ -102,11 +117,11 @@ def cut(
     "Cut one field to `keep` tokens, the mark included"
     if len(ids) <= keep: return ids
     k = keep-len(dots)
-    if k < 2: return ids[:keep]
+    if k < 2: return ids[len(ids)-keep:] if side == 'left' else ids[:keep]
     head = dict(middle=k-k//2, right=k, left=0)[side]
     return np.concatenate([ids[:head], np.asarray(dots, np.int32), ids[len(ids)-(k-head):]])
 
-# %% ../nbs/03_prompt.ipynb #479b869b
+# %% ../nbs/03_prompt.ipynb #0ee77aaf
 class Prompt:
     "Build a task's prompts for one tokenizer: `encode(rows)`; `.letters` are the answer tokens, `.hash` identifies all of it"
     def __init__(self,
@@ -116,6 +131,7 @@ class Prompt:
         truncation:str='middle',  # `middle`, `right` or `left`
     ):
         if truncation not in ('middle', 'right', 'left'): raise Refusal(f'no truncation named {truncation!r}', fix='Take middle, right or left')
+        if task not in ask: raise Refusal(f'no instruction for the task {task!r}', fix='Put one into `competition_kit.prompt.ask`')
         self.tok, self.task, self.max_len, self.truncation = tok, task, max_len, truncation
         self.before, self.after, letters = frame(tok, ask[task])
         self.letters = letters(tasks[task].letters)
@@ -128,7 +144,7 @@ class Prompt:
     def _one(self, parts, view):
         label = self.labels[len(parts)]
         room = self.max_len-len(self.before)-len(self.after)-sum(map(len, label))
-        keep = shares([len(p) for p in parts], room, 1/3 if self.task != 'choice' else 1/2)
+        keep = shares([len(p) for p in parts], room, 1/3 if tasks[self.task].pair else 1/2)
         parts = [cut(p, k, self.truncation, self.dots) for p, k in zip(parts, keep)]
         body = [o for pair in zip(label, _views(parts, self.task)[view]) for o in pair]
         return np.concatenate([self.before, *body, self.after])
@@ -153,19 +169,20 @@ class Prompt:
         "The prompt of one row as text"
         return self.tok.decode(self.encode(pd.DataFrame([row]), views=2).ids[view])
 
-# %% ../nbs/03_prompt.ipynb #4920806d
+# %% ../nbs/03_prompt.ipynb #f124a067
 def _probe(task, max_len):
     "A short row and one that must be cut, whose tokens tell one builder from another"
     long = ' '.join(f'word{i}' for i in range(2*max_len))
-    if task == 'choice': return pd.DataFrame(dict(id=['a', 'b'], problem=['P', long], question=['Q?', 'Q?'], options=[['x', 'y'], ['x', 'y', long]]))
+    if not tasks[task].pair: return pd.DataFrame(dict(id=['a', 'b'], problem=['P', long], question=['Q?', 'Q?'], options=[['x', 'y'], ['x', 'y', long]]))
     return pd.DataFrame(dict(id=['a', 'b'], prompt=[['P', 'Q'], [long]], response_a=[['x', ''], [long]], response_b=[['y'], ['z']]))
 
-# %% ../nbs/03_prompt.ipynb #e34ae77c
+# %% ../nbs/03_prompt.ipynb #b0cdb243
 def tokenizer_hash(tok) -> str: # 10 hex digits
     "A hash of the vocabulary, the merges and the chat template"
-    return hash_obj([tok.backend_tokenizer.to_str(), tok.chat_template])
+    d = json.loads(tok.backend_tokenizer.to_str())
+    return hash_obj([{k: v for k, v in d.items() if k not in ('truncation', 'padding')}, tok.chat_template])
 
-# %% ../nbs/03_prompt.ipynb #521a7dfa
+# %% ../nbs/03_prompt.ipynb #afa9bb4c
 def pack(
     lengths,      # Tokens of each sequence
     budget:int,   # Tokens a pack may hold; a longer sequence gets a pack of its own
@@ -180,7 +197,7 @@ def pack(
         else: packs[k].append(i); free[k] -= lengths[i]
     return [np.array(p) for p in packs]
 
-# %% ../nbs/03_prompt.ipynb #04a323cb
+# %% ../nbs/03_prompt.ipynb #e2c49405
 def plan_steps(
     enc,           # From `Prompt.encode`
     rows_a_step:int, # Rows in an optimiser step
@@ -198,7 +215,7 @@ def plan_steps(
         steps.append([these[p] for p in pack(n[these], budget)])
     return steps
 
-# %% ../nbs/03_prompt.ipynb #feadea07
+# %% ../nbs/03_prompt.ipynb #9f8dba03
 def length_report(enc): # A DataFrame of one line
     "Lengths of the prompts and what was cut from them"
     e = enc[enc.view == 0]

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
-from competition_kit.core import Refusal, data_path, models_path, read_table, root_at, sha256, write_json
+from competition_kit.core import Refusal, data_path, models_path, root_at, sha256
 from competition_kit import split as S
-from competition_kit.split import (check_fold, correct, group_rows, group_text, leak_report, load_rows, make_folds, n_options, parse_mix, publish,
-                                   raw_files, read_corrections, read_meta, read_raw, split, swap_label, swap_probs, table_hashes, tasks, write_rows)
+from competition_kit.split import (check_fold, correct, group_rows, group_text, leak_report, load_rows, make_folds, n_options, parse_mix, raw_files, read_meta, read_raw, split, swap_label, swap_probs, table_hashes, tasks, write_rows)
 
 @pytest.fixture
 def root(tmp_path):
