@@ -7,16 +7,17 @@ __all__ = ['Refusal', 'project_root', 'data_path', 'models_path', 'bases_path', 
            'write_json', 'read_json', 'hash_obj', 'sha256', 'seal', 'damage', 'write_table', 'read_table',
            'content_hash', 'now', 'peak_memory', 'device_name', 'versions', 'seed_all']
 
-# %% ../nbs/00_core.ipynb #8c56da6c
-import contextlib, hashlib, json, os, platform, sys, tempfile
+# %% ../nbs/00_core.ipynb #2500ddfd
+import contextlib, hashlib, json, os, platform, sys, tempfile, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #5249c7b5
+# %% ../nbs/00_core.ipynb #231aded9
 for _k, _v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', GPTQMODEL_CPU_WORKERS='2').items():
     os.environ.setdefault(_k, _v)
+warnings.filterwarnings('ignore', message='IProgress not found')  # tqdm, in a notebook without widgets; text bars do
 
-# %% ../nbs/00_core.ipynb #61bbc8c1
+# %% ../nbs/00_core.ipynb #fea4f1ff
 class Refusal(ValueError):
     "Input that the kit will not work on: what is wrong, where, and what to do about it"
     def __init__(self,
@@ -29,7 +30,7 @@ class Refusal(ValueError):
         rows = f" Rows ({len(ids)}): {', '.join(ids[:10])}{', …' if len(ids)>10 else ''}." if ids else ''
         super().__init__(f"{f'{where}: ' if where else ''}{what}.{rows}{f' {fix}.' if fix else ''}")
 
-# %% ../nbs/00_core.ipynb #74cef36a
+# %% ../nbs/00_core.ipynb #608d3b3c
 def project_root() -> Path: # The folder that holds `data/`, `models/` and `experiments_log.xlsx`
     "The root of the project, wherever the notebook was started"
     if env := os.environ.get('CK_ROOT'): return Path(env).resolve()
@@ -47,7 +48,7 @@ def models_path(*parts) -> Path: # A path below `models/`
     "A path in the project's models folder, where every run has a folder of its own"
     return project_root().joinpath('models', *parts)
 
-# %% ../nbs/00_core.ipynb #50aa4e93
+# %% ../nbs/00_core.ipynb #93bf73a5
 def bases_path(*parts) -> Path: # A path below `models/bases/`, or below `CK_BASES`
     "Where base models lie"
     return Path(os.environ.get('CK_BASES') or models_path('bases')).joinpath(*parts)
@@ -69,7 +70,7 @@ def sandbox() -> Path: # A new temporary folder, deleted when Python ends
     atexit.register(stack.close)
     return stack.enter_context(root_at(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))))
 
-# %% ../nbs/00_core.ipynb #8fc78aeb
+# %% ../nbs/00_core.ipynb #da5ec67a
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -90,10 +91,10 @@ def atomic(path): # The final name of the file
         _fsync(path.parent)
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #97f08ba3
+# %% ../nbs/00_core.ipynb #40c530d0
 _umask = os.umask(0o077); os.umask(_umask)
 
-# %% ../nbs/00_core.ipynb #3484b078
+# %% ../nbs/00_core.ipynb #89c90369
 def to_json(obj, indent=None) -> str: # Text with sorted keys
     "One JSON text for one content: sorted keys, no NaN, paths and NumPy numbers as plain values"
     plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o) if isinstance(o, Path) else _not_json(o)
@@ -110,7 +111,7 @@ def read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise Refusal(f'not valid JSON ({e})', path, fix='Restore the file or delete it') from e
 
-# %% ../nbs/00_core.ipynb #3dab797c
+# %% ../nbs/00_core.ipynb #e950131b
 def hash_obj(obj, n:int=10) -> str: # `n` hex digits
     "A stable hash of anything JSON can hold"
     return hashlib.blake2b(to_json(obj).encode('utf-8', 'replace'), digest_size=32).hexdigest()[:n]
@@ -119,7 +120,7 @@ def sha256(path) -> str: # 64 hex digits
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_core.ipynb #eeb0f552
+# %% ../nbs/00_core.ipynb #c16de809
 def seal(folder):
     "Write `manifest.json` into a folder: the size and SHA-256 of every file in it"
     folder = Path(folder)
@@ -141,7 +142,7 @@ def damage(folder) -> list: # One line a fault; empty when the folder is as it w
         elif sha256(p) != sha: bad.append(f'{name} has other content than when it was sealed')
     return bad
 
-# %% ../nbs/00_core.ipynb #326bbdb1
+# %% ../nbs/00_core.ipynb #cd1b1b41
 def write_table(
     df,            # DataFrame
     path,          # Where to
@@ -163,7 +164,7 @@ def _content(t):
         for k in range(0, len(t), 2**16): h.update(json.dumps(t[name].slice(k, 2**16).to_pylist(), default=str).encode())
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #89edcfc5
+# %% ../nbs/00_core.ipynb #1032930c
 def read_table(path): # DataFrame; the file's metadata is in `.attrs['meta']`
     "Read a parquet file, verifying its checksums; a damaged or cut file is refused by name"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -187,7 +188,7 @@ def content_hash(path) -> str: # 32 hex digits
         return json.loads(meta)['content'] if meta else _content(pq.read_table(path, partitioning=None))
     except (pa.ArrowException, OSError, ValueError) as e: raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch or make the file again') from e
 
-# %% ../nbs/00_core.ipynb #1c5eaab0
+# %% ../nbs/00_core.ipynb #f692f965
 def now() -> str: # Such as `2026-03-01T09:30:00Z`
     "The time in UTC, to the second"
     return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
@@ -206,7 +207,7 @@ def device_name() -> str: # Such as `NVIDIA H200` or `CPU x86_64, 2 cores`
     if torch and torch.cuda.is_available(): return f'{torch.cuda.get_device_name()} x{torch.cuda.device_count()}'
     return f'CPU {platform.machine()}, {os.cpu_count()} cores'
 
-# %% ../nbs/00_core.ipynb #9b4258d2
+# %% ../nbs/00_core.ipynb #ad91d462
 def versions() -> dict: # Package → version, for those that are installed
     "Versions of the packages that results depend on"
     from importlib.metadata import version, PackageNotFoundError
@@ -216,7 +217,7 @@ def versions() -> dict: # Package → version, for those that are installed
     names = 'competition_kit torch transformers peft accelerate tokenizers numpy pandas pyarrow bitsandbytes gptqmodel vllm'.split()
     return dict(python=platform.python_version(), **{n: v for n in names if (v := get(n))})
 
-# %% ../nbs/00_core.ipynb #0382e951
+# %% ../nbs/00_core.ipynb #45894540
 def seed_all(seed:int):
     "Seed Python, NumPy and torch"
     import random, numpy as np, torch
