@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['base_path', 'load_tokenizer', 'base_hash', 'pick_dtype']
 
-# %% ../nbs/02b_base.ipynb #8afc6175
+# %% ../nbs/02b_base.ipynb #0cb0dbeb
 from .core import Refusal, bases_path, damage, hash_obj, seal, sha256
 from pathlib import Path
 import importlib.util, shutil
 
-# %% ../nbs/02b_base.ipynb #fdcb5182
+# %% ../nbs/02b_base.ipynb #8f5ae3c9
 _smollm2_sha = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 
 def _smollm2_file():
@@ -30,7 +30,7 @@ def _convert(gguf, folder):
     clean.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
-# %% ../nbs/02b_base.ipynb #14c503f8
+# %% ../nbs/02b_base.ipynb #0748bf54
 def _embedded():
     folder = bases_path('smollm2')
     if not damage(folder):  return folder
@@ -57,7 +57,7 @@ def base_path(
     if p.is_absolute() or base.startswith(('.', '~')) or base.count('/') != 1: raise Refusal(f'there is no base {base!r}', fix='Give a folder with a config.json, a Hub id, or smollm2')
     return base
 
-# %% ../nbs/02b_base.ipynb #147b0468
+# %% ../nbs/02b_base.ipynb #59d20e23
 def load_tokenizer(base:str='smollm2'): # A fast tokenizer
     "The tokenizer of a base"
     from transformers import AutoTokenizer
@@ -67,7 +67,7 @@ def load_tokenizer(base:str='smollm2'): # A fast tokenizer
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
-# %% ../nbs/02b_base.ipynb #6292bbb7
+# %% ../nbs/02b_base.ipynb #7ffb1144
 def base_hash(base:str='smollm2') -> str: # 10 hex digits; of the id alone for a base on the Hub
     "A fingerprint of a base"
     p = Path(base_path(base))
@@ -80,7 +80,7 @@ def base_hash(base:str='smollm2') -> str: # 10 hex digits; of the id alone for a
     files = sorted(f for f in p.iterdir() if f.suffix in ('.json', '.safetensors', '.jinja', '.model') and f.name != 'manifest.json')
     return hash_obj([[f.name, f.stat().st_size, ends(f)] for f in files])
 
-# %% ../nbs/02b_base.ipynb #8d9b36bd
+# %% ../nbs/02b_base.ipynb #acf56d21
 def pick_dtype(
     dtype:str='auto', # `auto`, `bf16`, `fp16` or `fp32`
 ) -> str: # `bf16`, `fp16` or `fp32`

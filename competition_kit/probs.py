@@ -6,13 +6,13 @@
 __all__ = ['write_probs', 'read_probs', 'align', 'log_loss', 'accuracy', 'reliability', 'ece', 'scores', 'baselines',
            'plot_reliability', 'plot_confusion']
 
-# %% ../nbs/02a_probs.ipynb #8200dcfa
+# %% ../nbs/02a_probs.ipynb #f0778097
 from .core import Refusal, hash_obj, read_table, write_table
 from .split import n_options, swap_label, tasks
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/02a_probs.ipynb #992544bb
+# %% ../nbs/02a_probs.ipynb #5e259945
 def _checked(p, n, ids, where):
     p = np.asarray(p, dtype=np.float64)
     if p.ndim != 2 or len(p) != len(ids) or p.shape[1] < np.max(n, initial=1): raise Refusal(f'probabilities of shape {list(p.shape)} for {len(ids)} rows of up to {np.max(n, initial=1)} options', where)
@@ -46,7 +46,7 @@ def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options 
     if hash_obj(list(df.id)) != df.attrs['meta'].get('ids'): raise Refusal('the ids are not those it was written with', path)
     return df
 
-# %% ../nbs/02a_probs.ipynb #069ac58f
+# %% ../nbs/02a_probs.ipynb #02b21796
 def align(
     probs,      # A probability table
     rows,       # The rows wanted, in the order wanted
@@ -65,7 +65,7 @@ def align(
     out[np.arange(width) < n[:, None]] = np.concatenate(got) if len(got) else []
     return out
 
-# %% ../nbs/02a_probs.ipynb #95a14569
+# %% ../nbs/02a_probs.ipynb #3d135f93
 def log_loss(p, label) -> float: # Nats a row; a probability counts as at least 1e-15, as scikit-learn's
     "Mean negative log-probability of the label"
     return float(-np.log(np.clip(np.asarray(p, np.float64)[np.arange(len(label)), label], 1e-15, 1)).mean())
@@ -92,7 +92,7 @@ def scores(p, label) -> dict:
     if len(bad := np.flatnonzero((label < 0) | (label >= np.asarray(p).shape[1]))): raise Refusal('rows without a label cannot be scored', ids=bad)
     return dict(log_loss=round(log_loss(p, label), 5), accuracy=round(accuracy(p, label), 5), ece=round(ece(p, label), 5))
 
-# %% ../nbs/02a_probs.ipynb #cddf873a
+# %% ../nbs/02a_probs.ipynb #4f5ad0bd
 def _prior(label, n, width):
     "Shares of the labels, restricted to the options that a row has"
     share = np.bincount(label, minlength=width)+1
@@ -112,7 +112,7 @@ def _by_length(train, rows, task, width):
     for k in np.unique(mine): p[mine == k] = _prior(train.label[theirs == k], n[mine == k], width)
     return p
 
-# %% ../nbs/02a_probs.ipynb #1e0fbfae
+# %% ../nbs/02a_probs.ipynb #eb9440de
 def _tfidf(texts):
     from sklearn.feature_extraction.text import TfidfVectorizer
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r'(?u)\b\w+\b', max_features=200_000).fit(texts)
@@ -140,7 +140,7 @@ def _words_choice(train, rows, task, width):
     p[np.arange(width) < n[:, None]] = m.predict_proba(v.transform(flat(rows)))[:, 1]
     return p/p.sum(1, keepdims=True)
 
-# %% ../nbs/02a_probs.ipynb #4e8e7110
+# %% ../nbs/02a_probs.ipynb #43fe12c7
 def baselines(
     train,       # Rows to fit on, with labels
     rows,        # Rows to score on, with labels
@@ -153,7 +153,7 @@ def baselines(
              'tf-idf + logistic regression': (_words_pair if 'response_a' in rows else _words_choice)(train, rows, t, width)}
     return {k: scores(p, rows.label.to_numpy()) for k, p in guess.items()}
 
-# %% ../nbs/02a_probs.ipynb #661b6396
+# %% ../nbs/02a_probs.ipynb #d373b7d1
 def plot_reliability(p, label, ax=None):
     "Accuracy by confidence; a calibrated model follows the diagonal"
     import matplotlib.pyplot as plt

@@ -6,15 +6,15 @@
 __all__ = ['find_notebook', 'declared', 'as_declared', 'check_params', 'gpu_ids', 'lease_gpus', 'sweep', 'watched',
            'run_notebook']
 
-# %% ../nbs/01a_run.ipynb #9e02ccee
+# %% ../nbs/01a_run.ipynb #413ab43d
 import ast, contextlib, difflib, inspect, io, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, tokenize
 from pathlib import Path
 from uuid import uuid4
 
-# %% ../nbs/01a_run.ipynb #b336f9a4
+# %% ../nbs/01a_run.ipynb #4c9ab0e7
 from .core import Refusal, models_path, now, project_root, read_json, write_json
 
-# %% ../nbs/01a_run.ipynb #892120c5
+# %% ../nbs/01a_run.ipynb #926166b9
 def find_notebook(
     name, # A path, a name in `nbs/` such as `04_train`, or a stage such as `train`
 ) -> Path: # Absolute
@@ -30,7 +30,7 @@ def find_notebook(
     near = difflib.get_close_matches(Path(name).stem, known, 1)
     raise Refusal(f"no notebook '{name}'", home/'nbs', fix=f"Did you mean {near[0]}" if near else f"There are: {', '.join(known)}")
 
-# %% ../nbs/01a_run.ipynb #9d5a4990
+# %% ../nbs/01a_run.ipynb #a4782542
 _types = ('None', 'bool', 'int', 'float', 'list', 'dict', 'tuple', 'str')
 
 def _kinds(a): # The type names in an annotation
@@ -42,7 +42,7 @@ def _kinds(a): # The type names in an annotation
         return _kinds(a.slice) | ({'None'} if outer == 'Optional' else set()) if outer in ('Optional', 'Union') else _kinds(a.value)
     return {a.id} & set(_types) if isinstance(a, ast.Name) else set()
 
-# %% ../nbs/01a_run.ipynb #bb8d784d
+# %% ../nbs/01a_run.ipynb #8b4d2ee0
 def declared(
     nb:dict,   # A notebook as its JSON
     where='',  # Named when the cell cannot be read
@@ -64,7 +64,7 @@ def declared(
         res[target.id] = dict(kinds=kinds, default=ast.unparse(n.value), help=helps.get(n.end_lineno, ''))
     return res
 
-# %% ../nbs/01a_run.ipynb #4c488a5e
+# %% ../nbs/01a_run.ipynb #56e0f3ac
 def _number(s):
     x = float(s)
     if not math.isfinite(x): raise ValueError('not finite')
@@ -82,7 +82,7 @@ def _literal(kind):
 _read = {'None': lambda s: {'None': None}[s], 'bool': lambda s: {'true': True, 'false': False}[s.lower()], 'int': int,
          'float': _number, 'list': _literal('list'), 'dict': _literal('dict'), 'tuple': _literal('tuple'), 'str': str}
 
-# %% ../nbs/01a_run.ipynb #e78c6bc1
+# %% ../nbs/01a_run.ipynb #5d6eb1c8
 def as_declared(
     value,      # Text from a command line, or a value from Python
     kinds:set,  # Type names, as `declared` gives them
@@ -101,7 +101,7 @@ def as_declared(
         if kind == 'int' and 'float' in kinds: return float(value)
     raise ValueError(f"{value!r} is not {' or '.join(k for k in _types if k in kinds)}")
 
-# %% ../nbs/01a_run.ipynb #6d5340ad
+# %% ../nbs/01a_run.ipynb #f409982f
 def check_params(
     path,         # The notebook
     params:dict,  # Name → text or value
@@ -119,7 +119,7 @@ def check_params(
     if bad: raise Refusal('; '.join(bad), path, fix='It takes' + (''.join(o.rstrip(' .') for o in takes) or ' no parameters'))
     return res
 
-# %% ../nbs/01a_run.ipynb #ccc09ec0
+# %% ../nbs/01a_run.ipynb #ab6c071e
 def _smi(query):
     try: out = subprocess.run(['nvidia-smi', f'--query-{query}', '--format=csv,noheader'], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired): return []
@@ -142,7 +142,7 @@ def _lock_gpu(gpu): # An open file that holds the lock, or None
     except OSError: return os.close(f)
     return f
 
-# %% ../nbs/01a_run.ipynb #d10103c0
+# %% ../nbs/01a_run.ipynb #283ac2c4
 def _take(n, ids): # {gpu: lock} of `n` GPUs, or {}
     got = {}
     for i in ids:
@@ -158,7 +158,7 @@ def _wait_quiet(ids, wait=60): # A process that died a moment ago may hold its G
         if time.monotonic() > end: return print(f"GPU {','.join(ids)} is still used by {busy}: going on", file=sys.stderr)
         time.sleep(1)
 
-# %% ../nbs/01a_run.ipynb #7666bc91
+# %% ../nbs/01a_run.ipynb #d2187829
 @contextlib.contextmanager
 def lease_gpus(
     n:int,            # How many
@@ -178,7 +178,7 @@ def lease_gpus(
     finally:
         for f in got.values(): os.close(f)
 
-# %% ../nbs/01a_run.ipynb #be15af70
+# %% ../nbs/01a_run.ipynb #fb325e28
 def sweep(
     token:str,       # As in the environment variable CK_TOKEN
     grace:float=1.,  # Seconds between asking and killing
@@ -201,7 +201,7 @@ def sweep(
         asked |= set(pids)
         time.sleep(.03)
 
-# %% ../nbs/01a_run.ipynb #502d6fdc
+# %% ../nbs/01a_run.ipynb #833a0dc7
 @contextlib.contextmanager
 def watched(token:str):
     "Sweep up after a `with` block, even if this process is killed in it; yields a temporary folder that goes as well"
@@ -214,7 +214,7 @@ def watched(token:str):
         p.stdin.close()
         p.wait()
 
-# %% ../nbs/01a_run.ipynb #75e4e7b2
+# %% ../nbs/01a_run.ipynb #6f1e3f42
 def _tidy(cell, limit=1_000_000, **kw):
     outs, parts = [], []
     for o in cell.outputs:
@@ -228,7 +228,7 @@ def _tidy(cell, limit=1_000_000, **kw):
         o.text = t if len(t) <= limit else f'{t[:limit//2]}\n[{len(t)-limit} characters not kept]\n{t[-limit//2:]}'
     cell.outputs = outs
 
-# %% ../nbs/01a_run.ipynb #ba72a613
+# %% ../nbs/01a_run.ipynb #89c23740
 def _start_kernel(folder, env): # The manager of a running kernel, and a list that its clients will be in
     from jupyter_client.manager import KernelManager
     km = KernelManager(kernel_name='python3', client_class='jupyter_client.asynchronous.AsyncKernelClient',
@@ -239,7 +239,7 @@ def _start_kernel(folder, env): # The manager of a running kernel, and a list th
     km.start_kernel(env=env)
     return km, clients
 
-# %% ../nbs/01a_run.ipynb #fb3f660f
+# %% ../nbs/01a_run.ipynb #9e6ee8bf
 @contextlib.contextmanager
 def _signals(pid, token): # Yields a list that a signal which arrives is put in
     got, old = [], {}
@@ -254,19 +254,19 @@ def _signals(pid, token): # Yields a list that a signal which arrives is put in
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/01a_run.ipynb #ca1f6b91
+# %% ../nbs/01a_run.ipynb #74dbf8f1
 def _unreached(nb): # The source of the last cell that should have run, if it has not
     ran = [c for c in nb['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip() and 'skip-execution' not in c['metadata'].get('tags', [])]
     return ''.join(ran[-1]['source']) if ran and ran[-1]['execution_count'] is None else None
 
-# %% ../nbs/01a_run.ipynb #54dd7bc3
+# %% ../nbs/01a_run.ipynb #cc4a5ab5
 class _Live:
     "A stream that lets nothing through until it is `on`"
     def __init__(self, stream, on): self.stream, self.on = stream, on
     def write(self, s): return self.stream.write(s) if self.on else len(s)
     def flush(self): self.stream.flush()
 
-# %% ../nbs/01a_run.ipynb #00fda869
+# %% ../nbs/01a_run.ipynb #3a3bc716
 def _execute(path, out, params, env, private): # None when all went well, else dict of ename, evalue, traceback and code
     km, clients = _start_kernel(private, env)
     with _signals(km.provisioner.process.pid, env['CK_TOKEN']) as got:
@@ -287,7 +287,7 @@ def _execute(path, out, params, env, private): # None when all went well, else d
         if got: err = dict(err or {}, ename='Interrupted', evalue=f'by {signal.Signals(got[0]).name}', code=128+got[0])
         return err
 
-# %% ../nbs/01a_run.ipynb #8d22ceb3
+# %% ../nbs/01a_run.ipynb #7a82eae4
 def _ours(id, started): # Was it this execution that worked on the run? The kernel is gone, so a lock that is held is someone else's
     from filelock import FileLock, Timeout
     file = models_path(id, 'record.json')
@@ -305,7 +305,7 @@ def _code(err): # The exit code for how it went
     if err['ename'] == 'Refusal': return 75 if 'is being worked on by' in err['evalue'] else 2
     return err.get('code', 1)
 
-# %% ../nbs/01a_run.ipynb #6684dc61
+# %% ../nbs/01a_run.ipynb #cc18ef26
 def run_notebook(
     nb,            # A path, or a name in `nbs/` such as `04_train`
     params=None,   # Name → value; text is read as the type that the notebook declares
