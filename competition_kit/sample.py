@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['kinds', 'styles', 'samples', 'arena_rows', 'knight_worlds', 'logic_problems', 'make_sample']
 
-# %% ../nbs/01b_sample.ipynb #d63c884a
+# %% ../nbs/01b_sample.ipynb #2268513a
 import csv, io, itertools, json, random
 from pathlib import Path
 from .core import Refusal, atomic, data_path
 
-# %% ../nbs/01b_sample.ipynb #c91f8c9b
+# %% ../nbs/01b_sample.ipynb #fdfb94f7
 def _gym(name, n, seed, **kw):
     import reasoning_gym
     return reasoning_gym.create_dataset(name, size=n, seed=seed, **kw)
@@ -22,7 +22,7 @@ def _other(items, rng):
     for i, o in enumerate(items): o['wrong'] = items[(i+rng.randrange(1, len(items)))%len(items)]['right']
     return items
 
-# %% ../nbs/01b_sample.ipynb #ede1d0b1
+# %% ../nbs/01b_sample.ipynb #0cb54609
 def _legs(n, rng, seed):
     "How many legs: an answer that counts the legs of other animals is wrong"
     def item(x):
@@ -39,7 +39,7 @@ def _who(n, rng, seed):
         return _item(f"{facts.strip()} {ask.split('?')[0]}?", [x['answer'], f'{fact}.', f"{x['answer']}, because {fact}."], None)
     return _other([item(x) for x in _gym('needle_haystack', n, seed, min_num_statements=2, max_num_statements=2)], rng)
 
-# %% ../nbs/01b_sample.ipynb #329b5af6
+# %% ../nbs/01b_sample.ipynb #b23b28d7
 kinds = dict(legs=_legs, who=_who)
 styles = ('terse', 'plain', 'chatty')
 
@@ -60,7 +60,7 @@ def arena_rows(
     rng.shuffle(rows)
     return rows[:n]
 
-# %% ../nbs/01b_sample.ipynb #19d5d060
+# %% ../nbs/01b_sample.ipynb #96aee93a
 _say = dict(
     en=dict(knight='knight', knave='knave', no='it is not the case that {}', join={'and': '{} and {}', 'or': '{} or {}',
             '->': 'if {} then {}', '<=>': '{} if and only if {}'}, be='{} is a {}', line='{}. {} says: "{}".',
@@ -83,7 +83,7 @@ def _true(tree, world):
     v = [_true(o, world) for o in args]
     return {'not': lambda: not v[0], 'and': lambda: all(v), 'or': lambda: any(v), '->': lambda: not v[0] or v[1], '<=>': lambda: v[0] == v[1]}[op]()
 
-# %% ../nbs/01b_sample.ipynb #b4c888e4
+# %% ../nbs/01b_sample.ipynb #df6d24c8
 def knight_worlds(statements) -> list: # Tuples of True (knight) and False (knave), one entry a person
     "Every assignment in which knights' statements are true and knaves' are false"
     return [w for w in itertools.product((True, False), repeat=len(statements)) if all(_true(s, w) == k for s, k in zip(statements, w))]
@@ -103,7 +103,7 @@ def _knights(x, lang, rng, id):
     asked.append(_choices(say['many'], str(sum(world)), map(str, range(len(world)+1)), rng))
     return dict(id=id, problem=f"{say['head']}\n{told}", questions=asked)
 
-# %% ../nbs/01b_sample.ipynb #51551c8a
+# %% ../nbs/01b_sample.ipynb #73bafd80
 def _zebra(x, rng, id):
     story, ask = x['question'].split('\n\nWhat is ')
     people = story.split('unique name: ')[1].split('\n')[0].split(', ')
@@ -121,7 +121,7 @@ def logic_problems(
     rng.shuffle(out)
     return out
 
-# %% ../nbs/01b_sample.ipynb #96a84c75
+# %% ../nbs/01b_sample.ipynb #d95b7c9c
 samples = ('sample_arena', 'sample_logic')
 _winners = dict(model_a='winner_model_a', model_b='winner_model_b', tie='winner_tie')
 
@@ -145,7 +145,7 @@ def _write_arena(folder, n_train, n_test, seed):
     _csv(folder/'sample_submission.csv', [dict(id=r['id'], **{c: round(1/3, 6) for c in _winners.values()}) for r in test])
     _csv(folder/'solution.csv', [dict(id=r['id'], **won(r)) for r in test])
 
-# %% ../nbs/01b_sample.ipynb #ba152ff4
+# %% ../nbs/01b_sample.ipynb #a87b1434
 def _write_logic(folder, n_train, n_test, seed):
     strip = lambda p, *keys: dict(p, questions=[{k: v for k, v in q.items() if k not in keys} for q in p['questions']])
     problems = logic_problems(n_train+n_test, seed)
@@ -162,6 +162,6 @@ def make_sample(
     "Write a small competition's files, the same bytes every time"
     if name not in samples: raise Refusal(f'there is no sample named {name!r}', fix=f"Take one of {', '.join(samples)}")
     folder = Path(folder or data_path(name))
-    if name == 'sample_arena': _write_arena(folder, 320, 80, seed)
+    if name == 'sample_arena': _write_arena(folder, 280, 60, seed)
     else: _write_logic(folder, 60, 20, seed)
     return folder
