@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['collate', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'option_mask', 'pack_loss', 'view_probs', 'predict']
 
-# %% ../nbs/03a_model.ipynb #cf75badf
+# %% ../nbs/03a_model.ipynb #2ed26d9a
 from .base import base_path, pick_dtype
 from .core import Refusal
 from .prompt import pack
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03a_model.ipynb #11958b6c
+# %% ../nbs/03a_model.ipynb #b76f1068
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
@@ -27,7 +27,7 @@ def collate(
     return dict(input_ids=torch.from_numpy(np.concatenate(ids)).long()[None].to(device), position_ids=torch.cat([torch.arange(k) for k in n])[None].to(device),
                 bounds=[0, *np.cumsum(n).tolist()])
 
-# %% ../nbs/03a_model.ipynb #540b4258
+# %% ../nbs/03a_model.ipynb #7ebb2fe8
 def _capped(q, k, v, scaling, softcap, window):
     "Causal attention with a soft cap or a window, written out"
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
@@ -59,14 +59,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
                    F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/03a_model.ipynb #e9275c25
+# %% ../nbs/03a_model.ipynb #198a10b9
 def _register():
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
-# %% ../nbs/03a_model.ipynb #9b290563
+# %% ../nbs/03a_model.ipynb #50e9c430
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 class Judge(torch.nn.Module):
@@ -95,7 +95,7 @@ class Judge(torch.nn.Module):
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/03a_model.ipynb #d062dd23
+# %% ../nbs/03a_model.ipynb #e80e5c66
 def _load_base(base, route, n_classes, dtype):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -138,7 +138,7 @@ def load_judge(
     if adapter: model = _adapted(model, adapter)
     return Judge(model, prompt.letters if route == 'answer' else None).eval()
 
-# %% ../nbs/03a_model.ipynb #9d2fc906
+# %% ../nbs/03a_model.ipynb #a442866b
 def add_lora(
     judge,                         # From `load_judge`, without an adapter
     r:int=16,                      # Rank
@@ -165,7 +165,7 @@ def _linears(base): # names of the backbone's linear layers; the output matrix a
     keep = {id(base.get_output_embeddings()), id(getattr(base, 'score', None))}
     return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
 
-# %% ../nbs/03a_model.ipynb #f91829df
+# %% ../nbs/03a_model.ipynb #beb0bec9
 def option_mask(
     n,            # Options each sequence has
     width:int,    # Options of the task
@@ -184,7 +184,7 @@ def pack_loss(
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
     return -((target*logp).sum(-1)*weight).sum()/total
 
-# %% ../nbs/03a_model.ipynb #76979339
+# %% ../nbs/03a_model.ipynb #36f5e0d6
 @torch.no_grad()
 def view_probs(
     judge,             # A `Judge`

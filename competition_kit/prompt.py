@@ -6,14 +6,14 @@
 __all__ = ['ask', 'encode_texts', 'frame', 'fields', 'labels', 'swapped', 'shares', 'cut', 'Prompt', 'tokenizer_hash', 'pack',
            'plan_steps', 'length_report', 'plot_lengths']
 
-# %% ../nbs/03_prompt.ipynb #0f58ea5a
+# %% ../nbs/03_prompt.ipynb #44d8a437
 from .core import Refusal, hash_obj
 from .split import tasks
 import functools, json
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03_prompt.ipynb #09693b1a
+# %% ../nbs/03_prompt.ipynb #27da2828
 @functools.lru_cache(4)
 def _plain(state, turns):
     "A tokenizer that does not know the tokens that chat templates are made of"
@@ -38,7 +38,7 @@ def encode_texts(
     try: return [np.array(e.ids, np.int32) for e in back.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally: back.encode_special_tokens = old
 
-# %% ../nbs/03_prompt.ipynb #f9a7a10a
+# %% ../nbs/03_prompt.ipynb #710309bc
 ask = dict(preference='Which response is better, A or B? C if neither.', preference2='Which response is better, A or B?',
            choice='Choose the option that follows. What is not stated is false.')
 _mark = 'MARKER0OF0THE0ROW'
@@ -68,7 +68,7 @@ def frame(
         raise Refusal(f'the letters {names} are not single tokens after the prompt', getattr(tok, 'name_or_path', ''), fix='Take the score route for this base')
     return before, after, letters
 
-# %% ../nbs/03_prompt.ipynb #83dcdfc1
+# %% ../nbs/03_prompt.ipynb #230ea98d
 def _joined(turns): return turns[0] if len(turns) == 1 else '\n'.join(f'[{i+1}] {t}' for i, t in enumerate(turns))
 
 def fields(
@@ -88,10 +88,10 @@ def swapped(parts):
     "The same row's parts in the other order: the responses exchanged, or the options turned round"
     return [parts[0], parts[2], parts[1]] if len(parts) == 3 else parts[:2]+parts[:1:-1]
 
-# %% ../nbs/03_prompt.ipynb #c1d66f4e
+# %% ../nbs/03_prompt.ipynb #929cd893
 def _views(parts, task): return [parts, swapped(parts) if tasks[task].pair or len(parts) > 3 else parts]
 
-# %% ../nbs/03_prompt.ipynb #207c68a4
+# %% ../nbs/03_prompt.ipynb #d6dd0d29
 def shares(
     lengths,     # Tokens of each field of one row
     room:int,    # Tokens there are for all of them
@@ -121,7 +121,7 @@ def cut(
     head = dict(middle=k-k//2, right=k, left=0)[side]
     return np.concatenate([ids[:head], np.asarray(dots, np.int32), ids[len(ids)-(k-head):]])
 
-# %% ../nbs/03_prompt.ipynb #881f4c54
+# %% ../nbs/03_prompt.ipynb #8f8ce66d
 class Prompt:
     "Build a task's prompts for one tokenizer: `encode(rows)`; `.letters` are the answer tokens, `.hash` identifies all of it"
     def __init__(self,
@@ -169,20 +169,20 @@ class Prompt:
         "The prompt of one row as text"
         return self.tok.decode(self.encode(pd.DataFrame([row]), views=2).ids[view])
 
-# %% ../nbs/03_prompt.ipynb #41d006ce
+# %% ../nbs/03_prompt.ipynb #15c7c3c6
 def _probe(task, max_len):
     "A short row and one that must be cut, whose tokens tell one builder from another"
     long = ' '.join(f'word{i}' for i in range(2*max_len))
     if not tasks[task].pair: return pd.DataFrame(dict(id=['a', 'b'], problem=['P', long], question=['Q?', 'Q?'], options=[['x', 'y'], ['x', 'y', long]]))
     return pd.DataFrame(dict(id=['a', 'b'], prompt=[['P', 'Q'], [long]], response_a=[['x', ''], [long]], response_b=[['y'], ['z']]))
 
-# %% ../nbs/03_prompt.ipynb #8211467a
+# %% ../nbs/03_prompt.ipynb #83b90653
 def tokenizer_hash(tok) -> str: # 10 hex digits
     "A hash of the vocabulary, the merges and the chat template"
     d = json.loads(tok.backend_tokenizer.to_str())
     return hash_obj([{k: v for k, v in d.items() if k not in ('truncation', 'padding')}, tok.chat_template])
 
-# %% ../nbs/03_prompt.ipynb #68f9fc15
+# %% ../nbs/03_prompt.ipynb #8bc5311f
 def pack(
     lengths,      # Tokens of each sequence
     budget:int,   # Tokens a pack may hold; a longer sequence gets a pack of its own
@@ -197,7 +197,7 @@ def pack(
         else: packs[k].append(i); free[k] -= lengths[i]
     return [np.array(p) for p in packs]
 
-# %% ../nbs/03_prompt.ipynb #55f74784
+# %% ../nbs/03_prompt.ipynb #123dfb3e
 def plan_steps(
     enc,           # From `Prompt.encode`
     rows_a_step:int, # Rows in an optimiser step
@@ -215,7 +215,7 @@ def plan_steps(
         steps.append([these[p] for p in pack(n[these], budget)])
     return steps
 
-# %% ../nbs/03_prompt.ipynb #ea35e9eb
+# %% ../nbs/03_prompt.ipynb #6d6698bd
 def length_report(enc): # A DataFrame of one line
     "Lengths of the prompts and what was cut from them"
     e = enc[enc.view == 0]

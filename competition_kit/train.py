@@ -6,7 +6,7 @@
 __all__ = ['fold_rows', 'targets', 'Steps', 'save_checkpoint', 'last_checkpoint', 'fit', 'train_fold', 'run_table', 'held_out',
            'plot_run', 'hardest']
 
-# %% ../nbs/04_train.ipynb #fba2f644
+# %% ../nbs/04_train.ipynb #2397692a
 from .base import base_hash, load_tokenizer, pick_dtype
 from .core import Refusal, damage, read_json, seal, write_json
 from .log import start_run
@@ -21,7 +21,7 @@ import pandas as pd
 import shutil
 import torch
 
-# %% ../nbs/04_train.ipynb #9cb368d9
+# %% ../nbs/04_train.ipynb #0a1a895c
 def fold_rows(rows, fold:int):
     "The rows to train on, and the held-out rows"
     check_fold(rows, fold)
@@ -38,7 +38,7 @@ def targets(rows, task) -> np.ndarray: # [rows, options], each summing to one
         if t is not None: out[i] = np.pad(np.asarray(t, np.float32), (0, width-len(t)))
     return out
 
-# %% ../nbs/04_train.ipynb #efbff00e
+# %% ../nbs/04_train.ipynb #2a9fb977
 class Steps(torch.utils.data.Dataset):
     "A data set whose items are optimiser steps: packs of sequences with their targets and weights"
     def __init__(self, enc, rows, task, steps):
@@ -54,7 +54,7 @@ class Steps(torch.utils.data.Dataset):
         total = float(sum(self.weight[p].sum() for p in self.steps[k]))
         return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p], missing=self.missing[p], total=total) for p in self.steps[k]]
 
-# %% ../nbs/04_train.ipynb #46a74d37
+# %% ../nbs/04_train.ipynb #f39ff824
 class _PackTrainer(Trainer):
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -74,7 +74,7 @@ class _PackTrainer(Trainer):
         if path: _load_optimizer(self.optimizer, self.lr_scheduler, Path(path))
     def _load_rng_state(self, path): pass
 
-# %% ../nbs/04_train.ipynb #0b084967
+# %% ../nbs/04_train.ipynb #153d45a0
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 def save_checkpoint(
@@ -106,7 +106,7 @@ def last_checkpoint(folder): # Path, or None
         if not (bad := damage(c)): return c
         print(f'{c.name} is damaged ({bad[0]}); going back to the one before')
 
-# %% ../nbs/04_train.ipynb #27b093da
+# %% ../nbs/04_train.ipynb #233f9c1c
 def _load_weights(model, folder):
     from safetensors.torch import load_file
     saved, mine = load_file(folder/'weights.safetensors'), _learned(model)
@@ -122,7 +122,7 @@ def _load_optimizer(optimizer, schedule, folder):
     optimizer.load_state_dict(dict(state=state, param_groups=kept['groups']))
     schedule.load_state_dict(dict(kept['schedule'], lr_lambdas=schedule.state_dict()['lr_lambdas']))
 
-# %% ../nbs/04_train.ipynb #32560647
+# %% ../nbs/04_train.ipynb #0621f605
 class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         from tqdm import tqdm
@@ -134,14 +134,14 @@ class _Bar(TrainerCallback):
         self.bar.update(1)
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
-# %% ../nbs/04_train.ipynb #08376588
+# %% ../nbs/04_train.ipynb #5aa8c644
 def fit(
     judge,                   # From `add_lora`
     data,                    # `Steps`
     folder,                  # Where checkpoints go, and from where they are taken up
-    lr:float=2e-3,           # Peak learning rate
-    schedule:str='cosine',   # `cosine`, `linear` or `constant`
-    warmup:float=.3,         # Share of the steps over which the rate rises
+    lr:float=1e-3,           # Peak learning rate
+    schedule:str='linear',   # `cosine`, `linear` or `constant`
+    warmup:float=.1,         # Share of the steps over which the rate rises
     weight_decay:float=0.,   # AdamW's
     clip:float=1.,           # Largest norm of the gradient; 0: no clipping
     save_every:int=20,       # Steps between checkpoints
@@ -160,7 +160,7 @@ def fit(
     trainer.train(resume_from_checkpoint=str(at) if at else None)
     return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 
-# %% ../nbs/04_train.ipynb #c8fb0f71
+# %% ../nbs/04_train.ipynb #b5835cb4
 def train_fold(
     mix:str='sample_arena',         # Table, or mix of tables
     fold:int=0,                     # Fold that is held out
@@ -170,10 +170,10 @@ def train_fold(
     truncation:str='middle',        # middle, right or left
     views:int=2,                    # 2: rows are seen in both orders; 1: as they are
     epochs:float=1.,                # Passes over the rows
-    batch:int=4,                    # Rows in an optimiser step; 16 to 64 suits real bases
-    lr:float=2e-3,                  # Peak learning rate; 5e-5 to 2e-4 suits bases of 7B and more
-    schedule:str='cosine',          # cosine, linear or constant
-    warmup:float=.3,                # Share of the steps over which the rate rises
+    batch:int=2,                    # Rows in an optimiser step; 16 to 64 suits real bases
+    lr:float=1e-3,                  # Peak learning rate; 5e-5 to 2e-4 suits bases of 7B and more
+    schedule:str='linear',          # cosine, linear or constant
+    warmup:float=.1,                # Share of the steps over which the rate rises
     weight_decay:float=0.,          # AdamW's
     clip:float=1.,                  # Largest norm of the gradient; 0: none
     lora_r:int=16,                  # Rank of the LoRA
@@ -195,7 +195,7 @@ def train_fold(
         if not run.done: _train(run, params, prompt, train, held)
     return run
 
-# %% ../nbs/04_train.ipynb #357e289d
+# %% ../nbs/04_train.ipynb #fd3fe312
 def _train(run, p, prompt, train, held):
     task = tasks[prompt.task]
     enc = prompt.encode(train, p['views'])
@@ -214,7 +214,7 @@ def _train(run, p, prompt, train, held):
     run.finish(metrics=metrics, outputs=['probs.parquet', 'loss.json', 'adapter/adapter_model.safetensors', 'adapter/adapter_config.json'],
                rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), **ids)
 
-# %% ../nbs/04_train.ipynb #6e59dc9d
+# %% ../nbs/04_train.ipynb #df93002a
 def run_table(run): # DataFrame
     "A run's scores beside its baselines, best first"
     m = run.record['metrics']
