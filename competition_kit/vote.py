@@ -441,7 +441,7 @@ def verdict(
 # %% ../nbs/10_vote.ipynb #c19f9b44
 def _sentence(metric, vote, best, base, lead, spread):
     head = f"On held-out rows the vote's {metric.replace('_', '-')} is {vote:.4f}; the best baseline, {best}, has {base:.4f}. "
-    if lead <= 0: return head+f'The vote is worse by {-lead:.4f}: it is not worth submitting.'
+    if lead <= 0: return head+(f'The vote is worse by {-lead:.4f}' if lead else 'The vote is no better')+': it is not worth submitting.'
     if spread is None: return head+f'The vote is better by {lead:.4f}; one fold has no spread to compare that with.'
     if lead <= spread: return head+f'The vote is better by {lead:.4f}, which is less than the spread over folds or seeds ({spread:.4f}): that may be chance.'
     return head+f'The vote is better by {lead:.4f}, more than the spread over folds or seeds ({spread:.4f}).'
