@@ -6,15 +6,15 @@
 __all__ = ['find_notebook', 'declared', 'as_declared', 'check_params', 'gpu_ids', 'lease_gpus', 'sweep', 'watched',
            'run_notebook']
 
-# %% ../nbs/01a_run.ipynb #413ab43d
+# %% ../nbs/01a_run.ipynb #61fe12c9
 import ast, contextlib, difflib, inspect, io, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, tokenize
 from pathlib import Path
 from uuid import uuid4
 
-# %% ../nbs/01a_run.ipynb #4c9ab0e7
+# %% ../nbs/01a_run.ipynb #e27776df
 from .core import Refusal, models_path, now, project_root, read_json, write_json
 
-# %% ../nbs/01a_run.ipynb #926166b9
+# %% ../nbs/01a_run.ipynb #1a926957
 def find_notebook(
     name, # A path, a name in `nbs/` such as `04_train`, or a stage such as `train`
 ) -> Path: # Absolute
@@ -30,7 +30,7 @@ def find_notebook(
     near = difflib.get_close_matches(Path(name).stem, known, 1)
     raise Refusal(f"no notebook '{name}'", home/'nbs', fix=f"Did you mean {near[0]}" if near else f"There are: {', '.join(known)}")
 
-# %% ../nbs/01a_run.ipynb #a4782542
+# %% ../nbs/01a_run.ipynb #081f7981
 _types = ('None', 'bool', 'int', 'float', 'list', 'dict', 'tuple', 'str')
 
 def _kinds(a): # The type names in an annotation
@@ -42,7 +42,7 @@ def _kinds(a): # The type names in an annotation
         return _kinds(a.slice) | ({'None'} if outer == 'Optional' else set()) if outer in ('Optional', 'Union') else _kinds(a.value)
     return {a.id} & set(_types) if isinstance(a, ast.Name) else set()
 
-# %% ../nbs/01a_run.ipynb #8b4d2ee0
+# %% ../nbs/01a_run.ipynb #c818b29d
 def declared(
     nb:dict,   # A notebook as its JSON
     where='',  # Named when the cell cannot be read
@@ -64,7 +64,7 @@ def declared(
         res[target.id] = dict(kinds=kinds, default=ast.unparse(n.value), help=helps.get(n.end_lineno, ''))
     return res
 
-# %% ../nbs/01a_run.ipynb #56e0f3ac
+# %% ../nbs/01a_run.ipynb #67ba79e5
 def _number(s):
     x = float(s)
     if not math.isfinite(x): raise ValueError('not finite')
@@ -82,7 +82,7 @@ def _literal(kind):
 _read = {'None': lambda s: {'None': None}[s], 'bool': lambda s: {'true': True, 'false': False}[s.lower()], 'int': int,
          'float': _number, 'list': _literal('list'), 'dict': _literal('dict'), 'tuple': _literal('tuple'), 'str': str}
 
-# %% ../nbs/01a_run.ipynb #5d6eb1c8
+# %% ../nbs/01a_run.ipynb #009259e9
 def as_declared(
     value,      # Text from a command line, or a value from Python
     kinds:set,  # Type names, as `declared` gives them
@@ -101,7 +101,7 @@ def as_declared(
         if kind == 'int' and 'float' in kinds: return float(value)
     raise ValueError(f"{value!r} is not {' or '.join(k for k in _types if k in kinds)}")
 
-# %% ../nbs/01a_run.ipynb #f409982f
+# %% ../nbs/01a_run.ipynb #a8c35985
 def check_params(
     path,         # The notebook
     params:dict,  # Name → text or value
@@ -119,7 +119,7 @@ def check_params(
     if bad: raise Refusal('; '.join(bad), path, fix='It takes' + (''.join(o.rstrip(' .') for o in takes) or ' no parameters'))
     return res
 
-# %% ../nbs/01a_run.ipynb #ab6c071e
+# %% ../nbs/01a_run.ipynb #09729050
 def _smi(query):
     try: out = subprocess.run(['nvidia-smi', f'--query-{query}', '--format=csv,noheader'], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired): return []
@@ -142,7 +142,7 @@ def _lock_gpu(gpu): # An open file that holds the lock, or None
     except OSError: return os.close(f)
     return f
 
-# %% ../nbs/01a_run.ipynb #283ac2c4
+# %% ../nbs/01a_run.ipynb #63c76b5b
 def _take(n, ids): # {gpu: lock} of `n` GPUs, or {}
     got = {}
     for i in ids:
@@ -158,7 +158,7 @@ def _wait_quiet(ids, wait=60): # A process that died a moment ago may hold its G
         if time.monotonic() > end: return print(f"GPU {','.join(ids)} is still used by {busy}: going on", file=sys.stderr)
         time.sleep(1)
 
-# %% ../nbs/01a_run.ipynb #d2187829
+# %% ../nbs/01a_run.ipynb #5fc2cfa1
 @contextlib.contextmanager
 def lease_gpus(
     n:int,            # How many
@@ -178,7 +178,7 @@ def lease_gpus(
     finally:
         for f in got.values(): os.close(f)
 
-# %% ../nbs/01a_run.ipynb #fb325e28
+# %% ../nbs/01a_run.ipynb #0cb7c333
 def sweep(
     token:str,       # As in the environment variable CK_TOKEN
     grace:float=1.,  # Seconds between asking and killing
@@ -201,7 +201,7 @@ def sweep(
         asked |= set(pids)
         time.sleep(.03)
 
-# %% ../nbs/01a_run.ipynb #833a0dc7
+# %% ../nbs/01a_run.ipynb #f75ae488
 @contextlib.contextmanager
 def watched(token:str):
     "Sweep up after a `with` block, even if this process is killed in it; yields a temporary folder that goes as well"
@@ -214,7 +214,7 @@ def watched(token:str):
         p.stdin.close()
         p.wait()
 
-# %% ../nbs/01a_run.ipynb #6f1e3f42
+# %% ../nbs/01a_run.ipynb #6c2ad17c
 def _tidy(cell, limit=1_000_000, **kw):
     outs, parts = [], []
     for o in cell.outputs:
@@ -228,7 +228,7 @@ def _tidy(cell, limit=1_000_000, **kw):
         o.text = t if len(t) <= limit else f'{t[:limit//2]}\n[{len(t)-limit} characters not kept]\n{t[-limit//2:]}'
     cell.outputs = outs
 
-# %% ../nbs/01a_run.ipynb #89c23740
+# %% ../nbs/01a_run.ipynb #3de98744
 def _start_kernel(folder, env): # The manager of a running kernel, and a list that its clients will be in
     from jupyter_client.manager import KernelManager
     km = KernelManager(kernel_name='python3', client_class='jupyter_client.asynchronous.AsyncKernelClient',
@@ -239,7 +239,7 @@ def _start_kernel(folder, env): # The manager of a running kernel, and a list th
     km.start_kernel(env=env)
     return km, clients
 
-# %% ../nbs/01a_run.ipynb #9e6ee8bf
+# %% ../nbs/01a_run.ipynb #284183a7
 @contextlib.contextmanager
 def _signals(pid, token): # Yields a list that a signal which arrives is put in
     got, old = [], {}
@@ -254,19 +254,22 @@ def _signals(pid, token): # Yields a list that a signal which arrives is put in
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/01a_run.ipynb #74dbf8f1
+# %% ../nbs/01a_run.ipynb #6c29ea09
 def _unreached(nb): # The source of the last cell that should have run, if it has not
     ran = [c for c in nb['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip() and 'skip-execution' not in c['metadata'].get('tags', [])]
     return ''.join(ran[-1]['source']) if ran and ran[-1]['execution_count'] is None else None
 
-# %% ../nbs/01a_run.ipynb #cc4a5ab5
-class _Live:
-    "A stream that lets nothing through until it is `on`"
-    def __init__(self, stream, on): self.stream, self.on = stream, on
-    def write(self, s): return self.stream.write(s) if self.on else len(s)
-    def flush(self): self.stream.flush()
+# %% ../nbs/01a_run.ipynb #19ba3a78
+def _examples(
+    nb:dict,  # A notebook as its JSON
+) -> set: # Positions of the cells
+    "The cells of a book that only show how it works"
+    src = [''.join(c['source']) if c['cell_type'] == 'code' else '' for c in nb['cells']]
+    at = next((i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', [])), 0)
+    if not any(re.search(r'^#\| *default_exp', s, re.M) for s in src): return set()
+    return {i for i, s in enumerate(src[:at]) if s and not re.search(r'^#\| *export', s, re.M)}
 
-# %% ../nbs/01a_run.ipynb #3a3bc716
+# %% ../nbs/01a_run.ipynb #7f9e2491
 def _execute(path, out, params, env, private): # None when all went well, else dict of ename, evalue, traceback and code
     km, clients = _start_kernel(private, env)
     with _signals(km.provisioner.process.pid, env['CK_TOKEN']) as got:
@@ -274,12 +277,11 @@ def _execute(path, out, params, env, private): # None when all went well, else d
         try:
             from papermill import execute_notebook
             plain = lambda p: str(p).replace('{', '{{').replace('}', '}}')
-            live = [_Live(o, '"parameters"' not in path.read_text(encoding='utf-8')) for o in (sys.stdout, sys.stderr)]
-            def reached(cell, **kw):
-                if 'parameters' in cell.metadata.get('tags', []):
-                    for o in live: o.on = True
+            examples = _examples(read_json(path))
+            def start(cell, cell_index, **kw):
+                if cell_index in examples: cell.metadata.tags = [*cell.metadata.get('tags', []), 'skip-execution']
             nb = execute_notebook(plain(path), plain(out), params, km=km, kernel_name='python3', language='python', progress_bar=False,
-                                  stdout_file=live[0], stderr_file=live[1], on_cell_start=reached, on_cell_executed=_tidy)
+                                  stdout_file=sys.stdout, stderr_file=sys.stderr, on_cell_start=start, on_cell_executed=_tidy)
             if src := _unreached(nb): err = dict(ename='Unfinished', evalue=f'the notebook ended before its last cell: {src[:80]!r}')
         except Exception as e: err = {k: getattr(e, k, d) for k, d in dict(ename=type(e).__name__, evalue=str(e), traceback=[]).items()}
         with contextlib.suppress(Exception): km.shutdown_kernel(now=bool(err))
@@ -287,7 +289,7 @@ def _execute(path, out, params, env, private): # None when all went well, else d
         if got: err = dict(err or {}, ename='Interrupted', evalue=f'by {signal.Signals(got[0]).name}', code=128+got[0])
         return err
 
-# %% ../nbs/01a_run.ipynb #7a82eae4
+# %% ../nbs/01a_run.ipynb #e31fe1f2
 def _ours(id, started): # Was it this execution that worked on the run? The kernel is gone, so a lock that is held is someone else's
     from filelock import FileLock, Timeout
     file = models_path(id, 'record.json')
@@ -305,7 +307,7 @@ def _code(err): # The exit code for how it went
     if err['ename'] == 'Refusal': return 75 if 'is being worked on by' in err['evalue'] else 2
     return err.get('code', 1)
 
-# %% ../nbs/01a_run.ipynb #cc18ef26
+# %% ../nbs/01a_run.ipynb #b8eb11b1
 def run_notebook(
     nb,            # A path, or a name in `nbs/` such as `04_train`
     params=None,   # Name → value; text is read as the type that the notebook declares

@@ -6,7 +6,7 @@
 __all__ = ['fold_rows', 'targets', 'Steps', 'save_checkpoint', 'last_checkpoint', 'fit', 'train_fold', 'run_table', 'held_out',
            'plot_run', 'hardest']
 
-# %% ../nbs/04_train.ipynb #2397692a
+# %% ../nbs/04_train.ipynb #1359dd06
 from .base import base_hash, load_tokenizer, pick_dtype
 from .core import Refusal, damage, read_json, seal, write_json
 from .log import start_run
@@ -21,7 +21,7 @@ import pandas as pd
 import shutil
 import torch
 
-# %% ../nbs/04_train.ipynb #0a1a895c
+# %% ../nbs/04_train.ipynb #36a50776
 def fold_rows(rows, fold:int):
     "The rows to train on, and the held-out rows"
     check_fold(rows, fold)
@@ -38,7 +38,7 @@ def targets(rows, task) -> np.ndarray: # [rows, options], each summing to one
         if t is not None: out[i] = np.pad(np.asarray(t, np.float32), (0, width-len(t)))
     return out
 
-# %% ../nbs/04_train.ipynb #2a9fb977
+# %% ../nbs/04_train.ipynb #4f060ee4
 class Steps(torch.utils.data.Dataset):
     "A data set whose items are optimiser steps: packs of sequences with their targets and weights"
     def __init__(self, enc, rows, task, steps):
@@ -54,7 +54,7 @@ class Steps(torch.utils.data.Dataset):
         total = float(sum(self.weight[p].sum() for p in self.steps[k]))
         return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p], missing=self.missing[p], total=total) for p in self.steps[k]]
 
-# %% ../nbs/04_train.ipynb #f39ff824
+# %% ../nbs/04_train.ipynb #8d21dfbb
 class _PackTrainer(Trainer):
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -74,7 +74,7 @@ class _PackTrainer(Trainer):
         if path: _load_optimizer(self.optimizer, self.lr_scheduler, Path(path))
     def _load_rng_state(self, path): pass
 
-# %% ../nbs/04_train.ipynb #153d45a0
+# %% ../nbs/04_train.ipynb #7a535eb0
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 def save_checkpoint(
@@ -106,7 +106,7 @@ def last_checkpoint(folder): # Path, or None
         if not (bad := damage(c)): return c
         print(f'{c.name} is damaged ({bad[0]}); going back to the one before')
 
-# %% ../nbs/04_train.ipynb #233f9c1c
+# %% ../nbs/04_train.ipynb #01969c8d
 def _load_weights(model, folder):
     from safetensors.torch import load_file
     saved, mine = load_file(folder/'weights.safetensors'), _learned(model)
@@ -122,7 +122,7 @@ def _load_optimizer(optimizer, schedule, folder):
     optimizer.load_state_dict(dict(state=state, param_groups=kept['groups']))
     schedule.load_state_dict(dict(kept['schedule'], lr_lambdas=schedule.state_dict()['lr_lambdas']))
 
-# %% ../nbs/04_train.ipynb #0621f605
+# %% ../nbs/04_train.ipynb #b8cb81c9
 class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         from tqdm import tqdm
@@ -134,7 +134,7 @@ class _Bar(TrainerCallback):
         self.bar.update(1)
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
-# %% ../nbs/04_train.ipynb #5aa8c644
+# %% ../nbs/04_train.ipynb #e12f8092
 def fit(
     judge,                   # From `add_lora`
     data,                    # `Steps`
@@ -160,7 +160,7 @@ def fit(
     trainer.train(resume_from_checkpoint=str(at) if at else None)
     return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 
-# %% ../nbs/04_train.ipynb #b5835cb4
+# %% ../nbs/04_train.ipynb #6890335f
 def train_fold(
     mix:str='sample_arena',         # Table, or mix of tables
     fold:int=0,                     # Fold that is held out
@@ -195,7 +195,7 @@ def train_fold(
         if not run.done: _train(run, params, prompt, train, held)
     return run
 
-# %% ../nbs/04_train.ipynb #fd3fe312
+# %% ../nbs/04_train.ipynb #7900e130
 def _train(run, p, prompt, train, held):
     task = tasks[prompt.task]
     enc = prompt.encode(train, p['views'])
@@ -214,7 +214,7 @@ def _train(run, p, prompt, train, held):
     run.finish(metrics=metrics, outputs=['probs.parquet', 'loss.json', 'adapter/adapter_model.safetensors', 'adapter/adapter_config.json'],
                rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), **ids)
 
-# %% ../nbs/04_train.ipynb #df93002a
+# %% ../nbs/04_train.ipynb #526bb050
 def run_table(run): # DataFrame
     "A run's scores beside its baselines, best first"
     m = run.record['metrics']

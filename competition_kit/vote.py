@@ -8,7 +8,7 @@ __all__ = ['majority', 'combine', 'agreement', 'entropy', 'plot_agreement', 'fit
            'fold_scores', 'verdict', 'trusted_prompt', 'wear', 'predict_runs', 'vote_inputs', 'score_vote', 'hold_vote',
            'write_votes']
 
-# %% ../nbs/10_vote.ipynb #f82311b6
+# %% ../nbs/10_vote.ipynb #6ef4032b
 import csv, functools, io, json, re
 from collections import Counter
 from pathlib import Path
@@ -19,10 +19,10 @@ from .core import Refusal, atomic, content_hash, damage, data_path, hash_obj, mo
 from .log import find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
 from .prompt import Prompt, tokenizer_hash
-from .split import (_decode, _make_raw, _read_csv, _refuse, load_rows, n_options, parse_mix, read_meta, samples,
+from .split import (load_rows, make_raw, n_options, parse_mix, read_csv, read_meta, read_utf8, refuse, samples,
                                    table_name, table_path, tasks)
 
-# %% ../nbs/10_vote.ipynb #a85a3925
+# %% ../nbs/10_vote.ipynb #8920880e
 def _paired(p, weights):
     if weights is None: yield from ((v, 1.) for v in p); return
     w = np.asarray(weights, np.float64)
@@ -44,7 +44,7 @@ def _pool(p, weights, *each): # the weighted mean over voters of each function o
     if out is None: raise Refusal('a vote needs a voter')
     return [o/np.float32(total) for o in out]
 
-# %% ../nbs/10_vote.ipynb #15e783ea
+# %% ../nbs/10_vote.ipynb #dd67617b
 def majority(
     p,             # [voters, rows, options], or an iterable of [rows, options]
     weights=None,  # One number a voter; equal when absent
@@ -61,7 +61,7 @@ def majority(
     share[:, tie] = np.where(tied[:, tie], (s*tied[:, tie]).sum(0)*q/q.sum(0), s)
     return np.ascontiguousarray(share.T), np.isin(np.arange(share.shape[1]), tie)
 
-# %% ../nbs/10_vote.ipynb #12114327
+# %% ../nbs/10_vote.ipynb #7e66bb1f
 def combine(
     p,             # [voters, rows, options], or an iterable of [rows, options], rows in one order
     weights=None,  # One number a voter, of any scale; equal when absent
@@ -75,7 +75,7 @@ def combine(
     e = np.exp(log-log.max(0))*(mean > 0)
     return np.ascontiguousarray((e/e.sum(0)).T)
 
-# %% ../nbs/10_vote.ipynb #ef8a5ad8
+# %% ../nbs/10_vote.ipynb #ba818760
 def agreement(
     p,    # [voters, rows, options], or an iterable of [rows, options]
     vote, # [rows, options]
@@ -91,7 +91,7 @@ def entropy(
     p = np.asarray(p, np.float64)
     return -(p*np.log(np.maximum(p, 1e-15))).sum(1).astype(np.float32)
 
-# %% ../nbs/10_vote.ipynb #d9cc5d70
+# %% ../nbs/10_vote.ipynb #f98a1d86
 def plot_agreement(
     p,          # [voters, rows, options]
     vote,       # [rows, options]
@@ -112,7 +112,7 @@ def plot_agreement(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10_vote.ipynb #910009f4
+# %% ../nbs/10_vote.ipynb #bd949087
 def fit_weights(
     p,            # [voters, rows, options], of rows that no voter was trained on
     label,        # [rows]
@@ -133,7 +133,7 @@ def fit_weights(
     w /= w.sum()
     return w if loss(w)[0] <= loss(equal)[0] else equal
 
-# %% ../nbs/10_vote.ipynb #51e15366
+# %% ../nbs/10_vote.ipynb #ecc7077b
 def find_sample(
     data:str='sample_arena',  # Name of the folder in `data/`
     sample:str='',            # Path of the file, if it is not there
@@ -141,7 +141,7 @@ def find_sample(
     "The sample submission of a competition"
     if sample: paths = [project_root()/sample]  # an absolute path stays what it is
     else:
-        if table_name(data) in samples: _make_raw(table_name(data))
+        if table_name(data) in samples: make_raw(table_name(data))
         folder = data_path(table_name(data))
         paths = sorted(p for p in folder.glob('*sample*') if p.suffix in ('.csv', '.jsonl') and 'submi' in p.name.lower())
         if len(paths) != 1: raise Refusal(f'{len(paths) or "no"} files could be the sample submission', folder, fix='Name it with sample=')
@@ -150,14 +150,14 @@ def find_sample(
 
 def _lines(path):
     out = []
-    for n, line in enumerate(_decode(path).split('\n'), 1):
+    for n, line in enumerate(read_utf8(path).split('\n'), 1):
         if not line.strip(): continue
         try: out.append(json.loads(line))
         except ValueError as e: raise Refusal(f'line {n} is not valid JSON ({e})', path) from e
         if not isinstance(out[-1], dict) or 'id' not in out[-1]: raise Refusal(f'line {n} is not an object with an id', path)
     return out
 
-# %% ../nbs/10_vote.ipynb #73fd28b5
+# %% ../nbs/10_vote.ipynb #a4629249
 def _layout(sample):
     "The sample's content and what it asks for: `p` (a probability an option), `label` (a name) or `answers` (letters)"
     sample = Path(sample)
@@ -167,32 +167,32 @@ def _layout(sample):
         whole = lambda o: isinstance(o.get('questions'), list) and all(isinstance(q, dict) and 'answer' in q for q in o['questions'])
         if got and all(map(whole, got)): return got, 'answers'
     elif sample.suffix == '.csv':
-        got = _read_csv(sample)
+        got = read_csv(sample)
         cols = [c for c in got if c != 'id']
         if 'id' in got and cols == ['winner']: return got, 'label'
         if 'id' in got and len(cols) > 1 and all(c.startswith('winner_') for c in cols): return got, 'p'
     raise Refusal('not a sample submission that is understood', sample,
                   fix='It has id and winner_<option> columns, or id and winner, or JSON lines with id and questions with an answer')
 
-# %% ../nbs/10_vote.ipynb #cab5839d
+# %% ../nbs/10_vote.ipynb #86bd33b4
 def _check_ids(got, want, path, sample):
     for ids, where in (want, sample), (got, path):
         if twice := [i for i, n in Counter(ids).items() if n > 1]: raise Refusal('an id occurs twice', where, twice)
     if less := list(dict.fromkeys(want).keys()-got): raise Refusal(f'rows that {Path(sample).name} asks for are missing', path, sorted(less))
     if more := list(dict.fromkeys(got).keys()-want): raise Refusal(f'rows that {Path(sample).name} does not have', path, sorted(more))
-    _refuse([g != w for g, w in zip(got, want)], f'rows that stand elsewhere in {Path(sample).name}', path, got, "Keep the sample's order")
+    refuse([g != w for g, w in zip(got, want)], f'rows that stand elsewhere in {Path(sample).name}', path, got, "Keep the sample's order")
 
 _number = re.compile(r'\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*')
 
 def _check_p(got, path):
     ids, cols = got['id'], [c for c in got if c != 'id']
-    for c in cols: _refuse([not v.strip() for v in got[c]], f'an empty cell in {c}', path, ids)
-    for c in cols: _refuse([not _number.fullmatch(v) for v in got[c]], f'not a number in {c}', path, ids)
+    for c in cols: refuse([not v.strip() for v in got[c]], f'an empty cell in {c}', path, ids)
+    for c in cols: refuse([not _number.fullmatch(v) for v in got[c]], f'not a number in {c}', path, ids)
     p = np.array([got[c] for c in cols], np.float64).T
-    _refuse(~((p >= 0) & (p <= 1)).all(1), 'a probability outside 0 to 1', path, ids)
-    _refuse(np.abs(p.sum(1)-1) > 1e-3, 'probabilities that do not sum to one', path, ids)
+    refuse(~((p >= 0) & (p <= 1)).all(1), 'a probability outside 0 to 1', path, ids)
+    refuse(np.abs(p.sum(1)-1) > 1e-3, 'probabilities that do not sum to one', path, ids)
 
-# %% ../nbs/10_vote.ipynb #89ecba27
+# %% ../nbs/10_vote.ipynb #efcb009f
 def _blank(line): # a line without its answers
     qs = line.get('questions')
     if isinstance(qs, list): qs = [{**q, 'answer': ''} if isinstance(q, dict) and 'answer' in q else q for q in qs]
@@ -200,10 +200,10 @@ def _blank(line): # a line without its answers
 
 def _check_answers(got, want, path, letters, allowed):
     ids = [str(o['id']) for o in got]
-    _refuse([_blank(g) != _blank(w) for g, w in zip(got, want)], 'lines that differ from the sample in more than their answers', path, ids)
+    refuse([_blank(g) != _blank(w) for g, w in zip(got, want)], 'lines that differ from the sample in more than their answers', path, ids)
     flat = [(f'{i}-{k}', q['answer']) for i, o in zip(ids, got) for k, q in enumerate(o['questions'])]
     bad = [not (isinstance(a, str) and len(a) == 1 and a in (allowed or {}).get(i, letters)) for i, a in flat]
-    _refuse(bad, f"an answer that is no letter of {'the row' if allowed else letters}", path, [f'{i} ({a!r})' for i, a in flat])
+    refuse(bad, f"an answer that is no letter of {'the row' if allowed else letters}", path, [f'{i} ({a!r})' for i, a in flat])
     return len(flat)
 
 def _allowed(sample, rows): # letters of each row, where the test table is known
@@ -213,7 +213,7 @@ def _allowed(sample, rows): # letters of each row, where the test table is known
     if rows is None or 'options' not in rows: return None
     return {i: tasks['choice'].letters[:len(o)] for i, o in zip(rows['id'], rows['options'])}
 
-# %% ../nbs/10_vote.ipynb #407bf264
+# %% ../nbs/10_vote.ipynb #bf0fbc19
 def check_submission(
     path,       # The file to submit
     sample,     # The host's sample submission
@@ -230,17 +230,17 @@ def check_submission(
         letters, allowed = tasks[task or 'choice'].letters, _allowed(sample, rows)
         n = _check_answers(got, want, path, letters, allowed)
         return f"{Path(path).name}: {len(got)} problems with {n} answers, as the sample asks; every letter is one of {'its row' if allowed else letters}"
-    got = _read_csv(path)
+    got = read_csv(path)
     if list(got) != list(want): raise Refusal(f'its columns are {list(got)}, those of {Path(sample).name} are {list(want)}', path)
     _check_ids(got['id'], want['id'], path, sample)
     if kind == 'p': _check_p(got, path)
     else:
         labels = set(tasks[task].options if task else ['model_a', 'model_b', *want['winner']])
-        _refuse([v not in labels for v in got['winner']], f'a label that is none of {", ".join(sorted(labels))}', path, got['id'])
+        refuse([v not in labels for v in got['winner']], f'a label that is none of {", ".join(sorted(labels))}', path, got['id'])
     said = 'probabilities sum to one' if kind == 'p' else ', '.join(f'{v} {k}' for k, v in sorted(Counter(got['winner']).items()))
     return f"{Path(path).name}: {len(got['id'])} rows, as the sample asks; {said}"
 
-# %% ../nbs/10_vote.ipynb #67d59fc4
+# %% ../nbs/10_vote.ipynb #5619766d
 def make_submission(
     p,         # [rows, options]
     rows,      # The rows predicted
@@ -260,7 +260,7 @@ def make_submission(
         said = check_submission(tmp, sample, task, rows)
     return f"{Path(path).name}:{said.split(':', 1)[1]}"
 
-# %% ../nbs/10_vote.ipynb #ce817b60
+# %% ../nbs/10_vote.ipynb #57665c3a
 def _answers_text(lines, p, task):
     best = iter(task.letters[k] for k in p.argmax(1))
     lines = [{**o, 'questions': [{**q, 'answer': next(best)} for q in o['questions']]} for o in lines]
@@ -277,7 +277,7 @@ def _csv_text(cols, p, task, sample):
     w.writerows(zip(*cols.values()))
     return text.getvalue()
 
-# %% ../nbs/10_vote.ipynb #50774f4a
+# %% ../nbs/10_vote.ipynb #fc34f6f9
 def practice_score(
     path,      # A submission
     solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
@@ -297,7 +297,7 @@ def practice_score(
     s = scores(a.to_numpy(float), b[a.columns].to_numpy(float).argmax(1))
     return dict(practice_log_loss=s['log_loss'], practice_accuracy=s['accuracy'])
 
-# %% ../nbs/10_vote.ipynb #6ad3f190
+# %% ../nbs/10_vote.ipynb #aba6793f
 def _probs_file(run): return project_root()/run if run.endswith('.parquet') else models_path(run, 'probs.parquet')
 
 def _trained(data): # finished train runs whose first table is `data`
@@ -310,7 +310,7 @@ def _named_apart(many): # for each set of parameters, those that are not the sam
     keys = [k for k in dict.fromkeys(k for p in many for k in p) if len({hash_obj(p.get(k)) for p in many}) > 1 and k != 'fold']
     return [', '.join(f'{k}={p.get(k)}' for k in keys) for p in many]
 
-# %% ../nbs/10_vote.ipynb #5d895bec
+# %% ../nbs/10_vote.ipynb #b74c33d7
 def voters(
     data:str='sample_arena',  # Name of the table that the runs were trained on
     runs:str='',              # Run ids or their beginnings and paths of probability files, separated by spaces; '': see above
@@ -337,7 +337,7 @@ def voters(
     out += [dict(voter=f'{len(label)+i}: {Path(n).name}', run=n, vote_weight=1.) for i, n in enumerate(files, 1)]
     return pd.DataFrame(out, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
 
-# %% ../nbs/10_vote.ipynb #9e248539
+# %% ../nbs/10_vote.ipynb #c92f7ee7
 def weigh(
     ballot,            # From `voters`
     weights:str='log', # `log`: the column vote_weight; `fit`: fitted on `p`; or one number a voter, such as `2 1 1`
@@ -370,7 +370,7 @@ def run_weights(
     each = dict(zip(dict.fromkeys(ballot.voter), w))
     return (ballot.voter.map(each)/ballot.groupby('voter').voter.transform('size')).to_numpy(float)
 
-# %% ../nbs/10_vote.ipynb #fcb4e4c9
+# %% ../nbs/10_vote.ipynb #d3d7b6a9
 def oof_probs(
     ballot,  # From `voters`
     rows,    # The training table
@@ -389,7 +389,7 @@ def oof_probs(
     rows = rows[shared].reset_index(drop=True) if found else rows[:0]
     return {v: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for v, t in found.items()}, rows
 
-# %% ../nbs/10_vote.ipynb #aee3c8a3
+# %% ../nbs/10_vote.ipynb #1ca705aa
 def oof_vote(
     oof,                # Voter → [rows, options]
     rows,               # Those rows, with `label` and `fold`
@@ -406,7 +406,7 @@ def oof_vote(
         out[here] = combine(p[:, here], fit_weights(p[:, fit], label[fit], rule), rule)
     return out
 
-# %% ../nbs/10_vote.ipynb #b92c84f3
+# %% ../nbs/10_vote.ipynb #8da3398b
 def fold_scores(
     p:dict,    # Name → [rows, options], out of fold
     rows,      # Those rows
@@ -438,7 +438,7 @@ def verdict(
     table = pd.concat([pd.DataFrame({c: mean[c], f'± {c}': sd[c]}) for c in mean], axis=1).dropna(axis=1, how='all')
     return table, _sentence(metric, mean.loc[vote, metric], best, mean.loc[best, metric], lead.mean(), spread)
 
-# %% ../nbs/10_vote.ipynb #c19f9b44
+# %% ../nbs/10_vote.ipynb #473c6e77
 def _sentence(metric, vote, best, base, lead, spread):
     head = f"On held-out rows the vote's {metric.replace('_', '-')} is {vote:.4f}; the best baseline, {best}, has {base:.4f}. "
     if lead <= 0: return head+(f'The vote is worse by {-lead:.4f}' if lead else 'The vote is no better')+': it is not worth submitting.'
@@ -446,7 +446,7 @@ def _sentence(metric, vote, best, base, lead, spread):
     if lead <= spread: return head+f'The vote is better by {lead:.4f}, which is less than the spread over folds or seeds ({spread:.4f}): that may be chance.'
     return head+f'The vote is better by {lead:.4f}, more than the spread over folds or seeds ({spread:.4f}).'
 
-# %% ../nbs/10_vote.ipynb #b09d289b
+# %% ../nbs/10_vote.ipynb #7014a488
 @functools.lru_cache(8)
 def _builder(base, fingerprint, task, max_len, truncation): # the prompt builder, and the tokenizer's hash; made once for many voters
     tok = load_tokenizer(base)
@@ -467,7 +467,7 @@ def trusted_prompt(
     same(prompt.hash, r['prompt'], 'prompts are not built as when it was trained')
     return prompt
 
-# %% ../nbs/10_vote.ipynb #2b1b9c1f
+# %% ../nbs/10_vote.ipynb #4140669c
 def wear(
     judge,   # From `load_judge`
     folder,  # Of an adapter
@@ -483,7 +483,7 @@ def wear(
         judge.model.delete_adapter(old)
     return judge.eval()
 
-# %% ../nbs/10_vote.ipynb #32764743
+# %% ../nbs/10_vote.ipynb #915ad637
 def _kept(path, rows, views):
     "A probability table that was written before, if it is whole and of these rows"
     if not path.exists(): return None
@@ -495,7 +495,7 @@ def _seen(r, rows):
     t = load_rows(r['params']['mix'], r['params']['seed'])
     return rows.id.isin(set(t.id[t.fold != r['fold']])).to_numpy()
 
-# %% ../nbs/10_vote.ipynb #afa08a61
+# %% ../nbs/10_vote.ipynb #25fbf70d
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -525,7 +525,7 @@ def predict_runs(
         write_probs(files[r], rows, p, b.task, views, _seen(recs[r], rows), run=r, tokenizer=recs[r]['tokenizer'])
     return {r: _kept(files[r], rows, views) for r in runs}
 
-# %% ../nbs/10_vote.ipynb #ac52481a
+# %% ../nbs/10_vote.ipynb #7de752d1
 def vote_inputs(
     ballot,                   # From `voters`
     data:str='sample_arena',  # Name of the training table; `<data>_test` is predicted
@@ -551,7 +551,7 @@ def _seed_scores(ballot, oof, rows, metric): # pooled scores of the largest set 
             kin.setdefault(hash_obj(params), []).append(scores(oof[v], rows.label.to_numpy())[metric])
     return max(kin.values(), key=len, default=[])
 
-# %% ../nbs/10_vote.ipynb #87d86f7a
+# %% ../nbs/10_vote.ipynb #44f04003
 def score_vote(
     ballot,             # From `voters`
     data:str='sample_arena', # Name of the training table
@@ -579,7 +579,7 @@ def score_vote(
     metrics = dict(scores(vote, rows.label.to_numpy()), baselines=pooled, rows=len(rows))
     return dict(out, vote=vote, metrics=metrics, table=show, sentence=said)
 
-# %% ../nbs/10_vote.ipynb #c9ac41f1
+# %% ../nbs/10_vote.ipynb #bdcf6160
 def hold_vote(
     run,                      # From `start_run`
     ballot,                   # From `voters`
@@ -612,7 +612,7 @@ def hold_vote(
     run.finish(metrics, outputs, members=list(ballot.run), weights=run_weights(ballot, s['weights']).round(4).tolist(), rule=rule,
                submission=f'models/{run.id}/{file}', sentence=s['sentence'], table=_plain(s['table']))
 
-# %% ../nbs/10_vote.ipynb #c180cb6f
+# %% ../nbs/10_vote.ipynb #64200640
 def _test_task(rows, ballot): # a test file without ties in its columns does not say whether there are any; the voters do
     kinds = {find_run(r)['task'] if not r.endswith('.parquet') else read_meta(_probs_file(r))['task'] for r in ballot.run}
     if len(kinds) > 1: raise Refusal(f'the voters are of different tasks: {sorted(kinds)}')

@@ -1,5 +1,5 @@
 "What keeps notebooks runnable headless, and the package equal to them"
-import ast, configparser, json, tomllib
+import ast, configparser, json, subprocess, sys, tomllib
 from pathlib import Path
 import pytest
 
@@ -46,6 +46,17 @@ def test_every_parameter_is_used(stem):
     names = [n.target.id for n in ast.parse(text(code[k])).body]
     used = {n.id for c in code[k+1:] for n in ast.walk(ast.parse(text(c))) if isinstance(n, ast.Name)}
     assert set(names) <= used
+
+@pytest.mark.parametrize('stem', stages)
+def test_headless_needs_no_example(stem):
+    "`ck run` leaves the examples out: what remains must not use a name of theirs"
+    from competition_kit.run import _examples
+    nb = json.loads((root/f'nbs/{stem}.ipynb').read_text(encoding='utf-8'))
+    skipped = _examples(nb)
+    assert skipped
+    rest = '\n'.join(text(c) for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code' and i not in skipped)
+    p = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F821', '-'], input=rest, capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout
 
 def test_train_defaults_are_the_cells():
     import inspect
