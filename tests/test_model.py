@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage
-from competition_kit.model import Judge, add_lora, collate, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
+from competition_kit.model import Judge, add_lora, collate, load_judge, option_mask, pack_loss, packed_attention, predict, share, view_probs
 from competition_kit.prompt import Prompt
 from competition_kit.split import swap_probs, tasks
 
@@ -84,6 +84,18 @@ def test_answer_route_is_transformers_own(kind, tiny, prompt):
     close(torch.cat([packed(judge, [i]) for i in ids]), want)
     lies = collate(ids); lies['bounds'] = [0, sum(map(len, ids))]  # sequences that see each other would be noticed
     with torch.no_grad(): assert (judge(**lies)-want[-1:]).abs().max() > 1e-3
+
+def test_a_common_beginning_is_computed_once(kind, tiny, prompt):
+    "longer than Gemma's and Mistral's windows, too; logits and gradients stay what they are apart"
+    head = sequences((21,), 5)[0]
+    judge, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), [np.concatenate([head, i]) for i in sequences()]
+    assert share(**collate(ids))[0].shape[1] == 21+sum(map(len, ids))-21*len(ids)
+    def grads(packs):
+        judge.zero_grad()
+        out = [judge(**collate(p)) for p in packs]
+        torch.cat(out).log_softmax(-1)[:, 0].sum().backward()
+        return torch.cat(out).detach(), torch.cat([p.grad.flatten() for p in judge.parameters() if p.requires_grad])
+    for a, b in zip(grads([ids]), grads([[i] for i in ids])): close(a, b, 2e-5)
 
 def test_score_route_is_transformers_own(kind, tiny, prompt):
     judge, ids = judge_of(tiny(kind), prompt, 'score'), sequences()
