@@ -20,6 +20,7 @@ def best(code, n=3):
     return min(took)
 
 @pytest.mark.parametrize('code', ['import competition_kit', 'import competition_kit.ck as k\ntry: k.main(["--help"])\nexcept SystemExit: pass',
+                                  'import competition_kit.ck as k\ntry: k.main(["plan", "--help"])\nexcept SystemExit: pass',
                                   'import competition_kit.ck as k\nassert k.main(["log"]) == 0'])
 def test_light(root, code):
     out = subprocess.run([sys.executable, '-c', f'{code}\nimport sys; print("\\n"+" ".join(sys.modules))'], capture_output=True, text=True, check=True).stdout
@@ -31,7 +32,7 @@ def test_light_in_time():
     assert best(['-c', 'import competition_kit'])-bare <= .05*peft
     assert best(['-m', 'competition_kit.ck', '--help'])-bare <= .05*peft
 
-@pytest.mark.parametrize('argv', [[], ['run'], ['log'], ['log', 'sync'], ['log', 'show'], ['log', 'plan'], ['log', 'repro'], ['check'], ['doctor']])
+@pytest.mark.parametrize('argv', [[], ['run'], ['log'], ['log', 'sync'], ['log', 'show'], ['log', 'plan'], ['log', 'repro'], ['check'], ['doctor'], ['plan']])
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as e: main([*argv, '--help'])
     said = capsys.readouterr().out
@@ -158,3 +159,17 @@ def test_plan(project, capsys):
     assert 'CK_PLANNED_ROW' not in os.environ
     sync_log(wait=True)
     assert openpyxl.load_workbook(project/'experiments_log.xlsx')['runs'].cell(5, cols['run_id']).value.startswith('demo-f1-')
+
+def test_plan(root, capsys):
+    assert main('plan --base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'.split()) == 0
+    said = capsys.readouterr().out
+    assert '7.62 B' in said and 'none of 28' in said and 'GPU-hours' in said and 'extrapolated' not in said
+    assert main('plan --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
+    assert 'such GPUs' in capsys.readouterr().err
+
+def test_plan_passes_every_option_on():
+    import inspect
+    from competition_kit.plan import plan
+    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['plan']
+    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(plan).parameters) - {'compiled'}
+    assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan')

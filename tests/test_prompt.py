@@ -6,8 +6,9 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from competition_kit import prompt as P
-from competition_kit.core import Refusal
-from competition_kit.prompt import Prompt, ask, cut, encode_texts, fields, frame, labels, length_report, pack, plan_steps, shares, swapped, tokenizer_hash
+from competition_kit.core import Refusal, damage, root_at
+from competition_kit.prompt import (Prompt, Tokens, ask, cut, encode_cached, encode_texts, fields, frame, labels, length_report, load_encoded, pack, pick_rows,
+                                    plan_steps, save_encoded, shares, swapped, tokenizer_hash)
 from competition_kit.split import tasks
 
 # ---- tokenizers, trained here on a few lines
@@ -432,6 +433,150 @@ def test_plan_follows_its_seed():
     code = 'import pandas as pd, numpy as np; from competition_kit.prompt import plan_steps; e = pd.DataFrame(dict(row=np.arange(30).repeat(2), n=9)); print([p.tolist() for s in plan_steps(e, 4, 1, 99, 5) for p in s])'
     a, b = (subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
     assert a == b and a
+
+def test_plan_of_nothing_and_of_odd_rows():
+    assert plan_steps(lines(0), 4, 1, 512, 0) == [] == plan_steps(lines(1), 4, .2, 512, 0)
+    with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(5).iloc[1:], 2, 1, 512, 0)
+    with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(6).iloc[[0, 1, 2, 3, 4, 6]], 2, 1, 512, 0)
+    mixed = lines(9).sample(frac=1, random_state=0)  # lines in any order
+    for s in plan_steps(mixed, 3, 1, 512, 0): assert mixed.row.iloc[np.concatenate(s)].value_counts().tolist() == [2, 2, 2]
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(2, 5), st.sampled_from([.5, 1, 2]), st.integers(1, 2), st.sampled_from([150, 512, 4096]), st.integers(0, 99))
+def test_plan_for_ranks(k, rows_a_rank, ranks, epochs, views, budget, seed):
+    enc, size = lines(k, views, seed), rows_a_rank*ranks
+    one, many = (plan_steps(enc, size, epochs, budget, seed, ranks=r) for r in (1, ranks))
+    at = lambda packs: sorted(np.concatenate([np.empty(0, int), *packs]).tolist())
+    assert len(one) == len(many) and all(at(a) == at([p for r in b for p in r]) for a, b in zip(one, many))  # the same rows in the same steps
+    for k, step in enumerate(many):
+        rows = [enc.row[at(r)] for r in step]
+        assert len(step) == ranks and all((r.value_counts() % views == 0).all() for r in rows)  # both views on one rank
+        n = [len(r)//views for r in rows]
+        assert max(n)-min(n) <= 1 and (k == len(many)-1 or set(n) == {rows_a_rank})
+        if min(n) == max(n): assert len(set(map(len, step))) == 1  # as many packs on each
+        assert all(len(p) and (enc.n[p].sum() <= budget or len(p) == 1) for r in step for p in r)
+
+def arena(k, seed=0):
+    n = (np.random.default_rng(seed).lognormal(6.2547, .7475, k).round().clip(16, 16384)+160).clip(max=2048).astype(int)
+    return pd.DataFrame(dict(row=np.arange(k).repeat(2), view=np.tile([0, 1], k), n=n.repeat(2)))
+
+def test_ranks_have_equal_work():
+    for seed in range(3):
+        enc = arena(8192, seed)
+        work = np.array([[sum(enc.n.to_numpy()[p].sum() for p in r) for r in s] for s in plan_steps(enc, 128, 1, 16384, seed, ranks=8)])
+        assert work.sum()/(8*work.max(1).sum()) >= .99
+    with pytest.raises(Refusal, match='multiple of 3'): plan_steps(lines(9), 8, 1, 512, 0, ranks=3)
+
+def test_packs_of_a_step_are_few_and_equal():
+    enc = arena(16384); n = enc.n.to_numpy()
+    for rows in (32, 128, 512):
+        sizes = [np.array([n[p].sum() for p in s]) for s in plan_steps(enc, rows, 1, 16384, 0)]
+        assert sum(map(len, sizes)) <= 1.02*sum(-(-s.sum()//16384) for s in sizes)  # few: hardly more than the tokens ask for
+        assert sum(s.sum() for s in sizes) >= .98*sum(len(s)*s.max() for s in sizes)  # equal
+    assert n.sum() >= .97*16384*sum(map(len, sizes)) and n.sum() >= .97*16384*len(pack(n, 16384))
+
+def test_planning_is_linear():
+    small, large = arena(20_000), arena(200_000)
+    for f in (lambda e: plan_steps(e, 64, 1, 16384, 0), lambda e: plan_steps(e, 64, 1, 16384, 0, ranks=8), lambda e: pack(e.n, 16384)):
+        for _ in range(3):  # a busy machine may spoil one try
+            if (ratio := best(lambda: f(large))/best(lambda: f(small))) <= 15: break
+        assert ratio <= 15
+
+def test_phases():
+    phase = np.random.default_rng(0).integers(0, 3, 50)*5-2
+    enc = lines(50)
+    for epochs, ranks in ((1, 1), (2, 1), (1.5, 2)):
+        steps = [sum(s, []) if ranks > 1 else s for s in plan_steps(enc, 4, epochs, 512, 3, ranks=ranks, phase=phase)]
+        seen = [set(phase[enc.row[np.concatenate(s)]]) for s in steps]
+        assert all(len(p) == 1 for p in seen) and [p.pop() for p in seen] == sorted(phase[enc.row[np.concatenate(s)]][0] for s in steps)
+        rows = enc.row[np.concatenate([p for s in steps for p in s])]
+        for p in set(phase): assert (phase[rows] == p).sum() == 2*round((phase == p).sum()*epochs)
+    same = lambda **kw: [[p.tolist() for p in s] for s in plan_steps(enc, 4, 1, 512, 3, **kw)]
+    assert same() == same(phase=np.zeros(50, int)) == same(phase=[7]*50)
+
+# ---- tokens, flat and kept
+def test_tokens_as_a_column(tok):
+    e = Prompt(tok, 'preference', 200).encode(pair(*[([f'q {"x "*i}'], ['a'], ['b']) for i in range(6)]))
+    want = [i.tolist() for i in e.ids]
+    as_lists = lambda ids: [i.tolist() for i in ids]
+    assert isinstance(e.ids.array, Tokens) and e.ids[3].tolist() == want[3] == e.ids.iloc[3].tolist() and e.n.tolist() == [len(i) for i in want]
+    at = np.array([5, 0, 5, -1])
+    assert as_lists(e.ids.iloc[at]) == [want[i] for i in at] == as_lists(e.iloc[at].ids)
+    assert as_lists(e.ids[e.view == 1]) == want[1::2] == as_lists(e[e.view == 1].reset_index(drop=True).ids) == as_lists(e.ids[1::2])
+    assert as_lists(e.sort_values('n', ascending=False, kind='stable').ids)[0] == max(want, key=len)
+    assert as_lists(pd.concat([e, e.iloc[:2]], ignore_index=True).ids) == want+want[:2]
+    assert [o.ids.tolist() for o in e.itertuples()] == want and e.drop(columns='ids').shape == (12, 4) and 'ids' in repr(e)
+    assert as_lists(e.assign(ids=list(e.ids)).ids) == want and not e.ids.isna().any() and e.copy().ids.array.flat is e.ids.array.flat
+    with pytest.raises(ValueError): e.ids.reindex([0, 99])
+    assert e.memory_usage(deep=True).ids < 4*e.n.sum()+100*len(e)
+
+def big_rows(k=300, **kw): return pair(*[([f'q{i} '*(i%7)], [f'a{i} '*(i%40)], [f'b {i}']) for i in range(k)]).assign(**kw)
+
+def same_enc(a, b): return a.drop(columns='ids').equals(b.drop(columns='ids')) and all((x == y).all() and x.dtype == y.dtype == np.int32 for x, y in zip(a.ids, b.ids))
+
+def test_more_rows_than_a_call(tok):
+    pr, rows = Prompt(tok, 'preference', 96), big_rows(2500)
+    e = pr.encode(rows)
+    assert e.row.tolist() == list(np.arange(2500).repeat(2)) and all(ends_whole(pr, i) for i in e.ids)
+    for at in (0, 1023, 1024, 2499): assert same_enc(e[e.row == at].reset_index(drop=True).assign(row=0), pr.encode(rows.iloc[[at]]))
+
+def test_saved_and_mapped(tok, tmp_path):
+    pr = Prompt(tok, 'preference', 96)
+    for k in (0, 1, 300):
+        e = pr.encode(big_rows(300).iloc[:k]); save_encoded(e, tmp_path/f'{k}'); got = load_encoded(tmp_path/f'{k}')
+        assert same_enc(e, got) and len(got) == 2*k and list(got.columns) == list(e.columns)
+    assert isinstance(got.ids.array.flat.base, np.memmap) or isinstance(got.ids.array.flat.base.base, np.memmap)
+    with pytest.raises(ValueError): got.ids[0][0] = 1
+    some = e.iloc[[7, 3, 3]]; save_encoded(some, tmp_path/'some'); assert same_enc(load_encoded(tmp_path/'some'), some.reset_index(drop=True))
+    with pytest.raises(OSError): save_encoded(e, tmp_path/'some')
+    raw = bytearray((tmp_path/'300/ids.npy').read_bytes()); raw[-5] ^= 1; (tmp_path/'300/ids.npy').write_bytes(raw)
+    with pytest.raises(Refusal, match='not as they were written'): load_encoded(tmp_path/'300')
+    with pytest.raises(Refusal): load_encoded(tmp_path/'nowhere')
+
+def test_folds_are_tokenised_once(tok, tmp_path, monkeypatch):
+    pr, rows, calls, real = Prompt(tok, 'preference', 96), big_rows(60, fold=np.arange(60) % 5, label=0), [], Prompt.encode
+    monkeypatch.setattr(Prompt, 'encode', lambda self, rows, views=2: calls.append(len(rows)) or real(self, rows, views))
+    with root_at(tmp_path):
+        for f in range(5):
+            e = encode_cached(pr, rows.assign(label=f))
+            for at in (rows.fold == f, np.flatnonzero(rows.fold != f)[::-1]):
+                assert same_enc(pick_rows(e, at), real(pr, rows[at] if at.dtype == bool else rows.iloc[at]))
+        assert calls == [60] and len(list(tmp_path.glob('models/.tokens/*'))) == 1
+        others = dict(views=lambda: encode_cached(pr, rows, 1), text=lambda: encode_cached(pr, rows.assign(prompt=[['other']]*60)), order=lambda: encode_cached(pr, rows[::-1]),
+                      builder=lambda: encode_cached(Prompt(tok, 'preference', 97), rows), tokenizer=lambda: encode_cached(Prompt(made('bytelevel'), 'preference', 200), rows))
+        for k, f in others.items(): n = len(calls); f(); f(); assert [o for o in calls[n:] if o == 60] == [60], k
+
+@pytest.mark.parametrize('harm', ['flip', 'cut', 'gone', 'no manifest', 'a file', 'more'])
+def test_a_damaged_cache_is_made_again(tok, tmp_path, harm):
+    pr, rows = Prompt(tok, 'preference', 96), big_rows(20)
+    with root_at(tmp_path):
+        want = encode_cached(pr, rows); folder, = (tmp_path/'models/.tokens').iterdir(); f = folder/'ids.npy'; raw = bytearray(f.read_bytes()); raw[200] ^= 1
+        if harm == 'a file':
+            for p in folder.iterdir(): p.unlink()
+            folder.rmdir(); folder.write_text('x')
+        else: dict(flip=lambda: (f.unlink(), f.write_bytes(raw)), cut=lambda: (f.unlink(), f.write_bytes(raw[:200])), gone=f.unlink, more=lambda: (folder/'x').write_text('x')).get(harm, (folder/'manifest.json').unlink)()
+        assert same_enc(encode_cached(pr, rows), want)
+        assert damage(folder) == [] and list((tmp_path/'models/.tokens').iterdir()) == [folder]
+
+def test_a_cache_is_never_why_a_run_fails(tok, tmp_path, monkeypatch):
+    pr, rows = Prompt(tok, 'preference', 96), big_rows(20)
+    (tmp_path/'models').write_text('in the way')
+    with root_at(tmp_path): assert same_enc(encode_cached(pr, rows), pr.encode(rows))
+    def full(*a): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(P, 'save_encoded', full)
+    with root_at(tmp_path/'b'):
+        assert same_enc(encode_cached(pr, rows), pr.encode(rows)) and list((tmp_path/'b/models/.tokens').iterdir()) == []
+
+def test_two_at_once(smollm2, tmp_path):
+    code = ('import sys; from competition_kit.base import load_tokenizer; from competition_kit.prompt import *; import pandas as pd\n'
+            f'p = Prompt(load_tokenizer({smollm2!r}), "preference", 96)\n'
+            'rows = pd.DataFrame([dict(prompt=[f"q{i} "*9], response_a=["a"], response_b=["b"]) for i in range(500)])\n'
+            'print(encode_cached(p, rows).n.sum(), encode_cached(p, rows).n.sum())')
+    runs = [subprocess.Popen([sys.executable, '-c', code], env=dict(os.environ, CK_ROOT=str(tmp_path)), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    out = [r.communicate()[0] for r in runs]
+    assert out[0] == out[1] and all(r.returncode == 0 for r in runs)
+    folder, = (tmp_path/'models/.tokens').iterdir()
+    assert damage(folder) == []
 
 def test_length_report(tok):
     r = length_report(Prompt(tok, 'preference', 128).encode(pair((['a'], ['b'], ['c']), (['a '*1000], ['b'], ['c'])))).iloc[0]

@@ -1,0 +1,163 @@
+"""How close to the GPU's limit does training come, and how close do others? LoRA on the true shape of a base with random weights, LMSYS-like lengths.
+
+usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout peft hf hf-grouped frozen] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
+Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
+and the gradients of its inputs), with the matrix rate measured in the same run; attention counts with the mean causal context."""
+import argparse, json, statistics, time
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+SHAPES = {
+    'qwen2.5-7b': dict(model_type='qwen2', hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, rope_theta=1e6),
+    'qwen2.5-14b': dict(model_type='qwen2', hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, rope_theta=1e6),
+    'qwen2.5-32b': dict(model_type='qwen2', hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8, rope_theta=1e6),
+    'llama-3.1-8b': dict(model_type='llama', hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rope_theta=5e5),
+    'llama-3.1-70b': dict(model_type='llama', hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, rope_theta=5e5),
+    'gemma-2-9b': dict(model_type='gemma2', hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256),
+}
+VOCAB = 4096  # the rows of the vocabulary that are used; the others cost nothing here, nor in the kit
+
+def config(shape, layers, **kw):
+    d = dict(SHAPES[shape], num_hidden_layers=layers, vocab_size=VOCAB, max_position_embeddings=32768, pad_token_id=0, **kw)
+    if d['model_type'] == 'gemma2': d['layer_types'] = None
+    return AutoConfig.for_model(**d)
+
+def build(cls, cfg):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device('cuda'): model = cls.from_config(cfg)
+    finally: torch.set_default_dtype(torch.float32)
+    for p in model.parameters():
+        if p.dim() > 1: p.data.normal_(0, .02)
+    return model.requires_grad_(False)
+
+def lengths(n, max_len, seed=0):
+    "57,477 LMSYS rows had this shape; 160 tokens of template on top"
+    rng = np.random.default_rng(seed)
+    return np.minimum(np.clip(np.round(rng.lognormal(6.2547, .7475, n)), 16, 16384)+160, max_len).astype(int)
+
+def flops(shape, ns): # of one forward of sequences with these lengths, whole model without its vocabulary
+    c = SHAPES[shape]
+    h, f, L, nq, nkv = (c[k] for k in ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'))
+    d = c.get('head_dim', h//nq)
+    ns = np.asarray(ns, float)
+    return L*(2*(h*d*(2*nq+2*nkv)+3*h*f)*ns.sum()+4*nq*d*(ns**2/2).sum())
+
+def matmul_rate(n=8192):
+    a, b = (torch.randn(n, n, device='cuda', dtype=torch.bfloat16) for _ in 'ab')
+    for _ in range(5): a@b
+    torch.cuda.synchronize()
+    t = time.perf_counter()
+    for _ in range(30): a@b
+    torch.cuda.synchronize()
+    return 30*2*n**3/(time.perf_counter()-t)
+
+def lora_config(r, drop, **kw):
+    from peft import LoraConfig
+    return LoraConfig(r=r, lora_alpha=2*r, lora_dropout=drop, target_modules='q_proj k_proj v_proj o_proj gate_proj up_proj down_proj'.split(), **kw)
+
+def packs_of(ns, budget):
+    out, cur = [], []
+    for n in ns:
+        if sum(cur)+n > budget: out.append(cur); cur = []
+        cur.append(int(n))
+    return out
+
+def kit(a, shape, layers, what):
+    "Our packs; `what`: kit (fused, compiled), kit-dropout, kit-eager (not compiled), peft (PEFT's layers, compiled), frozen (no LoRA, compiled)"
+    from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
+    from competition_kit.speed import compile_layers, fuse, recompute
+    _register()
+    model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
+    judge = Judge(model, [5, 6, 7])
+    if what != 'frozen': add_lora(judge, r=a.r, alpha=2*a.r, dropout=.05 if what == 'kit-dropout' else 0.)
+    if what.startswith('kit'): fuse(judge)
+    for n, p in judge.named_parameters():
+        if 'lora_B' in n: p.data.normal_(0, .01)
+    if what == 'frozen': judge.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.requires_grad_(True))
+    recompute(judge, a.recompute if layers == SHAPES[shape]['num_hidden_layers'] else 0)
+    judge.to('cuda').train()
+    if what != 'kit-eager': compile_layers(judge)
+    learn = [p for p in judge.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
+    packs = packs_of(lengths(4000, a.max_len), a.budget)[:a.warm+a.packs]
+    rng = np.random.default_rng(0)
+    made = [collate([rng.integers(0, VOCAB, n).astype(np.int32) for n in p]) for p in packs]
+    def step(b):
+        k = len(b['bounds'])-1
+        b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
+        y = torch.eye(3, device='cuda')[torch.zeros(k, dtype=torch.long, device='cuda')]
+        pack_loss(judge(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
+        if opt: opt.step(); opt.zero_grad()
+    for b in made[:a.warm]: step(b)
+    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    t = time.perf_counter()
+    for b in made[a.warm:]: step(b)
+    torch.cuda.synchronize()
+    return time.perf_counter()-t, packs[a.warm:]
+
+def hf(a, shape, layers, what):
+    "transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths, and Liger's kernels; both with checkpointing, without which 28 layers do not fit"
+    from peft import get_peft_model
+    if what == 'hf-grouped':
+        import liger_kernel.transformers as liger
+        getattr(liger, f"apply_liger_kernel_to_{SHAPES[shape]['model_type']}")(cross_entropy=False, fused_linear_cross_entropy=False)
+    warm = a.warm+5
+    model = build(AutoModelForSequenceClassification, config(shape, layers, num_labels=3, attn_implementation='sdpa'))
+    model = get_peft_model(model, lora_config(a.r, 0., task_type='SEQ_CLS'))
+    ns, rng = lengths(8*(warm+a.packs)+8, a.max_len), np.random.default_rng(0)
+    data = [dict(input_ids=rng.integers(1, VOCAB, n).tolist(), labels=0, length=int(n)) for n in ns]
+    seen = []
+    def pad(rows):
+        n = max(r['length'] for r in rows)
+        seen.append([r['length'] for r in rows])
+        ids = torch.tensor([r['input_ids']+[0]*(n-r['length']) for r in rows])
+        return dict(input_ids=ids, attention_mask=(ids != 0).long(), labels=torch.zeros(len(rows), dtype=torch.long))
+    grouped = {}
+    if what == 'hf-grouped':
+        names = set(TrainingArguments.__dataclass_fields__)
+        grouped = dict(train_sampling_strategy='group_by_length') if 'train_sampling_strategy' in names else dict(group_by_length=True)
+    args = TrainingArguments(output_dir='/tmp/hf', max_steps=warm+a.packs, per_device_train_batch_size=8, learning_rate=1e-5, bf16=True, gradient_checkpointing=True, report_to='none', save_strategy='no',
+                             logging_steps=10000, disable_tqdm=True, remove_unused_columns=False, **grouped)
+    from transformers import TrainerCallback
+    times = []
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            if state.global_step == warm: torch.cuda.reset_peak_memory_stats()
+    Trainer(model=model, args=args, train_dataset=data, data_collator=pad, callbacks=[Clock()]).train()
+    return times[-1]-times[warm-1], seen[warm:warm+a.packs]
+
+def measure(a, shape, layers, what):
+    t, rows = (hf if what.startswith('hf') else kit)(a, shape, layers, what)
+    mem = torch.cuda.max_memory_allocated()/2**30
+    import gc
+    gc.collect(); torch.cuda.empty_cache(); torch._dynamo.reset()
+    return t, rows, mem
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--shape', nargs='+', default=['qwen2.5-7b']); p.add_argument('--what', nargs='+', default=['kit', 'kit-dropout', 'kit-eager', 'peft', 'hf', 'hf-grouped', 'frozen'])
+    p.add_argument('--layers', nargs=2, type=int, default=[4, 8]); p.add_argument('--r', type=int, default=64); p.add_argument('--budget', type=int, default=16384)
+    p.add_argument('--max-len', type=int, default=2048); p.add_argument('--warm', type=int, default=3); p.add_argument('--packs', type=int, default=8)
+    p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0)
+    a = p.parse_args()
+    for shape in a.shape:
+        L = SHAPES[shape]['num_hidden_layers']
+        for what in a.what:
+            rate, start = matmul_rate(), time.perf_counter()
+            try:
+                if a.whole: t, rows, mem = measure(a, shape, L, what)
+                else:
+                    if what.startswith('hf'): measure(a, shape, a.layers[0], what)  # kernels are chosen and compiled in a first run
+                    (t1, rows, m1), (t2, _, m2) = (measure(a, shape, k, what) for k in a.layers)
+                    k1, k2 = a.layers
+                    t, mem = t1+(t2-t1)/(k2-k1)*(L-k1), m1+(m2-m1)/(k2-k1)*(L-k1)
+                ns = [n for r in rows for n in r]
+                print(json.dumps(dict(shape=shape, what=what, rate=round(rate/1e12), share=round(2*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
+                                      GiB=round(mem, 1), took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
+            except Exception as e: print(shape, what, repr(e)[:500], flush=True)
