@@ -29,10 +29,11 @@ def layer(n_in, n_out, bits, group=128, act=False):
     g = (torch.randperm(n_in, device='cuda')//group).int() if act else None
     return GPTQLinear(ints(n_in*bits//32, n_out), ints(n_in//group, n_out*bits//32), torch.rand(n_in//group, n_out, device='cuda').half()/100, g, bits=bits)
 
-x = torch.empty(2**29, dtype=torch.uint8, device='cuda')
-y = torch.empty_like(x)
-rate = 2*x.numel()/seconds(lambda: y.copy_(x))
-del x, y
+def copy_rate(n=2**29): # bytes a second, read and written
+    a, b = (torch.empty(n, dtype=torch.uint8, device='cuda') for _ in 'ab')
+    return 2*n/seconds(lambda: b.copy_(a))
+
+rate = copy_rate()
 print(f'{device_name()}: copies at {rate/1e12:.2f} TB/s')
 rows = []
 for n_in, n_out in ((5120, 5120), (5120, 27648), (27648, 5120)):

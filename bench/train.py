@@ -1,12 +1,11 @@
 """How close to the GPU's limit does training come, and how close do others? LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
-usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout peft hf hf-grouped frozen] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
+usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-nf4 kit-gptq kit-eager peft hf hf-grouped frozen] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
 and the gradients of its inputs), with the matrix rate measured in the same run; attention counts with the mean causal context."""
-import argparse, json, statistics, time
+import argparse, json, time
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 SHAPES = {
@@ -66,12 +65,33 @@ def packs_of(ns, budget):
         cur.append(int(n))
     return out
 
+def packed_base(model, format):
+    "The same layers in four bits: nf4 from bitsandbytes, or random codes in GPTQ's format, groups of 128"
+    for parent in list(model.modules()):
+        for name, lin in list(parent.named_children()):
+            if not isinstance(lin, torch.nn.Linear) or lin is model.get_output_embeddings(): continue
+            i, o = lin.in_features, lin.out_features
+            if format == 'nf4':
+                import bitsandbytes as bnb
+                new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16, quant_type='nf4', compress_statistics=True)
+                new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, quant_type='nf4', compress_statistics=True)
+                new.bias = lin.bias
+                new = new.cuda()
+            else:
+                from competition_kit.quant import GPTQLinear
+                code = lambda *shape: torch.randint(-2**31, 2**31-1, shape, device='cuda', dtype=torch.int32)
+                new = GPTQLinear(code(i//8, o), torch.full((i//128, o//8), 0x77777777, device='cuda', dtype=torch.int32), torch.rand(i//128, o, device='cuda').half()*.01, bias=lin.bias, bits=4)
+            setattr(parent, name, new)
+            lin.weight = None
+    return model
+
 def kit(a, shape, layers, what):
-    "Our packs; `what`: kit (fused, compiled), kit-dropout, kit-eager (not compiled), peft (PEFT's layers, compiled), frozen (no LoRA, compiled)"
+    "Our packs; `what`: kit (fused, compiled), kit-nf4, kit-gptq (four bits), kit-dropout, kit-eager (not compiled), peft (PEFT's layers, compiled), frozen (no LoRA, compiled)"
     from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
     from competition_kit.speed import compile_layers, fuse, recompute
     _register()
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
+    if what.startswith('kit-') and what[4:] in ('nf4', 'gptq'): packed_base(model, what[4:])
     judge = Judge(model, [5, 6, 7])
     if what != 'frozen': add_lora(judge, r=a.r, alpha=2*a.r, dropout=.05 if what == 'kit-dropout' else 0.)
     if what.startswith('kit'): fuse(judge)
@@ -83,7 +103,7 @@ def kit(a, shape, layers, what):
     if what != 'kit-eager': compile_layers(judge)
     learn = [p for p in judge.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
-    packs = packs_of(lengths(4000, a.max_len), a.budget)[:a.warm+a.packs]
+    packs = packs_of(lengths(4000, a.max_len) if a.fixed is None else [a.fixed]*4000, a.budget)[:a.warm+a.packs]
     rng = np.random.default_rng(0)
     made = [collate([rng.integers(0, VOCAB, n).astype(np.int32) for n in p]) for p in packs]
     def step(b):
@@ -144,7 +164,7 @@ if __name__ == '__main__':
     p.add_argument('--shape', nargs='+', default=['qwen2.5-7b']); p.add_argument('--what', nargs='+', default=['kit', 'kit-dropout', 'kit-eager', 'peft', 'hf', 'hf-grouped', 'frozen'])
     p.add_argument('--layers', nargs=2, type=int, default=[4, 8]); p.add_argument('--r', type=int, default=64); p.add_argument('--budget', type=int, default=16384)
     p.add_argument('--max-len', type=int, default=2048); p.add_argument('--warm', type=int, default=3); p.add_argument('--packs', type=int, default=8)
-    p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0)
+    p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0); p.add_argument('--fixed', type=int, help='every row has so many tokens')
     a = p.parse_args()
     for shape in a.shape:
         L = SHAPES[shape]['num_hidden_layers']

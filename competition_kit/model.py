@@ -6,7 +6,7 @@
 __all__ = ['collate', 'share', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'continue_from', 'option_mask', 'pack_loss',
            'view_probs', 'predict']
 
-# %% ../nbs/03a_model.ipynb #59b29b81
+# %% ../nbs/03a_model.ipynb #34300054
 from .base import base_path, pick_dtype
 from .core import Refusal
 from .prompt import pack
@@ -14,12 +14,11 @@ from .quant import load_gptq, load_nf4, quant_kind
 from .split import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
-import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03a_model.ipynb #d2434873
+# %% ../nbs/03a_model.ipynb #60a5d9fa
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
@@ -30,7 +29,7 @@ def collate(
     return dict(input_ids=torch.from_numpy(np.concatenate(ids)).long()[None].to(device), position_ids=torch.cat([torch.arange(k) for k in n])[None].to(device),
                 bounds=[0, *np.cumsum(n).tolist()])
 
-# %% ../nbs/03a_model.ipynb #44408b3c
+# %% ../nbs/03a_model.ipynb #f648650b
 def share(input_ids, position_ids, bounds): # The three of `collate`, and the same three returned
     "Lay once what all sequences begin with: what stands before `bounds[0]` then belongs to each of them"
     own = min(np.diff(bounds))-1
@@ -40,7 +39,7 @@ def share(input_ids, position_ids, bounds): # The three of `collate`, and the sa
     keep[:n] = True
     return input_ids[:, keep], position_ids[:, keep], [n, *(n+np.cumsum(np.diff(bounds)-n)).tolist()]
 
-# %% ../nbs/03a_model.ipynb #22ff986c
+# %% ../nbs/03a_model.ipynb #600e31cc
 def _one(q, k, v, scaling, softcap, window):
     "Causal attention of one sequence; keys may begin before the queries"
     n, m = q.shape[2], k.shape[2]
@@ -58,30 +57,11 @@ def _varlen(q, k, v, scaling, bounds, longest, window):
     flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
     return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
 
-# %% ../nbs/03a_model.ipynb #3c54a1c1
-@functools.cache
-def _compiled(name):
-    import torch.nn.attention.flex_attention as flex
-    return torch.compile(getattr(flex, name), dynamic=True)
-
-def _block_mask(bounds, n, window, device):
-    "Which positions of a pack of `n` tokens see which"
-    own = torch.bucketize(torch.arange(n, device=device), torch.tensor(bounds[1:], device=device), right=True)
-    def see(b, h, i, j): return (own[i] == own[j]) & (j <= i)
-    def near(b, h, i, j): return see(b, h, i, j) & (i-j < window)
-    return _compiled('create_block_mask')(near if window else see, None, None, n, n, device=device)
-
-def _flex(q, k, v, scaling, softcap, mask):
-    def cap(score, b, h, i, j): return softcap*torch.tanh(score/softcap)
-    return _compiled('flex_attention')(q, k, v, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).contiguous()
-
-# %% ../nbs/03a_model.ipynb #f5641a8f
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, masks=None, softcap=None,
-                     sliding_window=None, **kw):
-    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` and `masks` say the same to the GPU's kernels"
+# %% ../nbs/03a_model.ipynb #64b178b8
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, softcap=None, sliding_window=None, **kw):
+    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernel"
     scaling, window = scaling or query.shape[-1]**-.5, sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
-    if masks and softcap: return _flex(query, key, value, scaling, softcap, masks[window]), None
-    if ends is not None and not softcap: return _varlen(query, key, value, scaling, ends, longest, window), None
+    if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window), None
     bounds = bounds or [0, query.shape[2]]
     p = bounds[0]
     out = [_one(*(x[:, :, :p] for x in (query, key, value)), scaling, softcap, window)] if p else []
@@ -90,14 +70,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         out.append(_one(query[:, :, s:e], k, v, scaling, softcap, window))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/03a_model.ipynb #1c865bae
+# %% ../nbs/03a_model.ipynb #c03afe65
 def _register():
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
-# %% ../nbs/03a_model.ipynb #73c72520
+# %% ../nbs/03a_model.ipynb #059186fb
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 class Judge(torch.nn.Module):
@@ -114,19 +94,16 @@ class Judge(torch.nn.Module):
     @property
     def device(self): return next(self.model.parameters()).device
 
-    def _places(self, bounds, n): # What tells attention where the sequences are
-        cfg, dtype = self.base.config, self.base.dtype
-        window, longest = getattr(cfg, 'sliding_window', None), int(max(np.diff(bounds)))
-        if self.device.type != 'cuda' or dtype == torch.float32: return dict(bounds=bounds)
-        if getattr(cfg, 'attn_logit_softcapping', None):
-            return dict(longest=longest, masks={w: _block_mask(bounds, n, w, self.device) for w in {None, window if window and window < longest else None}})
-        return dict(longest=longest, ends=torch.tensor(bounds, dtype=torch.int32, device=self.device))
+    @property
+    def varlen(self): # May the GPU's attention for packs be used? It computes in 16 bits, and knows no soft cap
+        return self.device.type == 'cuda' and self.base.dtype != torch.float32 and not getattr(self.base.config, 'attn_logit_softcapping', None)
 
     def forward(self, input_ids, position_ids, bounds):
         "Logits [sequences, options] in fp32, at each sequence's last token"
         base = self.base
         if self.device.type == 'cpu': input_ids, position_ids, bounds = share(input_ids, position_ids, bounds)
-        h = getattr(base, base.base_model_prefix)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._places(bounds, input_ids.shape[1])).last_hidden_state
+        places = dict(ends=torch.tensor(bounds, dtype=torch.int32, device=self.device), longest=int(max(np.diff(bounds)))) if self.varlen else dict(bounds=bounds)
+        h = getattr(base, base.base_model_prefix)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **places).last_hidden_state
         h = h[0, torch.tensor(bounds[1:], device=h.device)-1].float()
         if self.letters is None: return base.score(h).float()
         head = base.get_output_embeddings()
@@ -135,7 +112,7 @@ class Judge(torch.nn.Module):
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/03a_model.ipynb #c30918af
+# %% ../nbs/03a_model.ipynb #e0b70653
 def _two_layers(model, n, path):
     "Put a head of two layers on a classifier; its weights where the folder has them, else new"
     from safetensors import safe_open
@@ -155,11 +132,12 @@ def _load_base(base, route, n_classes, dtype):
     path, kw = base_path(base), dict(attn_implementation='packed')
     cls = AutoModelForCausalLM if route == 'answer' else AutoModelForSequenceClassification
     if route != 'answer': kw['num_labels'] = n_classes
-    format, dtype = ('nf4', _dtypes[pick_dtype()]) if dtype == 'nf4' else (quant_kind(path), _dtypes[pick_dtype(dtype)])
+    compute = _dtypes[pick_dtype('auto' if dtype == 'nf4' else dtype)]
     try:
-        if format == 'nf4': model = load_nf4(path, cls, dtype, **kw)
-        elif format: model = load_gptq(path, cls, dtype, **kw)
-        else: model = cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=dtype, **kw)
+        format = 'nf4' if dtype == 'nf4' else quant_kind(path)
+        if format == 'nf4': model = load_nf4(path, cls, compute, **kw)
+        elif format: model = load_gptq(path, cls, compute, **kw)
+        else: model = cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=compute, **kw)
     except (OSError, ValueError, SafetensorError) as e:
         if isinstance(e, Refusal): raise
         raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
@@ -195,7 +173,7 @@ def load_judge(
     if adapter: model = _adapted(model, adapter)
     return Judge(model, prompt.letters if route == 'answer' else None).eval()
 
-# %% ../nbs/03a_model.ipynb #72c5e11a
+# %% ../nbs/03a_model.ipynb #e59502cf
 def add_lora(
     judge,                         # From `load_judge`, without an adapter
     r:int=16,                      # Rank
@@ -223,7 +201,7 @@ def _linears(base): # names of the backbone's linear layers; the output matrix a
     keep = {id(m) for h in heads if h is not None for m in h.modules()}
     return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
 
-# %% ../nbs/03a_model.ipynb #c46bde04
+# %% ../nbs/03a_model.ipynb #6009f245
 def continue_from(
     judge,                # From `add_lora`, of the same rank
     adapter,              # Folder of the earlier stage's adapter
@@ -240,7 +218,7 @@ def continue_from(
         for k, p in mine.items(): p.copy_(saved[k])
     return judge
 
-# %% ../nbs/03a_model.ipynb #513126f6
+# %% ../nbs/03a_model.ipynb #937d8341
 def option_mask(
     n,            # Options each sequence has
     width:int,    # Options of the task
@@ -259,7 +237,7 @@ def pack_loss(
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
     return -((target*logp).sum(-1)*weight).sum()/total
 
-# %% ../nbs/03a_model.ipynb #34288661
+# %% ../nbs/03a_model.ipynb #143fa567
 @torch.no_grad()
 def view_probs(
     judge,             # A `Judge`

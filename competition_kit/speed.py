@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['fuse', 'layers', 'compile_layers', 'recompute']
 
-# %% ../nbs/03b_speed.ipynb #8c9207dd
+# %% ../nbs/03b_speed.ipynb #41af7a88
 from .quant import dense_weight
 from weakref import WeakValueDictionary
 import itertools, types
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03b_speed.ipynb #c1c6aec2
+# %% ../nbs/03b_speed.ipynb #a90e0a8b
 _layers, _numbers = WeakValueDictionary(), itertools.count()  # the frozen layers; the compiler sees only a number
 
 @torch.library.custom_op('competition_kit::lora', mutates_args=())
@@ -31,7 +31,7 @@ def _lora_backward(dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, h:
     if z is None: dx.addmm_(dh, a)
     return dx, dz, dh.T@(x if z is None else z), (dy.T@h).mul_(scale)
 
-# %% ../nbs/03b_speed.ipynb #1b603534
+# %% ../nbs/03b_speed.ipynb #c98d41a4
 @_lora.register_fake
 def _(x, z, a, b, scale, k): return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
@@ -48,7 +48,7 @@ def _grads(ctx, dy, _):
 
 _lora.register_autograd(_grads, setup_context=_keep)
 
-# %% ../nbs/03b_speed.ipynb #53ac7371
+# %% ../nbs/03b_speed.ipynb #123ba407
 def _forward(self, x, *args, **kw):
     names = self.active_adapters
     if len(names) != 1 or names[0] not in self.lora_A or self.disable_adapters or self.merged: return self.peft_forward(x, *args, **kw)
@@ -70,17 +70,18 @@ def fuse(
         m.peft_forward, m.forward = m.forward, types.MethodType(_forward, m)
     return judge
 
-# %% ../nbs/03b_speed.ipynb #aebf8338
+# %% ../nbs/03b_speed.ipynb #ddf19f16
 def layers(judge) -> torch.nn.ModuleList:
     "The decoder layers of a judge's model"
     return getattr(judge.base, judge.base.base_model_prefix).layers
 
 def compile_layers(judge):
     "Compile each decoder layer, for packs of any size"
+    torch._functorch.config.cse = False  # else a packed weight that both passes unpack is unpacked once, and kept between them
     for layer in layers(judge): layer.compile(dynamic=True)
     return judge
 
-# %% ../nbs/03b_speed.ipynb #07c9d6d0
+# %% ../nbs/03b_speed.ipynb #0e4dc190
 def recompute(
     judge,
     n:int,  # How many decoder layers, from the first; 0 for none

@@ -7,7 +7,7 @@ __all__ = ['fold_rows', 'targets', 'Steps', 'ranks', 'rank', 'is_sharded', 'add_
            'last_checkpoint', 'fit', 'train_fold', 'make_judge', 'work', 'save_judge', 'launch', 'run_table',
            'held_out', 'plot_run', 'hardest']
 
-# %% ../nbs/04_train.ipynb #42418473
+# %% ../nbs/04_train.ipynb #9873c352
 from .base import base_hash, load_tokenizer, pick_dtype
 from .core import Refusal, damage, hash_obj, models_path, read_json, seal, write_json
 from .log import find_run, start_run
@@ -20,13 +20,14 @@ from .speed import compile_layers, fuse, layers, recompute
 from .split import check_fold, load_rows, n_options, swap_probs, table_hashes, tasks
 from pathlib import Path
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
 import ctypes, os, shutil, signal, subprocess, sys, time, traceback
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/04_train.ipynb #7b42b47c
+# %% ../nbs/04_train.ipynb #0f0b646d
 def fold_rows(rows, fold:int):
     "The rows to train on, and the held-out rows"
     check_fold(rows, fold)
@@ -43,7 +44,7 @@ def targets(rows, task) -> np.ndarray: # [rows, options], each summing to one
         if t is not None: out[i] = np.pad(np.asarray(t, np.float32), (0, width-len(t)))
     return out
 
-# %% ../nbs/04_train.ipynb #bcecfdeb
+# %% ../nbs/04_train.ipynb #0053130a
 class Steps(torch.utils.data.Dataset):
     "A data set whose items are optimiser steps: packs of sequences with their targets and weights"
     def __init__(self, enc, rows, task,
@@ -69,7 +70,7 @@ class Steps(torch.utils.data.Dataset):
         return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p]*real, missing=self.missing[p], total=self.total[k])
                 for p, real in [*((p, 1.) for p in self.steps[k]), *[(self.spare[k], 0.)]*fill]]
 
-# %% ../nbs/04_train.ipynb #4f156972
+# %% ../nbs/04_train.ipynb #177afb67
 def ranks() -> int: return dist.get_world_size() if dist.is_initialized() else 1
 def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0
 def is_sharded(model) -> bool: return any(hasattr(p, 'full_tensor') for p in model.parameters())
@@ -86,7 +87,7 @@ def add_up(
     for g, f in zip(own, flat[1:].split([g.numel() for g in own])): g.copy_(f.view_as(g))
     return flat[0]
 
-# %% ../nbs/04_train.ipynb #1605099d
+# %% ../nbs/04_train.ipynb #3bd93568
 def shard(judge):
     "Spread a judge over the ranks, layer by layer"
     from torch.distributed.fsdp import fully_shard
@@ -99,7 +100,7 @@ def _like(t, mine): # a whole tensor as what this rank holds of it
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t.to(mine.device), mine.device_mesh, mine.placements)
 
-# %% ../nbs/04_train.ipynb #9b265937
+# %% ../nbs/04_train.ipynb #0fae5009
 class KahanAdamW(torch.optim.Optimizer):
     "AdamW for weights in sixteen bits, with compensated additions; defaults are seed 004's"
     def __init__(self, params, lr=2.5e-6, betas=(.9, .99), eps=1e-6, weight_decay=.01): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -121,7 +122,7 @@ class KahanAdamW(torch.optim.Optimizer):
                 p.add_(s['lost'])
                 s['lost'].add_(before.sub_(p))
 
-# %% ../nbs/04_train.ipynb #e48f298b
+# %% ../nbs/04_train.ipynb #55cf9eeb
 class _PackTrainer(Trainer):
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
     def _prepare_inputs(self, inputs): return inputs
@@ -143,7 +144,7 @@ class _PackTrainer(Trainer):
         if path: _load_optimizer(self.optimizer, self.lr_scheduler, Path(path))
     def _load_rng_state(self, path): pass
 
-# %% ../nbs/04_train.ipynb #b1a1dec6
+# %% ../nbs/04_train.ipynb #bbc2f23b
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 def save_checkpoint(
@@ -178,7 +179,7 @@ def last_checkpoint(folder): # Path, or None
         if not (bad := damage(c)): return c
         print(f'{c.name} is damaged ({bad[0]}); going back to the one before')
 
-# %% ../nbs/04_train.ipynb #a9eeeece
+# %% ../nbs/04_train.ipynb #a404f048
 def _load_weights(model, folder):
     from safetensors.torch import load_file
     saved, mine = load_file(folder/'weights.safetensors'), _learned(model)
@@ -196,7 +197,7 @@ def _load_optimizer(optimizer, schedule, folder):
     optimizer.load_state_dict(dict(state=state, param_groups=kept['groups']))
     schedule.load_state_dict(dict(kept['schedule'], lr_lambdas=schedule.state_dict()['lr_lambdas']))
 
-# %% ../nbs/04_train.ipynb #a9048d09
+# %% ../nbs/04_train.ipynb #11135755
 class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         from tqdm import tqdm
@@ -208,7 +209,7 @@ class _Bar(TrainerCallback):
         self.bar.update(1)
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
-# %% ../nbs/04_train.ipynb #1a48b023
+# %% ../nbs/04_train.ipynb #f0b8466c
 def fit(
     judge,                   # From `add_lora`
     data,                    # `Steps`
@@ -238,7 +239,7 @@ def fit(
     trainer.train(resume_from_checkpoint=str(at) if at else None)
     return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 
-# %% ../nbs/04_train.ipynb #7da623ad
+# %% ../nbs/04_train.ipynb #6e554b5a
 def train_fold(
     mix:str='sample_arena',         # Table, or mix of tables
     fold:int=0,                     # Fold that is held out
@@ -281,7 +282,7 @@ def train_fold(
         if not run.done: _train(run, params, prompt, train, held)
     return run
 
-# %% ../nbs/04_train.ipynb #af846a7b
+# %% ../nbs/04_train.ipynb #b5d89e45
 def _started(start, p): # What a run that goes on from another has as its input; refuses what does not fit
     if p['method'] not in ('lora', 'full'): raise Refusal(f"no method named {p['method']!r}", fix='Take lora or full')
     if p['compiled'] not in ('auto', 'yes', 'no'): raise Refusal(f"compiled={p['compiled']!r}", fix='Take auto, yes or no')
@@ -294,7 +295,7 @@ def _started(start, p): # What a run that goes on from another has as its input;
 
 def _train(run, p, prompt, train, held):
     "Let the ranks work; then gather what they have said, and finish the run"
-    if p['gpus'] == 1: work(run.folder, p)
+    if p['gpus'] == 1: work(run.folder, p, prompt)
     else: launch(run.folder, p)
     parts = [np.load(f) for f in sorted(run.folder.glob('part-*.npy'))]
     got = np.zeros((len(held), parts[0].shape[1]), np.float32)
@@ -307,7 +308,7 @@ def _train(run, p, prompt, train, held):
     kept = ['probs.parquet', 'loss.json', *(f'{d}/{f.name}' for d in ('adapter', 'model') for f in sorted((run.folder/d).glob('*')) if f.name != 'manifest.json')]
     run.finish(metrics=metrics, outputs=kept, rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), **ids)
 
-# %% ../nbs/04_train.ipynb #0249c901
+# %% ../nbs/04_train.ipynb #aa7e077d
 def make_judge(p, prompt): # Parameters as of `train_fold`
     "The judge that is to be trained: a LoRA over a base, or all weights; new, or from an earlier run"
     earlier = models_path(find_run(p['start'])['run_id']) if p['start'] else None
@@ -321,7 +322,8 @@ def make_judge(p, prompt): # Parameters as of `train_fold`
 
 def _quicker(judge, p, tokens): # What suits this machine, in place
     if judge.device.type != 'cuda': return
-    compiled = p['compiled'] == 'yes' or p['compiled'] == 'auto' and 4*tokens*sum(q.numel() for q in judge.parameters()) > 1e17  # FLOP: five minutes of a fast GPU
+    long = 4*tokens*sum(q.numel() for q in judge.parameters()) > 1e17  # FLOP: five minutes of a fast GPU; compiling takes about one
+    compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and long)
     n, kind, memory = p['recompute'], quant_kind(p['base']), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
     if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], p['pack_tokens'], memory, p['route'], p['lora_r'], p['lora_modules'],
                                     p['lora_dropout'], compiled, ranks() if p['sharded'] else 1)
@@ -330,15 +332,16 @@ def _quicker(judge, p, tokens): # What suits this machine, in place
     if compiled: compile_layers(judge)
     if not rank(): print(f"{n} of {len(layers(judge))} layers recompute their activations; layers {'are' if compiled else 'are not'} compiled")
 
-# %% ../nbs/04_train.ipynb #c5dbe457
+# %% ../nbs/04_train.ipynb #30fce4ff
 def work(
     folder,  # Of the run
     p,       # Parameters as of `train_fold`
+    prompt=None, # Its `Prompt`, if there is one already
 ):
     "One rank's part of a run: train, and predict its share of the held-out rows"
     rows = load_rows(p['mix'], p['seed'])
     train, held = fold_rows(rows, p['fold'])
-    prompt = Prompt(load_tokenizer(p['base']), rows.attrs['meta']['task'], p['max_len'], p['truncation'])
+    prompt = prompt or Prompt(load_tokenizer(p['base']), rows.attrs['meta']['task'], p['max_len'], p['truncation'])
     enc, n, k = encode_cached(prompt, rows, p['views']), ranks(), rank()
     enc = enc[(rows.fold != p['fold']).to_numpy()[enc.row]].reset_index(drop=True)
     if not k: print(length_report(enc).to_string(index=False))
@@ -358,17 +361,17 @@ def work(
         write_json(Path(folder)/'loss.json', loss)
         write_json(Path(folder)/'work.json', dict(tokens=tokens, steps=len(steps), tokens_s=round(tokens/seconds, 1)))
 
-# %% ../nbs/04_train.ipynb #66ee36b6
+# %% ../nbs/04_train.ipynb #b9922750
 def save_judge(judge, folder):
     "Write the adapter, or all weights, as transformers and PEFT read them"
     full = not hasattr(judge.model, 'peft_config')
-    state = {k: _whole(v).cpu() for k, v in judge.model.state_dict().items()} if is_sharded(judge) else None
+    state = {k: _whole(v.detach()).cpu() for k, v in judge.model.named_parameters() if full or v.requires_grad} if is_sharded(judge) else None
     if rank(): return
     out = folder/('model' if full else 'adapter')
     judge.model.save_pretrained(out, **(dict(state_dict=state) if state else {}))
     seal(out)
 
-# %% ../nbs/04_train.ipynb #b86f2a1a
+# %% ../nbs/04_train.ipynb #627b364a
 def _die_with_parent():
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -393,10 +396,11 @@ def launch(
     failed = sorted((read_json(f) for f in folder.glob('failed-*.json')), key=lambda e: e['at'])  # the others fail because of the first
     if proc.returncode: raise (Refusal if failed and failed[0]['kind'] == 'Refusal' else RuntimeError)(failed[0]['says'] if failed else 'a rank ended: '+''.join(last[-12:]))
 
-# %% ../nbs/04_train.ipynb #0078f339
+# %% ../nbs/04_train.ipynb #8a5c3a85
 def _rank(config):
     "What `python -m competition_kit.train CONFIG` does as one rank of `torchrun`"
     _die_with_parent()
+    transformers_logging.set_verbosity_error()  # or it warns that this is not how one starts several processes
     p = read_json(config)
     me, n, local = (int(os.environ.pop(k)) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
     for k in [k for k in os.environ if k.startswith(('LOCAL_', 'GROUP_', 'ROLE_'))]: del os.environ[k]  # the trainer is to believe itself alone
@@ -413,7 +417,7 @@ def _rank(config):
 
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: _rank(sys.argv[1])
 
-# %% ../nbs/04_train.ipynb #5c20e9fe
+# %% ../nbs/04_train.ipynb #8ad99db3
 def run_table(run): # DataFrame
     "A run's scores beside its baselines, best first"
     m = run.record['metrics']

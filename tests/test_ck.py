@@ -160,7 +160,7 @@ def test_plan(project, capsys):
     sync_log(wait=True)
     assert openpyxl.load_workbook(project/'experiments_log.xlsx')['runs'].cell(5, cols['run_id']).value.startswith('demo-f1-')
 
-def test_plan(root, capsys):
+def test_plan_of_a_training(root, capsys):
     assert main('plan --base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'.split()) == 0
     said = capsys.readouterr().out
     assert '7.62 B' in said and 'none of 28' in said and 'GPU-hours' in said and 'extrapolated' not in said

@@ -438,6 +438,9 @@ def test_plan_of_nothing_and_of_odd_rows():
     assert plan_steps(lines(0), 4, 1, 512, 0) == [] == plan_steps(lines(1), 4, .2, 512, 0)
     with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(5).iloc[1:], 2, 1, 512, 0)
     with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(6).iloc[[0, 1, 2, 3, 4, 6]], 2, 1, 512, 0)
+    some = lines(20); some = some[some.row % 3 > 0].reset_index(drop=True)  # a fold's part, with the table's own positions
+    steps = plan_steps(some, 4, 1, 512, 0, phase=np.arange(20) >= 10)
+    assert sorted(np.concatenate([p for s in steps for p in s])) == list(range(len(some))) and set(some.row[np.concatenate(steps[0])]) <= set(range(10))
     mixed = lines(9).sample(frac=1, random_state=0)  # lines in any order
     for s in plan_steps(mixed, 3, 1, 512, 0): assert mixed.row.iloc[np.concatenate(s)].value_counts().tolist() == [2, 2, 2]
 

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 from competition_kit.base import base_path
-from competition_kit.core import Refusal, models_path, seal
-from competition_kit.split import load_rows, swap_probs, tasks
-from competition_kit.train import Steps, fold_rows, last_checkpoint, targets, train_fold
+from competition_kit.core import Refusal, data_path, models_path, seal
+from competition_kit.split import load_rows, swap_probs, tasks, write_rows
+from competition_kit.train import Steps, fold_rows, last_checkpoint, launch, targets, train_fold
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -54,17 +54,28 @@ def test_the_same_run_is_not_made_twice(tiny):
     assert train_fold(base=tiny, **dict(small, seed=1)).id != a.id
     assert train_fold(base=tiny, fold=1, **small).id.startswith('train-f1-')
 
-@pytest.mark.parametrize('route', ['answer', 'score'])
-def test_routes_learn_and_predict(tiny, route):
-    r = train_fold(base=tiny, **dict(small, route=route, views=1)).record
+@pytest.mark.parametrize('kw', [dict(), dict(route='score'), dict(route='score2'), dict(method='full', lr=1e-4), dict(method='full', route='score2', dtype='bf16', lr=1e-4)], ids=str)
+def test_routes_and_methods_learn_and_predict(tiny, kw):
+    run = train_fold(base=tiny, **(dict(small, views=1, epochs=.5) | kw))
+    r = run.record
+    from competition_kit.model import load_judge, predict
+    from competition_kit.prompt import Prompt
+    from competition_kit.base import load_tokenizer
+    from competition_kit.probs import align, read_probs
+    _, held = fold_rows(load_rows('sample_arena:60'), 0)
+    full, p = kw.get('method') == 'full', r['params']
+    judge = load_judge(str(run.folder/'model') if full else tiny, Prompt(load_tokenizer(tiny), 'preference', 512), p['route'], p['dtype'], None if full else run.folder/'adapter')
+    again = predict(judge, Prompt(load_tokenizer(tiny), 'preference', 512), held, 1, progress=False)
+    assert np.abs(again-align(read_probs(run.folder/'probs.parquet'), held)).max() < (1e-5 if p['dtype'] == 'fp32' else .02), 'what was saved is what was trained'
     assert r['held_out'] and np.isfinite(r['metrics']['log_loss']) and len(r['metrics']['baselines']) == 3
 
 def test_choice_rows(tiny):
-    r = train_fold(base=tiny, **dict(small, mix='sample_logic')).record
+    r = train_fold(base=tiny, **dict(small, mix='sample_logic:40', epochs=1.)).record
     assert r['task'] == 'choice'
 
 @pytest.mark.parametrize('wrong, says', [(dict(fold=9), 'fold'), (dict(mix='sample_arena + nosuch:3'), 'nosuch'), (dict(base='./nothing/here'), 'no base'),
-                                         (dict(route='regress'), 'route'), (dict(truncation='centre'), 'truncation'), (dict(dtype='fp8'), 'fp8'), (dict(lora_modules='q_prj'), 'q_prj'), (dict(max_len=20), 'max_len')])
+                                         (dict(route='regress'), 'route'), (dict(truncation='centre'), 'truncation'), (dict(dtype='fp8'), 'fp8'), (dict(lora_modules='q_prj'), 'q_prj'), (dict(max_len=20), 'max_len'),
+    (dict(method='qlora'), 'method'), (dict(gpus=3), 'shared by 3'), (dict(start='train-f0-0000000000'), 'train-f0-0000000000'), (dict(mix='sample_arena >'), 'mix')])
 def test_refused(tiny, wrong, says):
     with pytest.raises(Refusal, match=says): train_fold(**(dict(small, base=tiny) | wrong))
     assert not list(models_path().glob('train-*/adapter'))
@@ -94,3 +105,50 @@ def test_last_checkpoint_looks_inside(tmp_path, capsys):
     (tmp_path/'checkpoint-4/weights.safetensors').write_bytes(b'x'*4)
     assert last_checkpoint(tmp_path).name == 'checkpoint-2'
     assert 'checkpoint-10 is damaged' in capsys.readouterr().out
+
+# ---- stages
+def test_a_later_stage_begins_where_the_earlier_ended(tiny):
+    small = dict(globals()['small'], mix='sample_arena:20', epochs=1.)
+    first = train_fold(base=tiny, **dict(small, route='score'))
+    same, other = (train_fold(base=tiny, **dict(small, route='score', start=first.id, lr=0., **kw)) for kw in (dict(), dict(keep_head=False)))
+    score = lambda r: {k: v for k, v in _tensors(r).items() if 'score' in k}
+    assert first.id != same.id and all(torch.equal(v, _tensors(same)[k]) for k, v in _tensors(first).items())
+    assert all(not torch.equal(v, score(other)[k]) for k, v in score(first).items()) and all(torch.equal(v, _tensors(other)[k]) for k, v in _tensors(first).items() if 'lora' in k)
+    with pytest.raises(Refusal, match='do not fit'): train_fold(base=tiny, **dict(small, route='score', start=first.id, lora_r=8))
+    with pytest.raises(Refusal, match='method'): train_fold(base=tiny, **dict(small, start=first.id, method='full'))
+    full = train_fold(base=tiny, **dict(small, method='full', lr=1e-3))
+    more = train_fold(base=tiny, **dict(small, method='full', lr=0., start=full.id))
+    assert more.record['metrics']['log_loss'] == full.record['metrics']['log_loss']
+
+def _tensors(run):
+    from safetensors.torch import load_file
+    return load_file(run.folder/'adapter/adapter_model.safetensors')
+
+def test_two_phases(tiny):
+    "rows of the first mix come first; the second mix's first table is the one that is held out"
+    load_rows('sample_arena')
+    table = pd.read_parquet(data_path('sample_arena.parquet'))
+    rows = load_rows('sample_arena')
+    half = rows.head(20).drop(columns=['main', 'phase']).assign(id=[f'x{k}' for k in range(20)], group=[f'g{k}' for k in range(20)], prompt=[[f'quite another question {k}']for k in range(20)])
+    write_rows(half, data_path('extra.parquet'), task='preference')
+    got = load_rows('extra > sample_arena:40')
+    assert set(got.phase[got.source.index[got.id.str.startswith('x')]]) == {0} and set(got.phase[got.main]) == {1} and got.main.sum() == 40 and len(table) > 40
+    r = train_fold(base=tiny, **dict(small, mix='extra > sample_arena:40', epochs=.5)).record
+    assert r['held_out'] == (load_rows('sample_arena:40').fold == 0).sum() and set(r['inputs']) >= {'extra', 'sample_arena'}
+
+# ---- processes
+def test_two_processes_share_a_model(tiny):
+    "all weights learn, each process holds half of every layer, and the run is the same as alone"
+    kw = dict(small, mix='sample_arena:20', method='full', lr=1e-3, clip=0., lora_dropout=0., epochs=1.)
+    one, two = train_fold(base=tiny, **kw), train_fold(base=tiny, **dict(kw, gpus=2, sharded=True))
+    from competition_kit.probs import read_probs
+    a, b = (read_probs(r.folder/'probs.parquet') for r in (one, two))
+    assert list(a.id) == list(b.id) and np.abs(np.stack(a.p)-np.stack(b.p)).max() < 1e-5
+    assert (two.folder/'model/model.safetensors').stat().st_size == (one.folder/'model/model.safetensors').stat().st_size
+
+def test_a_rank_says_why_it_failed(tiny, tmp_path):
+    with pytest.raises(Refusal, match="rank .: .*no route named 'regress'"): launch(tmp_path, dict(_params(tiny), route='regress', gpus=2))
+
+def _params(tiny):
+    import inspect
+    return {k: v.default for k, v in inspect.signature(train_fold).parameters.items()} | small | dict(base=tiny)
