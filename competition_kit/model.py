@@ -6,7 +6,7 @@
 __all__ = ['collate', 'share', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'continue_from', 'option_mask', 'pack_loss',
            'view_probs', 'predict']
 
-# %% ../nbs/03a_model.ipynb #34300054
+# %% ../nbs/03a_model.ipynb #70daee95
 from .base import base_path, pick_dtype
 from .core import Refusal
 from .prompt import pack
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03a_model.ipynb #60a5d9fa
+# %% ../nbs/03a_model.ipynb #2c1391c4
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
@@ -29,7 +29,7 @@ def collate(
     return dict(input_ids=torch.from_numpy(np.concatenate(ids)).long()[None].to(device), position_ids=torch.cat([torch.arange(k) for k in n])[None].to(device),
                 bounds=[0, *np.cumsum(n).tolist()])
 
-# %% ../nbs/03a_model.ipynb #f648650b
+# %% ../nbs/03a_model.ipynb #8003c814
 def share(input_ids, position_ids, bounds): # The three of `collate`, and the same three returned
     "Lay once what all sequences begin with: what stands before `bounds[0]` then belongs to each of them"
     own = min(np.diff(bounds))-1
@@ -39,7 +39,7 @@ def share(input_ids, position_ids, bounds): # The three of `collate`, and the sa
     keep[:n] = True
     return input_ids[:, keep], position_ids[:, keep], [n, *(n+np.cumsum(np.diff(bounds)-n)).tolist()]
 
-# %% ../nbs/03a_model.ipynb #600e31cc
+# %% ../nbs/03a_model.ipynb #ca0c7339
 def _one(q, k, v, scaling, softcap, window):
     "Causal attention of one sequence; keys may begin before the queries"
     n, m = q.shape[2], k.shape[2]
@@ -57,7 +57,7 @@ def _varlen(q, k, v, scaling, bounds, longest, window):
     flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
     return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
 
-# %% ../nbs/03a_model.ipynb #64b178b8
+# %% ../nbs/03a_model.ipynb #537c8829
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, softcap=None, sliding_window=None, **kw):
     "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernel"
     scaling, window = scaling or query.shape[-1]**-.5, sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
@@ -70,14 +70,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         out.append(_one(query[:, :, s:e], k, v, scaling, softcap, window))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/03a_model.ipynb #c03afe65
+# %% ../nbs/03a_model.ipynb #96e147e4
 def _register():
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
-# %% ../nbs/03a_model.ipynb #059186fb
+# %% ../nbs/03a_model.ipynb #8bf604cc
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 class Judge(torch.nn.Module):
@@ -112,7 +112,7 @@ class Judge(torch.nn.Module):
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/03a_model.ipynb #e0b70653
+# %% ../nbs/03a_model.ipynb #a06c094e
 def _two_layers(model, n, path):
     "Put a head of two layers on a classifier; its weights where the folder has them, else new"
     from safetensors import safe_open
@@ -173,7 +173,7 @@ def load_judge(
     if adapter: model = _adapted(model, adapter)
     return Judge(model, prompt.letters if route == 'answer' else None).eval()
 
-# %% ../nbs/03a_model.ipynb #e59502cf
+# %% ../nbs/03a_model.ipynb #ff202abe
 def add_lora(
     judge,                         # From `load_judge`, without an adapter
     r:int=16,                      # Rank
@@ -201,7 +201,7 @@ def _linears(base): # names of the backbone's linear layers; the output matrix a
     keep = {id(m) for h in heads if h is not None for m in h.modules()}
     return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
 
-# %% ../nbs/03a_model.ipynb #6009f245
+# %% ../nbs/03a_model.ipynb #de28f24d
 def continue_from(
     judge,                # From `add_lora`, of the same rank
     adapter,              # Folder of the earlier stage's adapter
@@ -218,7 +218,7 @@ def continue_from(
         for k, p in mine.items(): p.copy_(saved[k])
     return judge
 
-# %% ../nbs/03a_model.ipynb #937d8341
+# %% ../nbs/03a_model.ipynb #f8d4893a
 def option_mask(
     n,            # Options each sequence has
     width:int,    # Options of the task
@@ -237,7 +237,7 @@ def pack_loss(
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
     return -((target*logp).sum(-1)*weight).sum()/total
 
-# %% ../nbs/03a_model.ipynb #143fa567
+# %% ../nbs/03a_model.ipynb #e16e5ef0
 @torch.no_grad()
 def view_probs(
     judge,             # A `Judge`

@@ -6,14 +6,14 @@
 __all__ = ['cards', 'points', 'base_config', 'shape', 'lora_params', 'lengths', 'mean_context', 'token_flops', 'base_bytes',
            'layer_bytes', 'memory', 'card', 'pack_seconds', 'versus', 'checkpoint_layers', 'plan', 'plan_table']
 
-# %% ../nbs/03c_plan.ipynb #4d5d4bae
+# %% ../nbs/03c_plan.ipynb #ab77b0e3
 from .base import base_path, pick_dtype
 from .core import Refusal
 from pathlib import Path
 import copy, re, time
 import numpy as np
 
-# %% ../nbs/03c_plan.ipynb #f628c0c5
+# %% ../nbs/03c_plan.ipynb #36559a97
 _keys = 'model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size tie_word_embeddings'.split()
 _known = {name: dict(zip(_keys, v)) for name, v in {  # from each model's own config.json
     'qwen2.5-7b':    ('qwen2', 28, 3584, 28, 4, 128, 18944, 152064, False),
@@ -44,7 +44,7 @@ def base_config(
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Refusal(f'no configuration of the base {base!r} was found', fix=f"Give a folder with a config.json, or one of {', '.join(_known)}") from e
 
-# %% ../nbs/03c_plan.ipynb #89d83146
+# %% ../nbs/03c_plan.ipynb #8b9ae87f
 def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs) and parameter counts
     "The sizes that cost time and memory, from the model itself built without bytes"
     import torch
@@ -65,7 +65,7 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
 def _label(base, c): # How a plan names a base
     return base if isinstance(base, str) else getattr(c, '_name_or_path', '') or c.model_type
 
-# %% ../nbs/03c_plan.ipynb #2580dc38
+# %% ../nbs/03c_plan.ipynb #b3ed920a
 def _chosen(s, modules): # name → (inputs, outputs) of the linear layers that get a LoRA
     if modules == 'all-linear': return s['linears']
     names = [m.strip() for m in modules.split(',')]
@@ -80,7 +80,7 @@ def lora_params(
     "Parameters of a LoRA"
     return r*s['layers']*sum(i+o for i, o in _chosen(s, modules).values())
 
-# %% ../nbs/03c_plan.ipynb #e1510792
+# %% ../nbs/03c_plan.ipynb #888f2366
 def lengths(
     name:str='lmsys',    # `lmsys`, `wsdm` or `logic`
     n:int=57477,         # Rows
@@ -98,7 +98,7 @@ def mean_context(lengths) -> float:
     n = np.asarray(lengths, float)
     return float((n**2).sum()/2/n.sum())
 
-# %% ../nbs/03c_plan.ipynb #e1ce79e6
+# %% ../nbs/03c_plan.ipynb #dfc69224
 def token_flops(
     s,                 # From `shape`
     context:float,     # From `mean_context`
@@ -111,7 +111,7 @@ def token_flops(
     if method == 'full': return forward*(3+again)
     return forward*(2+again)+2*learning*(3+again)
 
-# %% ../nbs/03c_plan.ipynb #5528a5d1
+# %% ../nbs/03c_plan.ipynb #6050915d
 _weight_bytes = dict(bf16=2, fp16=2, fp32=4, nf4=.5+1/64+4/(64*256), gptq4=.5+2.5/128, gptq8=1+3/128)
 _quantised = ('nf4', 'gptq4', 'gptq8')
 
@@ -128,9 +128,9 @@ def _learning_bytes(n, method, format): # Beyond the base: gradients, optimiser,
     if method == 'full': return n*(12 if format == 'fp32' else 8)
     return n*(16 if format == 'fp32' else 18)
 
-# %% ../nbs/03c_plan.ipynb #00678692
+# %% ../nbs/03c_plan.ipynb #d751c7f3
 _kept = {  # compiled? → arrays kept for each token and layer, as multiples of a size; `norm32`: fp32 copies a norm
-    True:  dict(norm=1, norm32=0, ffn=3, q=2, kv=2),
+    True:  dict(norm=1, norm32=0, ffn=4, q=4, kv=2),
     False: dict(norm=1, norm32=1, ffn=4, q=4, kv=0)}
 
 def layer_bytes(
@@ -146,7 +146,7 @@ def layer_bytes(
     n = k['norm']*s['norms']*s['hidden']+k['ffn']*s['ffn']+k['q']*s['q']+k['kv']*s['kv']+s['qk_norm']*(s['q']+s['kv'])
     return width*(n+r*len(on)+(sum(i for i, _ in on) if dropout else 0))+4*k['norm32']*s['norms']*s['hidden']
 
-# %% ../nbs/03c_plan.ipynb #a68422e2
+# %% ../nbs/03c_plan.ipynb #3e93dabf
 def memory(
     s,                     # From `shape`
     tokens:int,            # In a pack
@@ -169,7 +169,7 @@ def memory(
     out['peak'] = sum(out.values())
     return dict(out, needs=out['peak']+.04*(out['activations']+work))
 
-# %% ../nbs/03c_plan.ipynb #a43463cf
+# %% ../nbs/03c_plan.ipynb #f6212bc5
 _card_keys = 'memory peak sustained fp32 bandwidth link bf16 source'.split()
 cards = {name: dict(zip(_card_keys, v)) for name, v in {
     # GiB as torch reports; TFLOP/s dense 16 bit: datasheet, sustained; TFLOP/s fp32; GB/s memory; GB/s to other cards, one way; bf16; source of `sustained`
@@ -197,7 +197,7 @@ def card(
     return dict(name=found[0], free=c['memory']*2**30-6e8, rate=1e12*(.85*c['fp32'] if format == 'fp32' else c['sustained']), bandwidth=.9e9*c['bandwidth'],
                 link=.7e9*c['link'], bf16=c['bf16'], source=c['source'])
 
-# %% ../nbs/03c_plan.ipynb #42df519e
+# %% ../nbs/03c_plan.ipynb #0465d22d
 def _fastest(f, sync):
     took = []
     for _ in range(4):
@@ -216,15 +216,18 @@ def _this_machine(format):
                 rate=2*n**3/_fastest(lambda: torch.mm(a, a, out=b), sync), bandwidth=2*a.nbytes/_fastest(lambda: b.copy_(a), sync), link=25e9,
                 bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False), source='what it did just now')
 
-# %% ../nbs/03c_plan.ipynb #3451fd44
+# %% ../nbs/03c_plan.ipynb #c63fe8e8
 _h200 = dict(gpu='H200', rate=784e12, base='qwen2.5-7b', method='lora', format='bf16', compiled=True, r=64, dropout=0., recomputed=0, gpus=1, tokens=15900, context=537)
-points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocated at the peak
-    dict(_h200, what='fused LoRA, compiled', ms=28*30.05, gb=83.9),
-    dict(_h200, what='the same, another run', ms=28*30.05, gb=70.8),
-    dict(_h200, what='the same, keys and values repeated', ms=28*30.05, gb=100.1),
-    dict(_h200, what='fused LoRA, not compiled', compiled=False, ms=28*36.95, gb=116.7),
-    dict(_h200, what='frozen base alone, compiled', r=0, ms=28*26.65, gb=None)]
-_share = {('lora', True): .66, ('lora', False): .54, ('full', True): .66, ('full', False): .54}  # method, compiled → share of the matmul rate; full is assumed to be as LoRA
+points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocated at the peak, with a small vocabulary (`bench/results.md`)
+    dict(_h200, what='one-pass LoRA, compiled', rate=740e12, ms=849.9, gb=108.9),
+    dict(_h200, what='with dropout', rate=743e12, dropout=.05, ms=909.5, gb=153.2),
+    dict(_h200, what='not compiled', rate=774e12, compiled=False, ms=1022.2, gb=111.6),
+    dict(_h200, what='frozen base alone, compiled', rate=785e12, r=0, ms=749.6, gb=69.0),
+    dict(_h200, what='one-pass LoRA, compiled', base='llama-3.1-8b', rate=783e12, ms=873.1, gb=112.4),
+    dict(_h200, what='GPTQ int4, rows of 512', base='qwen2.5-32b', format='gptq4', rate=795e12, r=16, tokens=8192, context=256, ms=1716.3, gb=169.3),
+    dict(_h200, what='the same, one row at a time', base='qwen2.5-32b', format='gptq4', rate=775e12, r=16, tokens=512, context=256, ms=124.6, gb=46.7)]
+_share = {True: .715, False: .59}  # compiled? → share of the matmul rate that a frozen base reaches
+_share_r = .05/64                  # what each rank of a LoRA takes from it; a full fine-tuning is assumed to reach what r 64 does
 
 def pack_seconds(
     s, c,                  # From `shape` and `card`
@@ -234,12 +237,12 @@ def pack_seconds(
 ) -> float:
     "Predicted time of one pack, forward and backward"
     work = tokens*token_flops(s, context, method, lora_params(s, r, modules) if method == 'lora' else 0, recomputed)
-    out = work/(c['rate']*_share[method, compiled])
-    if format in _quantised: out += s['linear']*(2+recomputed/s['layers'])*(_weight_bytes[format]+4)/c['bandwidth']
+    out = work/(c['rate']*(_share[compiled]-_share_r*(r if method == 'lora' else 64)))
+    if format in _quantised: out += s['linear']*(2+recomputed/s['layers'])*(_weight_bytes[format]+2)/c['bandwidth']
     if shards > 1: out = max(out, (2 if method == 'lora' else 3)*base_bytes(s, format)*(1-1/shards)/c['link'])
     return out
 
-# %% ../nbs/03c_plan.ipynb #459e93c3
+# %% ../nbs/03c_plan.ipynb #e10fd922
 def versus() -> list: # A dict a measured point
     "The planner's answer to every point that was measured, and predicted ÷ measured"
     out = []
@@ -251,7 +254,7 @@ def versus() -> list: # A dict a measured point
                         gb=p['gb'], predicted_gb=round(gb, 1) if p['gb'] else None, gb_ratio=round(gb/p['gb'], 2) if p['gb'] else None))
     return out
 
-# %% ../nbs/03c_plan.ipynb #ab3fb752
+# %% ../nbs/03c_plan.ipynb #f703a653
 def checkpoint_layers(
     base,                    # A model, its configuration, or what `base_config` takes
     method:str,              # `lora` or `full`
@@ -278,7 +281,7 @@ def _remedies(s, tokens, free, kw): # What would make it fit, in words
     words += [f'{g} such GPUs'+('' if n == tokens else f' with pack_tokens of {n:,}') for g, n in more]
     return f"Take {', or '.join(words)}" if words else 'Take a smaller base, or larger GPUs'
 
-# %% ../nbs/03c_plan.ipynb #945237e4
+# %% ../nbs/03c_plan.ipynb #476de972
 def _beyond(s, c, asked): # What of a plan no measured point covers, in words
     seen = lambda k: {p[k] for p in points}
     near = [p['base'] for p in points if (_known[p['base']]['hidden_size'], _known[p['base']]['intermediate_size']) == (s['hidden'], s['ffn'])]
@@ -294,7 +297,7 @@ def _beyond(s, c, asked): # What of a plan no measured point covers, in words
     if asked['gpus'] not in seen('gpus'): out.append(f"{asked['gpus']} GPUs: not measured; 97 % of equal work" + (', links at 70 % of their rate' if asked['sharded'] else ''))
     return out
 
-# %% ../nbs/03c_plan.ipynb #75acb2a8
+# %% ../nbs/03c_plan.ipynb #14bf244d
 def _format(format, method, c, config): # `auto` made definite, and what the card can do
     if format not in ('auto', *_weight_bytes): raise Refusal(f'no format named {format!r}', fix=f"Take auto, {', '.join(_weight_bytes)}")
     quant = getattr(config, 'quantization_config', None) or {}
@@ -352,7 +355,7 @@ def _lengths(n, max_len): # An array of token counts
     if n.size == 0 or n.min() < 1: raise Refusal('lengths must be token counts above zero')
     return n
 
-# %% ../nbs/03c_plan.ipynb #1d1c92f6
+# %% ../nbs/03c_plan.ipynb #0e39d90c
 def plan_table(
     p, # From `plan`
 ) -> str:

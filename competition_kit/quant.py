@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['quant_kind', 'GPTQLinear', 'load_gptq', 'load_nf4', 'dense_weight']
 
-# %% ../nbs/02c_quant.ipynb #94eaa6b0
+# %% ../nbs/02c_quant.ipynb #d2d6660d
 from .base import base_path
 from .core import Refusal
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 try: import triton, triton.language as tl
 except ImportError: triton = None  # a CPU needs none
 
-# %% ../nbs/02c_quant.ipynb #c5e7b7ac
+# %% ../nbs/02c_quant.ipynb #da581742
 def quant_kind(
     base:str, # `smollm2`, a folder or a Hub id
 ) -> Optional[dict]: # None, or `bits`, `group_size` (-1: a whole column), `sym`, `desc_act` and `checkpoint_format` (`gptq` or `gptq_v2`)
@@ -29,7 +29,7 @@ def quant_kind(
     if bits not in (4, 8) or form not in ('gptq', 'gptq_v2') or q.get('pack_dtype', 'int32') != 'int32': no(f'{method} in {bits} bits, format {form}')
     return dict(bits=bits, group_size=q.get('group_size', -1), sym=q.get('sym', True), desc_act=bool(q.get('desc_act')), checkpoint_format=form, dynamic=q.get('dynamic'))
 
-# %% ../nbs/02c_quant.ipynb #e5cfb662
+# %% ../nbs/02c_quant.ipynb #3b67609b
 if triton:
     @triton.jit
     def _kernel(Q, Z, S, G, W, n_rows, n_out, group, BITS: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
@@ -55,7 +55,7 @@ def _unpack_triton(qweight, qzeros, scales, g_idx, bits, dtype, R=1, C=1024, war
                                                              BITS=bits, ACT=g_idx is not None, R=R, C=C, num_warps=warps)
     return w
 
-# %% ../nbs/02c_quant.ipynb #c763a0a1
+# %% ../nbs/02c_quant.ipynb #5e22f00d
 @torch.library.custom_op('competition_kit::unpack', mutates_args=())
 def _unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: Optional[torch.Tensor], bits: int, dtype: torch.dtype) -> torch.Tensor:
     "The weight [in, out]; zeros as they are (v2), products in fp32, rounded once"
@@ -69,7 +69,7 @@ def _unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g
 @_unpack.register_fake
 def _(qweight, qzeros, scales, g_idx, bits, dtype): return qweight.new_empty((qweight.shape[0]*32//bits, qweight.shape[1]), dtype=dtype)
 
-# %% ../nbs/02c_quant.ipynb #cc77277a
+# %% ../nbs/02c_quant.ipynb #049b3734
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, qweight, qzeros, scales, g_idx, bits):
@@ -106,7 +106,7 @@ class GPTQLinear(torch.nn.Linear): # a Linear for isinstance, so that peft, and 
         "The weight [out_features, in_features], a view of one that lies the other way round"
         return _unpack(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype).T
 
-# %% ../nbs/02c_quant.ipynb #7e1bbd71
+# %% ../nbs/02c_quant.ipynb #27cb2d65
 def _device(): return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
 
 def _files(path, device): # name of each tensor: the open file it is in
@@ -134,7 +134,7 @@ def _check(model, have, packed, where):
     if bad: raise Refusal(f"tensors of another shape than the configuration says: {', '.join(bad[:10])}", where)
     return plain & have.keys()
 
-# %% ../nbs/02c_quant.ipynb #2b5d6465
+# %% ../nbs/02c_quant.ipynb #1ec367d7
 def _packed_layer(name, linear, have, kind, where):
     "One `GPTQLinear`, from the shapes in the file: layers may differ in bits and group size"
     t = {k: have[f'{name}.{k}'].get_tensor(f'{name}.{k}') for k in ('qweight', 'qzeros', 'scales', 'g_idx', 'bias') if f'{name}.{k}' in have}
@@ -174,7 +174,7 @@ def load_gptq(
     model.quantization_method = 'gptq'  # peft then refuses to merge, and transformers to cast: the scales would lose bits
     return model.to(device).eval()
 
-# %% ../nbs/02c_quant.ipynb #be9ec457
+# %% ../nbs/02c_quant.ipynb #aec8f09c
 def load_nf4(
     base:str,              # `smollm2`, a folder or a Hub id, in 16 or 32 bits
     cls,                   # `AutoModelForCausalLM` or `AutoModelForSequenceClassification`
@@ -194,7 +194,7 @@ def load_nf4(
         if isinstance(m, bnb.nn.Linear4bit) and hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     return model
 
-# %% ../nbs/02c_quant.ipynb #1bcaaf54
+# %% ../nbs/02c_quant.ipynb #305ada08
 def dense_weight(
     module,  # A `Linear`, a bitsandbytes `Linear4bit`, or a `GPTQLinear`
     dtype,   # Of the result

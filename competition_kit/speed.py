@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['fuse', 'layers', 'compile_layers', 'recompute']
 
-# %% ../nbs/03b_speed.ipynb #41af7a88
+# %% ../nbs/03b_speed.ipynb #96f4389b
 from .quant import dense_weight
 from weakref import WeakValueDictionary
 import itertools, types
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03b_speed.ipynb #a90e0a8b
+# %% ../nbs/03b_speed.ipynb #b2208325
 _layers, _numbers = WeakValueDictionary(), itertools.count()  # the frozen layers; the compiler sees only a number
 
 @torch.library.custom_op('competition_kit::lora', mutates_args=())
@@ -31,7 +31,7 @@ def _lora_backward(dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, h:
     if z is None: dx.addmm_(dh, a)
     return dx, dz, dh.T@(x if z is None else z), (dy.T@h).mul_(scale)
 
-# %% ../nbs/03b_speed.ipynb #c98d41a4
+# %% ../nbs/03b_speed.ipynb #8b281985
 @_lora.register_fake
 def _(x, z, a, b, scale, k): return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
@@ -48,7 +48,7 @@ def _grads(ctx, dy, _):
 
 _lora.register_autograd(_grads, setup_context=_keep)
 
-# %% ../nbs/03b_speed.ipynb #123ba407
+# %% ../nbs/03b_speed.ipynb #5267b955
 def _forward(self, x, *args, **kw):
     names = self.active_adapters
     if len(names) != 1 or names[0] not in self.lora_A or self.disable_adapters or self.merged: return self.peft_forward(x, *args, **kw)
@@ -70,7 +70,7 @@ def fuse(
         m.peft_forward, m.forward = m.forward, types.MethodType(_forward, m)
     return judge
 
-# %% ../nbs/03b_speed.ipynb #ddf19f16
+# %% ../nbs/03b_speed.ipynb #44ec8197
 def layers(judge) -> torch.nn.ModuleList:
     "The decoder layers of a judge's model"
     return getattr(judge.base, judge.base.base_model_prefix).layers
@@ -81,7 +81,7 @@ def compile_layers(judge):
     for layer in layers(judge): layer.compile(dynamic=True)
     return judge
 
-# %% ../nbs/03b_speed.ipynb #0e4dc190
+# %% ../nbs/03b_speed.ipynb #bb5b232e
 def recompute(
     judge,
     n:int,  # How many decoder layers, from the first; 0 for none

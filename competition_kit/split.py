@@ -8,7 +8,7 @@ __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_lab
            'check_fold', 'leak_report', 'table_name', 'make_raw', 'raw_files', 'split', 'write_rows', 'publish',
            'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes', 'plot_split']
 
-# %% ../nbs/02_split.ipynb #65687fff
+# %% ../nbs/02_split.ipynb #6ef45df2
 import csv, hashlib, io, json, os, re, shutil, sys, tempfile, unicodedata
 from collections import Counter, namedtuple
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import pandas as pd
 
 from .core import Refusal, atomic, content_hash, data_path, project_root, read_table, sha256, write_json, write_table
 
-# %% ../nbs/02_split.ipynb #e8d1fc73
+# %% ../nbs/02_split.ipynb #d514d072
 @dataclass(frozen=True)
 class Task:
     "What a row asks"
@@ -35,7 +35,7 @@ tasks = {t.name: t for t in (
     Task('preference2', ('model_a', 'model_b'), 'AB', 'accuracy'),
     Task('choice', tuple('ABCDEFG'), 'ABCDEFG', 'accuracy'))}
 
-# %% ../nbs/02_split.ipynb #716d6602
+# %% ../nbs/02_split.ipynb #646ba9f1
 def _task(task, where=''):
     if isinstance(task := tasks.get(task, task), Task): return task
     raise Refusal(f"no task called {task}; there are {', '.join(tasks)}", where, fix='Put your own into `tasks` before its rows are read')
@@ -48,7 +48,7 @@ def n_options(
     if 'options' in rows: return np.fromiter(map(len, rows['options']), int, len(rows))
     return np.full(len(rows), len(_task(task).options))
 
-# %% ../nbs/02_split.ipynb #ea482437
+# %% ../nbs/02_split.ipynb #8fa5d3a1
 def swap_label(
     label,  # [rows] option index, -1 where unknown
     rows,   # Table of rows
@@ -59,7 +59,7 @@ def swap_label(
     new = np.where(label < 2, 1-label, label) if _task(task).pair else n_options(rows, task)-1-label
     return np.where(label < 0, label, new)
 
-# %% ../nbs/02_split.ipynb #6ec54cf8
+# %% ../nbs/02_split.ipynb #c359ff5f
 def swap_probs(
     p,     # [rows, options] probabilities
     n,     # [rows] options that each row has
@@ -71,7 +71,7 @@ def swap_probs(
     order = np.where(i < 2, 1-i, i) if _task(task).pair else np.where(i < n, n-1-i, i)
     return np.take_along_axis(p, np.broadcast_to(order, p.shape), 1)
 
-# %% ../nbs/02_split.ipynb #2a45e84e
+# %% ../nbs/02_split.ipynb #e993621b
 def read_utf8(
     path, # Of a text file
 ) -> str: # Its text, without a byte order mark
@@ -88,7 +88,7 @@ def _json_list(s):
     except (ValueError, RecursionError): return None
     return v if isinstance(v, list) else None
 
-# %% ../nbs/02_split.ipynb #c16c3497
+# %% ../nbs/02_split.ipynb #68dfe2de
 def read_csv(
     path, # Of a CSV with a header
 ) -> dict: # Column → list of cells, all of them text
@@ -107,7 +107,7 @@ def read_csv(
         raise Refusal('no newline at the end: the last row may be cut', path, [got[-1][1][0]], 'Add a newline if the row is whole')
     return {c: [r[j] for _, r in got] for j, c in enumerate(head)}
 
-# %% ../nbs/02_split.ipynb #012d7aa6
+# %% ../nbs/02_split.ipynb #ad55f87e
 def _read_jsonl(path):
     got = []
     for n, line in enumerate(read_utf8(path).split('\n'), 1):
@@ -118,7 +118,7 @@ def _read_jsonl(path):
         got.append(d)
     return {c: [d.get(c) for d in got] for c in dict.fromkeys(k for d in got for k in d)}
 
-# %% ../nbs/02_split.ipynb #ec9dd90e
+# %% ../nbs/02_split.ipynb #d732eb70
 def _read_parquet(path):
     if Path(path).stat().st_size == 0: raise Refusal('the file is empty', path)
     try: df = read_table(path)
@@ -132,7 +132,7 @@ def _plain(v):
     if isinstance(v, bytes): return v.decode('utf-8', 'replace')
     return None if v is None or v is pd.NA or v != v else v
 
-# %% ../nbs/02_split.ipynb #569f27e9
+# %% ../nbs/02_split.ipynb #3c0dc725
 _readers = {'.csv': read_csv, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
 
 def _columns(path):
@@ -141,7 +141,7 @@ def _columns(path):
     if path.suffix not in _readers: raise Refusal(f'a file of an unknown kind: {path.name}', path, fix=f"Use one of {', '.join(_readers)}")
     return _readers[path.suffix](path)
 
-# %% ../nbs/02_split.ipynb #c47f5df3
+# %% ../nbs/02_split.ipynb #d06de261
 _lone = re.compile('[\ud800-\udfff]')
 
 def _text(v, seen):
@@ -159,7 +159,7 @@ def _holds_lists(cells): # does this column hold JSON lists of turns, by and lar
     some = [_json_list(c) for c in cells[:500] if c]
     return sum(t is not None and all(o is None or isinstance(o, str) for o in t) for t in some) > len(some)/2
 
-# %% ../nbs/02_split.ipynb #79fb0708
+# %% ../nbs/02_split.ipynb #d046d741
 _onehot = ('winner_model_a', 'winner_model_b', 'winner_tie')
 
 def refuse(
@@ -182,7 +182,7 @@ def _winner(cols, ids, path):
         return hot.argmax(0)
     return _named(cols.get('winner', [None]*len(ids)), [tasks['preference'].options]*len(ids), ids, path)
 
-# %% ../nbs/02_split.ipynb #abd4f86b
+# %% ../nbs/02_split.ipynb #b2879b6d
 def _named(names, options, ids, path, what='a label outside the options'):
     if all(v in (None, '') for v in names): return np.full(len(ids), -1)
     refuse([v in (None, '') for v in names], 'no label', path, ids)
@@ -190,7 +190,7 @@ def _named(names, options, ids, path, what='a label outside the options'):
     refuse(bad, f'{what}: {dict(Counter(str(v) for v, b in zip(names, bad) if b).most_common(5))}', path, ids)
     return np.array([o.index(v) for v, o in zip(names, options)], int)
 
-# %% ../nbs/02_split.ipynb #f5a2b275
+# %% ../nbs/02_split.ipynb #3185e477
 def _targets(cols, ids, path): # [rows, 3] in option order, NaN where a row has none
     if not {'p_model_a', 'p_model_b'} <= set(cols): return np.full((len(ids), 3), np.nan)
     num = lambda v: np.nan if v in (None, '') else float(v)
@@ -201,7 +201,7 @@ def _targets(cols, ids, path): # [rows, 3] in option order, NaN where a row has 
     refuse(some & ~((p >= 0).all(1) & (abs(p.sum(1)-1) < 1e-3)), 'soft labels that are not three numbers from 0 summing to 1', path, ids)
     return p/p.sum(1, keepdims=True)
 
-# %% ../nbs/02_split.ipynb #6a5c51fc
+# %% ../nbs/02_split.ipynb #2e665738
 layouts = dict(
     rows='id group source fold label target weight',
     tianchi='id problem questions',
@@ -218,7 +218,7 @@ def _layout(cols, path):
     raise Refusal(f"missing columns: found {list(cols)}; the nearest layout is {near}, which lacks {', '.join(lacks[near])}", path,
                   fix='Layouts: ' + '; '.join(f'{k} needs {v}' for k, v in layouts.items()))
 
-# %% ../nbs/02_split.ipynb #5ad034c8
+# %% ../nbs/02_split.ipynb #80cbcda4
 def _ids(values, path, what='an id'):
     ids = [_text(v, Counter()) for v in values]
     if not ids: raise Refusal('no rows', path)
@@ -226,7 +226,7 @@ def _ids(values, path, what='an id'):
     if twice := [i for i, n in Counter(ids).items() if n > 1]: raise Refusal(f'{what} occurs twice', path, twice, 'Keep one row of each id')
     return ids
 
-# %% ../nbs/02_split.ipynb #b7d1dee0
+# %% ../nbs/02_split.ipynb #048cb9fd
 _texts = dict(pair=('prompt', 'response_a', 'response_b'), choice=('problem', 'question', 'options'))
 
 def _from_pairs(cols, path, seen):
@@ -241,7 +241,7 @@ def _from_pairs(cols, path, seen):
     if n := sum(len({len(t) for t in ts}) > 1 for ts in zip(*(out[c] for c in _texts['pair']))): seen['turns_differ'] = n
     return out, task.name
 
-# %% ../nbs/02_split.ipynb #b187eb31
+# %% ../nbs/02_split.ipynb #79a88728
 def _from_tianchi(cols, path, seen):
     ids, letters = _ids(cols['id'], path, 'a problem id'), tasks['choice'].letters
     whole = lambda qs: isinstance(qs, list) and qs and all(isinstance(q, dict) and isinstance(q.get('options'), list) and 'question' in q for q in qs)
@@ -257,7 +257,7 @@ def _from_tianchi(cols, path, seen):
     out['label'] = _named(answers, [list(letters[:k]) for k in n], out['id'], path, 'an answer letter that the row does not have')
     return out | dict(target=[None]*len(n)), 'choice'
 
-# %% ../nbs/02_split.ipynb #ef330877
+# %% ../nbs/02_split.ipynb #d6181a36
 def _from_rows(cols, path, seen):
     out = dict(cols, id=_ids(cols['id'], path))
     kind = 'pair' if 'prompt' in cols else 'choice'
@@ -279,13 +279,13 @@ def _from_rows(cols, path, seen):
     out['label'] = out['label'].astype(int)
     return out, task
 
-# %% ../nbs/02_split.ipynb #f0b96b3c
+# %% ../nbs/02_split.ipynb #cd1e8d60
 def read_meta(path) -> dict:
     "The kit's metadata of a parquet file, without reading its rows"
     import pyarrow.parquet as pq
     return json.loads((pq.read_schema(path).metadata or {}).get(b'competition_kit', b'{}'))
 
-# %% ../nbs/02_split.ipynb #c540e624
+# %% ../nbs/02_split.ipynb #95a2b72b
 def read_raw(
     path,  # CSV, JSONL or parquet in one of the `layouts`
 ): # (rows, info): rows without groups and folds, and what the file was taken for
@@ -306,7 +306,7 @@ def read_raw(
     info = dict(file=path.name, layout=layout, task=task, rows=n, labelled=int((rows.label >= 0).sum()), ignored=ignored, **seen)
     return rows, info if one_a_row else info | dict(problems=len(cols['id']))
 
-# %% ../nbs/02_split.ipynb #e04433cf
+# %% ../nbs/02_split.ipynb #cae36e88
 def read_corrections(
     path,  # CSV or JSONL with the columns id, field, old, new, why
 ) -> list: # Dictionaries, in the order of the file
@@ -315,14 +315,14 @@ def read_corrections(
     if lack := [c for c in need if c not in cols]: raise Refusal(f"missing columns: {', '.join(lack)}; found {list(cols)}", path)
     return [dict(zip(need, r)) for r in zip(*(cols[c] for c in need))]
 
-# %% ../nbs/02_split.ipynb #7b16f6fe
+# %% ../nbs/02_split.ipynb #3912985c
 def _as_kept(v, row, field, options): # a correction's value in the form the table keeps it
     if field == 'label': return options.index(v) if v in options else None
     if field == 'weight': return float(v) if re.fullmatch(r'\d*\.?\d+', str(v)) else None
     if isinstance(row[field], list): return _turns(v, Counter(), _json_list(v) is not None)
     return _text(v, Counter())
 
-# %% ../nbs/02_split.ipynb #a0f426d6
+# %% ../nbs/02_split.ipynb #c75695e9
 def correct(
     rows,      # Table of rows
     changes,   # As `read_corrections` returns them
@@ -353,14 +353,14 @@ def correct(
     for c in {f for ch in changes if (f := fields[ch['field']])} | {'target'}: out[c] = pd.Series(new[c], index=rows.index, dtype=rows[c].dtype)
     return out
 
-# %% ../nbs/02_split.ipynb #12c7fe3b
+# %% ../nbs/02_split.ipynb #f08154c9
 def _level(text):
     if not text.isascii(): text = unicodedata.normalize('NFKC', text)
     return ' '.join(text.lower().split())
 
 def _key(text): return int.from_bytes(hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8).digest(), 'big')
 
-# %% ../nbs/02_split.ipynb #de69efd9
+# %% ../nbs/02_split.ipynb #bfa5419b
 _u = np.uint64
 _base = 0x9E3779B97F4A7C15
 _cjk = re.compile('[\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff]')
@@ -387,7 +387,7 @@ def _chunks(texts, size=2**19): # slices of about `size` characters: memory stay
     cut = np.r_[0, np.unique(np.searchsorted(ends, np.arange(size, ends[-1]+size, size)))+1].clip(max=len(texts))
     return [slice(a, b) for a, b in zip(cut, cut[1:]) if b > a]
 
-# %% ../nbs/02_split.ipynb #54bfa11b
+# %% ../nbs/02_split.ipynb #c923e227
 _few = 8   # fewer triples than this say too little
 
 def _bin(h): return ((h >> _u(24)) & _u(2**24-1)).astype(np.int64)
@@ -401,7 +401,7 @@ def _common(texts, chunks): # bins of triples that are form; indexed by `_bin`
         count[bins] += n.astype(np.uint32)
     return count > max(np.clip(len(texts)/4, 5, 20), len(texts)/50)
 
-# %% ../nbs/02_split.ipynb #b8e2440a
+# %% ../nbs/02_split.ipynb #aeee94ec
 _bands, _width = 25, 5
 _mul, _add = np.random.default_rng(20240229).integers(0, 2**32, (2, _bands*_width), dtype=np.uint32)
 _mul |= np.uint32(1)
@@ -421,7 +421,7 @@ def _signatures(texts): # (which texts, [texts, 125] uint32): 500 bytes a text
         done += len(first)
     return np.concatenate([np.zeros(0, int), *which]), sig[:done]
 
-# %% ../nbs/02_split.ipynb #c9cf9517
+# %% ../nbs/02_split.ipynb #a52822ca
 def _links(sig, near): # pairs of rows of `sig` whose estimated overlap is at least `near`
     found = [np.zeros((0, 2), int)]
     for b in range(_bands):
@@ -437,7 +437,7 @@ def _links(sig, near): # pairs of rows of `sig` whose estimated overlap is at le
                 found.append(pair[(sig[pair[:, 0]] == sig[pair[:, 1]]).mean(1) >= near])
     return np.concatenate(found)
 
-# %% ../nbs/02_split.ipynb #97e90775
+# %% ../nbs/02_split.ipynb #21151ad1
 def group_rows(
     texts,           # What rows must share to be a group: the prompt, or the problem
     near:float=0.7,  # Least share of word triples in common. One changed word in 19 leaves 0.7; a missed copy costs more than a needless group
@@ -453,20 +453,20 @@ def group_rows(
     _, head = np.unique(part, return_index=True)
     return np.array([f'{k:016x}' for k in key[head]], object)[part[back]]
 
-# %% ../nbs/02_split.ipynb #de8a3c0f
+# %% ../nbs/02_split.ipynb #750265d3
 def group_text(rows) -> list:
     "The text by which rows are grouped: all user turns, or the problem"
     if 'prompt' in rows: return ['\n'.join(t) for t in rows['prompt']]
     return [p if p.strip() else q for p, q in zip(rows['problem'], rows['question'])]
 
-# %% ../nbs/02_split.ipynb #9940a802
+# %% ../nbs/02_split.ipynb #d897016a
 def _place(groups, held, have, fold): # each group in turn to the fold that lacks most of what it holds
     want, weight = held.sum(0)/len(have), 1/held.sum(0)**2  # squared: what is rare is hard to level later
     for g, c in zip(groups, held[groups]*weight):
         fold[g] = f = ((have-want) @ c).argmin()
         have[f] += held[g]
 
-# %% ../nbs/02_split.ipynb #0d58d76f
+# %% ../nbs/02_split.ipynb #1a82e2d6
 def make_folds(
     group,      # [rows] group ids
     label,      # [rows] labels; any whole numbers
@@ -489,7 +489,7 @@ def make_folds(
     _place(rest, held, have, fold)
     return fold[code]
 
-# %% ../nbs/02_split.ipynb #c592e665
+# %% ../nbs/02_split.ipynb #66a02688
 def check_fold(
     rows,      # Table of rows
     fold:int,  # Wanted
@@ -498,7 +498,7 @@ def check_fold(
     have = sorted(set(rows['fold'])-{-1})
     if fold not in have: raise Refusal(f'fold {fold} does not exist: the table has {have}', fix='Choose one of them, or split again with more folds')
 
-# %% ../nbs/02_split.ipynb #99639d83
+# %% ../nbs/02_split.ipynb #b58e90f8
 def _across(part, where): # rows whose part also has rows somewhere else
     return pd.Series(where).groupby(part).transform('nunique').to_numpy() > 1
 
@@ -523,7 +523,7 @@ def leak_report(
     out['repeated_rows'] = int(pd.Series(_contents(rows)).duplicated(keep=False).sum())
     return out | _evenness(rows['label'].to_numpy()[kept], fold[kept])
 
-# %% ../nbs/02_split.ipynb #78c01ed2
+# %% ../nbs/02_split.ipynb #1b0ec915
 def _evenness(label, fold):
     if not len(fold): return dict(shares={}, share_spread=0., fold_sizes=[])
     share = pd.crosstab(fold, label, normalize='index')
@@ -535,13 +535,13 @@ def _contents(rows): # one text a row; a pair and its swapped copy are the same
     if 'prompt' not in rows: return [json.dumps([p, q, sorted(o)]) for p, q, o in zip(rows['problem'], rows['question'], rows['options'])]
     return [json.dumps([p, sorted([a, b])]) for p, a, b in zip(rows['prompt'], rows['response_a'], rows['response_b'])]
 
-# %% ../nbs/02_split.ipynb #9ca5658e
+# %% ../nbs/02_split.ipynb #828556fe
 samples = ('sample_arena', 'sample_logic')
 
 def _root_path(p): return Path(p) if Path(p).is_absolute() else project_root()/p
 def _is_file_name(data): return Path(data).suffix in _readers
 
-# %% ../nbs/02_split.ipynb #80983cb5
+# %% ../nbs/02_split.ipynb #829460d6
 def table_name(
     data:str,  # Name of a table, or path of a raw file, whose stem is then the name
 ) -> str:
@@ -550,7 +550,7 @@ def table_name(
     if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', name): raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
     return name
 
-# %% ../nbs/02_split.ipynb #a21fa2b0
+# %% ../nbs/02_split.ipynb #29ee3a21
 def make_raw(
     name:str, # `sample_arena` or `sample_logic`
 ):
@@ -565,7 +565,7 @@ def make_raw(
         except OSError:                      # another process was faster
             if not folder.exists(): raise
 
-# %% ../nbs/02_split.ipynb #70cfa54f
+# %% ../nbs/02_split.ipynb #0ace69a6
 def raw_files(
     data:str='sample_arena',  # Name of a folder in `data/`, or path of a raw training file
     train:str='',             # Path of the training file; default: the file in the folder with `train` in its name
@@ -585,7 +585,7 @@ def raw_files(
         raise Refusal(f'no training file called *train*{{{",".join(_readers)}}}', data_path(name), fix='Put the raw files there, or name one with train=')
     return {k: _root_path(p) for k, p in got.items() if p}
 
-# %% ../nbs/02_split.ipynb #c886294d
+# %% ../nbs/02_split.ipynb #b80d5541
 def split(
     data:str='sample_arena',  # As for `raw_files`
     train:str='',             # As for `raw_files`
@@ -612,7 +612,7 @@ def split(
     for df, part in zip(both, ('train', 'test')): df.attrs['meta'] = dict(meta, part=part)
     return rows, both[1] if len(both) > 1 else None
 
-# %% ../nbs/02_split.ipynb #3fed3f81
+# %% ../nbs/02_split.ipynb #4afc974c
 def _read_test(path, rows, meta):
     test, info = read_raw(path)
     meta['read']['test'] = info
@@ -625,7 +625,7 @@ def _read_test(path, rows, meta):
             raise Refusal(f'other ids than {p.name} ({len(have)} and {len(want)} rows): cut, or of another version', path, sorted(set(want) ^ set(have)))
     return test.assign(label=-1, target=pd.Series([None]*len(test), dtype=object))
 
-# %% ../nbs/02_split.ipynb #f62a4917
+# %% ../nbs/02_split.ipynb #bfa830b9
 def _schema(cols):
     import pyarrow as pa
     kinds = dict(fold=pa.int64(), label=pa.int64(), weight=pa.float32(), target=pa.list_(pa.float32()), main=pa.bool_(), phase=pa.int64(),
@@ -642,7 +642,7 @@ def write_rows(
     rows = rows[['id', 'group', 'source', 'fold', 'label', 'target', 'weight', *own]]
     write_table(rows, path, _schema(rows), **dict(rows.attrs.get('meta', {}), **meta))
 
-# %% ../nbs/02_split.ipynb #287fa9c9
+# %% ../nbs/02_split.ipynb #3395d4cf
 def publish(
     folder,    # Run folder with `rows.parquet` and perhaps `test.parquet`
     data:str,  # As for `raw_files`
@@ -653,7 +653,7 @@ def publish(
         if not src.exists() or (dst.exists() and sha256(src) == sha256(dst)): continue
         with atomic(dst) as tmp: shutil.copyfile(src, tmp)
 
-# %% ../nbs/02_split.ipynb #65efd9ee
+# %% ../nbs/02_split.ipynb #9c81731b
 def save_split(
     run,        # Run from `start_run`
     rows,       # Table of rows
@@ -667,7 +667,7 @@ def save_split(
     shown = [k for k, v in leaks.items() if isinstance(v, (int, float))]
     run.finish(metrics={k: leaks[k] for k in shown}, outputs=[f'{k}.parquet' for k in tables]+['leaks.json'])
 
-# %% ../nbs/02_split.ipynb #58224724
+# %% ../nbs/02_split.ipynb #15a61db5
 def _known(): return sorted({p.stem for p in data_path().glob('*.parquet')} | set(samples))
 
 def table_path(
@@ -683,7 +683,7 @@ def table_path(
         if not p.exists(): write_rows(df, p)
     return path
 
-# %% ../nbs/02_split.ipynb #678a09a8
+# %% ../nbs/02_split.ipynb #9e943d44
 def load_rows(
     data:str='sample_arena',  # Name of a table, or a mix of tables
     seed:int=0,               # Which rows a mix draws
@@ -695,7 +695,7 @@ def load_rows(
         if c in rows: rows[c] = pd.Series([v if v is None else v.tolist() for v in rows[c]], index=rows.index, dtype=object)
     return rows.assign(main=True, phase=0)
 
-# %% ../nbs/02_split.ipynb #f050bfba
+# %% ../nbs/02_split.ipynb #7f17d0fd
 Part = namedtuple('Part', 'name n share phase', defaults=[0])
 
 def parse_mix(
@@ -713,7 +713,7 @@ def parse_mix(
     if twice := [n for n, c in Counter(p.name for p in parts).items() if c > 1]: raise Refusal(f'the mix {mix!r} names {twice[0]} twice')
     return parts
 
-# %% ../nbs/02_split.ipynb #b81bf8a4
+# %% ../nbs/02_split.ipynb #951c440e
 def _draw(rows, part, seed):
     if part.n and part.n > len(rows): raise Refusal(f'the mix asks for {part.n} rows of {part.name}, which has {len(rows)}')
     n = part.n or round((part.share or 1)*len(rows))
@@ -721,7 +721,7 @@ def _draw(rows, part, seed):
     chance = np.array([_key(f'{seed} {i}') for i in rows['id']], np.uint64)
     return rows.iloc[np.sort(np.argsort(chance, kind='stable')[:n])]
 
-# %% ../nbs/02_split.ipynb #6bea1a05
+# %% ../nbs/02_split.ipynb #793b5ac2
 def load_mix(
     mix:str,     # As for `parse_mix`; the first table of the last phase is the one that is validated on
     seed:int=0,  # Which rows are drawn
@@ -744,14 +744,14 @@ def load_mix(
     rows.attrs['meta'] = dict(meta, mix=meta['mix'] | dict(same_row=same, **counts))
     return rows
 
-# %% ../nbs/02_split.ipynb #3dbfa6bb
+# %% ../nbs/02_split.ipynb #dafe2c1a
 def table_hashes(
     mix:str='sample_arena',  # Name of a table, or a mix
 ) -> dict: # name → content hash: what a run on it should give as its inputs
     "The content hashes of the tables of a mix"
     return {p.name: content_hash(table_path(p.name)) for p in parse_mix(mix)}
 
-# %% ../nbs/02_split.ipynb #c61fb954
+# %% ../nbs/02_split.ipynb #a6bb72ae
 def _once(rows, mix): # an id stands for one row
     twice = rows['id'].duplicated(keep=False).to_numpy()
     if not twice.any(): return rows, 0
@@ -762,7 +762,7 @@ def _once(rows, mix): # an id stands for one row
         raise Refusal(f'the mix {mix!r} has other content under one id in two tables', data_path(), both.index[both > 1], 'Give one of them ids of its own')
     return rows.drop_duplicates('id', ignore_index=True), int(twice.sum()-len(both))
 
-# %% ../nbs/02_split.ipynb #bfe35bbe
+# %% ../nbs/02_split.ipynb #e03b6f28
 def _carry(rows, first): # the folds of the first table, carried over to what resembles it
     test = data_path(f'{first}_test.parquet')
     test = group_text(load_rows(f'{first}_test')) if test.exists() else []
@@ -779,7 +779,7 @@ def _carry(rows, first): # the folds of the first table, carried over to what re
                   in_test=int((~main & ~out & own.isin(set(part[n:]))).sum()))
     return rows[~out].reset_index(drop=True), counts
 
-# %% ../nbs/02_split.ipynb #4007ee8d
+# %% ../nbs/02_split.ipynb #75fe1e8a
 def plot_split(
     rows,  # Table of rows with folds
 ): # A matplotlib figure

@@ -7,7 +7,12 @@ __all__ = ['fold_rows', 'targets', 'Steps', 'ranks', 'rank', 'is_sharded', 'add_
            'last_checkpoint', 'fit', 'train_fold', 'make_judge', 'work', 'save_judge', 'launch', 'run_table',
            'held_out', 'plot_run', 'hardest']
 
-# %% ../nbs/04_train.ipynb #9873c352
+# %% ../nbs/04_train.ipynb #af5dfd0e
+import ctypes, os, shutil, signal, subprocess, sys, time, traceback
+if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:  # one of several ranks sees one GPU, which must be said before torch wakes CUDA
+    os.environ['CUDA_VISIBLE_DEVICES'] = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(64)))).split(',')[int(os.environ['LOCAL_RANK'])]
+
+# %% ../nbs/04_train.ipynb #c5f61ff2
 from .base import base_hash, load_tokenizer, pick_dtype
 from .core import Refusal, damage, hash_obj, models_path, read_json, seal, write_json
 from .log import find_run, start_run
@@ -21,13 +26,12 @@ from .split import check_fold, load_rows, n_options, swap_probs, table_hashes, t
 from pathlib import Path
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
-import ctypes, os, shutil, signal, subprocess, sys, time, traceback
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/04_train.ipynb #0f0b646d
+# %% ../nbs/04_train.ipynb #29b3fde9
 def fold_rows(rows, fold:int):
     "The rows to train on, and the held-out rows"
     check_fold(rows, fold)
@@ -44,7 +48,7 @@ def targets(rows, task) -> np.ndarray: # [rows, options], each summing to one
         if t is not None: out[i] = np.pad(np.asarray(t, np.float32), (0, width-len(t)))
     return out
 
-# %% ../nbs/04_train.ipynb #0053130a
+# %% ../nbs/04_train.ipynb #d14ac798
 class Steps(torch.utils.data.Dataset):
     "A data set whose items are optimiser steps: packs of sequences with their targets and weights"
     def __init__(self, enc, rows, task,
@@ -70,7 +74,7 @@ class Steps(torch.utils.data.Dataset):
         return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p]*real, missing=self.missing[p], total=self.total[k])
                 for p, real in [*((p, 1.) for p in self.steps[k]), *[(self.spare[k], 0.)]*fill]]
 
-# %% ../nbs/04_train.ipynb #177afb67
+# %% ../nbs/04_train.ipynb #c486cecb
 def ranks() -> int: return dist.get_world_size() if dist.is_initialized() else 1
 def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0
 def is_sharded(model) -> bool: return any(hasattr(p, 'full_tensor') for p in model.parameters())
@@ -87,7 +91,7 @@ def add_up(
     for g, f in zip(own, flat[1:].split([g.numel() for g in own])): g.copy_(f.view_as(g))
     return flat[0]
 
-# %% ../nbs/04_train.ipynb #3bd93568
+# %% ../nbs/04_train.ipynb #eeb537d6
 def shard(judge):
     "Spread a judge over the ranks, layer by layer"
     from torch.distributed.fsdp import fully_shard
@@ -100,7 +104,7 @@ def _like(t, mine): # a whole tensor as what this rank holds of it
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t.to(mine.device), mine.device_mesh, mine.placements)
 
-# %% ../nbs/04_train.ipynb #0fae5009
+# %% ../nbs/04_train.ipynb #7b522784
 class KahanAdamW(torch.optim.Optimizer):
     "AdamW for weights in sixteen bits, with compensated additions; defaults are seed 004's"
     def __init__(self, params, lr=2.5e-6, betas=(.9, .99), eps=1e-6, weight_decay=.01): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -122,7 +126,7 @@ class KahanAdamW(torch.optim.Optimizer):
                 p.add_(s['lost'])
                 s['lost'].add_(before.sub_(p))
 
-# %% ../nbs/04_train.ipynb #55cf9eeb
+# %% ../nbs/04_train.ipynb #0e918d79
 class _PackTrainer(Trainer):
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
     def _prepare_inputs(self, inputs): return inputs
@@ -144,7 +148,7 @@ class _PackTrainer(Trainer):
         if path: _load_optimizer(self.optimizer, self.lr_scheduler, Path(path))
     def _load_rng_state(self, path): pass
 
-# %% ../nbs/04_train.ipynb #bbc2f23b
+# %% ../nbs/04_train.ipynb #da583fb8
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 def save_checkpoint(
@@ -179,7 +183,7 @@ def last_checkpoint(folder): # Path, or None
         if not (bad := damage(c)): return c
         print(f'{c.name} is damaged ({bad[0]}); going back to the one before')
 
-# %% ../nbs/04_train.ipynb #a404f048
+# %% ../nbs/04_train.ipynb #555d1987
 def _load_weights(model, folder):
     from safetensors.torch import load_file
     saved, mine = load_file(folder/'weights.safetensors'), _learned(model)
@@ -197,7 +201,7 @@ def _load_optimizer(optimizer, schedule, folder):
     optimizer.load_state_dict(dict(state=state, param_groups=kept['groups']))
     schedule.load_state_dict(dict(kept['schedule'], lr_lambdas=schedule.state_dict()['lr_lambdas']))
 
-# %% ../nbs/04_train.ipynb #11135755
+# %% ../nbs/04_train.ipynb #759aa91b
 class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         from tqdm import tqdm
@@ -209,7 +213,7 @@ class _Bar(TrainerCallback):
         self.bar.update(1)
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
-# %% ../nbs/04_train.ipynb #f0b8466c
+# %% ../nbs/04_train.ipynb #e14c8575
 def fit(
     judge,                   # From `add_lora`
     data,                    # `Steps`
@@ -239,7 +243,7 @@ def fit(
     trainer.train(resume_from_checkpoint=str(at) if at else None)
     return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 
-# %% ../nbs/04_train.ipynb #6e554b5a
+# %% ../nbs/04_train.ipynb #1ef2164c
 def train_fold(
     mix:str='sample_arena',         # Table, or mix of tables
     fold:int=0,                     # Fold that is held out
@@ -282,7 +286,7 @@ def train_fold(
         if not run.done: _train(run, params, prompt, train, held)
     return run
 
-# %% ../nbs/04_train.ipynb #b5d89e45
+# %% ../nbs/04_train.ipynb #92fc21a2
 def _started(start, p): # What a run that goes on from another has as its input; refuses what does not fit
     if p['method'] not in ('lora', 'full'): raise Refusal(f"no method named {p['method']!r}", fix='Take lora or full')
     if p['compiled'] not in ('auto', 'yes', 'no'): raise Refusal(f"compiled={p['compiled']!r}", fix='Take auto, yes or no')
@@ -308,7 +312,7 @@ def _train(run, p, prompt, train, held):
     kept = ['probs.parquet', 'loss.json', *(f'{d}/{f.name}' for d in ('adapter', 'model') for f in sorted((run.folder/d).glob('*')) if f.name != 'manifest.json')]
     run.finish(metrics=metrics, outputs=kept, rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), **ids)
 
-# %% ../nbs/04_train.ipynb #aa7e077d
+# %% ../nbs/04_train.ipynb #79309f8c
 def make_judge(p, prompt): # Parameters as of `train_fold`
     "The judge that is to be trained: a LoRA over a base, or all weights; new, or from an earlier run"
     earlier = models_path(find_run(p['start'])['run_id']) if p['start'] else None
@@ -332,7 +336,7 @@ def _quicker(judge, p, tokens): # What suits this machine, in place
     if compiled: compile_layers(judge)
     if not rank(): print(f"{n} of {len(layers(judge))} layers recompute their activations; layers {'are' if compiled else 'are not'} compiled")
 
-# %% ../nbs/04_train.ipynb #30fce4ff
+# %% ../nbs/04_train.ipynb #440e1c22
 def work(
     folder,  # Of the run
     p,       # Parameters as of `train_fold`
@@ -361,7 +365,7 @@ def work(
         write_json(Path(folder)/'loss.json', loss)
         write_json(Path(folder)/'work.json', dict(tokens=tokens, steps=len(steps), tokens_s=round(tokens/seconds, 1)))
 
-# %% ../nbs/04_train.ipynb #b9922750
+# %% ../nbs/04_train.ipynb #209c8ba2
 def save_judge(judge, folder):
     "Write the adapter, or all weights, as transformers and PEFT read them"
     full = not hasattr(judge.model, 'peft_config')
@@ -371,7 +375,7 @@ def save_judge(judge, folder):
     judge.model.save_pretrained(out, **(dict(state_dict=state) if state else {}))
     seal(out)
 
-# %% ../nbs/04_train.ipynb #627b364a
+# %% ../nbs/04_train.ipynb #0057ffe7
 def _die_with_parent():
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -396,16 +400,14 @@ def launch(
     failed = sorted((read_json(f) for f in folder.glob('failed-*.json')), key=lambda e: e['at'])  # the others fail because of the first
     if proc.returncode: raise (Refusal if failed and failed[0]['kind'] == 'Refusal' else RuntimeError)(failed[0]['says'] if failed else 'a rank ended: '+''.join(last[-12:]))
 
-# %% ../nbs/04_train.ipynb #8a5c3a85
+# %% ../nbs/04_train.ipynb #39eb29ed
 def _rank(config):
     "What `python -m competition_kit.train CONFIG` does as one rank of `torchrun`"
     _die_with_parent()
     transformers_logging.set_verbosity_error()  # or it warns that this is not how one starts several processes
     p = read_json(config)
-    me, n, local = (int(os.environ.pop(k)) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+    me, n, _ = (int(os.environ.pop(k)) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
     for k in [k for k in os.environ if k.startswith(('LOCAL_', 'GROUP_', 'ROLE_'))]: del os.environ[k]  # the trainer is to believe itself alone
-    seen = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if torch.backends.cuda.is_built(): os.environ['CUDA_VISIBLE_DEVICES'] = seen.split(',')[local] if seen else str(local)
     try:
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=me, world_size=n)
         work(Path(p.pop('folder')), p)
@@ -417,7 +419,7 @@ def _rank(config):
 
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: _rank(sys.argv[1])
 
-# %% ../nbs/04_train.ipynb #8ad99db3
+# %% ../nbs/04_train.ipynb #c6457679
 def run_table(run): # DataFrame
     "A run's scores beside its baselines, best first"
     m = run.record['metrics']

@@ -8,7 +8,7 @@ __all__ = ['majority', 'combine', 'agreement', 'entropy', 'plot_agreement', 'fit
            'fold_scores', 'verdict', 'trusted_prompt', 'wear', 'predict_runs', 'vote_inputs', 'score_vote', 'hold_vote',
            'write_votes']
 
-# %% ../nbs/10_vote.ipynb #3b3e421f
+# %% ../nbs/10_vote.ipynb #aea0798b
 import csv, functools, io, json, re
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ from .prompt import Prompt, tokenizer_hash
 from .split import (load_rows, make_raw, n_options, parse_mix, read_csv, read_meta, read_utf8, refuse, samples,
                                    table_name, table_path, tasks)
 
-# %% ../nbs/10_vote.ipynb #6f6255e9
+# %% ../nbs/10_vote.ipynb #5827aece
 def _paired(p, weights):
     if weights is None: yield from ((v, 1.) for v in p); return
     w = np.asarray(weights, np.float64)
@@ -44,7 +44,7 @@ def _pool(p, weights, *each): # the weighted mean over voters of each function o
     if out is None: raise Refusal('a vote needs a voter')
     return [o/np.float32(total) for o in out]
 
-# %% ../nbs/10_vote.ipynb #4ffbb3fe
+# %% ../nbs/10_vote.ipynb #e8c4c148
 def majority(
     p,             # [voters, rows, options], or an iterable of [rows, options]
     weights=None,  # One number a voter; equal when absent
@@ -61,7 +61,7 @@ def majority(
     share[:, tie] = np.where(tied[:, tie], (s*tied[:, tie]).sum(0)*q/q.sum(0), s)
     return np.ascontiguousarray(share.T), np.isin(np.arange(share.shape[1]), tie)
 
-# %% ../nbs/10_vote.ipynb #0843fbd8
+# %% ../nbs/10_vote.ipynb #057dbcf4
 def combine(
     p,             # [voters, rows, options], or an iterable of [rows, options], rows in one order
     weights=None,  # One number a voter, of any scale; equal when absent
@@ -75,7 +75,7 @@ def combine(
     e = np.exp(log-log.max(0))*(mean > 0)
     return np.ascontiguousarray((e/e.sum(0)).T)
 
-# %% ../nbs/10_vote.ipynb #1a771aa4
+# %% ../nbs/10_vote.ipynb #9e7a804a
 def agreement(
     p,    # [voters, rows, options], or an iterable of [rows, options]
     vote, # [rows, options]
@@ -91,7 +91,7 @@ def entropy(
     p = np.asarray(p, np.float64)
     return -(p*np.log(np.maximum(p, 1e-15))).sum(1).astype(np.float32)
 
-# %% ../nbs/10_vote.ipynb #137d84b1
+# %% ../nbs/10_vote.ipynb #afb5717e
 def plot_agreement(
     p,          # [voters, rows, options]
     vote,       # [rows, options]
@@ -112,7 +112,7 @@ def plot_agreement(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10_vote.ipynb #a01c9404
+# %% ../nbs/10_vote.ipynb #bc3b23ed
 def fit_weights(
     p,            # [voters, rows, options], of rows that no voter was trained on
     label,        # [rows]
@@ -133,7 +133,7 @@ def fit_weights(
     w /= w.sum()
     return w if loss(w)[0] <= loss(equal)[0] else equal
 
-# %% ../nbs/10_vote.ipynb #0b15873e
+# %% ../nbs/10_vote.ipynb #ef28694a
 def find_sample(
     data:str='sample_arena',  # Name of the folder in `data/`
     sample:str='',            # Path of the file, if it is not there
@@ -157,7 +157,7 @@ def _lines(path):
         if not isinstance(out[-1], dict) or 'id' not in out[-1]: raise Refusal(f'line {n} is not an object with an id', path)
     return out
 
-# %% ../nbs/10_vote.ipynb #45776e95
+# %% ../nbs/10_vote.ipynb #adaf57c7
 def _layout(sample):
     "The sample's content and what it asks for: `p` (a probability an option), `label` (a name) or `answers` (letters)"
     sample = Path(sample)
@@ -174,7 +174,7 @@ def _layout(sample):
     raise Refusal('not a sample submission that is understood', sample,
                   fix='It has id and winner_<option> columns, or id and winner, or JSON lines with id and questions with an answer')
 
-# %% ../nbs/10_vote.ipynb #9d20efef
+# %% ../nbs/10_vote.ipynb #0381af38
 def _check_ids(got, want, path, sample):
     for ids, where in (want, sample), (got, path):
         if twice := [i for i, n in Counter(ids).items() if n > 1]: raise Refusal('an id occurs twice', where, twice)
@@ -192,7 +192,7 @@ def _check_p(got, path):
     refuse(~((p >= 0) & (p <= 1)).all(1), 'a probability outside 0 to 1', path, ids)
     refuse(np.abs(p.sum(1)-1) > 1e-3, 'probabilities that do not sum to one', path, ids)
 
-# %% ../nbs/10_vote.ipynb #e17f9b2f
+# %% ../nbs/10_vote.ipynb #ea954550
 def _blank(line): # a line without its answers
     qs = line.get('questions')
     if isinstance(qs, list): qs = [{**q, 'answer': ''} if isinstance(q, dict) and 'answer' in q else q for q in qs]
@@ -213,7 +213,7 @@ def _allowed(sample, rows): # letters of each row, where the test table is known
     if rows is None or 'options' not in rows: return None
     return {i: tasks['choice'].letters[:len(o)] for i, o in zip(rows['id'], rows['options'])}
 
-# %% ../nbs/10_vote.ipynb #a89071c4
+# %% ../nbs/10_vote.ipynb #deecefcf
 def check_submission(
     path,       # The file to submit
     sample,     # The host's sample submission
@@ -240,7 +240,7 @@ def check_submission(
     said = 'probabilities sum to one' if kind == 'p' else ', '.join(f'{v} {k}' for k, v in sorted(Counter(got['winner']).items()))
     return f"{Path(path).name}: {len(got['id'])} rows, as the sample asks; {said}"
 
-# %% ../nbs/10_vote.ipynb #09775ab9
+# %% ../nbs/10_vote.ipynb #93326d3e
 def make_submission(
     p,         # [rows, options]
     rows,      # The rows predicted
@@ -260,7 +260,7 @@ def make_submission(
         said = check_submission(tmp, sample, task, rows)
     return f"{Path(path).name}:{said.split(':', 1)[1]}"
 
-# %% ../nbs/10_vote.ipynb #1ae07833
+# %% ../nbs/10_vote.ipynb #298fa60d
 def _answers_text(lines, p, task):
     best = iter(task.letters[k] for k in p.argmax(1))
     lines = [{**o, 'questions': [{**q, 'answer': next(best)} for q in o['questions']]} for o in lines]
@@ -277,7 +277,7 @@ def _csv_text(cols, p, task, sample):
     w.writerows(zip(*cols.values()))
     return text.getvalue()
 
-# %% ../nbs/10_vote.ipynb #f9bd3fcd
+# %% ../nbs/10_vote.ipynb #5ef13a17
 def practice_score(
     path,      # A submission
     solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
@@ -297,7 +297,7 @@ def practice_score(
     s = scores(a.to_numpy(float), b[a.columns].to_numpy(float).argmax(1))
     return dict(practice_log_loss=s['log_loss'], practice_accuracy=s['accuracy'])
 
-# %% ../nbs/10_vote.ipynb #2ecc6fdd
+# %% ../nbs/10_vote.ipynb #fbd347e6
 def _probs_file(run): return project_root()/run if run.endswith('.parquet') else models_path(run, 'probs.parquet')
 
 def _trained(data): # finished train runs whose first table is `data`
@@ -310,7 +310,7 @@ def _named_apart(many): # for each set of parameters, those that are not the sam
     keys = [k for k in dict.fromkeys(k for p in many for k in p) if len({hash_obj(p.get(k)) for p in many}) > 1 and k != 'fold']
     return [', '.join(f'{k}={p.get(k)}' for k in keys) for p in many]
 
-# %% ../nbs/10_vote.ipynb #93155e83
+# %% ../nbs/10_vote.ipynb #f908f1af
 def voters(
     data:str='sample_arena',  # Name of the table that the runs were trained on
     runs:str='',              # Run ids or their beginnings and paths of probability files, separated by spaces; '': see above
@@ -337,7 +337,7 @@ def voters(
     out += [dict(voter=f'{len(label)+i}: {Path(n).name}', run=n, vote_weight=1.) for i, n in enumerate(files, 1)]
     return pd.DataFrame(out, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
 
-# %% ../nbs/10_vote.ipynb #5048d30b
+# %% ../nbs/10_vote.ipynb #94191e74
 def weigh(
     ballot,            # From `voters`
     weights:str='log', # `log`: the column vote_weight; `fit`: fitted on `p`; or one number a voter, such as `2 1 1`
@@ -370,7 +370,7 @@ def run_weights(
     each = dict(zip(dict.fromkeys(ballot.voter), w))
     return (ballot.voter.map(each)/ballot.groupby('voter').voter.transform('size')).to_numpy(float)
 
-# %% ../nbs/10_vote.ipynb #ce79c821
+# %% ../nbs/10_vote.ipynb #2a35f97c
 def oof_probs(
     ballot,  # From `voters`
     rows,    # The training table
@@ -389,7 +389,7 @@ def oof_probs(
     rows = rows[shared].reset_index(drop=True) if found else rows[:0]
     return {v: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for v, t in found.items()}, rows
 
-# %% ../nbs/10_vote.ipynb #c5fe577c
+# %% ../nbs/10_vote.ipynb #e051db6d
 def oof_vote(
     oof,                # Voter → [rows, options]
     rows,               # Those rows, with `label` and `fold`
@@ -406,7 +406,7 @@ def oof_vote(
         out[here] = combine(p[:, here], fit_weights(p[:, fit], label[fit], rule), rule)
     return out
 
-# %% ../nbs/10_vote.ipynb #e6f0adf2
+# %% ../nbs/10_vote.ipynb #b0f173bd
 def fold_scores(
     p:dict,    # Name → [rows, options], out of fold
     rows,      # Those rows
@@ -438,7 +438,7 @@ def verdict(
     table = pd.concat([pd.DataFrame({c: mean[c], f'± {c}': sd[c]}) for c in mean], axis=1).dropna(axis=1, how='all')
     return table, _sentence(metric, mean.loc[vote, metric], best, mean.loc[best, metric], lead.mean(), spread)
 
-# %% ../nbs/10_vote.ipynb #9f45a87b
+# %% ../nbs/10_vote.ipynb #ae402642
 def _sentence(metric, vote, best, base, lead, spread):
     head = f"On held-out rows the vote's {metric.replace('_', '-')} is {vote:.4f}; the best baseline, {best}, has {base:.4f}. "
     if lead <= 0: return head+(f'The vote is worse by {-lead:.4f}' if lead else 'The vote is no better')+': it is not worth submitting.'
@@ -446,7 +446,7 @@ def _sentence(metric, vote, best, base, lead, spread):
     if lead <= spread: return head+f'The vote is better by {lead:.4f}, which is less than the spread over folds or seeds ({spread:.4f}): that may be chance.'
     return head+f'The vote is better by {lead:.4f}, more than the spread over folds or seeds ({spread:.4f}).'
 
-# %% ../nbs/10_vote.ipynb #f81a78e2
+# %% ../nbs/10_vote.ipynb #97531cec
 @functools.lru_cache(8)
 def _builder(base, fingerprint, task, max_len, truncation): # the prompt builder, and the tokenizer's hash; made once for many voters
     tok = load_tokenizer(base)
@@ -468,7 +468,7 @@ def trusted_prompt(
     same(prompt.hash, r['prompt'], 'prompts are not built as when it was trained')
     return prompt
 
-# %% ../nbs/10_vote.ipynb #130b60e0
+# %% ../nbs/10_vote.ipynb #17e2144d
 def wear(
     judge,   # From `load_judge`
     folder,  # Of an adapter
@@ -484,7 +484,7 @@ def wear(
         judge.model.delete_adapter(old)
     return judge.eval()
 
-# %% ../nbs/10_vote.ipynb #32572d4c
+# %% ../nbs/10_vote.ipynb #0c24c99f
 def _kept(path, rows, views):
     "A probability table that was written before, if it is whole and of these rows"
     if not path.exists(): return None
@@ -496,7 +496,7 @@ def _seen(r, rows):
     t = load_rows(r['params']['mix'], r['params']['seed'])
     return rows.id.isin(set(t.id[t.fold != r['fold']])).to_numpy()
 
-# %% ../nbs/10_vote.ipynb #ac4d95c9
+# %% ../nbs/10_vote.ipynb #a035c084
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -527,7 +527,7 @@ def predict_runs(
         write_probs(files[r], rows, p, b.task, views, _seen(recs[r], rows), run=r, tokenizer=recs[r]['tokenizer'])
     return {r: _kept(files[r], rows, views) for r in runs}
 
-# %% ../nbs/10_vote.ipynb #fa54c917
+# %% ../nbs/10_vote.ipynb #fa59d575
 def vote_inputs(
     ballot,                   # From `voters`
     data:str='sample_arena',  # Name of the training table; `<data>_test` is predicted
@@ -553,7 +553,7 @@ def _seed_scores(ballot, oof, rows, metric): # pooled scores of the largest set 
             kin.setdefault(hash_obj(params), []).append(scores(oof[v], rows.label.to_numpy())[metric])
     return max(kin.values(), key=len, default=[])
 
-# %% ../nbs/10_vote.ipynb #39c2c8e3
+# %% ../nbs/10_vote.ipynb #171fd172
 def score_vote(
     ballot,             # From `voters`
     data:str='sample_arena', # Name of the training table
@@ -581,7 +581,7 @@ def score_vote(
     metrics = dict(scores(vote, rows.label.to_numpy()), baselines=pooled, rows=len(rows))
     return dict(out, vote=vote, metrics=metrics, table=show, sentence=said)
 
-# %% ../nbs/10_vote.ipynb #c318899a
+# %% ../nbs/10_vote.ipynb #f2815653
 def hold_vote(
     run,                      # From `start_run`
     ballot,                   # From `voters`
@@ -614,7 +614,7 @@ def hold_vote(
     run.finish(metrics, outputs, members=list(ballot.run), weights=run_weights(ballot, s['weights']).round(4).tolist(), rule=rule,
                submission=f'models/{run.id}/{file}', sentence=s['sentence'], table=_plain(s['table']))
 
-# %% ../nbs/10_vote.ipynb #a2fe06cd
+# %% ../nbs/10_vote.ipynb #1cc9cf67
 def _test_task(rows, ballot): # a test file without ties in its columns does not say whether there are any; the voters do
     kinds = {find_run(r)['task'] if not r.endswith('.parquet') else read_meta(_probs_file(r))['task'] for r in ballot.run}
     if len(kinds) > 1: raise Refusal(f'the voters are of different tasks: {sorted(kinds)}')

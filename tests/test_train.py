@@ -56,7 +56,7 @@ def test_the_same_run_is_not_made_twice(tiny):
 
 @pytest.mark.parametrize('kw', [dict(), dict(route='score'), dict(route='score2'), dict(method='full', lr=1e-4), dict(method='full', route='score2', dtype='bf16', lr=1e-4)], ids=str)
 def test_routes_and_methods_learn_and_predict(tiny, kw):
-    run = train_fold(base=tiny, **(dict(small, views=1, epochs=.5) | kw))
+    run = train_fold(base=tiny, **(dict(small, views=1, epochs=.25) | kw))
     r = run.record
     from competition_kit.model import load_judge, predict
     from competition_kit.prompt import Prompt
@@ -64,8 +64,9 @@ def test_routes_and_methods_learn_and_predict(tiny, kw):
     from competition_kit.probs import align, read_probs
     _, held = fold_rows(load_rows('sample_arena:60'), 0)
     full, p = kw.get('method') == 'full', r['params']
-    judge = load_judge(str(run.folder/'model') if full else tiny, Prompt(load_tokenizer(tiny), 'preference', 512), p['route'], p['dtype'], None if full else run.folder/'adapter')
-    again = predict(judge, Prompt(load_tokenizer(tiny), 'preference', 512), held, 1, progress=False)
+    prompt = Prompt(load_tokenizer(tiny), 'preference', 512)
+    judge = load_judge(str(run.folder/'model') if full else tiny, prompt, p['route'], p['dtype'], None if full else run.folder/'adapter')
+    again = predict(judge, prompt, held, 1, progress=False)
     assert np.abs(again-align(read_probs(run.folder/'probs.parquet'), held)).max() < (1e-5 if p['dtype'] == 'fp32' else .02), 'what was saved is what was trained'
     assert r['held_out'] and np.isfinite(r['metrics']['log_loss']) and len(r['metrics']['baselines']) == 3
 
@@ -108,7 +109,7 @@ def test_last_checkpoint_looks_inside(tmp_path, capsys):
 
 # ---- stages
 def test_a_later_stage_begins_where_the_earlier_ended(tiny):
-    small = dict(globals()['small'], mix='sample_arena:20', epochs=1.)
+    small = dict(globals()['small'], mix='sample_arena:12', epochs=1., save_every=99)
     first = train_fold(base=tiny, **dict(small, route='score'))
     same, other = (train_fold(base=tiny, **dict(small, route='score', start=first.id, lr=0., **kw)) for kw in (dict(), dict(keep_head=False)))
     score = lambda r: {k: v for k, v in _tensors(r).items() if 'score' in k}
@@ -147,7 +148,7 @@ def test_two_processes_share_a_model(tiny):
     assert (two.folder/'model/model.safetensors').stat().st_size == (one.folder/'model/model.safetensors').stat().st_size
 
 def test_a_rank_says_why_it_failed(tiny, tmp_path):
-    with pytest.raises(Refusal, match="rank .: .*no route named 'regress'"): launch(tmp_path, dict(_params(tiny), route='regress', gpus=2))
+    with pytest.raises(Refusal, match="rank .: .*no route named 'regress'"): launch(tmp_path, dict(_params(tiny), route='regress', gpus=1))
 
 def _params(tiny):
     import inspect
