@@ -295,6 +295,7 @@ def _started(start, p): # What a run that goes on from another has as its input;
     rec = find_run(start)
     if rec['status'] != 'done': raise Refusal(f"{rec['run_id']} is {rec['status']}: there is nothing to go on from")
     if rec['params'].get('method', 'lora') != p['method']: raise Refusal(f"{rec['run_id']} was trained with method={rec['params'].get('method', 'lora')}", fix='Go on with the same method')
+    if p['method'] == 'full' and not p['keep_head']: raise Refusal('keep_head=False is for a LoRA', fix='Go on with the head, or begin from the base')
     return dict(start=hash_obj(rec['outputs']))
 
 def _train(run, p, prompt, train, held):
@@ -306,11 +307,12 @@ def _train(run, p, prompt, train, held):
     for k, part in enumerate(parts): got[k::len(parts)] = part
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
     write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], run=run.id, **ids)
+    speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
     metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task), **out)
     for f in [*run.folder.glob('part-*.npy'), run.folder/'work.json', run.folder/'config.json']: f.unlink(missing_ok=True)
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
     kept = ['probs.parquet', 'loss.json', *(f'{d}/{f.name}' for d in ('adapter', 'model') for f in sorted((run.folder/d).glob('*')) if f.name != 'manifest.json')]
-    run.finish(metrics=metrics, outputs=kept, rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), **ids)
+    run.finish(metrics=metrics, outputs=kept, rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), tokens_s=speed, **ids)
 
 # %% ../nbs/04_train.ipynb #79309f8c
 def make_judge(p, prompt): # Parameters as of `train_fold`
