@@ -162,6 +162,23 @@ def _encoded(lines, flat): # lines: [lines of the frame, 4]; tokens in the same 
     row, view, n, cut = np.ascontiguousarray(lines.T)
     return pd.DataFrame(dict(row=row, view=view, ids=Tokens(flat, n.cumsum()-n, n.cumsum()), n=n, cut=cut))
 
+# %% ../nbs/03_prompt.ipynb #e2c0a9d4
+def _around(prompt, n): # Tokens of a prompt that are not its row's, when the row has `n` fields
+    return len(prompt.before)+len(prompt.after)+sum(map(len, prompt.labels[n]))
+
+def _one(prompt, parts, view): # Token ids of one view of a row, from those of its fields
+    keep = shares([len(p) for p in parts], prompt.max_len-_around(prompt, len(parts)), 1/3 if tasks[prompt.task].pair else 1/2)
+    parts = [cut(p, k, prompt.truncation, prompt.dots) for p, k in zip(parts, keep)]
+    body = [o for pair in zip(prompt.labels[len(parts)], _views(parts, prompt.task)[view]) for o in pair]
+    return np.concatenate([prompt.before, *body, prompt.after])
+
+def _add(prompt, i, parts, views, flat, lines): # Append row `i` to the tokens and their lines
+    full = sum(map(len, parts))+_around(prompt, len(parts))
+    for v in range(views):
+        ids = _one(prompt, parts, v)
+        flat.frombytes(ids.astype(np.int32, copy=False).tobytes())
+        lines.extend((i, v, len(ids), full-len(ids)))
+
 # %% ../nbs/03_prompt.ipynb #2ad520c6
 class Prompt:
     "Build a task's prompts for one tokenizer: `encode(rows)`; `.letters` are the answer tokens, `.hash` identifies all of it"
@@ -178,17 +195,9 @@ class Prompt:
         self.letters = letters(tasks[task].letters)
         self.dots, = encode_texts(tok, [' … '])
         self.labels = {n: encode_texts(tok, labels(n, task)) for n in range(2, 10)}
-        least = len(self.before)+len(self.after)+max(sum(map(len, o)) for o in self.labels.values())+32
+        least = max(_around(self, n) for n in self.labels)+32
         if max_len < least: raise Refusal(f'max_len={max_len} leaves no room for a row', fix=f'Give at least {least}')
         self.hash = hash_obj([max_len, truncation, self.letters, [o.ids.tolist() for o in self.encode(_probe(task, max_len)).itertuples()]])
-
-    def _one(self, parts, view):
-        label = self.labels[len(parts)]
-        room = self.max_len-len(self.before)-len(self.after)-sum(map(len, label))
-        keep = shares([len(p) for p in parts], room, 1/3 if tasks[self.task].pair else 1/2)
-        parts = [cut(p, k, self.truncation, self.dots) for p, k in zip(parts, keep)]
-        body = [o for pair in zip(label, _views(parts, self.task)[view]) for o in pair]
-        return np.concatenate([self.before, *body, self.after])
 
     def encode(self,
         rows,            # Rows of the task
@@ -198,15 +207,8 @@ class Prompt:
         texts, flat, lines = fields(rows, self.task), array('i'), array('q')
         for k in range(0, len(texts), 1024): # what the tokenizer gives back takes many times the room of the tokens
             parts = iter(encode_texts(self.tok, [t for r in texts[k:k+1024] for t in r]))
-            for i, r in enumerate(texts[k:k+1024], k): self._add(i, [next(parts) for _ in r], views, flat, lines)
+            for i, r in enumerate(texts[k:k+1024], k): _add(self, i, [next(parts) for _ in r], views, flat, lines)
         return _encoded(np.asarray(lines).reshape(-1, 4), np.asarray(flat))
-
-    def _add(self, i, parts, views, flat, lines):
-        full = sum(map(len, parts))+len(self.before)+len(self.after)+sum(map(len, self.labels[len(parts)]))
-        for v in range(views):
-            ids = self._one(parts, v)
-            flat.frombytes(ids.astype(np.int32, copy=False).tobytes())
-            lines.extend((i, v, len(ids), full-len(ids)))
 
     def show(self, row, view=0): # A row (Series)
         "The prompt of one row as text"

@@ -186,7 +186,7 @@ def test_any_lengths(n, side, is_choice):
     task = 'choice' if is_choice or len(n) != 3 else 'preference'
     pr = prompts(task, side)
     parts = [np.full(k, 1000+i, np.int32) for i, k in enumerate(n)]
-    one, two = pr._one(parts, 0), pr._one(parts, 1)
+    one, two = P._one(pr, parts, 0), P._one(pr, parts, 1)
     full = len(pr.before)+len(pr.after)+sum(map(len, pr.labels[len(n)]))+sum(n)
     count = lambda ids: [(ids == 1000+i).sum() for i in range(len(n))]
     for ids in (one, two):

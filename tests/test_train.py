@@ -1,14 +1,18 @@
-"Training: killed and continued, refused, soft targets, both routes"
+"One fold: killed and continued, refused, both routes, stages, several processes"
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from competition_kit import train as T
 from competition_kit.base import base_path
-from competition_kit.core import Refusal, data_path, models_path, seal
-from competition_kit.split import load_rows, swap_probs, tasks, write_rows
-from competition_kit.train import Steps, fold_rows, last_checkpoint, launch, targets, train_fold
+from competition_kit.core import Refusal, data_path, models_path, write_json
+from competition_kit.fit import last_checkpoint
+from competition_kit.prompt import Prompt
+from competition_kit.ranks import launch
+from competition_kit.split import load_rows, write_rows
+from competition_kit.train import fold_rows, plot_run, train_fold
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -81,31 +85,29 @@ def test_refused(tiny, wrong, says):
     with pytest.raises(Refusal, match=says): train_fold(**(dict(small, base=tiny) | wrong))
     assert not list(models_path().glob('train-*/adapter'))
 
-def test_soft_targets_and_swaps():
-    rows = load_rows('sample_arena').head(2).reset_index(drop=True)
-    rows.at[0, 'target'] = [.2, .5, .3]
-    task = tasks['preference']
-    y = targets(rows, task)
-    assert np.allclose(y[0], [.2, .5, .3]) and y[1].max() == 1
-    enc = pd.DataFrame(dict(row=[0, 0, 1, 1], view=[0, 1, 0, 1], ids=[np.array([1, 2], np.int32)]*4, n=[2]*4))
-    s = Steps(enc, rows, task, [[np.arange(4)]])
-    assert np.allclose(s.target[1], [.5, .2, .3]) and np.allclose(s.target[3], swap_probs(y[1:], np.array([3]), task))
-
 def test_held_out_rows_are_never_trained_on():
     rows = load_rows('sample_arena')
     for f in range(5):
         train, held = fold_rows(rows, f)
         assert not set(train.group) & set(held.group) and len(train)+len(held) == len(rows)
 
-def test_last_checkpoint_looks_inside(tmp_path, capsys):
-    for k in (2, 4, 10):
-        d = tmp_path/f'checkpoint-{k}'
-        d.mkdir()
-        (d/'weights.safetensors').write_bytes(b'w'*k)
-        if k != 10: seal(d)
-    (tmp_path/'checkpoint-4/weights.safetensors').write_bytes(b'x'*4)
-    assert last_checkpoint(tmp_path).name == 'checkpoint-2'
-    assert 'checkpoint-10 is damaged' in capsys.readouterr().out
+def test_rows_are_tokenised_once(tiny, monkeypatch):
+    "the held-out rows too come from the tokens of the whole table; another fold finds them there"
+    calls, real = [], Prompt.encode
+    monkeypatch.setattr(Prompt, 'encode', lambda self, rows, views=2: calls.append(len(rows)) or real(self, rows, views))
+    kw = dict(small, mix='sample_arena:24', epochs=1.)
+    train_fold(base=tiny, **kw)
+    assert [n for n in calls if n > 2] == [24]  # a builder tries itself out on two rows
+    train_fold(base=tiny, fold=1, **kw)
+    assert [n for n in calls if n > 2] == [24]
+
+def test_losses_are_drawn_at_their_steps(tiny):
+    run = train_fold(base=tiny, **dict(small, mix='sample_arena:24', epochs=1.))
+    loss = json.loads((run.folder/'loss.json').read_text())
+    assert [k for k, _ in loss] == list(range(1, run.record['metrics']['steps']+1)) and all(np.isfinite(v) for _, v in loss)
+    write_json(run.folder/'loss.json', [[10, 1.], [20, .9], [30, .7]])  # as a GPU leaves it
+    lines = plot_run(run).axes[0].lines
+    assert [l.get_xdata().tolist() for l in lines[:2]] == [[10, 20, 30]]*2 and lines[1].get_ydata().tolist() == [1., .9, .7]
 
 # ---- stages
 def test_a_later_stage_begins_where_the_earlier_ended(tiny):
@@ -147,8 +149,13 @@ def test_two_processes_share_a_model(tiny):
     assert list(a.id) == list(b.id) and np.abs(np.stack(a.p)-np.stack(b.p)).max() < 1e-5
     assert (two.folder/'model/model.safetensors').stat().st_size == (one.folder/'model/model.safetensors').stat().st_size
 
+def test_ranks_find_the_tokens_there(tiny, monkeypatch):
+    def started(*args): raise RuntimeError(f"{len(list(models_path('.tokens').iterdir()))} tables are tokenised")
+    monkeypatch.setattr(T, 'launch', started)
+    with pytest.raises(RuntimeError, match='1 tables'): train_fold(base=tiny, **small, gpus=2)
+
 def test_a_rank_says_why_it_failed(tiny, tmp_path):
-    with pytest.raises(Refusal, match="rank .: .*no route named 'regress'"): launch(tmp_path, dict(_params(tiny), route='regress', gpus=1))
+    with pytest.raises(Refusal, match="rank .: .*no route named 'regress'"): launch(tmp_path, dict(_params(tiny), route='regress'), 1, '-m', 'competition_kit.train')
 
 def _params(tiny):
     import inspect
