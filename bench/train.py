@@ -1,9 +1,9 @@
 """How close to the GPU's limit does training come, and how close do others? LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
-usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-nf4 kit-gptq kit-eager peft hf hf-grouped frozen] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
+usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-keep kit-nf4 kit-gptq kit-eager peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
-and the gradients of its inputs), with the matrix rate measured in the same run; attention counts with the mean causal context."""
-import argparse, json, time
+and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context."""
+import argparse, gc, json, time
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -86,21 +86,24 @@ def packed_base(model, format):
     return model
 
 def kit(a, shape, layers, what):
-    "Our packs; `what`: kit (fused, compiled), kit-nf4, kit-gptq (four bits), kit-dropout, kit-eager (not compiled), peft (PEFT's layers, compiled), frozen (no LoRA, compiled)"
+    """Our packs; `what`: kit (fused, compiled), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), peft (PEFT's layers,
+    compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
+    teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
     from competition_kit.speed import compile_layers, fuse, recompute
     _register()
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
-    if what.startswith('kit-') and what[4:] in ('nf4', 'gptq'): packed_base(model, what[4:])
+    if format in ('nf4', 'gptq'): packed_base(model, format)
     judge = Judge(model, [5, 6, 7])
-    if what != 'frozen': add_lora(judge, r=a.r, alpha=2*a.r, dropout=.05 if what == 'kit-dropout' else 0.)
+    if what != 'frozen' and not teacher: add_lora(judge, r=a.r, alpha=2*a.r, dropout=.05 if what == 'kit-dropout' else 0.)
     if what.startswith('kit'): fuse(judge)
     for n, p in judge.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .01)
     if what == 'frozen': judge.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.requires_grad_(True))
     recompute(judge, a.recompute if layers == SHAPES[shape]['num_hidden_layers'] else 0)
-    judge.to('cuda').train()
+    judge.to('cuda').train(not teacher)
     if what != 'kit-eager': compile_layers(judge)
+    if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True
     learn = [p for p in judge.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
     packs = packs_of(lengths(4000, a.max_len) if a.fixed is None else [a.fixed]*4000, a.budget)[:a.warm+a.packs]
@@ -109,6 +112,8 @@ def kit(a, shape, layers, what):
     def step(b):
         k = len(b['bounds'])-1
         b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
+        if teacher:
+            with torch.no_grad(): return judge(**b)
         y = torch.eye(3, device='cuda')[torch.zeros(k, dtype=torch.long, device='cuda')]
         pack_loss(judge(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
         if opt: opt.step(); opt.zero_grad()
@@ -153,10 +158,10 @@ def hf(a, shape, layers, what):
     return times[-1]-times[warm-1], seen[warm:warm+a.packs]
 
 def measure(a, shape, layers, what):
+    left = torch.cuda.memory_allocated()  # by what ran before: not this one's
     t, rows = (hf if what.startswith('hf') else kit)(a, shape, layers, what)
-    mem = torch.cuda.max_memory_allocated()/2**30
-    import gc
-    gc.collect(); torch.cuda.empty_cache(); torch._dynamo.reset()
+    mem = (torch.cuda.max_memory_allocated()-left)/2**30
+    torch._dynamo.reset(); gc.collect(); torch.cuda.empty_cache()
     return t, rows, mem
 
 if __name__ == '__main__':
@@ -178,6 +183,6 @@ if __name__ == '__main__':
                     k1, k2 = a.layers
                     t, mem = t1+(t2-t1)/(k2-k1)*(L-k1), m1+(m2-m1)/(k2-k1)*(L-k1)
                 ns = [n for r in rows for n in r]
-                print(json.dumps(dict(shape=shape, what=what, rate=round(rate/1e12), share=round(2*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
-                                      GiB=round(mem, 1), took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
+                print(json.dumps(dict(shape=shape, what=what, rate=round(rate/1e12), share=round((1 if what.startswith('teacher') else 2)*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
+                                      GiB=round(mem, 1), budget=a.fixed or a.budget, took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)

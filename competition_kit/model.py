@@ -10,10 +10,11 @@ __all__ = ['collate', 'share', 'packed_attention', 'Judge', 'load_judge', 'add_l
 from .base import base_path, pick_dtype
 from .core import Refusal
 from .prompt import pack
-from .quant import load_gptq, load_nf4, quant_kind
+from .quant import load_mapped, load_nf4, quant_kind
 from .split import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
+import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,16 +52,45 @@ def _one(q, k, v, scaling, softcap, window):
     if softcap: s = torch.tanh(s/softcap)*softcap
     return s.masked_fill((j > i) | (i-j >= (window or m)), float('-inf')).softmax(-1, dtype=torch.float32).to(q.dtype)@v
 
-def _varlen(q, k, v, scaling, bounds, longest, window):
+def _varlen(q, k, v, scaling, ends, longest, window):
     from torch.nn.attention.varlen import varlen_attn
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
     flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
-    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
+    return varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
+
+# %% ../nbs/03a_model.ipynb #da00f25c
+def _within(doc, window): # which tokens see each other; `doc`: the sequence of each token
+    def sees(b, h, i, j):
+        here = (doc[i] == doc[j]) & (i >= j)
+        return here & (i-j < window) if window else here
+    return sees
+
+@functools.lru_cache(4)  # all layers of a pack ask for the same
+def _blocks(ends, n, window, size=128):
+    from torch.nn.attention.flex_attention import BlockMask
+    doc = torch.bucketize(torch.arange(n, device=ends.device), ends[1:].contiguous(), right=True)
+    start = torch.arange(0, n, size, device=ends.device)
+    stop = (start+size).clamp(max=n)-1
+    need = (start[:, None] >= start) & (doc[stop] >= doc[start][:, None])
+    if window: need &= start[:, None]-stop < window
+    order = need.int().argsort(dim=1, descending=True, stable=True).int()
+    return BlockMask.from_kv_blocks(need.sum(1, dtype=torch.int32)[None, None], order[None, None], BLOCK_SIZE=size, mask_mod=_within(doc, window), seq_lengths=(n, n))
+
+@functools.cache
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=True)
+
+@torch.compiler.disable
+def _capped(q, k, v, scaling, ends, window, softcap):
+    def cap(s, b, h, i, j): return softcap*torch.tanh(s/softcap)
+    return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window), scale=scaling, enable_gqa=True).transpose(1, 2)
 
 # %% ../nbs/03a_model.ipynb #537c8829
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, softcap=None, sliding_window=None, **kw):
-    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernel"
+    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels"
     scaling, window = scaling or query.shape[-1]**-.5, sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
+    if ends is not None and softcap: return _capped(query, key, value, scaling, ends, window, softcap), None
     if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window), None
     bounds = bounds or [0, query.shape[2]]
     p = bounds[0]
@@ -95,8 +125,8 @@ class Judge(torch.nn.Module):
     def device(self): return next(self.model.parameters()).device
 
     @property
-    def varlen(self): # May the GPU's attention for packs be used? It computes in 16 bits, and knows no soft cap
-        return self.device.type == 'cuda' and self.base.dtype != torch.float32 and not getattr(self.base.config, 'attn_logit_softcapping', None)
+    def varlen(self): # May the GPU's attention for packs be used? It computes in 16 bits, on cards from Ampere on
+        return self.device.type == 'cuda' and self.base.dtype != torch.float32 and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def forward(self, input_ids, position_ids, bounds):
         "Logits [sequences, options] in fp32, at each sequence's last token"
@@ -123,30 +153,34 @@ def _two_layers(model, n, path):
         with safe_open(f, 'pt') as o: saved |= {k.removeprefix('score.'): o.get_tensor(k) for k in o.keys() if k.startswith('score.') and k != 'score.weight'}
     if saved: model.score.load_state_dict(saved)
 
-def _load_base(base, route, n_classes, dtype):
+# %% ../nbs/03a_model.ipynb #f01573d4
+def _from_files(base, path, cls, dtype, mapped, **kw):
+    "The model, and whether it lies already where it is to be used"
+    if dtype == 'nf4' and mapped: raise Refusal('a base in nf4 cannot be spread over several GPUs', fix='Take a GPTQ base, or sharded=False')
+    compute = _dtypes[pick_dtype('auto' if dtype == 'nf4' else dtype)]
+    try:
+        if dtype == 'nf4': return load_nf4(path, cls, compute, **kw), True
+        if mapped or quant_kind(path): return load_mapped(path, cls, compute, 'cpu' if mapped else None, **kw), True
+        return cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=compute, **kw), False
+    except (OSError, ValueError, SafetensorError) as e:
+        if isinstance(e, Refusal): raise
+        raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
+
+def _load_base(base, route, n_classes, dtype, mapped):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
     logging.disable_progress_bar()
     if route not in ('answer', 'score', 'score2'): raise Refusal(f'no route named {route!r}', fix='Take answer, score or score2')
     _register()
-    path, kw = base_path(base), dict(attn_implementation='packed')
-    cls = AutoModelForCausalLM if route == 'answer' else AutoModelForSequenceClassification
-    if route != 'answer': kw['num_labels'] = n_classes
-    compute = _dtypes[pick_dtype('auto' if dtype == 'nf4' else dtype)]
-    try:
-        format = 'nf4' if dtype == 'nf4' else quant_kind(path)
-        if format == 'nf4': model = load_nf4(path, cls, compute, **kw)
-        elif format: model = load_gptq(path, cls, compute, **kw)
-        else: model = cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=compute, **kw)
-    except (OSError, ValueError, SafetensorError) as e:
-        if isinstance(e, Refusal): raise
-        raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
+    path, kw, answer = base_path(base), dict(attn_implementation='packed'), route == 'answer'
+    model, placed = _from_files(base, path, AutoModelForCausalLM if answer else AutoModelForSequenceClassification, dtype, mapped, **kw, **({} if answer else dict(num_labels=n_classes)))
     if route == 'score2': _two_layers(model, n_classes, path)
-    if route != 'answer':
-        model.score.float()
+    if not answer:
+        model.score.to(model.device).float()
         if model.config.pad_token_id is None: model.config.pad_token_id = model.config.eos_token_id
-    return model if format else model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    return model if placed else model.to('cuda' if torch.cuda.is_available() else 'cpu')
 
+# %% ../nbs/03a_model.ipynb #74d1e951
 def _adapted(model, adapter):
     "An adapter over a model; peft would leave out tensors that do not fit without a word"
     from peft import PeftModel
@@ -165,9 +199,10 @@ def load_judge(
     route:str='answer',     # `answer`, `score` or `score2`
     dtype:str='auto',       # Format of the frozen weights: `auto`, `bf16`, `fp16`, `fp32` or `nf4`; a GPTQ folder says itself what it is
     adapter=None,           # Folder of a trained adapter to put over it, frozen
+    mapped:bool=False,      # Leave the weights in their files, to be spread over several GPUs
 ) -> Judge:
     "A base, with an adapter over it if one is given"
-    model = _load_base(base, route, len(prompt.letters), dtype)
+    model = _load_base(base, route, len(prompt.letters), dtype, mapped)
     n = model.get_input_embeddings().num_embeddings
     if n < len(prompt.tok): raise Refusal(f'the base {base!r} has embeddings for {n} tokens, and its tokenizer has {len(prompt.tok)}')
     if adapter: model = _adapted(model, adapter)

@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/03b_speed.ipynb #b2208325
-_layers, _numbers = WeakValueDictionary(), itertools.count()  # the frozen layers; the compiler sees only a number
+_layers, _numbers = WeakValueDictionary(), itertools.count()  # the frozen layers; the compiler sees only a tensor with a number
 
 @torch.library.custom_op('competition_kit::lora', mutates_args=())
-def _lora(x: torch.Tensor, z: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    layer = _layers[k]
+def _lora(x: torch.Tensor, z: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = _layers[int(k)]
     h = (x if z is None else z)@a.T
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, dense_weight(layer, x.dtype), bias).addmm_(h, b.T, alpha=scale), h
 
 @torch.library.custom_op('competition_kit::lora_backward', mutates_args=())
-def _lora_backward(dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, h: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, k: int
+def _lora_backward(dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, h: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, k: torch.Tensor
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dh = (dy@b).mul_(scale)
-    dx = dy@dense_weight(_layers[k], dy.dtype)
+    dx = dy@dense_weight(_layers[int(k)], dy.dtype)
     dz = x.new_empty(0) if z is None else dh@a
     if z is None: dx.addmm_(dh, a)
     return dx, dz, dh.T@(x if z is None else z), (dy.T@h).mul_(scale)
@@ -39,12 +39,13 @@ def _(x, z, a, b, scale, k): return x.new_empty(x.shape[0], b.shape[0]), x.new_e
 def _(dy, x, z, h, a, b, scale, k): return torch.empty_like(x), x.new_empty(0) if z is None else torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
 
 def _keep(ctx, inputs, output):
-    x, z, a, b, ctx.scale, ctx.k = inputs
-    ctx.save_for_backward(x, z, output[1], a, b)
+    x, z, a, b, ctx.scale, k = inputs
+    ctx.save_for_backward(x, z, output[1], a, b, k)
 
 def _grads(ctx, dy, _):
-    dx, dz, da, db = _lora_backward(dy.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.k)
-    return dx, None if ctx.saved_tensors[1] is None else dz, da, db, None, None
+    x, z, h, a, b, k = ctx.saved_tensors
+    dx, dz, da, db = _lora_backward(dy.contiguous(), x, z, h, a, b, ctx.scale, k)
+    return dx, None if z is None else dz, da, db, None, None
 
 _lora.register_autograd(_grads, setup_context=_keep)
 
@@ -65,8 +66,8 @@ def fuse(
     from peft.tuners.lora import LoraLayer
     for m in judge.modules():
         if not isinstance(m, LoraLayer) or hasattr(m, 'peft_forward'): continue
-        m.number = next(_numbers)
-        _layers[m.number] = m.get_base_layer()
+        k = next(_numbers)
+        m.number, _layers[k] = torch.tensor(k), m.get_base_layer()
         m.peft_forward, m.forward = m.forward, types.MethodType(_forward, m)
     return judge
 
@@ -78,6 +79,7 @@ def layers(judge) -> torch.nn.ModuleList:
 def compile_layers(judge):
     "Compile each decoder layer, for packs of any size"
     torch._functorch.config.cse = False  # else a packed weight that both passes unpack is unpacked once, and kept between them
+    torch._functorch.config.ban_recompute_materialized_backward = False  # what is cheap to compute again is not kept
     for layer in layers(judge): layer.compile(dynamic=True)
     return judge
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config
 from competition_kit.core import Refusal
-from competition_kit.quant import GPTQLinear, dense_weight, load_gptq, load_nf4
+from competition_kit.quant import GPTQLinear, dense_weight, load_mapped, load_nf4
 from gptq_writer import checkpoint, quantise, read
 
 KINDS = [dict(bits=b, group=g, act=a, sym=s, v1=v) for b, g, a, s, v in itertools.product((4, 8), (32, 64, -1), (False, True), (True, False), (True, False))]
@@ -134,13 +134,13 @@ def meant_model(src, meant, cls=AutoModelForCausalLM, **kw):
 @pytest.mark.parametrize('kind', [dict(bits=4, group=32), dict(bits=8, group=-1, act=True, sym=False, v1=False)], ids=name)
 def test_model(tiny, tmp_path, model, kind):
     meant = checkpoint(tiny(model), tmp_path/'q', **kind, shards=3)
-    got, want = load_gptq(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='sdpa'), meant_model(tiny(model), meant)
+    got, want = load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='sdpa'), meant_model(tiny(model), meant)
     assert sum(isinstance(m, GPTQLinear) for m in got.modules()) == len(meant) == 14
     torch.testing.assert_close(logits(got), logits(want), rtol=1e-4, atol=1e-4)
     for (n, b), (_, c) in zip(got.named_buffers(), want.named_buffers()): assert torch.equal(b, c) and b.dtype == c.dtype, n
     assert got.config._attn_implementation == 'sdpa' and not got.training
     assert (got.lm_head.weight is got.model.embed_tokens.weight) == got.config.tie_word_embeddings
-    half = load_gptq(str(tmp_path/'q'), AutoModelForCausalLM, torch.bfloat16, 'cpu')
+    half = load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.bfloat16, 'cpu')
     want = AutoModelForCausalLM.from_pretrained(tiny(model), dtype=torch.bfloat16)
     for (n, b), (_, c) in zip(half.named_buffers(), want.named_buffers()): assert torch.equal(b, c) and b.dtype == c.dtype, n
     assert {p.dtype for n, p in half.named_parameters() if 'scales' in n} == {torch.float16}
@@ -151,34 +151,34 @@ def test_old_checkpoints(tiny, tmp_path):
     f = tmp_path/'q/model.safetensors'
     save_file(load_file(f) | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(8)}, tmp_path/'q/gptq_model-4bit-64g.safetensors')
     f.unlink()
-    torch.testing.assert_close(logits(load_gptq(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu')), logits(meant_model(tiny('llama'), meant)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu')), logits(meant_model(tiny('llama'), meant)), rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('model', ['llama', 'llama_tied', 'qwen2'])
 def test_score_route(tiny, tmp_path, model):
     meant = checkpoint(tiny(model), tmp_path/'q')
-    m = load_gptq(str(tmp_path/'q'), AutoModelForSequenceClassification, torch.float32, 'cpu', num_labels=4)
+    m = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, torch.float32, 'cpu', num_labels=4)
     assert m.score.weight.shape == (4, 64) and 0 < m.score.weight.std() < 1 and m.config.num_labels == 4
     want = meant_model(tiny(model), meant, AutoModelForSequenceClassification, num_labels=4)
     want.score.weight.data.copy_(m.score.weight)
     torch.testing.assert_close(logits(m), logits(want), rtol=1e-4, atol=1e-4)
-    torch.manual_seed(0); a = load_gptq(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
-    torch.manual_seed(0); b = load_gptq(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
+    torch.manual_seed(0); a = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
+    torch.manual_seed(0); b = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
     assert torch.equal(a, b)
     f = tmp_path/'q/model.safetensors'
     save_file({k: v for k, v in load_file(f).items() if k != 'lm_head.weight'} | {'score.weight': torch.full((4, 64), .5)}, f)
-    assert (load_gptq(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight == .5).all(), 'a head that is there is kept'
+    assert (load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight == .5).all(), 'a head that is there is kept'
 
 def test_mixed_bits(tiny, tmp_path):
     "GPTQModel's `dynamic` gives layers bits and groups of their own"
     four, eight = checkpoint(tiny('llama'), tmp_path/'4', 4, 32), checkpoint(tiny('llama'), tmp_path/'8', 8, 64)
     t = {k: v for d, keep in (('4', lambda k: 'down_proj' not in k), ('8', lambda k: 'down_proj' in k)) for k, v in load_file(tmp_path/d/'model.safetensors').items() if keep(k)}
     save_file(t, tmp_path/'4/model.safetensors')
-    with pytest.raises(Refusal, match='group size 32'): load_gptq(str(tmp_path/'4'), AutoModelForCausalLM)
+    with pytest.raises(Refusal, match='group size 32'): load_mapped(str(tmp_path/'4'), AutoModelForCausalLM)
     c = json.loads((tmp_path/'4/config.json').read_text())
     c['quantization_config']['dynamic'] = {'.*down_proj': dict(bits=8, group_size=64)}
     (tmp_path/'4/config.json').write_text(json.dumps(c))
     want = meant_model(tiny('llama'), four | {k: v for k, v in eight.items() if 'down_proj' in k})
-    torch.testing.assert_close(logits(load_gptq(str(tmp_path/'4'), AutoModelForCausalLM, torch.float32, 'cpu')), logits(want), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load_mapped(str(tmp_path/'4'), AutoModelForCausalLM, torch.float32, 'cpu')), logits(want), rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('change, says', [
     (dict(drop='model.layers.1.mlp.up_proj.scales'), 'missing: model.layers.1.mlp.up_proj.scales'),
@@ -198,13 +198,13 @@ def test_refusals(tiny, tmp_path, change, says):
     save_file({k: v for k, v in (load_file(f) | change.get('add', {})).items() if k != change.get('drop')}, f)
     c['quantization_config'] |= change.get('config', {})
     (tmp_path/'q/config.json').write_text(json.dumps(c))
-    if says is None: load_gptq(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu'); return
-    with pytest.raises(Refusal, match=says): load_gptq(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu')
+    if says is None: load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu'); return
+    with pytest.raises(Refusal, match=says): load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu')
 
 def test_a_shard_is_missing(tiny, tmp_path):
     checkpoint(tiny('llama'), tmp_path/'q', shards=2)
     (tmp_path/'q/model-00002-of-00002.safetensors').unlink()
-    with pytest.raises(Refusal, match='files are missing'): load_gptq(str(tmp_path/'q'), AutoModelForCausalLM)
+    with pytest.raises(Refusal, match='files are missing'): load_mapped(str(tmp_path/'q'), AutoModelForCausalLM)
 
 # ---- adapters
 def adapted(m, r=4, targets=('q_proj', 'v_proj', 'up_proj', 'down_proj')):
@@ -221,7 +221,7 @@ def grads(m):
 @pytest.mark.parametrize('bits', [4, 8])
 def test_lora_learns_as_over_the_dense_base(tiny, tmp_path, bits, targets):
     meant = checkpoint(tiny('llama'), tmp_path/'q', bits)
-    got, want = adapted(load_gptq(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu'), targets=targets), adapted(meant_model(tiny('llama'), meant), targets=targets)
+    got, want = adapted(load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu'), targets=targets), adapted(meant_model(tiny('llama'), meant), targets=targets)
     g, w = grads(got), grads(want)
     assert g.keys() == w.keys() and len(g) == (28 if targets == 'all-linear' else 16)
     for k in g: torch.testing.assert_close(g[k], w[k], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,126 @@
+"What only a GPU can show: its kernels give what the plain ones give; a run goes on where it ended; several GPUs are one training"
+import shutil
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss, packed_attention
+from competition_kit.speed import compile_layers, fuse, recompute
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.fixture(autouse=True)
+def sample(own_root):
+    "A checkout that has run the main job has the sample already"
+    for f in (Path(__file__).resolve().parents[1]/'data').glob('sample_arena*.parquet'):
+        (own_root/'data').mkdir(exist_ok=True)
+        shutil.copy(f, own_root/'data')
+
+gap = lambda a, b: ((a-b).float().norm()/b.float().norm()).item()
+
+# ---- attention
+@pytest.mark.parametrize('window', [None, 100], ids=['whole', 'window'])
+@pytest.mark.parametrize('cap', [None, 3.], ids=['plain', 'capped'])
+@pytest.mark.parametrize('heads, kv, size', [(8, 4, 256), (14, 2, 64)])
+def test_attention(cap, window, heads, kv, size):
+    torch.manual_seed(0)
+    for bounds in ([0, 100, 130, 131, 400, 700], [0, 1024], [0, 5, 3000]):
+        q, k, v = (torch.randn(1, h, bounds[-1], size, device='cuda', dtype=torch.bfloat16, requires_grad=True) for h in (heads, kv, kv))
+        ends = torch.tensor(bounds, dtype=torch.int32, device='cuda')
+        got = packed_attention(None, q, k, v, None, ends=ends, longest=int(max(np.diff(bounds))), softcap=cap, sliding_window=window)[0]
+        want = packed_attention(None, *(x.float() for x in (q, k, v)), None, bounds=bounds, softcap=cap, sliding_window=window)[0]
+        dy = torch.randn_like(want)
+        assert gap(got, want) < .01
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), dy.bfloat16()), torch.autograd.grad(want, (q, k, v), dy)): assert gap(a, b) < .015
+
+# ---- layers
+def _model(kind, layers=12, **kw):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    _register()
+    more = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=64) if kind == 'gemma2' else {}
+    cfg = AutoConfig.for_model(model_type=kind, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, pad_token_id=0, max_position_embeddings=4096,
+                               attn_implementation='packed', **more)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16).cuda().requires_grad_(False)
+
+def _step(judge, pack):
+    judge.zero_grad()
+    k = len(pack['bounds'])-1
+    out = judge(**pack)
+    pack_loss(out, torch.eye(3, device='cuda')[[0]*k], torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in judge.parameters() if p.requires_grad])
+
+@pytest.mark.parametrize('kind', ['qwen2', 'llama', 'gemma2'])
+def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
+    import torch._dynamo.utils as counted
+    torch._dynamo.reset()
+    counted.counters.clear()
+    def judge():
+        j = add_lora(Judge(_model(kind), [5, 6, 7]), r=8)
+        for n, p in j.named_parameters():
+            if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator('cuda').manual_seed(1))
+        return j.to('cuda').train()
+    rng = np.random.default_rng(0)
+    packs = [collate([rng.integers(1, 512, n).astype(np.int32) for n in ns], 'cuda') for ns in ((300, 40, 7), (500, 100), (33,), (128, 128))]
+    plain, quick = judge(), compile_layers(recompute(fuse(judge()), 4))
+    for pack in packs:
+        for a, b in zip(_step(quick, pack), _step(plain, pack)): assert gap(a, b) < .05
+    graphs = counted.counters['stats']['unique_graphs']
+    assert graphs <= (24 if kind == 'gemma2' else 8), f'{graphs} graphs for 12 layers'
+
+def test_the_compiler_keeps_less(kind='qwen2'):
+    "what is cheap to compute again is not kept for the backward pass"
+    def kept(ban):
+        torch._dynamo.reset()
+        judge = compile_layers(fuse(add_lora(Judge(_model(kind, 4), [5, 6, 7]), r=8).to('cuda').train()))
+        torch._functorch.config.ban_recompute_materialized_backward = ban
+        pack = collate([np.full(2048, 7, np.int32)]*4, 'cuda')
+        _step(judge, pack)
+        before = torch.cuda.memory_allocated()
+        out = judge(**pack)  # its graph holds what is kept
+        return torch.cuda.memory_allocated()-before-out.nbytes
+    more, less = kept(True), kept(False)
+    assert less < .75*more, (less, more)
+
+# ---- runs
+small = dict(mix='sample_arena:60', lora_r=8, batch=8, epochs=2., save_every=3, max_len=256, compiled='no', lr=1e-3)
+
+def test_a_run_goes_on_where_it_ended(monkeypatch, tmp_path):
+    from competition_kit import fit as f, train
+    from competition_kit.probs import read_probs
+    from competition_kit.split import load_rows
+    load_rows('sample_arena')
+    monkeypatch.setenv('CK_ROOT', str(tmp_path/'whole'))
+    whole = [train.train_fold(**small) for _ in range(1)][0]
+    monkeypatch.setenv('CK_ROOT', str(tmp_path/'cut'))
+    save = f.save_checkpoint
+    def dies(model, opt, sched, state, folder):
+        save(model, opt, sched, state, folder)
+        if state.global_step == 6: raise KeyboardInterrupt
+    monkeypatch.setattr(f, 'save_checkpoint', dies)
+    with pytest.raises(KeyboardInterrupt): train.train_fold(**small)
+    monkeypatch.setattr(f, 'save_checkpoint', save)
+    again = train.train_fold(**small)
+    p, q = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (whole, again))
+    print('largest difference of a probability after going on:', np.abs(p-q).max())
+    assert again.id == whole.id and np.abs(p-q).max() < .02
+
+@pytest.mark.parametrize('kw', [dict(), dict(dtype='nf4'), dict(method='full', dtype='bf16', lr=1e-4), dict(route='score2')], ids=str)
+def test_it_learns(kw):
+    from competition_kit.train import train_fold
+    m = train_fold(**dict(small, mix='sample_arena', batch=4, epochs=2.) | kw).record['metrics']
+    print(kw, m['log_loss'], m['baselines']['class prior']['log_loss'])
+    assert m['log_loss'] < m['baselines']['class prior']['log_loss']-.05
+
+# ---- several GPUs
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+
+@several
+@pytest.mark.parametrize('kw', [dict(), dict(sharded=True), dict(method='full', dtype='bf16', lr=1e-4, sharded=True), dict(compiled='yes'), dict(compiled='yes', sharded=True)], ids=str)
+def test_two_gpus_are_one_training(kw, capfd):
+    from competition_kit.probs import read_probs
+    from competition_kit.train import train_fold
+    alone = {k: v for k, v in kw.items() if k != 'sharded'}
+    one, two = train_fold(**dict(small, epochs=1.) | alone), train_fold(**dict(small, epochs=1., gpus=2) | kw)
+    p, q = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (one, two))
+    print(kw, 'largest difference of a probability:', np.abs(p-q).max())
+    assert np.abs(p-q).max() < .05
