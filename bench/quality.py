@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-COMMON = dict(max_len=1024, batch=32, pack_tokens=16384, warmup=.1, schedule='cosine', save_every=10**6, epochs=3., recompute=0, compiled='yes', dtype='bf16')
+COMMON = dict(max_len=1024, batch=32, pack_tokens=8192, warmup=.1, schedule='cosine', save_every=10**6, epochs=3., recompute=0, compiled='yes', dtype='bf16')
 FULL, LORA = dict(method='full', lr=5e-5, clip=0.), dict(lr=5e-4, lora_r=16, lora_alpha=32)
 SETTINGS = {
     'answer, full':               FULL,
@@ -73,24 +73,20 @@ def guesses(table, fold):
     rows = load_rows(table)
     return len(rows[rows.fold == fold]), baselines(*fold_rows(rows, fold), rows.attrs['meta']['task'])
 
-def temper(logp, t): # log-probabilities; options that a row lacks stay at minus infinity
-    z = logp/t
-    return z-np.logaddexp.reduce(z, axis=1, keepdims=True)
-
-def tempered(d): # each fold with the temperature that suits the other folds
-    logp, nll = np.log(np.stack(d.p).clip(1e-12)), lambda z, y: -z[np.arange(len(y)), y].mean()
-    grid, out, ts = np.geomspace(.5, 4, 60), np.zeros(len(d)), []
+def tempered(d): # log-loss and mean temperature: each fold with the temperature that suits the other folds
+    from competition_kit.probs import fit_temperature, log_loss, temper
+    p, y, out, ts = np.stack(d.p), d.label.to_numpy(), 0, []
     for f in d.fold.unique():
-        other, mine = (d.fold != f).to_numpy(), (d.fold == f).to_numpy()
-        ts.append(min(grid, key=lambda t: nll(temper(logp[other], t), d.label.to_numpy()[other])))
-        out[mine] = -temper(logp[mine], ts[-1])[np.arange(mine.sum()), d.label.to_numpy()[mine]]
-    return out.mean(), np.mean(ts)
+        mine = (d.fold == f).to_numpy()
+        ts.append(fit_temperature(p[~mine], y[~mine]))
+        out += log_loss(temper(p[mine], ts[-1]), y[mine])*mine.sum()/len(d)
+    return out, np.mean(ts)
 
 def table(folder):
     from competition_kit.probs import scores
     d, out = pd.read_parquet(Path(folder)/'said.parquet'), []
     for name, s in d.groupby('setting', sort=False):
-        seeds = [dict(scores(np.stack(g.p), g.label), tempered=tempered(g)[0] if g.fold.nunique() > 1 else np.nan, T=tempered(g)[1] if g.fold.nunique() > 1 else np.nan) for _, g in s.groupby('seed')]
+        seeds = [dict(scores(np.stack(g.p), g.label), **dict(zip(('tempered', 'T'), tempered(g) if g.fold.nunique() > 1 else (np.nan, np.nan)))) for _, g in s.groupby('seed')]
         folds = s.groupby(['seed', 'fold']).apply(lambda g: scores(np.stack(g.p), g.label)['log_loss'], include_groups=False)
         m, sd = pd.DataFrame(seeds).mean(), pd.DataFrame(seeds).std(ddof=0)
         out.append(dict(setting=name, folds=s.fold.nunique(), seeds=len(seeds), log_loss=m.log_loss, sd=sd.log_loss, fold_sd=folds.groupby('seed').std(ddof=0).mean(), accuracy=m.accuracy, acc_sd=sd.accuracy,

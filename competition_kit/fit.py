@@ -68,19 +68,37 @@ class KahanAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for g in self.param_groups:
-            (b1, b2), lr = g['betas'], g['lr']
-            for p in (p for p in g['params'] if p.grad is not None):
+            learn = [p for p in g['params'] if p.grad is not None]
+            for p in learn:
                 s = self.state[p]
                 if not s: s.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p), lost=torch.zeros_like(p))
                 s['step'] += 1
-                t = float(s['step'])
-                s['m'].lerp_(p.grad, 1-b1)
-                s['v'].mul_(b2).addcmul_(p.grad, p.grad, value=1-b2)
-                change = (s['m']/(1-b1**t))/((s['v']/(1-b2**t)).sqrt_().add_(g['eps']))+g['weight_decay']*p
-                s['lost'].sub_(change, alpha=lr)
-                before = p.clone()
-                p.add_(s['lost'])
-                s['lost'].add_(before.sub_(p))
+            for some in _bundles(learn): _kahan([(p, p.grad, *(self.state[p][k] for k in ('m', 'v', 'lost'))) for p in some], float(self.state[some[0]]['step']), g)
+
+def _bundles(params, size=2**27): # lists of at most so many numbers: a launch for each, and little room for what is passing
+    out, n = [], size
+    for p in params:
+        if n+p.numel() > size: out.append([]); n = 0
+        out[-1].append(p)
+        n += p.numel()
+    return out
+
+def _kahan(rows, t, g):
+    (b1, b2), mine = g['betas'], lambda x: x.to_local() if hasattr(x, 'to_local') else x
+    w, grad, m, v, lost = ([mine(x) for x in column] for column in zip(*rows))
+    torch._foreach_lerp_(m, grad, 1-b1)
+    torch._foreach_mul_(v, b2)
+    torch._foreach_addcmul_(v, grad, grad, 1-b2)
+    size, change = torch._foreach_div(v, 1-b2**t), torch._foreach_div(m, 1-b1**t)
+    torch._foreach_sqrt_(size)
+    torch._foreach_add_(size, g['eps'])
+    torch._foreach_div_(change, size)
+    torch._foreach_add_(change, w, alpha=g['weight_decay'])
+    torch._foreach_add_(lost, change, alpha=-g['lr'])
+    after = torch._foreach_add(w, lost)
+    torch._foreach_sub_(w, after)  # minus what has arrived
+    torch._foreach_add_(lost, w)
+    torch._foreach_copy_(w, after)
 
 # %% ../nbs/03e_fit.ipynb #dee61c93
 def _step(folder): return int(folder.name.split('-')[1])

@@ -14,10 +14,12 @@ from .quant import load_mapped, load_nf4, quant_kind
 from .split import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
-import functools
+import functools, os
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')  # packs differ in size; and gptqmodel, which peft imports where it is installed, would set worse
 
 # %% ../nbs/03a_model.ipynb #2c1391c4
 def collate(
@@ -81,7 +83,7 @@ def _flex():
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=True)
 
-@torch.compiler.disable
+@torch.compiler.disable(recursive=False)
 def _capped(q, k, v, scaling, ends, window, softcap):
     def cap(s, b, h, i, j): return softcap*torch.tanh(s/softcap)
     return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window), scale=scaling, enable_gqa=True).transpose(1, 2)
@@ -132,9 +134,11 @@ class Judge(torch.nn.Module):
         "Logits [sequences, options] in fp32, at each sequence's last token"
         base = self.base
         if self.device.type == 'cpu': input_ids, position_ids, bounds = share(input_ids, position_ids, bounds)
-        places = dict(ends=torch.tensor(bounds, dtype=torch.int32, device=self.device), longest=int(max(np.diff(bounds)))) if self.varlen else dict(bounds=bounds)
+        ends = torch.tensor(bounds, dtype=torch.int32)
+        if self.device.type == 'cuda': ends = ends.pin_memory().to(self.device, non_blocking=True)  # or the processor would wait for the GPU here
+        places = dict(ends=ends, longest=int(max(np.diff(bounds)))) if self.varlen else dict(bounds=bounds)
         h = getattr(base, base.base_model_prefix)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **places).last_hidden_state
-        h = h[0, torch.tensor(bounds[1:], device=h.device)-1].float()
+        h = h[0, ends[1:].long()-1].float()
         if self.letters is None: return base.score(h).float()
         head = base.get_output_embeddings()
         out = h@head.weight[self.letters].float().T

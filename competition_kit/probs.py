@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_probs', 'read_probs', 'align', 'log_loss', 'accuracy', 'reliability', 'ece', 'scores', 'baselines',
-           'plot_reliability', 'plot_confusion']
+           'plot_reliability', 'plot_confusion', 'temper', 'fit_temperature']
 
 # %% ../nbs/02a_probs.ipynb #f0778097
 from .core import Refusal, hash_obj, read_table, write_table
@@ -176,3 +176,17 @@ def plot_confusion(p, label, task:str, ax=None):
     ax.set(xticks=range(len(used)), xticklabels=names, yticks=range(len(used)), yticklabels=names, xlabel='predicted', ylabel='label',
            title=f'accuracy {accuracy(p, label):.3f}')
     return ax
+
+# %% ../nbs/02a_probs.ipynb #d3b7261d
+def temper(
+    p,        # `[rows, options]`, zero where a row has no such option
+    t:float,  # Temperature; above 1 makes less sure
+) -> np.ndarray: # `[rows, options]`
+    "Probabilities with all logarithms divided by `t`"
+    z = np.asarray(p, np.float64)**(1/t)
+    return z/z.sum(1, keepdims=True)
+
+def fit_temperature(p, label) -> float: # Between 0.2 and 5
+    "The temperature that gives the lowest log-loss"
+    from scipy.optimize import minimize_scalar
+    return float(np.exp(minimize_scalar(lambda t: log_loss(temper(p, np.exp(t)), label), bounds=np.log([.2, 5]), method='bounded').x))

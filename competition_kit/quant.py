@@ -193,6 +193,28 @@ def load_nf4(
         if isinstance(m, bnb.nn.Linear4bit) and hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     return model
 
+# %% ../nbs/02c_quant.ipynb #b2e3a92c
+if triton:
+    @triton.jit
+    def _nf4_kernel(Q, A, C2, A2, O, C, W, blocks, B: tl.constexpr): # of 64 weights: 32 bytes of Q and one of A, the number of its scale in C2 times A2 plus O
+        b = tl.program_id(0)*B+tl.arange(0, B)
+        scale = tl.load(C2+tl.load(A+b, b < blocks, 0))*tl.load(A2+b//256, b < blocks, 0)+tl.load(O)
+        at = b[:, None]*32+tl.arange(0, 32)[None, :]
+        q = tl.load(Q+at, (b < blocks)[:, None], 0)
+        w = tl.interleave(tl.load(C+(q >> 4))*scale[:, None], tl.load(C+(q & 15))*scale[:, None])
+        to = b[:, None]*64+tl.arange(0, 64)[None, :]
+        tl.store(W+to, w.to(W.dtype.element_ty), (b < blocks)[:, None])
+
+def _dense_nf4(w, dtype, B=64, warps=4):
+    s = w.quant_state
+    if triton is None or not w.is_cuda or not s.nested or s.quant_type != 'nf4' or s.blocksize != 64 or s.state2.blocksize != 256:
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(w.data, s).to(dtype)
+    out = torch.empty(s.shape, dtype=dtype, device=w.device)
+    n = out.numel()//64
+    with torch.cuda.device_of(w): _nf4_kernel[(triton.cdiv(n, B),)](w.data, s.absmax, s.state2.code, s.state2.absmax, s.offset, s.code, out, n, B=B, num_warps=warps)
+    return out
+
 # %% ../nbs/02c_quant.ipynb #305ada08
 def dense_weight(
     module,  # A `Linear`, a bitsandbytes `Linear4bit`, or a `GPTQLinear`
@@ -201,8 +223,6 @@ def dense_weight(
     "The weight of a linear layer, unpacked if it is packed: made anew at every call, so do not keep it"
     if isinstance(module, GPTQLinear): return module.dense(dtype)
     w = module.weight
-    if getattr(w, 'quant_state', None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-        return dequantize_4bit(w.data, w.quant_state).to(dtype)
+    if getattr(w, 'quant_state', None) is not None: return _dense_nf4(w, dtype)
     if not w.is_floating_point(): raise Refusal(f'the weight of a {type(module).__name__} cannot be unpacked')
     return w.to(dtype)

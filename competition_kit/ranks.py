@@ -95,11 +95,12 @@ def add_up(
 
 # %% ../nbs/03d_ranks.ipynb #eeb537d6
 def shard(
-    judge, # Of which each rank has the same copy
+    judge, # The same on each rank; it may be mapped (`load_judge`), and then no GPU holds more of it at a time than its part and one layer
 ):
     "Spread a judge over the ranks, layer by layer, in place"
     from torch.distributed.fsdp import fully_shard
-    for layer in layers(judge): fully_shard(layer)
+    for m in (*layers(judge), getattr(judge.base, 'score', None)):  # a head in fp32 learns apart from what learns in bf16
+        if m is not None: fully_shard(m)
     return fully_shard(judge)
 
 def whole(

@@ -25,11 +25,12 @@ def _lora(x: torch.Tensor, z: torch.Tensor | None, a: torch.Tensor, b: torch.Ten
 @torch.library.custom_op('competition_kit::lora_backward', mutates_args=())
 def _lora_backward(dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, h: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, k: torch.Tensor
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dh = (dy@b).mul_(scale)
+    none = dy.new_empty(1)
+    dh = torch.addmm(none, dy, b, beta=0, alpha=scale)  # a scaled product in one launch
     dx = dy@dense_weight(_layers[int(k)], dy.dtype)
     dz = x.new_empty(0) if z is None else dh@a
     if z is None: dx.addmm_(dh, a)
-    return dx, dz, dh.T@(x if z is None else z), (dy.T@h).mul_(scale)
+    return dx, dz, dh.T@(x if z is None else z), torch.addmm(none, dy.T, h, beta=0, alpha=scale)
 
 # %% ../nbs/03b_speed.ipynb #8b281985
 @_lora.register_fake

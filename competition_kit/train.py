@@ -49,11 +49,12 @@ def make_judge(
     "The judge that is to be trained: a LoRA over a base, or all weights; new, or from an earlier run"
     earlier = models_path(find_run(p['start'])['run_id']) if p['start'] else None
     torch.manual_seed(p['seed'])  # of a new score head
-    if p['method'] == 'full':
-        judge = load_judge(str(earlier/'model') if earlier else p['base'], prompt, p['route'], p['dtype'])
+    full, mapped = p['method'] == 'full', p['sharded'] and ranks() > 1
+    judge = load_judge(str(earlier/'model') if full and earlier else p['base'], prompt, p['route'], p['dtype'], mapped=mapped)
+    if full:
         for q in judge.parameters(): q.requires_grad_(True)
         return judge
-    judge = add_lora(load_judge(p['base'], prompt, p['route'], p['dtype']), p['lora_r'], p['lora_alpha'], p['lora_dropout'], p['lora_modules'], p['rslora'], p['seed'])
+    judge = add_lora(judge, p['lora_r'], p['lora_alpha'], p['lora_dropout'], p['lora_modules'], p['rslora'], p['seed'])
     return continue_from(judge, earlier/'adapter', p['keep_head']) if earlier else judge
 
 # %% ../nbs/04_train.ipynb #b1f0c37a
@@ -88,8 +89,8 @@ def _learn(folder, p, prompt, rows, enc): # The trained judge; the losses, and w
     if not k: print(length_report(enc).to_string(index=False))
     steps = plan_steps(enc, p['batch'], p['epochs'], p['pack_tokens'], p['seed'], n, rows.phase.to_numpy())
     judge, tokens = make_judge(p, prompt), int(enc.n.sum()*p['epochs'])
-    _quicker(judge, p, tokens//n)
     if p['sharded'] and n > 1: shard(judge)
+    _quicker(judge, p, tokens//n)
     t = time.perf_counter()
     loss = fit(judge, Steps(enc, rows, tasks[prompt.task], steps, k if n > 1 else None, p['sharded']), folder/'checkpoints',
                **{o: p[o] for o in 'lr schedule warmup weight_decay clip save_every seed'.split()})

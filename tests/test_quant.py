@@ -276,3 +276,13 @@ def test_dense_weight():
     assert dense_weight(lin, torch.float32) is not None and torch.equal(dense_weight(lin, torch.float32), lin.weight)
     lin.weight = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(Refusal, match='cannot be unpacked'): dense_weight(lin, torch.float32)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('shape', [(64, 64), (192, 640), (5120, 1024)])
+def test_nf4_on_a_gpu(shape):
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+    w = bnb.nn.Params4bit((torch.randn(*shape)*.02).bfloat16(), requires_grad=False, quant_type='nf4', compress_statistics=True).cuda()
+    m = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type='nf4', compress_statistics=True)
+    m.weight = w
+    for dtype in (torch.bfloat16, torch.float16): torch.testing.assert_close(dense_weight(m, dtype), dequantize_4bit(w.data, w.quant_state).to(dtype), rtol=1e-2, atol=1e-6)

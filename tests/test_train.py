@@ -149,6 +149,17 @@ def test_two_processes_share_a_model(tiny):
     assert list(a.id) == list(b.id) and np.abs(np.stack(a.p)-np.stack(b.p)).max() < 1e-5
     assert (two.folder/'model/model.safetensors').stat().st_size == (one.folder/'model/model.safetensors').stat().st_size
 
+def test_two_processes_share_a_packed_base(tiny, tmp_path):
+    "a LoRA over a GPTQ base and a new head, each process with half of the packed numbers"
+    from gptq_writer import checkpoint
+    checkpoint(tiny, tmp_path/'q', group=32)
+    kw = dict(small, base=str(tmp_path/'q'), mix='sample_arena:20', route='score', lora_dropout=0., epochs=1.)
+    one, two = train_fold(**kw), train_fold(**dict(kw, gpus=2, sharded=True))
+    from competition_kit.probs import read_probs
+    a, b = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (one, two))
+    assert np.abs(a-b).max() < 1e-5
+    with pytest.raises(Refusal, match='nf4 cannot be spread'): train_fold(**dict(kw, base=tiny, dtype='nf4', gpus=2, sharded=True))
+
 def test_ranks_find_the_tokens_there(tiny, monkeypatch):
     def started(*args): raise RuntimeError(f"{len(list(models_path('.tokens').iterdir()))} tables are tokenised")
     monkeypatch.setattr(T, 'launch', started)
