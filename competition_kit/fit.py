@@ -195,10 +195,12 @@ _schedules = dict(cosine='cosine', linear='linear', constant='constant_with_warm
 
 def _arguments(folder, steps, cuda, lr, schedule, warmup, weight_decay, clip, save_every, seed): # `fit`'s, in the words of transformers
     if schedule not in _schedules: raise Refusal(f'no schedule named {schedule!r}', fix=f"Take one of {', '.join(_schedules)}")
-    return TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, seed=seed, use_cpu=not cuda,
+    args = TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, seed=seed, use_cpu=not cuda,
         optim='adamw_torch_fused' if cuda else 'adamw_torch', learning_rate=lr, lr_scheduler_type=_schedules[schedule], warmup_steps=round(warmup*steps), weight_decay=weight_decay,
         max_grad_norm=clip, save_strategy='steps', save_steps=save_every, logging_steps=max(1, min(10, steps)) if cuda else 1, logging_nan_inf_filter=False, report_to='none',
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda)
+    args._n_gpu = min(args.n_gpu, 1)  # a Trainer that sees several GPUs copies the model to all of them at every step
+    return args
 
 # %% ../nbs/03e_fit.ipynb #e14c8575
 def fit(

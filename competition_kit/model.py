@@ -81,12 +81,13 @@ def _blocks(ends, n, window, size=128):
 @functools.cache
 def _flex():
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
 def _capped(q, k, v, scaling, ends, window, softcap):
     def cap(s, b, h, i, j): return softcap*torch.tanh(s/softcap)
-    return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window), scale=scaling, enable_gqa=True).transpose(1, 2)
+    with torch._dynamo.config.patch(specialize_float=True):
+        return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window), scale=scaling, enable_gqa=True).transpose(1, 2)
 
 # %% ../nbs/03a_model.ipynb #537c8829
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, softcap=None, sliding_window=None, **kw):

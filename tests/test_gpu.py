@@ -85,24 +85,23 @@ def test_the_compiler_keeps_less(kind='qwen2'):
 small = dict(mix='sample_arena:60', lora_r=8, batch=8, epochs=2., save_every=3, max_len=256, compiled='no', lr=1e-3)
 
 def test_a_run_goes_on_where_it_ended(monkeypatch, tmp_path):
+    "going on adds nothing to what two undisturbed runs differ by: the GPU adds up in no fixed order"
     from competition_kit import fit as f, train
     from competition_kit.probs import read_probs
-    from competition_kit.split import load_rows
-    load_rows('sample_arena')
-    monkeypatch.setenv('CK_ROOT', str(tmp_path/'whole'))
-    whole = [train.train_fold(**small) for _ in range(1)][0]
-    monkeypatch.setenv('CK_ROOT', str(tmp_path/'cut'))
+    def said(name):
+        monkeypatch.setenv('CK_ROOT', str(tmp_path/name))
+        return np.stack(read_probs(train.train_fold(**small).folder/'probs.parquet').p)
+    a, b = said('a'), said('b')
     save = f.save_checkpoint
     def dies(model, opt, sched, state, folder):
         save(model, opt, sched, state, folder)
         if state.global_step == 6: raise KeyboardInterrupt
     monkeypatch.setattr(f, 'save_checkpoint', dies)
-    with pytest.raises(KeyboardInterrupt): train.train_fold(**small)
+    with pytest.raises(KeyboardInterrupt): said('cut')
     monkeypatch.setattr(f, 'save_checkpoint', save)
-    again = train.train_fold(**small)
-    p, q = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (whole, again))
-    print('largest difference of a probability after going on:', np.abs(p-q).max())
-    assert again.id == whole.id and np.abs(p-q).max() < .02
+    c = said('cut')
+    print(f'largest difference of a probability: {np.abs(a-b).max():.4f} between undisturbed runs, {np.abs(a-c).max():.4f} after going on')
+    assert np.abs(a-c).max() <= 2*np.abs(a-b).max()+.01
 
 @pytest.mark.parametrize('kw', [dict(), dict(dtype='nf4'), dict(method='full', dtype='bf16', lr=1e-4), dict(route='score2')], ids=str)
 def test_it_learns(kw):

@@ -1,0 +1,54 @@
+"Compiled layers: the same numbers, and a graph for each kind of layer, however many layers there are. Dynamo is on in a process of its own, with a backend that compiles no C++"
+import os, subprocess, sys
+import pytest
+
+CODE = """
+import sys
+import numpy as np, torch, torch.nn.functional as F
+import torch.nn.attention.flex_attention as flex
+import competition_kit.model as M
+from competition_kit.speed import compile_layers, fuse, recompute
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM
+
+def varlen(q, k, v, scaling, ends, longest, window): # what a GPU does in one call
+    doc, at = torch.bucketize(torch.arange(q.shape[2]), ends[1:].contiguous(), right=True), torch.arange(q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, M._within(doc, window)(0, 0, at[:, None], at), scale=scaling, enable_gqa=True).transpose(1, 2)
+
+M._varlen, M.share, flex._validate_device = varlen, lambda *a: a, lambda *a: None
+M._flex.cache_clear()
+M._flex = lambda f=torch.compile(flex.flex_attention, backend='aot_eager'): f
+plain = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **kw: plain(self, backend='aot_eager_decomp_partition', **kw)
+M._register()
+kind, layers = sys.argv[1], 12
+more = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=64) if kind == 'gemma2' else {}
+cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
+                           attn_implementation='packed', **more)
+torch.manual_seed(0)
+judge = M.add_lora(M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
+for n, p in judge.named_parameters():
+    if 'lora_B' in n: p.data.normal_(0, .05)
+packs = [M.collate([np.random.default_rng(k).integers(1, 64, n).astype(np.int32) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 100), (300,), *((90+7*k, 30) for k in range(9))])]
+def step(b):
+    judge.zero_grad()
+    out = judge(**b)
+    out.sum().backward()
+    return torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in judge.parameters() if p.requires_grad)])
+M.Judge.varlen = False
+want = [step(b) for b in packs]
+M.Judge.varlen = True
+compile_layers(recompute(fuse(judge), 4))
+for k, (b, w) in enumerate(zip(packs, want)):
+    assert torch.allclose(step(b), w, atol=1e-4, rtol=1e-3), (step(b)-w).abs().max()
+    if k == 3: early = counters['stats']['unique_graphs']
+print('graphs', early, counters['stats']['unique_graphs'])
+"""
+
+@pytest.mark.parametrize('kind, most', [('qwen2', 6), ('gemma2', 24)])
+def test_compiled(kind, most):
+    env = {k: v for k, v in os.environ.items() if k != 'TORCHDYNAMO_DISABLE'}
+    p = subprocess.run([sys.executable, '-c', CODE, kind], capture_output=True, text=True, env=env)
+    assert p.returncode == 0, p.stderr[-3000:]
+    early, all = map(int, p.stdout.split('graphs')[1].split())
+    assert early == all <= most, f'{early} graphs for the first packs, {all} in the end'
