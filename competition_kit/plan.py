@@ -129,9 +129,9 @@ def _learning_bytes(n, method, format): # Beyond the base: gradients, optimiser,
     return n*(16 if format == 'fp32' else 18)
 
 # %% ../nbs/03c_plan.ipynb #d751c7f3
-_kept = {  # compiled? → arrays kept for each token and layer, as multiples of a size; `norm32`: fp32 copies a norm
-    True:  dict(norm=1, norm32=0, ffn=4, q=4, kv=2),
-    False: dict(norm=1, norm32=1, ffn=4, q=4, kv=0)}
+_kept = {  # compiled? → arrays kept for each token and layer, as multiples of a size; `norm32`: fp32 copies a norm; `drop`: bytes for each number of an input that dropout acts on
+    True:  dict(norm=1, norm32=0, ffn=2, q=2, kv=2, drop=1),
+    False: dict(norm=1, norm32=1, ffn=4, q=4, kv=0, drop=4)}
 
 def layer_bytes(
     s,                     # From `shape`
@@ -139,12 +139,12 @@ def layer_bytes(
     compiled:bool=True,
     r:int=16,              # Rank of the LoRA; 0: none
     modules='all-linear',  # Where it is
-    dropout:float=0.,      # On its input: a second version of each input is kept
+    dropout:float=0.,      # On its input: compiled, one bit in a byte is kept; else mask and result
 ) -> float:
     "Bytes kept for each token in one layer that is not recomputed"
     k, on = _kept[compiled], _chosen(s, modules).values() if r else ()
     n = k['norm']*s['norms']*s['hidden']+k['ffn']*s['ffn']+k['q']*s['q']+k['kv']*s['kv']+s['qk_norm']*(s['q']+s['kv'])
-    return width*(n+r*len(on)+(sum(i for i, _ in on) if dropout else 0))+4*k['norm32']*s['norms']*s['hidden']
+    return width*(n+r*len(on))+(k['drop']*sum(i for i, _ in on) if dropout else 0)+4*k['norm32']*s['norms']*s['hidden']
 
 # %% ../nbs/03c_plan.ipynb #3e93dabf
 def memory(
@@ -217,15 +217,21 @@ def _this_machine(format):
                 bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False), source='what it did just now')
 
 # %% ../nbs/03c_plan.ipynb #c63fe8e8
-_h200 = dict(gpu='H200', rate=784e12, base='qwen2.5-7b', method='lora', format='bf16', compiled=True, r=64, dropout=0., recomputed=0, gpus=1, tokens=15900, context=537)
+_h200 = dict(gpu='H200', rate=784e12, base='qwen2.5-7b', method='lora', format='bf16', compiled=True, r=64, dropout=0., recomputed=0, gpus=1, tokens=16112, context=536, ms=None, gb=None)
+_h100 = dict(_h200, gpu='H100', rate=773e12)
 points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocated at the peak, with a small vocabulary (`bench/results.md`)
-    dict(_h200, what='one-pass LoRA, compiled', rate=740e12, ms=849.9, gb=108.9),
-    dict(_h200, what='with dropout', rate=743e12, dropout=.05, ms=909.5, gb=153.2),
-    dict(_h200, what='not compiled', rate=774e12, compiled=False, ms=1022.2, gb=111.6),
-    dict(_h200, what='frozen base alone, compiled', rate=785e12, r=0, ms=749.6, gb=69.0),
-    dict(_h200, what='one-pass LoRA, compiled', base='llama-3.1-8b', rate=783e12, ms=873.1, gb=112.4),
-    dict(_h200, what='GPTQ int4, rows of 512', base='qwen2.5-32b', format='gptq4', rate=795e12, r=16, tokens=8192, context=256, ms=1716.3, gb=169.3),
-    dict(_h200, what='the same, one row at a time', base='qwen2.5-32b', format='gptq4', rate=775e12, r=16, tokens=512, context=256, ms=124.6, gb=46.7)]
+    dict(_h200, what='one-pass LoRA, compiled', rate=740e12, ms=861.2),
+    dict(_h200, what='with dropout', rate=743e12, dropout=.05, ms=921.6),
+    dict(_h200, what='not compiled', rate=774e12, compiled=False, ms=1035.9),
+    dict(_h200, what='frozen base alone, compiled', rate=785e12, r=0, ms=759.6),
+    dict(_h200, what='one-pass LoRA, compiled', base='llama-3.1-8b', rate=783e12, ms=884.7),
+    dict(_h200, what='GPTQ int4, rows of 512', base='qwen2.5-32b', format='gptq4', rate=795e12, r=16, tokens=8192, context=256, ms=1716.3),
+    dict(_h200, what='the same, one row at a time', base='qwen2.5-32b', format='gptq4', rate=775e12, r=16, tokens=512, context=256, ms=124.6),
+    dict(_h100, what='whole model', ms=915.0, gb=65.8),
+    dict(_h100, what='whole model, packs of 8k', tokens=7676, context=634, gb=40.2),
+    dict(_h100, what='nf4, packs of 8k', format='nf4', tokens=7676, context=634, gb=30.4),
+    dict(_h100, what='one-pass LoRA, compiled', base='qwen2.5-14b', rate=791e12, ms=1752.3, gb=111.5),
+    dict(_h100, what='whole model, GPTQ int4, one row of 512 at a time', base='qwen2.5-32b', format='gptq4', r=16, tokens=512, context=256, gb=23.4)]
 _share = {True: .715, False: .59}  # compiled? → share of the matmul rate that a frozen base reaches
 _share_r = .05/64                  # what each rank of a LoRA takes from it; a full fine-tuning is assumed to reach what r 64 does
 
@@ -244,14 +250,13 @@ def pack_seconds(
 
 # %% ../nbs/03c_plan.ipynb #e10fd922
 def versus() -> list: # A dict a measured point
-    "The planner's answer to every point that was measured, and predicted ÷ measured"
-    out = []
+    "The planner's answer to every point that was measured (without a vocabulary), and predicted ÷ measured"
+    out, ratio = [], lambda a, b: round(a/b, 2) if b else None
     for p in points:
         s, c = shape(p['base']), dict(card(p['gpu'], p['format']), rate=p['rate'])
         kw = {k: p[k] for k in ('tokens', 'recomputed', 'method', 'format', 'compiled', 'r')}
-        ms, gb = 1e3*pack_seconds(s, c, p['context'], **kw), memory(s, dropout=p['dropout'], **kw)['peak']/1e9
-        out.append(dict(base=p['base'], what=p['what'], ms=round(p['ms']), predicted_ms=round(ms), ms_ratio=round(ms/p['ms'], 2),
-                        gb=p['gb'], predicted_gb=round(gb, 1) if p['gb'] else None, gb_ratio=round(gb/p['gb'], 2) if p['gb'] else None))
+        ms, gb = 1e3*pack_seconds(s, c, p['context'], **kw), (memory(s, dropout=p['dropout'], **kw)['peak']-4*s['head'])/1e9  # the vocabulary's two matrices in 16 bits
+        out.append(dict(gpu=p['gpu'], base=p['base'], what=p['what'], ms=p['ms'], predicted_ms=round(ms), ms_ratio=ratio(ms, p['ms']), gb=p['gb'], predicted_gb=round(gb, 1), gb_ratio=ratio(gb, p['gb'])))
     return out
 
 # %% ../nbs/03c_plan.ipynb #f703a653
@@ -283,7 +288,7 @@ def _remedies(s, tokens, free, kw): # What would make it fit, in words
 
 # %% ../nbs/03c_plan.ipynb #476de972
 def _beyond(s, c, asked): # What of a plan no measured point covers, in words
-    seen = lambda k: {p[k] for p in points}
+    seen = lambda k: {p[k] for p in points if p['ms']}
     near = [p['base'] for p in points if (_known[p['base']]['hidden_size'], _known[p['base']]['intermediate_size']) == (s['hidden'], s['ffn'])]
     out = []
     if not any(g in c['name'] for g in seen('gpu')): out.append(f"speed: training was not timed on {c['name']}; its rate of matrix products is {c['source']}, the share of it that training reaches the H200's")

@@ -64,8 +64,7 @@ def test_lengths():
 
 def test_measured_points_within_the_aim():
     rows = versus()
-    assert len(rows) == len(points) and all(.9 <= r['ms_ratio'] <= 1.26 for r in rows)
-    assert all(.65 <= r['gb_ratio'] <= 1.55 for r in rows) and sum(.85 <= r['gb_ratio'] <= 1.15 for r in rows) == 5
+    assert len(rows) == len(points) and all(.85 <= r['ms_ratio'] <= 1.26 for r in rows if r['ms']) and all(.9 <= r['gb_ratio'] <= 1.1 for r in rows if r['gb'])
 
 @pytest.mark.parametrize('base', _known)
 def test_flops(shapes, base):
@@ -126,7 +125,7 @@ def test_quantised_costs_a_constant_a_pack(shapes):
 def test_every_card(gpu):
     p = plan('qwen2.5-7b', gpu, 4, format='nf4', pack_tokens=2048)
     assert p['gpu'] == gpu and 0 < p['peak_gb'] < p['memory_gb'] and p['tokens_s'] > 0 and p['gpu_hours'] == pytest.approx(4*p['hours'])
-    assert any(gpu in o for o in p['extrapolated']) == (gpu != 'H200') and plan_table(p).count('extrapolated') == len(p['extrapolated'])
+    assert any(gpu in o for o in p['extrapolated']) == (gpu not in ('H100', 'H200')) and plan_table(p).count('extrapolated') == len(p['extrapolated'])
 
 def test_formats_of_old_cards():
     assert plan('smollm2', 'T4')['format'] == plan('smollm2', 'V100', format='bf16')['format'] == 'fp16' and plan('smollm2', 'L4')['format'] == 'bf16'
