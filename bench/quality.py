@@ -1,6 +1,6 @@
 """How good are the judgements on real rows? Every fold of a table under several settings, beside the table's baselines.
 
-usage: python bench/quality.py NAME=FILE [NAME=FILE ...] [--settings TEXT ...] [--folds 0 1 2 3 4] [--seeds 0] [--jobs 4] [--set name=value ...] [--out FOLDER]
+usage: python bench/quality.py NAME=FILE [NAME=FILE ...] [--settings TEXT ...] [--folds 0 1 2 3 4] [--seeds 0] [--jobs 2] [--set name=value ...] [--out FOLDER]
        python bench/quality.py --read FOLDER
 The first table is trained on and held out fold by fold; further ones may be mixed in by a setting. Each run is `train_fold` in a root of its own; a GPU is shared by `--jobs` processes. What every run said of
 every row goes to FOLDER/said.parquet, so that the table can be made again. Log-loss and accuracy are of all rows, each predicted by the model that had not seen it; "tempered" divides
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-COMMON = dict(max_len=1024, batch=32, pack_tokens=8192, warmup=.1, schedule='cosine', save_every=10**6, epochs=3., recompute=0, compiled='yes', dtype='bf16')
+COMMON = dict(max_len=1024, batch=32, pack_tokens=32768, warmup=.1, schedule='cosine', save_every=10**6, epochs=3., recompute=0, compiled='yes', dtype='bf16')
 FULL, LORA = dict(method='full', lr=5e-5, clip=0.), dict(lr=5e-4, lora_r=16, lora_alpha=32)
 SETTINGS = {
     'answer, full':               FULL,
@@ -100,7 +100,7 @@ def table(folder):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('tables', nargs='*'); p.add_argument('--settings', nargs='+'); p.add_argument('--folds', type=int, nargs='+', default=list(range(5))); p.add_argument('--seeds', type=int, nargs='+', default=[0])
-    p.add_argument('--jobs', type=int, default=4); p.add_argument('--set', nargs='*', default=[]); p.add_argument('--out', default='.'); p.add_argument('--read'); p.add_argument('--until', type=float, default=1e9, help='seconds after which no run is begun')
+    p.add_argument('--jobs', type=int, default=2); p.add_argument('--set', nargs='*', default=[]); p.add_argument('--out', default='.'); p.add_argument('--read'); p.add_argument('--until', type=float, default=1e9, help='seconds after which no run is begun')
     a = p.parse_args()
     if a.read: table(a.read); sys.exit()
     began, folder = time.time(), Path(a.out)
