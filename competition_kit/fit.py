@@ -164,11 +164,11 @@ class _PackTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         torch.manual_seed(self.args.seed*1_000_003+self.state.global_step)
-        loss = torch.zeros((), device=self.args.device)
+        loss, times = torch.zeros((), device=self.args.device), ranks() if ranks() > 1 and is_sharded(model) else 1  # FSDP takes the mean of the ranks' gradients
         for p in inputs:
             p = {k: v.to(loss.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in p.items()}
             part = pack_loss(model(p['input_ids'], p['position_ids'], p['bounds']), p['target'], p['weight'], p['missing'], p['total'])
-            (part*(ranks() if is_sharded(model) else 1)).backward()
+            (part*times).backward()
             loss += part.detach()
         return add_up(model, loss)
 

@@ -81,6 +81,7 @@ def compile_layers(judge):
     "Compile each decoder layer, for packs of any size"
     torch._functorch.config.cse = False  # else a packed weight that both passes unpack is unpacked once, and kept between them
     torch._functorch.config.ban_recompute_materialized_backward = False  # what is cheap to compute again is not kept
+    torch._dynamo.config.recompile_limit = 32  # kinds of layers, with gradients and without: past the limit they would run uncompiled, without a word
     for layer in layers(judge): layer.compile(dynamic=True)
     return judge
 

@@ -16,7 +16,7 @@ from .core import Refusal, hash_obj, models_path, read_json, seal, write_json
 from .fit import Steps, fit
 from .log import find_run, start_run
 from .model import add_lora, continue_from, load_judge, predict
-from .plan import checkpoint_layers
+from .plan import checkpoint_layers, plan, plan_table
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
 from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
 from .quant import quant_kind
@@ -57,6 +57,15 @@ def make_judge(
     judge = add_lora(judge, p['lora_r'], p['lora_alpha'], p['lora_dropout'], p['lora_modules'], p['rslora'], p['seed'])
     return continue_from(judge, earlier/'adapter', p['keep_head']) if earlier else judge
 
+# %% ../nbs/04_train.ipynb #5e762120
+def _foreseen(p, enc): # The plan of a run, as text
+    rows, quantised = enc.n[enc.view == 0], quant_kind(p['base'])
+    try: return plan_table(plan(p['base'], gpus=ranks(), method=p['method'], format='auto' if quantised else p['dtype'], route='answer' if p['route'] == 'answer' else 'score', lora_r=p['lora_r'],
+        lora_modules=p['lora_modules'], lora_dropout=p['lora_dropout'], lengths=rows, max_len=p['max_len'], views=p['views'], epochs=p['epochs'], pack_tokens=p['pack_tokens'], compiled=p['compiled'] != 'no'))
+    except Refusal as e:
+        if torch.cuda.is_available() and p['recompute'] < 0: raise
+        return str(e)
+
 # %% ../nbs/04_train.ipynb #b1f0c37a
 def _quicker(judge, p, tokens): # What suits this machine, in place
     if judge.device.type != 'cuda': return
@@ -86,7 +95,7 @@ def save_judge(
 # %% ../nbs/04_train.ipynb #440e1c22
 def _learn(folder, p, prompt, rows, enc): # The trained judge; the losses, and what the record is to say, are left in the folder
     enc, n, k = enc[(rows.fold != p['fold']).to_numpy()[enc.row]].reset_index(drop=True), ranks(), rank()
-    if not k: print(length_report(enc).to_string(index=False))
+    if not k: print(length_report(enc).to_string(index=False), _foreseen(p, enc), sep='\n\n', end='\n\n', flush=True)
     steps = plan_steps(enc, p['batch'], p['epochs'], p['pack_tokens'], p['seed'], n, rows.phase.to_numpy())
     judge, tokens = make_judge(p, prompt), int(enc.n.sum()*p['epochs'])
     if p['sharded'] and n > 1: shard(judge)
