@@ -54,27 +54,7 @@ class Steps(torch.utils.data.Dataset):
         return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p]*real, missing=self.missing[p], total=self.total[k])
                 for p, real in [*((p, 1.) for p in self.steps[k]), *[(self.spare[k], 0.)]*fill]]
 
-# %% ../nbs/03e_fit.ipynb #7b522784
-class KahanAdamW(torch.optim.Optimizer):
-    "AdamW for weights in sixteen bits, with compensated additions; defaults are seed 004's"
-    def __init__(self,
-        params,           # As of any optimiser
-        lr=2.5e-6,        # Largest change of a weight in a step, about
-        betas=(.9, .99),  # How much of the gradient's mean, and of its square's, is kept from step to step
-        eps=1e-6,         # Keeps what is divided by from zero
-        weight_decay=.01, # Share of a weight, times `lr`, that is taken off in a step
-    ): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for g in self.param_groups:
-            learn = [p for p in g['params'] if p.grad is not None]
-            for p in learn:
-                s = self.state[p]
-                if not s: s.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p), lost=torch.zeros_like(p))
-                s['step'] += 1
-            for some in _bundles(learn): _kahan([(p, p.grad, *(self.state[p][k] for k in ('m', 'v', 'lost'))) for p in some], float(self.state[some[0]]['step']), g)
-
+# %% ../nbs/03e_fit.ipynb #696995f2
 def _bundles(params, size=2**27): # lists of at most so many numbers: a launch for each, and little room for what is passing
     out, n = [], size
     for p in params:
@@ -99,6 +79,27 @@ def _kahan(rows, t, g):
     torch._foreach_sub_(w, after)  # minus what has arrived
     torch._foreach_add_(lost, w)
     torch._foreach_copy_(w, after)
+
+# %% ../nbs/03e_fit.ipynb #7b522784
+class KahanAdamW(torch.optim.Optimizer):
+    "AdamW for weights in sixteen bits, with compensated additions; defaults are seed 004's"
+    def __init__(self,
+        params,           # As of any optimiser
+        lr=2.5e-6,        # Largest change of a weight in a step, about
+        betas=(.9, .99),  # How much of the gradient's mean, and of its square's, is kept from step to step
+        eps=1e-6,         # Keeps what is divided by from zero
+        weight_decay=.01, # Share of a weight, times `lr`, that is taken off in a step
+    ): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g in self.param_groups:
+            learn = [p for p in g['params'] if p.grad is not None]
+            for p in learn:
+                s = self.state[p]
+                if not s: s.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p), lost=torch.zeros_like(p))
+                s['step'] += 1
+            for some in _bundles(learn): _kahan([(p, p.grad, *(self.state[p][k] for k in ('m', 'v', 'lost'))) for p in some], float(self.state[some[0]]['step']), g)
 
 # %% ../nbs/03e_fit.ipynb #dee61c93
 def _step(folder): return int(folder.name.split('-')[1])
@@ -199,7 +200,7 @@ def _arguments(folder, steps, cuda, lr, schedule, warmup, weight_decay, clip, sa
         optim='adamw_torch_fused' if cuda else 'adamw_torch', learning_rate=lr, lr_scheduler_type=_schedules[schedule], warmup_steps=round(warmup*steps), weight_decay=weight_decay,
         max_grad_norm=clip, save_strategy='steps', save_steps=save_every, logging_steps=max(1, min(10, steps)) if cuda else 1, logging_nan_inf_filter=False, report_to='none',
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda)
-    args._n_gpu = min(args.n_gpu, 1)  # a Trainer that sees several GPUs copies the model to all of them at every step
+    if args.device.type == 'cuda': args._n_gpu = 1  # a Trainer that sees several GPUs copies the model to all of them at every step
     return args
 
 # %% ../nbs/03e_fit.ipynb #e14c8575

@@ -21,7 +21,7 @@ from .probs import align, baselines, plot_confusion, plot_reliability, read_prob
 from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
 from .quant import quant_kind
 from .ranks import as_rank, is_sharded, launch, rank, ranks, shard, whole
-from .speed import compile_layers, fuse, layers, recompute
+from .speed import compile_layers, fuse, layers, pays, recompute
 from .split import check_fold, load_rows, table_hashes, tasks
 from pathlib import Path
 import numpy as np
@@ -69,8 +69,7 @@ def _foreseen(p, enc): # The plan of a run, as text
 # %% ../nbs/04_train.ipynb #b1f0c37a
 def _quicker(judge, p, tokens): # What suits this machine, in place
     if judge.device.type != 'cuda': return
-    long = 4*tokens*sum(q.numel() for q in judge.parameters()) > 1e17  # FLOP: five minutes of a fast GPU; compiling takes about one
-    compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and long)
+    compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and pays(judge, 4*tokens*sum(q.numel() for q in judge.parameters())))
     n, kind, memory = p['recompute'], quant_kind(p['base']), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
     if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], p['pack_tokens'], memory, p['route'], p['lora_r'], p['lora_modules'],
                                     p['lora_dropout'], compiled, ranks() if p['sharded'] else 1)

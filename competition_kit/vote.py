@@ -507,7 +507,7 @@ def predict_runs(
 ): # Dict: run id → probability table
     "Each run's probabilities for `rows`; each base is loaded once, each kind of prompt tokenised once"
     from competition_kit.model import load_judge, predict
-    from competition_kit.speed import fuse
+    from competition_kit.speed import compile_layers, fuse, pays
     recs = {r: find_run(r) for r in runs}
     files, builder = {r: Path(folder)/f'{r}.parquet' for r in runs}, {r: trusted_prompt(o) for r, o in recs.items()}
     task = rows.attrs['meta']['task']
@@ -525,6 +525,7 @@ def predict_runs(
         if judge.letters is not None: judge.letters = b.letters
         if not full(r): wear(judge, models_path(r, 'adapter'), r)
         if judge.device.type == 'cuda': fuse(judge)
+        if pays(judge, 2*int(enc.n.sum())*sum(q.numel() for q in judge.parameters())): compile_layers(judge)
         p = predict(judge, b, rows, views, pack_tokens, progress, enc)
         write_probs(files[r], rows, p, b.task, views, _seen(recs[r], rows), run=r, tokenizer=recs[r]['tokenizer'])
     return {r: _kept(files[r], rows, views) for r in runs}

@@ -42,3 +42,10 @@ def test_last_checkpoint_looks_inside(tmp_path, capsys):
     (tmp_path/'checkpoint-4/weights.safetensors').write_bytes(b'x'*4)
     assert last_checkpoint(tmp_path).name == 'checkpoint-2'
     assert 'checkpoint-10 is damaged' in capsys.readouterr().out
+
+def test_one_gpu_of_several_is_used(monkeypatch, tmp_path):
+    "transformers' Trainer would copy the model to all that it sees"
+    from competition_kit.fit import _arguments
+    for name, what in dict(is_available=True, device_count=2, set_device=None).items(): monkeypatch.setattr(torch.cuda, name, lambda *a, what=what: what)
+    args = _arguments(tmp_path, 3, True, 1e-3, 'linear', .1, 0., 1., 20, 0)
+    assert args.device.type == 'cuda' and args.n_gpu == 1
