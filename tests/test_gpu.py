@@ -84,11 +84,12 @@ def test_the_compiler_keeps_less(kind='qwen2'):
 # ---- runs
 small = dict(mix='sample_arena:60', lora_r=8, batch=8, epochs=2., save_every=3, max_len=256, compiled='no', lr=1e-3)
 
-def test_a_run_goes_on_where_it_ended(monkeypatch, tmp_path):
+def test_a_run_goes_on_where_it_ended(monkeypatch, tmp_path, own_root):
     "going on adds nothing to what two undisturbed runs differ by: the GPU adds up in no fixed order"
     from competition_kit import fit as f, train
     from competition_kit.probs import read_probs
     def said(name):
+        if (own_root/'data').exists(): shutil.copytree(own_root/'data', tmp_path/name/'data', dirs_exist_ok=True)
         monkeypatch.setenv('CK_ROOT', str(tmp_path/name))
         return np.stack(read_probs(train.train_fold(**small).folder/'probs.parquet').p)
     a, b = said('a'), said('b')
