@@ -8,6 +8,8 @@ log-probabilities by a temperature fitted on the other folds."""
 import argparse, ast, contextlib, io, json, multiprocessing, os, sys, tempfile, time, traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '2')  # many processes share the cores
 import numpy as np
 import pandas as pd
 

@@ -365,7 +365,7 @@ def plan_table(
     p, # From `plan`
 ) -> str:
     "A plan as text"
-    count = lambda n: f'{n/1e9:,.2f} B' if n >= 1e9 else f'{n/1e6:,.1f} M'
+    count = lambda n: f'{n/1e9:,.2f} B' if n >= 1e9 else f'{n/1e6:,.1f} M' if n >= 1e6 else f'{n:,}'
     gb = lambda k: f"{p[f'{k}_gb']:9.1f} GB"
     said = 'none' if not p['recomputed'] else f"the first {p['recomputed']}" if p['recomputed'] < p['layers'] else 'all'
     where = ('this ' if p['gpu'] == 'CPU' else f"{p['gpus']} x ")+p['gpu'] + (', base and optimiser sharded' if p['sharded'] else ', each with its own rows' if p['gpus'] > 1 else '')
@@ -377,6 +377,6 @@ def plan_table(
         ('working', gb('working')+'  one layer while its gradients are made'),
         ('peak', gb('peak')+f"  of {p['memory_gb']} GB on each; {p['needs_gb']:.1f} with what the allocator loses"),
         ('speed', f"{p['tokens_s']:,} tokens/s"),
-        ('time', f"{time} for {p['tokens']/1e6:,.1f} M tokens ({p['mean_len']} a row)")]
+        ('time', f"{time} for {count(p['tokens'])} tokens ({p['mean_len']} a row)")]
     lines += [('extrapolated', o) for o in p['extrapolated']]
     return '\n'.join(f'{k:<13}{v}' for k, v in lines)
