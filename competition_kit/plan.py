@@ -288,13 +288,14 @@ def _remedies(s, tokens, free, kw): # What would make it fit, in words
 
 # %% ../nbs/03c_plan.ipynb #476de972
 def _beyond(s, c, asked): # What of a plan no measured point covers, in words
+    if c['name'] == 'CPU': return ['speed: not timed on a CPU; a guess from its rate of matrix products']
     seen = lambda k: {p[k] for p in points if p['ms']}
     near = [p['base'] for p in points if (_known[p['base']]['hidden_size'], _known[p['base']]['intermediate_size']) == (s['hidden'], s['ffn'])]
     out = []
     if not any(g in c['name'] for g in seen('gpu')): out.append(f"speed: training was not timed on {c['name']}; its rate of matrix products is {c['source']}, the share of it that training reaches the H200's")
     if not c['bf16']: out.append('attention: a card before compute capability 8 has no kernel for rows of many lengths, and takes one call a row')
     if not near: out.append(f"speed and activations: measured on {', '.join(sorted(seen('base')))} only")
-    if s['hidden'] < 2048 and c['name'] != 'CPU': out.append('speed: so small a model waits for its kernels to be started; expect less')
+    if s['hidden'] < 2048: out.append('speed: so small a model waits for its kernels to be started; expect less')
     if asked['method'] not in seen('method'): out.append(f"method {asked['method']}: not measured")
     if asked['format'] not in seen('format') | {'fp16'}: out.append(f"format {asked['format']}: not measured; computed from its bytes")
     if asked['recomputed'] and not any(seen('recomputed')): out.append('recomputed layers: not measured; counted as one more forward pass')

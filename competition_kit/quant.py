@@ -10,10 +10,12 @@ from .base import base_path
 from .core import Refusal
 from pathlib import Path
 from typing import Optional
-import importlib.util, json
+import importlib.util, json, logging
 import torch
 try: import triton, triton.language as tl
 except ImportError: triton = None  # a CPU needs none
+
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it misses a kernel that has no gradient and is not used here
 
 # %% ../nbs/02c_quant.ipynb #da581742
 def quant_kind(
