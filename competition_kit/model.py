@@ -10,7 +10,7 @@ __all__ = ['collate', 'share', 'packed_attention', 'Judge', 'load_judge', 'add_l
 from .base import base_path, pick_dtype
 from .core import Refusal
 from .prompt import pack
-from .quant import load_mapped, load_nf4, quant_kind
+from .quant import complete, load_mapped, load_nf4, quant_kind
 from .split import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
@@ -166,7 +166,7 @@ def _from_files(base, path, cls, dtype, mapped, **kw):
     try:
         if dtype == 'nf4': return load_nf4(path, cls, compute, **kw), True
         if mapped or quant_kind(path): return load_mapped(path, cls, compute, 'cpu' if mapped else None, **kw), True
-        return cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=compute, **kw), False
+        return complete(*cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=compute, output_loading_info=True, **kw), base), False
     except (OSError, ValueError, SafetensorError) as e:
         if isinstance(e, Refusal): raise
         raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e

@@ -480,3 +480,15 @@ def test_the_embedded_base(smollm2, tok):
     pr = Prompt(tok, 'preference', 96); enc = pr.encode(pairs().iloc[:3])
     ref, judge = reference(smollm2), judge_of('smollm2', pr)
     with torch.no_grad(): close(packed(judge, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)
+
+@pytest.mark.parametrize('dtype', ['fp32', 'nf4'])
+def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
+    "transformers would make one up"
+    from safetensors.torch import load_file, save_file
+    if dtype == 'nf4': pytest.importorskip('bitsandbytes')
+    shutil.copytree(tiny('llama'), tmp_path/'b')
+    t = load_file(tmp_path/'b/model.safetensors')
+    del t['model.layers.1.mlp.up_proj.weight']
+    save_file(t, tmp_path/'b/model.safetensors', metadata=dict(format='pt'))
+    for route in ('answer', 'score'):
+        with pytest.raises(Refusal, match='1 tensors are missing, such as model.layers.1.mlp.up_proj.weight'): load_judge(str(tmp_path/'b'), prompt, route, dtype)
