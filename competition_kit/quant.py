@@ -218,7 +218,7 @@ if triton:
 
 def _dense_nf4(w, dtype, B=64, warps=4):
     s = w.quant_state
-    if triton is None or not w.is_cuda or not s.nested or s.quant_type != 'nf4' or s.blocksize != 64 or s.state2.blocksize != 256:
+    if triton is None or not w.is_cuda or not s.nested or s.quant_type != 'nf4' or s.blocksize != 64 or s.shape.numel() % 64 or s.state2.blocksize != 256:
         from bitsandbytes.functional import dequantize_4bit
         return dequantize_4bit(w.data, s).to(dtype)
     out = torch.empty(s.shape, dtype=dtype, device=w.device)
