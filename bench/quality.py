@@ -1,7 +1,7 @@
 """How good are the judgements on real rows? Every fold of a table under several settings, beside the table's baselines.
 
-usage: python bench/quality.py NAME=FILE [NAME=FILE ...] [--settings TEXT ...] [--folds 0 1 2 3 4] [--seeds 0] [--jobs 2] [--set name=value ...] [--out FOLDER]
-       python bench/quality.py --read FOLDER
+usage: python bench/quality.py NAME=FILE [NAME=FILE ...] [--settings 'ROUTE, METHOD[, LEVER ...]' ...] [--folds 0 1 2 3 4] [--seeds 0] [--jobs 2] [--set name=value ...] [--out FOLDER]
+       python bench/quality.py --read FOLDER [FOLDER ...]
 The first table is trained on and held out fold by fold; further ones may be mixed in by a setting. Each run is `train_fold` in a root of its own; a GPU is shared by `--jobs` processes. What every run said of
 every row goes to FOLDER/said.parquet, so that the table can be made again. Log-loss and accuracy are of all rows, each predicted by the model that had not seen it; "tempered" divides
 log-probabilities by a temperature fitted on the other folds."""
@@ -13,46 +13,41 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')  # many processes share the cores
 import numpy as np
 import pandas as pd
 
-COMMON = dict(max_len=1024, batch=32, pack_tokens=32768, warmup=.1, schedule='cosine', save_every=10**6, epochs=3., recompute=0, compiled='yes', dtype='bf16')
-FULL, LORA = dict(method='full', lr=5e-5, clip=0.), dict(lr=5e-4, lora_r=16, lora_alpha=32)
-SETTINGS = {
-    'answer, full':               FULL,
-    'score, full':                dict(FULL, route='score'),
-    'score2, full':               dict(FULL, route='score2'),
-    'answer, LoRA':               LORA,
-    'score, LoRA':                dict(LORA, route='score'),
-    'answer, LoRA, nf4':          dict(LORA, dtype='nf4'),
-    'answer, LoRA, dropout .1':   dict(LORA, lora_dropout=.1),
-    'answer, full, one view':     dict(FULL, views=1),
-    'answer, LoRA, one view':     dict(LORA, views=1),
-    'answer, full, cut left':     dict(FULL, truncation='left'),
-    'answer, full, cut right':    dict(FULL, truncation='right'),
-    'answer, full, 512 tokens':   dict(FULL, max_len=512),
-    'answer, full, 1536 tokens':  dict(FULL, max_len=1536),
-    'answer, full, 1 epoch':      dict(FULL, epochs=1.),
-    'answer, full, 2 epochs':     dict(FULL, epochs=2.),
-    'answer, full, 5 epochs':     dict(FULL, epochs=5.),
-    'answer, full, lr 2e-5':      dict(FULL, lr=2e-5),
-    'answer, full, lr 1e-4':      dict(FULL, lr=1e-4),
-    'answer, full, lr 2e-4':      dict(FULL, lr=2e-4),
-    'answer, LoRA, lr 2e-4':      dict(LORA, lr=2e-4),
-    'answer, LoRA, lr 1e-3':      dict(LORA, lr=1e-3),
-    'score, LoRA, lr 1e-3':       dict(LORA, lr=1e-3, route='score'),
-    'answer, LoRA r 64, lr 5e-4': dict(LORA, lora_r=64, lora_alpha=128),
-    'answer, full, more rows':    dict(FULL, mix='{0} + {1}'),
-    'score, full, more rows':     dict(FULL, mix='{0} + {1}', route='score'),
-    'answer, LoRA, more rows':    dict(LORA, mix='{0} + {1}'),
-    'score, LoRA, more rows':     dict(LORA, mix='{0} + {1}', route='score'),
-    'answer, full, first others': dict(FULL, mix='{1} > {0}'),
-}
+COMMON = dict(max_len=640, batch=32, pack_tokens=32768, warmup=.1, schedule='cosine', save_every=10**6, epochs=2., recompute=0, compiled='yes', dtype='bf16')
+METHODS = {'full': dict(method='full', lr=5e-5, clip=0.), 'LoRA': dict(lr=5e-4, lora_r=16, lora_alpha=32)}
+LEVERS = {
+    'nf4':            dict(dtype='nf4'),
+    'one view':       dict(views=1),
+    'cut left':       dict(truncation='left'),
+    'cut right':      dict(truncation='right'),
+    '320 tokens':     dict(max_len=320),
+    '1024 tokens':    dict(max_len=1024),
+    '1536 tokens':    dict(max_len=1536),
+    'dropout .1':     dict(lora_dropout=.1),
+    'r 64':           dict(lora_r=64, lora_alpha=128),
+    'decay .1':       dict(weight_decay=.1),
+    '64 rows a step': dict(batch=64),
+    '1 epoch':        dict(epochs=1.),
+    '3 epochs':       dict(epochs=3.),
+    '5 epochs':       dict(epochs=5.),
+    'hard labels':    dict(mix='{0}_hard'),
+    'more rows':      dict(mix='{0} + {1}'),
+    'first others':   dict(mix='{1} > {0}'),
+    **{f'lr {x}': dict(lr=float(x)) for x in '1e-5 2e-5 3e-5 5e-5 1e-4 2e-4 5e-4 1e-3 2e-3'.split()}}
+
+def setting(name): # parameters of `train_fold`
+    route, method, *levers = name.split(', ')
+    out = dict(METHODS[method], route=route)
+    for n in levers: out |= LEVERS[n]
+    return out
 
 def value(s):
     try: return ast.literal_eval(s)
     except (ValueError, SyntaxError): return s
 
-def begin(root, gpus, counter):
+def begin(root, cards, counter):
     with counter.get_lock(): counter.value += 1; k = counter.value
-    os.environ.update(CK_ROOT=root, CUDA_VISIBLE_DEVICES=str(k % gpus), TOKENIZERS_PARALLELISM='false')
+    os.environ.update(CK_ROOT=root, CUDA_VISIBLE_DEVICES=cards[k % len(cards)], TOKENIZERS_PARALLELISM='false')
     import competition_kit.train as train
     train.baselines = lambda *a: {}  # once a fold, below, not once a run
 
@@ -84,27 +79,42 @@ def tempered(d): # log-loss and mean temperature: each fold with the temperature
         out += log_loss(temper(p[mine], ts[-1]), y[mine])*mine.sum()/len(d)
     return out, np.mean(ts)
 
-def table(folder):
+def line(d): # scores of rows that were all predicted by models that had not seen them; `d` has one line a row
     from competition_kit.probs import scores
-    d, out = pd.read_parquet(Path(folder)/'said.parquet'), []
+    p, y = np.stack(d.p), d.label.to_numpy()
+    out = scores(p, y)
+    if p.shape[1] == 3: out['decided'] = ((p[y < 2, 1] > p[y < 2, 0]) == y[y < 2]).mean()  # A or B, on rows that are no tie
+    return dict(out, **dict(zip(('tempered', 'T'), tempered(d) if d.fold.nunique() > 1 else (np.nan, np.nan))))
+
+def voted(d): # the mean of several predictions of a row
+    p = d.groupby('id', sort=False).p.apply(lambda v: np.mean(list(v), 0))
+    return d.drop_duplicates('id').drop(columns='p').merge(p.reset_index(), on='id')
+
+def table(*folders):
+    from competition_kit.probs import log_loss
+    d, out = pd.concat([pd.read_parquet(Path(f)/'said.parquet') for f in folders], ignore_index=True), []
+    most = d.groupby('setting').id.nunique()
     for name, s in d.groupby('setting', sort=False):
-        seeds = [dict(scores(np.stack(g.p), g.label), **dict(zip(('tempered', 'T'), tempered(g) if g.fold.nunique() > 1 else (np.nan, np.nan)))) for _, g in s.groupby('seed')]
-        folds = s.groupby(['seed', 'fold']).apply(lambda g: scores(np.stack(g.p), g.label)['log_loss'], include_groups=False)
-        m, sd = pd.DataFrame(seeds).mean(), pd.DataFrame(seeds).std(ddof=0)
-        out.append(dict(setting=name, folds=s.fold.nunique(), seeds=len(seeds), log_loss=m.log_loss, sd=sd.log_loss, fold_sd=folds.groupby('seed').std(ddof=0).mean(), accuracy=m.accuracy, acc_sd=sd.accuracy,
-                        ece=m.ece, tempered=m.tempered, T=m['T']))
-    got = json.loads((Path(folder)/'baselines.json').read_text())
+        seeds = [g for _, g in s.groupby('seed') if len(g) == most[name]]
+        each = pd.DataFrame(map(line, seeds))
+        folds = [g.groupby('fold').apply(lambda f: log_loss(np.stack(f.p), f.label.to_numpy()), include_groups=False).std() for g in seeds]
+        out.append(dict(setting=name, folds=s.fold.nunique(), seeds=len(seeds), **each.mean(), sd=each.log_loss.std(), acc_sd=each.accuracy.std(), fold_sd=np.mean(folds)))
+        if len(seeds) > 1: out.append(dict(setting=f'{name}: vote of its seeds', folds=s.fold.nunique(), seeds=len(seeds), **line(voted(pd.concat(seeds)))))
+    whole = [n for n in most.index if most[n] == most.max()]
+    if len(whole) > 1: out.append(dict(setting=f'vote of {len(whole)}', folds=d.fold.nunique(), **line(voted(d[d.setting.isin(whole)]))))
+    got = json.loads((Path(folders[0])/'baselines.json').read_text())
     for name in got[0][1] if got else ():
         w = np.array([n for n, _ in got])
         out.append(dict(setting=name, folds=len(got), **{k: float(np.average([b[name][k] for _, b in got], weights=w)) for k in ('log_loss', 'accuracy', 'ece')}))
-    print(pd.DataFrame(out).to_string(index=False, float_format=lambda v: f'{v:.4f}'))
+    cols = [c for c in 'setting folds seeds log_loss sd fold_sd tempered T accuracy acc_sd decided ece'.split() if c in pd.DataFrame(out)]
+    print(pd.DataFrame(out)[cols].to_string(index=False, float_format=lambda v: f'{v:.4f}', na_rep=''))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('tables', nargs='*'); p.add_argument('--settings', nargs='+'); p.add_argument('--folds', type=int, nargs='+', default=list(range(5))); p.add_argument('--seeds', type=int, nargs='+', default=[0])
-    p.add_argument('--jobs', type=int, default=2); p.add_argument('--set', nargs='*', default=[]); p.add_argument('--out', default='.'); p.add_argument('--read'); p.add_argument('--until', type=float, default=1e9, help='seconds after which no run is begun')
+    p.add_argument('tables', nargs='*'); p.add_argument('--settings', nargs='+', default=['answer, full', 'answer, LoRA', 'score, full', 'score, LoRA'], help='ROUTE, METHOD and any LEVERS, separated by commas'); p.add_argument('--folds', type=int, nargs='+', default=list(range(5))); p.add_argument('--seeds', type=int, nargs='+', default=[0])
+    p.add_argument('--jobs', type=int, default=2); p.add_argument('--set', nargs='*', default=[]); p.add_argument('--out', default='.'); p.add_argument('--read', nargs='+'); p.add_argument('--until', type=float, default=1e9, help='seconds after which no run is begun')
     a = p.parse_args()
-    if a.read: table(a.read); sys.exit()
+    if a.read: table(*a.read); sys.exit()
     began, folder = time.time(), Path(a.out)
     folder.mkdir(parents=True, exist_ok=True)
     from competition_kit.core import bases_path, data_path
@@ -115,12 +125,13 @@ if __name__ == '__main__':
     for name, file in (o.split('=') for o in a.tables):
         rows, _ = split(str(Path(file).resolve()))
         write_rows(rows, data_path(f'{name}.parquet'), task=rows.attrs['meta']['task'])
+        write_rows(rows.assign(target=None), data_path(f'{name}_hard.parquet'), task=rows.attrs['meta']['task'])
         names.append(name)
     import torch
-    spawn, gpus = multiprocessing.get_context('spawn'), max(1, torch.cuda.device_count())
-    pool = ProcessPoolExecutor(a.jobs*gpus, spawn, begin, (os.environ['CK_ROOT'], gpus, spawn.Value('i', -1)))
+    spawn, cards = multiprocessing.get_context('spawn'), (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(max(1, torch.cuda.device_count()))))).split(',')
+    pool = ProcessPoolExecutor(a.jobs*len(cards), spawn, begin, (os.environ['CK_ROOT'], cards, spawn.Value('i', -1)))
     more = {k: value(v) for k, v in (o.split('=', 1) for o in a.set)}
-    jobs = [(n, {**COMMON, 'mix': names[0], 'fold': f, 'seed': s, **SETTINGS[n], **more}) for s in a.seeds for n in (a.settings or SETTINGS) for f in a.folds]
+    jobs = [(n, {**COMMON, 'mix': names[0], 'fold': f, 'seed': s, **setting(n), **more}) for s in a.seeds for n in a.settings for f in a.folds]
     todo, said = [], []
     for n, d in jobs: todo.append(pool.submit(one, n, dict(d, mix=d['mix'].format(*names))))
     with ProcessPoolExecutor(2, spawn) as cpu: base = list(cpu.map(guesses, [names[0]]*len(a.folds), a.folds))

@@ -2,7 +2,8 @@
 
 usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-keep kit-nf4 kit-gptq kit-eager peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
-and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context."""
+and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is a pack's time, `host_ms` what the processor needs to start one
+(of the last number of layers measured): where the two come close, the processor was measured, not the GPU."""
 import argparse, gc, json, time
 import numpy as np
 import torch
@@ -109,6 +110,7 @@ def kit(a, shape, layers, what):
     packs = packs_of(lengths(4000, a.max_len) if a.fixed is None else [a.fixed]*4000, a.budget)[:a.warm+a.packs]
     rng = np.random.default_rng(0)
     made = [collate([rng.integers(0, VOCAB, n).astype(np.int32) for n in p]) for p in packs]
+    tiny = collate([np.full(48, 7, np.int32)]*2)
     def step(b):
         k = len(b['bounds'])-1
         b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
@@ -122,7 +124,13 @@ def kit(a, shape, layers, what):
     t = time.perf_counter()
     for b in made[a.warm:]: step(b)
     torch.cuda.synchronize()
-    return time.perf_counter()-t, packs[a.warm:]
+    took = time.perf_counter()-t
+    for k in range(6): # so little that all of the time goes into starting it
+        if k == 2: torch.cuda.synchronize(); t = time.perf_counter()
+        step(tiny)
+    torch.cuda.synchronize()
+    a.host = (time.perf_counter()-t)/4
+    return took, packs[a.warm:]
 
 def hf(a, shape, layers, what):
     "transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths, and Liger's kernels; both with checkpointing, without which 28 layers do not fit"
@@ -171,6 +179,7 @@ if __name__ == '__main__':
     p.add_argument('--max-len', type=int, default=2048); p.add_argument('--warm', type=int, default=3); p.add_argument('--packs', type=int, default=8)
     p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0); p.add_argument('--fixed', type=int, help='every row has so many tokens')
     a = p.parse_args()
+    a.host = 0
     for shape in a.shape:
         L = SHAPES[shape]['num_hidden_layers']
         for what in a.what:
@@ -184,5 +193,5 @@ if __name__ == '__main__':
                     t, mem = t1+(t2-t1)/(k2-k1)*(L-k1), m1+(m2-m1)/(k2-k1)*(L-k1)
                 ns = [n for r in rows for n in r]
                 print(json.dumps(dict(shape=shape, what=what, rate=round(rate/1e12), share=round((1 if what.startswith('teacher') else 2)*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
-                                      GiB=round(mem, 1), budget=a.fixed or a.budget, took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
+                                      GiB=round(mem, 1), host_ms=round(1e3*a.host), ms=round(1e3*t/len(rows)), budget=a.fixed or a.budget, took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)

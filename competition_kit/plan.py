@@ -314,6 +314,19 @@ def _format(format, method, c, config): # `auto` made definite, and what the car
     if method == 'full' and format not in ('bf16', 'fp32'): raise Refusal(f'full fine-tuning does not work in {format}', fix='Take the method lora, or the format fp32 (bf16 where the card has it)')
     return format
 
+def _fit(s, tokens, free, gpus, kw): # Layers to recompute, and over how many GPUs the base is sharded
+    if gpus == 1 or kw['method'] == 'lora':
+        try: return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, **kw), 1
+        except Refusal:
+            if gpus == 1: raise
+    return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, shards=gpus, **kw), gpus
+
+def _lengths(n, max_len): # An array of token counts
+    n = lengths(n, max_len=max_len) if isinstance(n, str) else np.minimum(np.asarray(n), max_len)
+    if n.size == 0 or n.min() < 1: raise Refusal('lengths must be token counts above zero')
+    return n
+
+# %% ../nbs/03c_plan.ipynb #922174a2
 def plan(
     base='smollm2',               # Name, folder, Hub id, a configuration (also as a dict), or a model
     gpu:str='this machine',       # A name of `cards`, or `this machine`
@@ -348,18 +361,6 @@ def plan(
     return dict(base=s['name'], gpu=c['name'], gpus=gpus, sharded=asked['sharded'], method=method, format=format, route=route, params=s['params']-(s['head'] if route == 'score' else 0),
         learns=learns, layers=s['layers'], recomputed=recomputed, pack_tokens=tokens, **{f'{k}_gb': round(v/1e9, 2) for k, v in m.items()}, memory_gb=round(c['free']/1e9, 1),
         mean_len=round(float(n.mean())), tokens=round(total), tokens_s=round(speed), hours=total/speed/3600, gpu_hours=gpus*total/speed/3600, extrapolated=_beyond(s, c, asked))
-
-def _fit(s, tokens, free, gpus, kw): # Layers to recompute, and over how many GPUs the base is sharded
-    if gpus == 1 or kw['method'] == 'lora':
-        try: return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, **kw), 1
-        except Refusal:
-            if gpus == 1: raise
-    return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, shards=gpus, **kw), gpus
-
-def _lengths(n, max_len): # An array of token counts
-    n = lengths(n, max_len=max_len) if isinstance(n, str) else np.minimum(np.asarray(n), max_len)
-    if n.size == 0 or n.min() < 1: raise Refusal('lengths must be token counts above zero')
-    return n
 
 # %% ../nbs/03c_plan.ipynb #0e39d90c
 def plan_table(

@@ -472,15 +472,15 @@ def trusted_prompt(
 def wear(
     judge,   # From `load_judge`
     folder,  # Of an adapter
-    name:str, # A name that differs from the last adapter's
 ):
     "Put an adapter on a judge in place of the one that it wears"
     from peft import PeftModel
-    if not isinstance(judge.model, PeftModel): judge.model = PeftModel.from_pretrained(judge.model, folder, adapter_name=name)
+    if not isinstance(judge.model, PeftModel): judge.model = PeftModel.from_pretrained(judge.model, folder, adapter_name='a')
     else:
         old = judge.model.active_adapter
-        judge.model.load_adapter(str(folder), name)
-        judge.model.set_adapter(name)
+        new = 'b' if old == 'a' else 'a'
+        judge.model.load_adapter(str(folder), new)
+        judge.model.set_adapter(new)
         judge.model.delete_adapter(old)
     return judge.eval()
 
@@ -523,7 +523,7 @@ def predict_runs(
         if enc is None or b.hash != last[1]: enc = b.encode(rows, views)
         last = like(r), b.hash
         if judge.letters is not None: judge.letters = b.letters
-        if not full(r): wear(judge, models_path(r, 'adapter'), r)
+        if not full(r): wear(judge, models_path(r, 'adapter'))
         if judge.device.type == 'cuda': fuse(judge)
         if pays(judge, 2*int(enc.n.sum())*sum(q.numel() for q in judge.parameters())): compile_layers(judge)
         p = predict(judge, b, rows, views, pack_tokens, progress, enc)

@@ -111,6 +111,22 @@ def test_it_learns(kw):
     print(kw, m['log_loss'], m['baselines']['class prior']['log_loss'])
     assert m['log_loss'] < m['baselines']['class prior']['log_loss']-.05
 
+def test_voters_are_compiled_once(monkeypatch, tmp_path):
+    "two adapters on one base say the same in compiled layers, and the second takes the first one's graphs"
+    import torch._dynamo.utils as counted
+    from competition_kit.split import load_rows
+    from competition_kit.train import train_fold
+    from competition_kit.vote import predict_runs
+    runs = [train_fold(**dict(small, fold=k)).id for k in (0, 1)]
+    rows = load_rows('sample_arena_test')
+    said = lambda name: [np.stack(t.p) for t in predict_runs(runs, rows, tmp_path/name).values()]
+    plain = said('plain')
+    torch._dynamo.reset()
+    counted.counters.clear()
+    monkeypatch.setattr('competition_kit.speed.pays', lambda *a: True)
+    for p, q in zip(said('quick'), plain): assert np.abs(p-q).max() < .05
+    assert 0 < counted.counters['stats']['unique_graphs'] <= 6
+
 # ---- several GPUs
 several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 
