@@ -46,14 +46,19 @@ def flops(shape, ns): # of one forward of sequences with these lengths, whole mo
     ns = np.asarray(ns, float)
     return L*(2*(h*d*(2*nq+2*nkv)+3*h*f)*ns.sum()+4*nq*d*(ns**2/2).sum())
 
-def matmul_rate(n=8192):
+def matmul_rate(n=8192, seconds=4.):
+    "What the GPU does in the first moment, and what it can hold: under load its clock falls to what its power allows"
     a, b = (torch.randn(n, n, device='cuda', dtype=torch.bfloat16) for _ in 'ab')
-    for _ in range(5): a@b
-    torch.cuda.synchronize()
-    t = time.perf_counter()
-    for _ in range(30): a@b
-    torch.cuda.synchronize()
-    return 30*2*n**3/(time.perf_counter()-t)
+    def rate():
+        torch.cuda.synchronize()
+        t = time.perf_counter()
+        for _ in range(30): a@b
+        torch.cuda.synchronize()
+        return 30*2*n**3/(time.perf_counter()-t)
+    rate()
+    first, start = rate(), time.perf_counter()
+    while time.perf_counter()-start < seconds: held = rate()
+    return first, held
 
 def lora_config(r, drop, **kw):
     from peft import LoraConfig
@@ -183,7 +188,7 @@ if __name__ == '__main__':
     for shape in a.shape:
         L = SHAPES[shape]['num_hidden_layers']
         for what in a.what:
-            rate, start = matmul_rate(), time.perf_counter()
+            (first, rate), start = matmul_rate(), time.perf_counter()
             try:
                 if a.whole: t, rows, mem = measure(a, shape, L, what)
                 else:
@@ -192,6 +197,6 @@ if __name__ == '__main__':
                     k1, k2 = a.layers
                     t, mem = t1+(t2-t1)/(k2-k1)*(L-k1), m1+(m2-m1)/(k2-k1)*(L-k1)
                 ns = [n for r in rows for n in r]
-                print(json.dumps(dict(shape=shape, what=what, rate=round(rate/1e12), share=round((1 if what.startswith('teacher') else 2)*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
+                print(json.dumps(dict(shape=shape, what=what, first=round(first/1e12), rate=round(rate/1e12), share=round((1 if what.startswith('teacher') else 2)*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
                                       GiB=round(mem, 1), host_ms=round(1e3*a.host), ms=round(1e3*t/len(rows)), budget=a.fixed or a.budget, took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)

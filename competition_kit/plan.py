@@ -10,7 +10,7 @@ __all__ = ['cards', 'points', 'base_config', 'shape', 'lora_params', 'lengths', 
 from .base import base_path, pick_dtype
 from .core import Refusal
 from pathlib import Path
-import copy, re, time
+import copy, functools, re, time
 import numpy as np
 
 # %% ../nbs/03c_plan.ipynb #36559a97
@@ -180,8 +180,8 @@ cards = {name: dict(zip(_card_keys, v)) for name, v in {
     'RTX 4090': (23.5, 165, 161, 82.6, 1008,  25, True,  'published in qhduan/transformers-benchmarks'),
     'A100-40':  (39.4, 312, 271, 19.5, 1555, 300, True,  'published in stas00/ml-engineering'),
     'A100-80':  (79.1, 312, 271, 19.5, 2039, 300, True,  'published in stas00/ml-engineering'),
-    'H100':     (79.1, 989, 794, 67.0, 3350, 450, True,  'published in stas00/ml-engineering'),
-    'H200':    (139.8, 989, 790, 67.0, 4800, 450, True,  'measured')}.items()}
+    'H100':     (79.1, 989, 680, 67.0, 3350, 450, True,  'measured under load; 800 in the first moment'),
+    'H200':    (139.8, 989, 680, 67.0, 4800, 450, True,  'measured in the first moment (790), and taken to fall under load as the H100')}.items()}
 
 def _plain(name): return re.sub('[^a-z0-9]', '', name.lower())
 
@@ -198,27 +198,33 @@ def card(
                 link=.7e9*c['link'], bf16=c['bf16'], source=c['source'])
 
 # %% ../nbs/03c_plan.ipynb #0465d22d
-def _fastest(f, sync):
-    took = []
-    for _ in range(4):
+def _seconds(f, sync, load): # What `f` takes, once it has been repeated for `load` seconds
+    end = time.perf_counter()+load
+    while True:
         start = time.perf_counter()
-        f(); sync()
-        took.append(time.perf_counter()-start)
-    return min(took)
+        for _ in range(10): f()
+        sync()
+        took = (time.perf_counter()-start)/10
+        if time.perf_counter() > end: return took
 
-def _this_machine(format):
-    import psutil, torch
+@functools.cache
+def _rates(format): # Operations and bytes a second, of this machine
+    import torch
     cuda, n = torch.cuda.is_available(), 8192 if torch.cuda.is_available() else 1024
     sync = torch.cuda.synchronize if cuda else lambda: None
     a = torch.randn(n, n, device='cuda' if cuda else 'cpu', dtype=dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[pick_dtype('fp32' if format == 'fp32' else 'auto')])
     b = torch.empty_like(a)
-    return dict(name=torch.cuda.get_device_name() if cuda else 'CPU', free=torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available,
-                rate=2*n**3/_fastest(lambda: torch.mm(a, a, out=b), sync), bandwidth=2*a.nbytes/_fastest(lambda: b.copy_(a), sync), link=25e9,
+    return 2*n**3/_seconds(lambda: torch.mm(a, a, out=b), sync, 3 if cuda else .3), 2*a.nbytes/_seconds(lambda: b.copy_(a), sync, .1)
+
+def _this_machine(format):
+    import psutil, torch
+    cuda, (rate, bandwidth) = torch.cuda.is_available(), _rates(format)
+    return dict(name=torch.cuda.get_device_name() if cuda else 'CPU', free=torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available, rate=rate, bandwidth=bandwidth, link=25e9,
                 bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False), source='what it did just now')
 
 # %% ../nbs/03c_plan.ipynb #c63fe8e8
 _h200 = dict(gpu='H200', rate=784e12, base='qwen2.5-7b', method='lora', format='bf16', compiled=True, r=64, dropout=0., recomputed=0, gpus=1, tokens=16112, context=536, ms=None, gb=None)
-_h100 = dict(_h200, gpu='H100', rate=773e12)
+_h100 = dict(_h200, gpu='H100', rate=680e12)
 points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocated at the peak, with a small vocabulary (`bench/results.md`)
     dict(_h200, what='one-pass LoRA, compiled', rate=740e12, ms=861.2),
     dict(_h200, what='with dropout', rate=743e12, dropout=.05, ms=921.6),
@@ -228,8 +234,8 @@ points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocate
     dict(_h200, what='GPTQ int4, rows of 512', base='qwen2.5-32b', format='gptq4', rate=795e12, r=16, tokens=8192, context=256, ms=1716.3),
     dict(_h200, what='the same, one row at a time', base='qwen2.5-32b', format='gptq4', rate=775e12, r=16, tokens=512, context=256, ms=124.6),
     dict(_h100, what='whole model', ms=915.0, gb=65.8),
-    dict(_h100, what='whole model, packs of 8k', tokens=7676, context=634, gb=40.2),
-    dict(_h100, what='nf4, packs of 8k', format='nf4', tokens=7676, context=634, gb=30.4),
+    dict(_h100, what='whole model, packs of 8k', rate=662e12, tokens=7823, context=560, ms=467., gb=40.5),
+    dict(_h100, what='whole model, nf4, packs of 8k', format='nf4', tokens=7676, context=634, ms=458.3, gb=30.6),
     dict(_h100, what='one-pass LoRA, compiled', base='qwen2.5-14b', rate=791e12, ms=1752.3, gb=111.5),
     dict(_h100, what='whole model, GPTQ int4, one row of 512 at a time', base='qwen2.5-32b', format='gptq4', r=16, tokens=512, context=256, gb=23.4)]
 _share = {True: .715, False: .59}  # compiled? → share of the matmul rate that a frozen base reaches

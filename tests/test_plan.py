@@ -146,9 +146,9 @@ def test_time_is_linear_in_tokens():
 
 def test_the_measured_setting_is_not_called_extrapolated():
     assert plan('qwen2.5-7b', 'H200', lora_r=64)['extrapolated'] == []
-    p = plan('llama-3.1-70b', 'T4', 8, format='nf4', lora_dropout=.05, pack_tokens=1024, max_len=1024)
+    p = plan('llama-3.1-70b', 'T4', 8, format='gptq8', lora_dropout=.05, pack_tokens=1024, max_len=1024)
     text = ' '.join(p['extrapolated'])
-    assert all(o in text for o in ('T4', 'activations', 'nf4', '8 GPUs')) and p['sharded']
+    assert all(o in text for o in ('T4', 'activations', 'gptq8', '8 GPUs')) and p['sharded']
 
 @pytest.mark.parametrize('kw', [dict(method='dora'), dict(route='both'), dict(format='int3'), dict(gpu='A100'), dict(lengths='chat'), dict(lengths=[]), dict(lengths=[0]), dict(rows=0),
                                 dict(gpus=0), dict(base='nonsense'), dict(lora_modules='q'), dict(pack_tokens=0)])
