@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 COMMON = dict(max_len=640, batch=32, pack_tokens=32768, warmup=.1, schedule='cosine', save_every=10**6, epochs=2., recompute=0, compiled='yes', dtype='bf16')
-METHODS = {'full': dict(method='full', lr=5e-5, clip=0.), 'LoRA': dict(lr=5e-4, lora_r=16, lora_alpha=32)}
+METHODS = {'full': dict(method='full', lr=1e-4, clip=0.), 'LoRA': dict(lr=1e-3, lora_r=16, lora_alpha=32)}
 LEVERS = {
     'nf4':            dict(dtype='nf4'),
     'one view':       dict(views=1),

@@ -1,6 +1,6 @@
 """How close to the GPU's limit does training come, and how close do others? LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
-usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-keep kit-nf4 kit-gptq kit-eager peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
+usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-keep kit-nf4 kit-gptq kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
 and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is a pack's time, `host_ms` what the processor needs to start one
 (of the last number of layers measured): where the two come close, the processor was measured, not the GPU."""
@@ -91,13 +91,18 @@ def packed_base(model, format):
             lin.weight = None
     return model
 
+def liger(shape): # for the rest of the process
+    import liger_kernel.transformers as kernels
+    getattr(kernels, f"apply_liger_kernel_to_{SHAPES[shape]['model_type']}")(cross_entropy=False, fused_linear_cross_entropy=False)
+
 def kit(a, shape, layers, what):
-    """Our packs; `what`: kit (fused, compiled), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), peft (PEFT's layers,
+    """Our packs; `what`: kit (fused, compiled), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
     compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
     from competition_kit.speed import compile_layers, fuse, recompute
     _register()
+    if what == 'kit-liger': liger(shape)
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
     if format in ('nf4', 'gptq'): packed_base(model, format)
     judge = Judge(model, [5, 6, 7])
@@ -108,7 +113,7 @@ def kit(a, shape, layers, what):
     if what == 'frozen': judge.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.requires_grad_(True))
     recompute(judge, a.recompute if layers == SHAPES[shape]['num_hidden_layers'] else 0)
     judge.to('cuda').train(not teacher)
-    if what != 'kit-eager': compile_layers(judge)
+    if what not in ('kit-eager', 'kit-liger'): compile_layers(judge)
     if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True
     learn = [p for p in judge.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
@@ -140,9 +145,7 @@ def kit(a, shape, layers, what):
 def hf(a, shape, layers, what):
     "transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths, and Liger's kernels; both with checkpointing, without which 28 layers do not fit"
     from peft import get_peft_model
-    if what == 'hf-grouped':
-        import liger_kernel.transformers as liger
-        getattr(liger, f"apply_liger_kernel_to_{SHAPES[shape]['model_type']}")(cross_entropy=False, fused_linear_cross_entropy=False)
+    if what == 'hf-grouped': liger(shape)
     warm = a.warm+5
     model = build(AutoModelForSequenceClassification, config(shape, layers, num_labels=3, attn_implementation='sdpa'))
     model = get_peft_model(model, lora_config(a.r, 0., task_type='SEQ_CLS'))
