@@ -23,7 +23,7 @@ gap = lambda a, b: ((a-b).float().norm()/b.float().norm()).item()
 @pytest.mark.parametrize('heads, kv, size', [(8, 4, 256), (14, 2, 64)])
 def test_attention(cap, window, heads, kv, size):
     torch.manual_seed(0)
-    for bounds in ([0, 100, 130, 131, 400, 700], [0, 1024], [0, 5, 3000]):
+    for bounds in ([0, 100, 130, 131, 400, 700], [0, 1024], [0, 5, 3000], [0, 48, 96], [0, 7]):
         q, k, v = (torch.randn(1, h, bounds[-1], size, device='cuda', dtype=torch.bfloat16, requires_grad=True) for h in (heads, kv, kv))
         ends = torch.tensor(bounds, dtype=torch.int32, device='cuda')
         got = packed_attention(None, q, k, v, None, ends=ends, longest=int(max(np.diff(bounds))), softcap=cap, sliding_window=window)[0]
@@ -60,7 +60,7 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
             if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator('cuda').manual_seed(1))
         return j.to('cuda').train()
     rng = np.random.default_rng(0)
-    packs = [collate([rng.integers(1, 512, n).astype(np.int32) for n in ns], 'cuda') for ns in ((300, 40, 7), (500, 100), (33,), (128, 128))]
+    packs = [collate([rng.integers(1, 512, n).astype(np.int32) for n in ns], 'cuda') for ns in ((300, 40, 7), (500, 100), (33,), (48, 48), (128, 128))]
     plain, quick = judge(), compile_layers(recompute(fuse(judge()), 4))
     for pack in packs:
         for a, b in zip(_step(quick, pack), _step(plain, pack)): assert gap(a, b) < .05
