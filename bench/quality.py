@@ -143,4 +143,4 @@ if __name__ == '__main__':
             said.append(r.result())
             pd.concat(said).to_parquet(folder/'said.parquet')
         if time.time()-began > a.until: [t.cancel() for t in todo]
-    table(folder)
+    if said: table(folder)
