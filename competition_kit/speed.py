@@ -82,6 +82,7 @@ def compile_layers(judge):
     torch._functorch.config.cse = False  # else a packed weight that both passes unpack is unpacked once, and kept between them
     torch._functorch.config.ban_recompute_materialized_backward = False  # what is cheap to compute again is not kept
     torch._dynamo.config.recompile_limit = 32  # kinds of layers, with gradients and without: past the limit they would run uncompiled, without a word
+    torch._dynamo.config.specialize_float = True  # scales are constants: taken for variables, they make the compiler trace every layer twice
     for layer in layers(judge): layer.compile(dynamic=True)
     return judge
 
