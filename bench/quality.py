@@ -20,19 +20,14 @@ LEVERS = {
     'one view':       dict(views=1),
     'cut left':       dict(truncation='left'),
     'cut right':      dict(truncation='right'),
-    '320 tokens':     dict(max_len=320),
     '1024 tokens':    dict(max_len=1024),
-    '1536 tokens':    dict(max_len=1536),
     'dropout .1':     dict(lora_dropout=.1),
-    'r 64':           dict(lora_r=64, lora_alpha=128),
     'decay .1':       dict(weight_decay=.1),
-    '64 rows a step': dict(batch=64),
     '1 epoch':        dict(epochs=1.),
     '3 epochs':       dict(epochs=3.),
     '5 epochs':       dict(epochs=5.),
     'hard labels':    dict(mix='{0}_hard'),
     'more rows':      dict(mix='{0} + {1}'),
-    'first others':   dict(mix='{1} > {0}'),
     **{f'lr {x}': dict(lr=float(x)) for x in '1e-5 2e-5 3e-5 5e-5 1e-4 2e-4 5e-4 1e-3 2e-3'.split()}}
 
 def setting(name): # parameters of `train_fold`

@@ -174,7 +174,7 @@ def hf(a, shape, layers, what):
     return times[-1]-times[warm-1], seen[warm:warm+a.packs]
 
 def measure(a, shape, layers, what):
-    left = torch.cuda.memory_allocated()  # by what ran before: not this one's
+    left, a.host = torch.cuda.memory_allocated(), 0  # by what ran before: not this one's
     t, rows = (hf if what.startswith('hf') else kit)(a, shape, layers, what)
     mem = (torch.cuda.max_memory_allocated()-left)/2**30
     torch._dynamo.reset(); gc.collect(); torch.cuda.empty_cache()
@@ -187,7 +187,6 @@ if __name__ == '__main__':
     p.add_argument('--max-len', type=int, default=2048); p.add_argument('--warm', type=int, default=3); p.add_argument('--packs', type=int, default=8)
     p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0); p.add_argument('--fixed', type=int, help='every row has so many tokens')
     a = p.parse_args()
-    a.host = 0
     for shape in a.shape:
         L = SHAPES[shape]['num_hidden_layers']
         for what in a.what:

@@ -475,13 +475,8 @@ def wear(
 ):
     "Put an adapter on a judge in place of the one that it wears"
     from peft import PeftModel
-    if not isinstance(judge.model, PeftModel): judge.model = PeftModel.from_pretrained(judge.model, folder, adapter_name='a')
-    else:
-        old = judge.model.active_adapter
-        new = 'b' if old == 'a' else 'a'
-        judge.model.load_adapter(str(folder), new)
-        judge.model.set_adapter(new)
-        judge.model.delete_adapter(old)
+    if isinstance(judge.model, PeftModel): judge.model = judge.model.unload()
+    judge.model = PeftModel.from_pretrained(judge.model, folder)
     return judge.eval()
 
 # %% ../nbs/10_vote.ipynb #0c24c99f

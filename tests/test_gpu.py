@@ -125,7 +125,7 @@ def test_voters_are_compiled_once(monkeypatch, tmp_path):
     counted.counters.clear()
     monkeypatch.setattr('competition_kit.speed.pays', lambda *a: True)
     for p, q in zip(said('quick'), plain): assert np.abs(p-q).max() < .05
-    assert 0 < counted.counters['stats']['unique_graphs'] <= 6
+    assert 0 < counted.counters['stats']['unique_graphs'] <= 3
 
 # ---- several GPUs
 several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')

@@ -25,6 +25,9 @@ kind, layers = sys.argv[1], 12
 more = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=64) if kind == 'gemma2' else {}
 cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
                            attn_implementation='packed', **more)
+"""
+
+TRAINS = """
 torch.manual_seed(0)
 judge = M.add_lora(M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
 for n, p in judge.named_parameters():
@@ -45,10 +48,41 @@ for k, (b, w) in enumerate(zip(packs, want)):
 print('graphs', early, counters['stats']['unique_graphs'])
 """
 
-@pytest.mark.parametrize('kind, most', [('qwen2', 6), ('gemma2', 24)])
-def test_compiled(kind, most):
-    env = {k: v for k, v in os.environ.items() if k != 'TORCHDYNAMO_DISABLE'}
-    p = subprocess.run([sys.executable, '-c', CODE, kind], capture_output=True, text=True, env=env)
+VOTES = """
+from competition_kit.vote import wear
+bare = lambda: M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
+for k in range(3):
+    torch.manual_seed(0)
+    judge = M.add_lora(bare(), r=4, seed=k)
+    for p in judge.parameters():
+        if p.requires_grad: p.data.normal_(0, .05)
+    judge.model.save_pretrained(f'voter{k}')
+packs = [M.collate([np.random.default_rng(k).integers(1, 64, n).astype(np.int32) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 100)])]
+torch.manual_seed(0)
+judge, said, graphs = bare(), [], []
+for quick in (False, True):
+    M.Judge.varlen = quick
+    for k in range(3):
+        wear(judge, f'voter{k}')
+        if quick: compile_layers(fuse(judge))
+        with torch.no_grad(): said.append(torch.cat([judge(**b) for b in packs]))
+        graphs.append(counters['stats']['unique_graphs'])
+for k in range(3): assert torch.allclose(said[k], said[k+3], atol=1e-4, rtol=1e-3)
+assert not torch.allclose(said[0], said[1], atol=1e-2)
+print('graphs', graphs[3], graphs[5])
+"""
+
+def graphs(code, kind, folder):
+    env = dict({k: v for k, v in os.environ.items() if k != 'TORCHDYNAMO_DISABLE'}, PYTHONPATH=os.pathsep.join(sys.path))
+    p = subprocess.run([sys.executable, '-c', code, kind], capture_output=True, text=True, env=env, cwd=folder)
     assert p.returncode == 0, p.stderr[-3000:]
-    early, all = map(int, p.stdout.split('graphs')[1].split())
+    return tuple(map(int, p.stdout.split('graphs')[1].split()))
+
+@pytest.mark.parametrize('kind, most', [('qwen2', 6), ('gemma2', 24)])
+def test_compiled(kind, most, tmp_path):
+    early, all = graphs(CODE+TRAINS, kind, tmp_path)
     assert early == all <= most, f'{early} graphs for the first packs, {all} in the end'
+
+def test_voters_share_what_is_compiled(tmp_path):
+    first, last = graphs(CODE+VOTES, 'qwen2', tmp_path)
+    assert 0 < first == last, f'{first} graphs for one voter, {last} for three'
