@@ -83,12 +83,14 @@ def _flex():
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention)
 
+_wide = dict(bwd_num_warps=8, bwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32)  # for heads of more than 128
+
 @torch.compiler.disable
 def _capped(q, k, v, scaling, ends, window, softcap):
     def cap(s, b, h, i, j): return softcap*torch.tanh(s/softcap)
     with torch._dynamo.config.patch(specialize_float=True):
         return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window), scale=scaling, enable_gqa=True,
-                       kernel_options=dict(BACKEND='TRITON')).transpose(1, 2)  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
+                       kernel_options=dict(_wide if q.shape[-1] > 128 else {}, BACKEND='TRITON')).transpose(1, 2)  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
 
 # %% ../nbs/03a_model.ipynb #537c8829
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, softcap=None, sliding_window=None, **kw):

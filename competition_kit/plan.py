@@ -233,9 +233,13 @@ points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocate
     dict(_h200, what='one-pass LoRA, compiled', base='llama-3.1-8b', rate=783e12, ms=884.7),
     dict(_h200, what='GPTQ int4, rows of 512', base='qwen2.5-32b', format='gptq4', rate=795e12, r=16, tokens=8192, context=256, ms=1716.3),
     dict(_h200, what='the same, one row at a time', base='qwen2.5-32b', format='gptq4', rate=775e12, r=16, tokens=512, context=256, ms=124.6),
-    dict(_h100, what='whole model', ms=915.0, gb=65.8),
-    dict(_h100, what='whole model, packs of 8k', rate=662e12, tokens=7823, context=560, ms=467., gb=40.5),
-    dict(_h100, what='whole model, nf4, packs of 8k', format='nf4', tokens=7676, context=634, ms=458.3, gb=30.6),
+    dict(_h100, what='whole model', rate=663e12, tokens=15940, context=520, ms=920., gb=65.8),
+    dict(_h100, what='whole model, packs of 8k', rate=664e12, tokens=7823, context=560, ms=472., gb=40.5),
+    dict(_h100, what='the same with dropout', rate=664e12, dropout=.05, tokens=7823, context=560, ms=501., gb=50.4),
+    dict(_h100, what='the same, nf4', format='nf4', rate=670e12, tokens=7823, context=560, ms=472., gb=30.9),
+    dict(_h100, what='whole model, packs of 8k', base='llama-3.1-8b', rate=691e12, tokens=7823, context=560, ms=512., gb=41.9),
+    dict(_h100, what='whole model, packs of 8k', base='gemma-2-9b', rate=668e12, tokens=7823, context=560, ms=772., gb=58.3),
+    dict(_h100, what='whole model, packs of 8k', base='qwen2.5-14b', rate=657e12, tokens=7747, context=595, ms=924., gb=70.6),
     dict(_h100, what='one-pass LoRA, compiled', base='qwen2.5-14b', rate=791e12, ms=1752.3, gb=111.5),
     dict(_h100, what='whole model, GPTQ int4, one row of 512 at a time', base='qwen2.5-32b', format='gptq4', r=16, tokens=512, context=256, gb=23.4)]
 _share = {True: .715, False: .59}  # compiled? → share of the matmul rate that a frozen base reaches

@@ -1,6 +1,6 @@
 """ms-swift as a peer of bench/train.py: the same LoRA training (random weights, LMSYS-like lengths, 3 classes) through `swift sft`, with packing, Liger's kernels and flash attention.
 
-usage: python bench/swift.py [--layers 4 8] [--of 28] [--whole] [--task seq_cls|causal_lm] [--mode packing|padding_free|padded] [--budget 16384] [--batch 16] [--no-checkpointing] [--no-liger] [--extra ...]
+usage: python bench/ms_swift.py [--layers 4 8] [--of 28] [--whole] [--task seq_cls|causal_lm] [--mode packing|padding_free|padded] [--budget 16384] [--batch 16] [--no-checkpointing] [--no-liger] [--extra ...]
 Needs ms-swift (seen: 4.6.0 with transformers 5.17), Liger's kernels and flash attention 2. Time is measured at two numbers of layers, each in its own process, and extended to `--of`; --whole measures that number
 itself. One JSON line at the end, as bench/train.py prints. Its LoRA weights are fp32 unless `--extra lora_dtype=bfloat16`; its packs hold other rows than bench/train.py's unless
 `--extra packing_strategy=sequential train_dataloader_shuffle=false dataset_shuffle=false`."""
