@@ -174,6 +174,7 @@ def _plan_options(p): # One option an argument of `plan`
     o('--base', help='a well-known name (qwen2.5-7b, llama-3.1-70b, gemma-2-9b ...), a folder, a Hub id, or smollm2 (default)')
     o('--gpu', metavar='NAME', help='T4, V100, L4, A10, "RTX 4090", A100-40, A100-80, H100 or H200; without it, this machine')
     o('--gpus', type=int, metavar='N', help='how many of them (1)')
+    o('--sharded', action=argparse.BooleanOptionalAction, help='base and optimiser spread over them; without it, for full and where one does not hold the job')
     o('--method', choices=['lora', 'full'], help='what learns (lora)')
     o('--format', choices=['auto', 'bf16', 'fp16', 'fp32', 'nf4', 'gptq4', 'gptq8'], help='of the base (auto: 16 bits)')
     o('--route', choices=['answer', 'score'], help='logits of the letters, or a new head (answer)')

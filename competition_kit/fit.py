@@ -8,7 +8,7 @@ __all__ = ['targets', 'Steps', 'KahanAdamW', 'last_checkpoint', 'save_checkpoint
 # %% ../nbs/03e_fit.ipynb #2f8b5c68
 from .core import Refusal, damage, read_json, seal, write_json
 from .model import collate, option_mask, pack_loss
-from .ranks import add_up, is_sharded, like, rank, ranks, whole
+from .ranks import add_up, gathered, is_sharded, like, rank, ranks
 from .split import n_options, swap_probs
 from pathlib import Path
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -115,6 +115,8 @@ def last_checkpoint(
 # %% ../nbs/03e_fit.ipynb #da583fb8
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
+def _lost(step): return Refusal(f'at step {step} the loss or the weights are no numbers any more', fix='Take a smaller lr, a longer warmup, or bf16 instead of fp16; nothing of it was saved')
+
 def save_checkpoint(
     model, optimizer, schedule, # What to save; of the model only what learns
     state,       # The `TrainerState`, with the number of the step and the losses so far
@@ -123,9 +125,10 @@ def save_checkpoint(
     "Write one whole, sealed checkpoint; the first rank writes"
     from safetensors.torch import save_file
     opt = optimizer.state_dict()
-    weights = {k: whole(v).contiguous().cpu() for k, v in _learned(model).items()}
-    moments = {f'{i}.{k}': whole(v).contiguous().cpu() for i, s in opt['state'].items() for k, v in s.items()}
+    weights = gathered(_learned(model))
+    moments = gathered({f'{i}.{k}': v for i, s in opt['state'].items() for k, v in s.items()})
     if rank(): return
+    if not all(v.isfinite().all() for v in weights.values()): raise _lost(state.global_step)
     final = folder/f'checkpoint-{state.global_step}'
     tmp = folder/f'.{final.name}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
@@ -185,10 +188,13 @@ class _Bar(TrainerCallback):
         from tqdm import tqdm
         self.bar, self.loss = tqdm(total=state.max_steps, initial=state.global_step, desc='train', mininterval=2, dynamic_ncols=True, disable=bool(rank())), None
     def on_log(self, args, state, control, logs=None, **kw):
-        if logs and 'loss' in logs: self.loss = logs['loss'] if self.loss is None else .9*self.loss+.1*logs['loss']
+        if not logs or 'loss' not in logs: return
+        if not np.isfinite(logs['loss']): raise _lost(state.global_step)
+        self.loss = logs['loss'] if self.loss is None else .9*self.loss+.1*logs['loss']
     def on_step_end(self, args, state, control, **kw):
         if self.loss is not None: self.bar.set_postfix_str(f'loss {self.loss:.3f}', refresh=False)
         self.bar.update(1)
+        if state.global_step == state.max_steps: control.should_log = True
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
 # %% ../nbs/03e_fit.ipynb #48c329ac
@@ -199,7 +205,7 @@ def _arguments(folder, steps, cuda, lr, schedule, warmup, weight_decay, clip, sa
     args = TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, seed=seed, use_cpu=not cuda,
         optim='adamw_torch_fused' if cuda else 'adamw_torch', learning_rate=lr, lr_scheduler_type=_schedules[schedule], warmup_steps=round(warmup*steps), weight_decay=weight_decay,
         max_grad_norm=clip, save_strategy='steps', save_steps=save_every, logging_steps=max(1, min(10, steps)) if cuda else 1, logging_nan_inf_filter=False, report_to='none',
-        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda)
+        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda, accelerator_config=dict(non_blocking=cuda))
     if args.device.type == 'cuda': args._n_gpu = 1  # a Trainer that sees several GPUs copies the model to all of them at every step
     return args
 

@@ -8,9 +8,9 @@ __all__ = ['collate', 'share', 'packed_attention', 'Judge', 'load_judge', 'add_l
 
 # %% ../nbs/03a_model.ipynb #70daee95
 from .base import base_path, pick_dtype
-from .core import Refusal
+from .core import Refusal, read_json
 from .prompt import pack
-from .quant import complete, load_mapped, load_nf4, quant_kind
+from .quant import complete, load_mapped, load_nf4, quant_kind, text_config
 from .split import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
@@ -151,40 +151,50 @@ class Judge(torch.nn.Module):
         return cap*torch.tanh(out/cap) if cap else out
 
 # %% ../nbs/03a_model.ipynb #a06c094e
-def _two_layers(model, n, path):
-    "Put a head of two layers on a classifier; its weights where the folder has them, else new"
+def _saved_head(base, path, route, n): # name → tensor of the score head in a folder, if there is one; refused if it is another
     from safetensors import safe_open
-    d, drop = model.config.hidden_size, torch.nn.Dropout
-    model.score = torch.nn.Sequential(drop(.1), torch.nn.Linear(d, d//2), drop(.1), torch.nn.GELU(), torch.nn.Linear(d//2, n))
     saved = {}
     for f in Path(path).glob('*.safetensors'):
-        with safe_open(f, 'pt') as o: saved |= {k.removeprefix('score.'): o.get_tensor(k) for k in o.keys() if k.startswith('score.') and k != 'score.weight'}
-    if saved: model.score.load_state_dict(saved)
+        with safe_open(f, 'pt') as o: saved |= {k.removeprefix('score.'): o.get_tensor(k) for k in o.keys() if k.startswith('score.')}
+    has = {r: len(saved[k]) for r, k in dict(score='weight', score2='4.weight').items() if k in saved}
+    if saved and has != {route: n}: raise Refusal(f'there is a head of {has or sorted(saved)}, and {dict([(route, n)])} is asked for', base, fix='Take its route and task, or a base without a head')
+    return saved
+
+def _head(model, route, n, saved):
+    "The head of a classifier, of one layer or two, in fp32"
+    d, drop = model.config.hidden_size, torch.nn.Dropout
+    if route == 'score2': model.score = torch.nn.Sequential(drop(.1), torch.nn.Linear(d, d//2), drop(.1), torch.nn.GELU(), torch.nn.Linear(d//2, n))
+    model.score.to(model.device).float()
+    if saved: model.score.load_state_dict(saved)  # not as they were loaded with the base, in its number format
 
 # %% ../nbs/03a_model.ipynb #f01573d4
-def _from_files(base, path, cls, dtype, mapped, **kw):
-    "The model, and whether it lies already where it is to be used"
+def _from_files(base, path, route, n, dtype, mapped):
+    "The model, whether it lies already where it is to be used, and the weights of its head where its folder has one"
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     if dtype == 'nf4' and mapped: raise Refusal('a base in nf4 cannot be spread over several GPUs', fix='Take a GPTQ base, or sharded=False')
-    compute = _dtypes[pick_dtype('auto' if dtype == 'nf4' else dtype)]
+    compute, cls = _dtypes[pick_dtype('auto' if dtype == 'nf4' else dtype)], AutoModelForSequenceClassification if n else AutoModelForCausalLM
+    kw = dict(attn_implementation='packed')
     try:
-        if dtype == 'nf4': return load_nf4(path, cls, compute, **kw), True
-        if mapped or quant_kind(path): return load_mapped(path, cls, compute, 'cpu' if mapped else None, **kw), True
-        return complete(*cls.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=compute, output_loading_info=True, **kw), base), False
+        head = _saved_head(base, path, route, n) if n else {}
+        if dtype == 'nf4': return load_nf4(path, cls, compute, num_labels=n, **kw), True, head
+        if mapped or quant_kind(path): return load_mapped(path, cls, compute, 'cpu' if mapped else None, num_labels=n, **kw), True, head
+        config, renamed = text_config(path, n)
+        model = complete(*cls.from_pretrained(path, config=config, key_mapping=renamed or None, use_safetensors=True, trust_remote_code=False, dtype=compute, output_loading_info=True, **kw), base)
+        if renamed: del model._weight_conversions  # or it would be saved under the old names
+        return model, False, head
     except (OSError, ValueError, SafetensorError) as e:
         if isinstance(e, Refusal): raise
         raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
 
 def _load_base(base, route, n_classes, dtype, mapped):
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
     logging.disable_progress_bar()
     if route not in ('answer', 'score', 'score2'): raise Refusal(f'no route named {route!r}', fix='Take answer, score or score2')
     _register()
-    path, kw, answer = base_path(base), dict(attn_implementation='packed'), route == 'answer'
-    model, placed = _from_files(base, path, AutoModelForCausalLM if answer else AutoModelForSequenceClassification, dtype, mapped, **kw, **({} if answer else dict(num_labels=n_classes)))
-    if route == 'score2': _two_layers(model, n_classes, path)
-    if not answer:
-        model.score.to(model.device).float()
+    n = None if route == 'answer' else n_classes
+    model, placed, head = _from_files(base, base_path(base), route, n, dtype, mapped)
+    if n:
+        _head(model, route, n, head)
         if model.config.pad_token_id is None: model.config.pad_token_id = model.config.eos_token_id
     return model if placed else model.to('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -250,15 +260,16 @@ def continue_from(
     adapter,              # Folder of the earlier stage's adapter
     keep_head:bool=True,  # Take over its score head too
 ):
-    "Begin with the weights of an earlier adapter"
+    "Begin with the weights of an earlier adapter; B is rescaled if that one had another alpha or `rslora`, so that the judge says what the earlier one said"
     from safetensors.torch import load_file
     saved = load_file(Path(adapter)/'adapter_model.safetensors')
     mine = {n.replace('.default', '').replace('.modules_to_save', ''): p for n, p in judge.model.named_parameters() if p.requires_grad}
     if not keep_head: saved, mine = ({k: v for k, v in d.items() if '.score.' not in k} for d in (saved, mine))
     bad = [k for k in {*saved, *mine} if k not in saved or k not in mine or saved[k].shape != mine[k].shape]
     if bad: raise Refusal(f'{len(bad)} tensors do not fit, such as {sorted(bad)[0]}', adapter, fix='Give the rank, modules and route of the run that is continued, or keep_head=False')
+    old, new = (c['lora_alpha']/c['r']**(.5 if c['use_rslora'] else 1) for c in (read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()))
     with torch.no_grad():
-        for k, p in mine.items(): p.copy_(saved[k])
+        for k, p in mine.items(): p.copy_(saved[k]*(old/new) if 'lora_B' in k else saved[k])
     return judge
 
 # %% ../nbs/03a_model.ipynb #f8d4893a
@@ -274,11 +285,11 @@ def pack_loss(
     target,       # [sequences, options], rows summing to one
     weight,       # [sequences]
     missing,      # [sequences, options], True where a row has no such option
-    total:float,  # Weight of the whole step
+    total:float,  # Weight of the whole step; of one that weighs nothing, 0 is the mean
 ) -> torch.Tensor:
     "A pack's part of the step's weighted mean cross-entropy"
     logp = logits.masked_fill(missing, float('-inf')).log_softmax(-1).masked_fill(missing, 0)
-    return -((target*logp).sum(-1)*weight).sum()/total
+    return -((target*logp).sum(-1)*weight).sum()/(total or 1)
 
 # %% ../nbs/03a_model.ipynb #e16e5ef0
 @torch.no_grad()

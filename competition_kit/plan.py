@@ -26,9 +26,10 @@ _known = {name: dict(zip(_keys, v)) for name, v in {  # from each model's own co
     'gemma-3-12b':   ('gemma3_text', 48, 3840, 16, 8, 256, 15360, 262208, True),
     'mistral-7b':    ('mistral', 32, 4096, 32, 8, 128, 14336, 32768, False)}.items()}
 
-def _well_known(name): # `Qwen/Qwen2.5-7B-Instruct` → `qwen2.5-7b`
-    name = re.sub(r'(-v0\.\d)?(-instruct|-it|-chat)?(-v0\.\d)?$', '', name.split('/')[-1].lower().removeprefix('meta-'))
-    return name if name in _known else None
+def _well_known(name): # The configuration, or None: `Qwen/Qwen2.5-7B-Instruct` is `qwen2.5-7b`, with `-GPTQ-Int4` in four bits
+    name, bits = re.match(r'(.*?)(?:-gptq-int([48]))?$', name.split('/')[-1].lower().removeprefix('meta-')).groups()
+    c = _known.get(re.sub(r'(-v0\.\d)?(-instruct|-it|-chat)?(-v0\.\d)?$', '', name))
+    return c and dict(c, **(dict(quantization_config=dict(quant_method='gptq', bits=int(bits), group_size=128)) if bits else {}))
 
 def base_config(
     base, # Name, folder, Hub id, a configuration (also as a dict), or a model
@@ -39,7 +40,7 @@ def base_config(
     if hasattr(base, 'config'): return base.config
     try:
         if isinstance(base, dict): return AutoConfig.for_model(**base)
-        if not (Path(base).expanduser()/'config.json').exists() and (name := _well_known(base)): return AutoConfig.for_model(**_known[name])
+        if not (Path(base).expanduser()/'config.json').exists() and (known := _well_known(base)): return AutoConfig.for_model(**known)
         return AutoConfig.from_pretrained(base_path(base))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Refusal(f'no configuration of the base {base!r} was found', fix=f"Give a folder with a config.json, or one of {', '.join(_known)}") from e
@@ -49,16 +50,16 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
     "The sizes that cost time and memory, from the model itself built without bytes"
     import torch
     from transformers import AutoModelForCausalLM
-    c = copy.deepcopy(base_config(base))
+    c = copy.deepcopy(base_config(base)).get_text_config()  # of a base that also sees, only this is loaded
     if hasattr(c, 'quantization_config'): del c.quantization_config
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(c, attn_implementation='eager')
-    layers, t = model.get_decoder().layers, c.get_text_config()
+    layers = model.get_decoder().layers
     linears = {n.split('.')[-1]: (m.in_features, m.out_features) for n, m in layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
     per_layer, count = sum(i*o for i, o in linears.values()), lambda m: sum(p.numel() for p in m.parameters())
     if per_layer*len(layers) < .98*count(layers): raise Refusal('the layers have weights that are not linear layers', type(model).__name__, fix='Plan for a dense model')
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return dict(name=_label(base, c), layers=len(layers), hidden=t.hidden_size, ffn=linears['down_proj'][0], q=linears['o_proj'][0], kv=linears['k_proj'][1],
-        norms=sum('Norm' in type(m).__name__ and m.weight.numel() == t.hidden_size for m in layers[0].modules()),
+    return dict(name=_label(base, c), layers=len(layers), hidden=c.hidden_size, ffn=linears['down_proj'][0], q=linears['o_proj'][0], kv=linears['k_proj'][1],
+        norms=sum('Norm' in type(m).__name__ and m.weight.numel() == c.hidden_size for m in layers[0].modules()),
         qk_norm=hasattr(layers[0].self_attn, 'q_norm'), linears=linears, params=count(model), linear=per_layer*len(layers),
         head=0 if tied else count(model.get_output_embeddings()))
 
@@ -277,24 +278,36 @@ def checkpoint_layers(
     pack_tokens:int,         # Tokens of the largest pack
     free_bytes:float,        # Memory before anything is loaded; afterwards: what is free and what is allocated
     route='answer', r:int=16, modules='all-linear', dropout:float=0., compiled:bool=True, shards:int=1, # As in `memory`
+    gpus:int=1,              # How many there are: what a refusal may advise to shard over
 ) -> int: # The first so many decoder layers
     "How many decoder layers must be recomputed in the backward pass to fit: as few as possible"
+    if shards > 1 and format == 'nf4': raise Refusal('a base in nf4 cannot be spread over several GPUs', fix='Take a GPTQ base, or sharded=False')
     s = base if isinstance(base, dict) and 'linears' in base else shape(base)
     kw = dict(method=method, format=format, route=route, r=r, modules=modules, dropout=dropout, compiled=compiled, shards=shards)
     for n in range(s['layers']+1):
         if (m := memory(s, pack_tokens, n, **kw))['needs'] <= free_bytes: return n
     raise Refusal(f"{s['name']} in {format}{f' over {shards} GPUs' if shards > 1 else ''}, method {method}, needs {m['needs']/1e9:.1f} GB with all {s['layers']} layers recomputed (base "
         f"{m['base']/1e9:.1f}, what learns {m['learning']/1e9:.1f}, a pack of {pack_tokens:,} tokens {(m['activations']+m['working'])/1e9:.1f}), and there are {free_bytes/1e9:.1f} GB",
-        fix=_remedies(s, pack_tokens, free_bytes, kw))
+        fix=_remedies(s, pack_tokens, free_bytes, gpus, kw))
 
-def _remedies(s, tokens, free, kw): # What would make it fit, in words
+def _remedies(s, tokens, free, gpus, kw): # What would make it fit, in words
     def fits(n=tokens, **other): return memory(s, n, s['layers'], **dict(kw, **other))['needs'] <= free
-    words = [f'pack_tokens (and max_len) of at most {n:,}' for n in range(tokens//256*256, 255, -256) if fits(n)][:1]
+    alone = ' with sharded=False' if kw['shards'] > 1 else ''
+    most = next((n for n in range(tokens//256*256, 255, -256) if fits(n)), 0)
+    words = [f'pack_tokens (and max_len) of at most {most:,}'] if most else []
     if kw['method'] == 'full' and fits(method='lora'): words.append('the method lora')
-    elif kw['format'] not in _quantised and fits(method='lora', format='nf4'): words.append('the format nf4' if kw['method'] == 'lora' else 'the method lora on nf4')
-    more = [(g, n) for n in (tokens, 8192, 4096, 2048, 1024, 512) for g in (2, 4, 8, 16, 32) if g > kw['shards'] and n <= tokens and fits(n, shards=g)][:1]
-    words += [f'{g} such GPUs'+('' if n == tokens else f' with pack_tokens of {n:,}') for g, n in more]
+    elif kw['format'] not in _quantised and fits(method='lora', format='nf4', shards=1): words.append(('the format nf4' if kw['method'] == 'lora' else 'the method lora on nf4')+alone)
+    elif kw['format'] not in _quantised and kw['method'] == 'lora' and fits(format='gptq4'): words.append('a GPTQ base')
+    spread = dict(format='gptq4') if kw['format'] == 'nf4' else {}  # nf4 cannot be
+    more = [(g, n) for n in (tokens, 8192, 4096, 2048, 1024, 512) for g in sorted({gpus, 2, 4, 8, 16, 32}) if g >= gpus and g > kw['shards'] and most < n <= tokens and fits(n, shards=g, **spread)][:1]
+    for g, n in more:
+        how = ['sharded=True'] if kw['shards'] == 1 else []
+        if n != tokens: how.append(f'pack_tokens of {n:,}')
+        what = ['a GPTQ base'] if spread else []
+        if g > gpus: what.append(f'{g} such GPUs')
+        words.append(' with '.join(o for o in (' on '.join(what), ' and '.join(how)) if o))
     return f"Take {', or '.join(words)}" if words else 'Take a smaller base, or larger GPUs'
+
 
 # %% ../nbs/03c_plan.ipynb #476de972
 def _beyond(s, c, asked): # What of a plan no measured point covers, in words
@@ -324,12 +337,14 @@ def _format(format, method, c, config): # `auto` made definite, and what the car
     if method == 'full' and format not in ('bf16', 'fp32'): raise Refusal(f'full fine-tuning does not work in {format}', fix='Take the method lora, or the format fp32 (bf16 where the card has it)')
     return format
 
-def _fit(s, tokens, free, gpus, kw): # Layers to recompute, and over how many GPUs the base is sharded
-    if gpus == 1 or kw['method'] == 'lora':
-        try: return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, **kw), 1
-        except Refusal:
-            if gpus == 1: raise
-    return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, shards=gpus, **kw), gpus
+def _fit(s, tokens, free, gpus, sharded, kw): # Layers to recompute, and over how many GPUs the base is sharded
+    def over(shards): return checkpoint_layers(s, pack_tokens=tokens, free_bytes=free, shards=shards, gpus=gpus, **kw), shards
+    if gpus == 1 or sharded is False: return over(1)
+    if sharded or kw['method'] == 'full': return over(gpus)
+    try: return over(1)
+    except Refusal:
+        if kw['format'] == 'nf4': raise
+    return over(gpus)
 
 def _lengths(n, max_len): # An array of token counts
     n = lengths(n, max_len=max_len) if isinstance(n, str) else np.minimum(np.asarray(n), max_len)
@@ -354,15 +369,17 @@ def plan(
     epochs:float=1.,              # Passes over the rows
     pack_tokens:int=16384,        # Tokens in a pack; never less than the longest row
     compiled:bool=True,           # Compiled layers; on a CPU they never are
+    sharded:bool=None,            # Base and optimiser spread over the GPUs; None: for full fine-tuning, and where one GPU does not hold a job
 ) -> dict: # Sizes in GB (1e9 bytes); `plan_table` shows it
     "What a training will cost"
     if method not in ('lora', 'full') or route not in ('answer', 'score'): raise Refusal(f'no method {method!r} on a route {route!r}', fix='Take lora or full, answer or score')
-    if min(gpus, views, epochs, pack_tokens, 1 if rows is None else rows) <= 0: raise Refusal('gpus, views, epochs, pack_tokens and rows must be above zero')
+    if min(gpus, views, epochs, pack_tokens, 1 if rows is None else rows, lora_r if method == 'lora' else 1) <= 0: raise Refusal('gpus, views, epochs, pack_tokens, rows and lora_r must be above zero')
+    if not 0 <= lora_dropout < 1: raise Refusal(f'lora_dropout is a share from 0 to below 1, not {lora_dropout}')
     config, n = base_config(base), _lengths(lengths, max_len)
     c = card(gpu, format)
     format, s, tokens = _format(format, method, c, config), dict(shape(config), name=_label(base, config)), max(pack_tokens, int(n.max()))
     fit, more = dict(method=method, format=format, r=lora_r, modules=lora_modules, compiled=compiled and c['name'] != 'CPU'), dict(route=route, dropout=lora_dropout)
-    recomputed, fit['shards'] = _fit(s, tokens, c['free'], gpus, dict(fit, **more))
+    recomputed, fit['shards'] = _fit(s, tokens, c['free'], gpus, sharded, dict(fit, **more))
     m = memory(s, tokens, recomputed, **more, **fit)
     speed = gpus*(.97 if gpus > 1 else 1)*tokens/pack_seconds(s, c, mean_context(n), tokens, recomputed, **fit)
     total = float(n.mean())*(len(n) if rows is None else rows)*views*epochs
@@ -380,7 +397,7 @@ def plan_table(
     count = lambda n: f'{n/1e9:,.2f} B' if n >= 1e9 else f'{n/1e6:,.1f} M' if n >= 1e6 else f'{n:,}'
     gb = lambda k: f"{p[f'{k}_gb']:9.1f} GB"
     said = 'none' if not p['recomputed'] else f"the first {p['recomputed']}" if p['recomputed'] < p['layers'] else 'all'
-    where = ('this ' if p['gpu'] == 'CPU' else f"{p['gpus']} x ")+p['gpu'] + (', base and optimiser sharded' if p['sharded'] else ', each with its own rows' if p['gpus'] > 1 else '')
+    where = ('this ' if p['gpu'] == 'CPU' else f"{p['gpus']} x ")+p['gpu'] + (', base and optimiser sharded (sharded=True)' if p['sharded'] else ', each with its own rows' if p['gpus'] > 1 else '')
     time = (f"{p['hours']:.1f} hours" if p['hours'] >= 1 else f"{60*p['hours']:.1f} minutes")+(f", {p['gpu_hours']:.1f} GPU-hours" if p['gpu'] != 'CPU' else '')
     lines = [('job', f"{p['base']}, {p['method']}, {p['format']}, {p['route']} route; on {where}"),
         ('parameters', f"{count(p['params'])} in the base; {count(p['learns'])} learn"),

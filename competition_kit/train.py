@@ -8,19 +8,19 @@ __all__ = ['fold_rows', 'make_judge', 'save_judge', 'work', 'train_fold', 'run_t
 # %% ../nbs/04_train.ipynb #af5dfd0e
 import os, shutil, sys, time
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:  # one of several ranks sees one GPU, which must be said before torch wakes CUDA
-    os.environ['CUDA_VISIBLE_DEVICES'] = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(64)))).split(',')[int(os.environ['LOCAL_RANK'])]
+    if seen := os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(64)))): os.environ['CUDA_VISIBLE_DEVICES'] = seen.split(',')[int(os.environ['LOCAL_RANK'])]
 
 # %% ../nbs/04_train.ipynb #c5f61ff2
-from .base import base_hash, load_tokenizer, pick_dtype
+from .base import base_hash, base_path, load_tokenizer, pick_dtype
 from .core import Refusal, hash_obj, models_path, read_json, seal, write_json
 from .fit import Steps, fit
 from .log import find_run, start_run
 from .model import add_lora, continue_from, load_judge, predict
-from .plan import checkpoint_layers, plan, plan_table
+from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
 from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
 from .quant import quant_kind
-from .ranks import as_rank, is_sharded, launch, rank, ranks, shard, whole
+from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .speed import compile_layers, fuse, layers, pays, recompute
 from .split import check_fold, load_rows, table_hashes, tasks
 from pathlib import Path
@@ -52,6 +52,7 @@ def make_judge(
     full, mapped = p['method'] == 'full', p['sharded'] and ranks() > 1
     judge = load_judge(str(earlier/'model') if full and earlier else p['base'], prompt, p['route'], p['dtype'], mapped=mapped)
     if full:
+        if not p['keep_head'] and judge.letters is None: judge.base.score.apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None)
         for q in judge.parameters(): q.requires_grad_(True)
         return judge
     judge = add_lora(judge, p['lora_r'], p['lora_alpha'], p['lora_dropout'], p['lora_modules'], p['rslora'], p['seed'])
@@ -61,18 +62,18 @@ def make_judge(
 def _foreseen(p, enc): # The plan of a run, as text
     rows, quantised = enc.n[enc.view == 0], quant_kind(p['base'])
     try: return plan_table(plan(p['base'], gpus=ranks(), method=p['method'], format='auto' if quantised else p['dtype'], route='answer' if p['route'] == 'answer' else 'score', lora_r=p['lora_r'],
-        lora_modules=p['lora_modules'], lora_dropout=p['lora_dropout'], lengths=rows, max_len=p['max_len'], views=p['views'], epochs=p['epochs'], pack_tokens=p['pack_tokens'], compiled=p['compiled'] != 'no'))
+        lora_modules=p['lora_modules'], lora_dropout=p['lora_dropout'], lengths=rows, max_len=p['max_len'], views=p['views'], epochs=p['epochs'], pack_tokens=p['pack_tokens'], compiled=p['compiled'] != 'no', sharded=p['sharded'] and ranks() > 1))
     except Refusal as e:
         if torch.cuda.is_available() and p['recompute'] < 0: raise
         return str(e)
 
 # %% ../nbs/04_train.ipynb #b1f0c37a
-def _quicker(judge, p, tokens): # What suits this machine, in place
-    if judge.device.type != 'cuda': return
-    compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and pays(judge, 4*tokens*sum(q.numel() for q in judge.parameters())))
+def _quicker(judge, p, tokens, longest): # What suits this machine, in place; `tokens`: to go through; `longest`: of the longest prompt, which may be more than a pack's
+    if judge.device.type != 'cuda': return print('recompute and compiled are for GPUs: left alone') if p['recompute'] > 0 or p['compiled'] == 'yes' else None
+    compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and pays(judge, 4*tokens*shape(judge.base.config)['linear']))
     n, kind, memory = p['recompute'], quant_kind(p['base']), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
-    if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], p['pack_tokens'], memory, p['route'], p['lora_r'], p['lora_modules'],
-                                    p['lora_dropout'], compiled, ranks() if p['sharded'] else 1)
+    if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], max(p['pack_tokens'], longest), memory, p['route'], p['lora_r'], p['lora_modules'],
+                                    p['lora_dropout'], compiled, ranks() if p['sharded'] else 1, ranks())
     if p['method'] == 'lora': fuse(judge)
     recompute(judge, n)
     if compiled: compile_layers(judge)
@@ -82,13 +83,15 @@ def _quicker(judge, p, tokens): # What suits this machine, in place
 def save_judge(
     judge,  # Trained
     folder, # Of the run: weights go into `adapter` or `model` below it
+    tok,    # Its tokenizer: all weights and a tokenizer are a base of their own
 ):
     "Write the adapter, or all weights, as transformers and PEFT read them"
     full = not hasattr(judge.model, 'peft_config')
-    state = {k: whole(v.detach()).cpu() for k, v in judge.model.named_parameters() if full or v.requires_grad} if is_sharded(judge) else None
+    state = gathered({k: v.detach() for k, v in judge.model.named_parameters() if full or v.requires_grad}) if is_sharded(judge) else None
     if rank(): return
     out = folder/('model' if full else 'adapter')
     judge.model.save_pretrained(out, **(dict(state_dict=state) if state else {}))
+    if full: tok.save_pretrained(out)
     seal(out)
 
 # %% ../nbs/04_train.ipynb #440e1c22
@@ -96,9 +99,10 @@ def _learn(folder, p, prompt, rows, enc): # The trained judge; the losses, and w
     enc, n, k = enc[(rows.fold != p['fold']).to_numpy()[enc.row]].reset_index(drop=True), ranks(), rank()
     if not k: print(length_report(enc).to_string(index=False), _foreseen(p, enc), sep='\n\n', end='\n\n', flush=True)
     steps = plan_steps(enc, p['batch'], p['epochs'], p['pack_tokens'], p['seed'], n, rows.phase.to_numpy())
+    if not steps: raise Refusal(f"epochs={p['epochs']} of {len(enc)} prompts is no step", fix='Take more')
     judge, tokens = make_judge(p, prompt), int(enc.n.sum()*p['epochs'])
     if p['sharded'] and n > 1: shard(judge)
-    _quicker(judge, p, tokens//n)
+    _quicker(judge, p, tokens//n, int(enc.n.max()))
     t = time.perf_counter()
     loss = fit(judge, Steps(enc, rows, tasks[prompt.task], steps, k if n > 1 else None, p['sharded']), folder/'checkpoints',
                **{o: p[o] for o in 'lr schedule warmup weight_decay clip save_every seed'.split()})
@@ -117,7 +121,7 @@ def work(
     prompt = prompt or Prompt(load_tokenizer(p['base']), rows.attrs['meta']['task'], p['max_len'], p['truncation'])
     enc = encode_cached(prompt, rows, p['views'])
     judge = _learn(folder, p, prompt, rows, enc)
-    save_judge(judge, folder)
+    save_judge(judge, folder, prompt.tok)
     mine = np.flatnonzero(_held(rows, p['fold']))[slice(None) if p['sharded'] else slice(k, None, n)]  # a sharded model predicts together
     got = predict(judge, prompt, rows.iloc[mine].reset_index(drop=True), p['views'], 4*p['pack_tokens'], progress=not k, enc=pick_rows(enc, mine))
     if not (p['sharded'] and k): np.save(folder/f'part-{k:03}.npy', got)
@@ -126,16 +130,37 @@ def work(
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: as_rank(sys.argv[1], work)  # python -m competition_kit.train CONFIG
 
 # %% ../nbs/04_train.ipynb #d6a0b7e5
-def _started(start, p): # What a run that goes on from another has as its input; refuses what does not fit
-    if p['method'] not in ('lora', 'full'): raise Refusal(f"no method named {p['method']!r}", fix='Take lora or full')
-    if p['compiled'] not in ('auto', 'yes', 'no'): raise Refusal(f"compiled={p['compiled']!r}", fix='Take auto, yes or no')
-    if p['gpus'] > 1 and p['batch'] % p['gpus']: raise Refusal(f"a step of {p['batch']} rows cannot be shared by {p['gpus']} processes", fix='Give a batch that is a multiple of gpus')
-    if not start: return {}
-    rec = find_run(start)
-    if rec['status'] != 'done': raise Refusal(f"{rec['run_id']} is {rec['status']}: there is nothing to go on from")
-    if rec['params'].get('method', 'lora') != p['method']: raise Refusal(f"{rec['run_id']} was trained with method={rec['params'].get('method', 'lora')}", fix='Go on with the same method')
-    if p['method'] == 'full' and not p['keep_head']: raise Refusal('keep_head=False is for a LoRA', fix='Go on with the head, or begin from the base')
-    return dict(start=hash_obj(rec['outputs']))
+def _check(p): # what is known to be wrong before anything is loaded
+    for name, good, say in (
+        ('method', p['method'] in ('lora', 'full'), 'lora or full'), ('route', p['route'] in ('answer', 'score', 'score2'), 'answer, score or score2'), ('compiled', p['compiled'] in ('auto', 'yes', 'no'), 'auto, yes or no'),
+        ('views', p['views'] in (1, 2), '1 or 2'), ('epochs', p['epochs'] > 0, 'more than 0'), ('warmup', 0 <= p['warmup'] < 1, 'a share of the steps'), ('lora_dropout', 0 <= p['lora_dropout'] < 1, 'a share'),
+        *((k, p[k] > 0, '1 or more') for k in ('batch', 'pack_tokens', 'gpus', 'save_every', 'lora_r'))):
+        if not good: raise Refusal(f'{name}={p[name]!r}', fix=f'Take {say}')
+    if p['batch'] % p['gpus']: raise Refusal(f"a step of {p['batch']} rows cannot be shared by {p['gpus']} processes", fix='Give a batch that is a multiple of gpus')
+    if p['sharded'] and p['gpus'] == 1: raise Refusal('sharded=True spreads the model over several processes, and gpus=1', fix='Give gpus, or sharded=False')
+    if p['method'] == 'lora': return
+    if p['dtype'] == 'nf4' or quant_kind(p['base']): raise Refusal('weights in four or eight bits cannot learn', fix='Take method=lora, or a base that is not quantised')
+    if p['dtype'] == 'fp16': raise Refusal('all weights in fp16 do not learn: the squares of their gradients vanish', fix='Take bf16 or fp32')
+
+def _before(p): # The run that a run goes on from, as its start or as its base; '' if there is none
+    here = Path(base_path(p['base'])).resolve().parent
+    return p.get('start') or (here.name if here.parent == models_path().resolve() else '')
+
+def _taught(run): # Groups of all rows that a run has learned from, or a run before it
+    p = find_run(run)['params']
+    return set(fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0].group) | (_taught(_before(p)) if _before(p) else set())
+
+def _started(p, rows): # What a run that goes on from another has as its input; refuses what does not fit
+    if not (run := _before(p)): return {}
+    rec, held = find_run(run), fold_rows(rows, p['fold'])[1]
+    method, run = rec['params'].get('method', 'lora'), rec['run_id']
+    if rec['status'] != 'done': raise Refusal(f"{run} is {rec['status']}: there is nothing to go on from")
+    if p['start'] and method != p['method']: raise Refusal(f'{run} was trained with method={method}', fix='Go on with the same method; or give the weights of a full run, models/<run>/model, as the base')
+    if p['start'] and method == 'lora' and rec['inputs']['base'] != base_hash(p['base']): raise Refusal(f"{run} has learned over another base than {p['base']}", fix=f"Take base={rec['params']['base']}")
+    seen = held.group.isin(_taught(run))
+    if seen.any(): raise Refusal(f"{run} has learned from {seen.sum()} of the {len(held)} rows that fold {p['fold']} holds out: their scores would be no out-of-fold scores", ids=held.id[seen].tolist(),
+                                fix=f"Go on from a run that held out fold {p['fold']} too, or from rows that are not in this table")
+    return dict(start=hash_obj(rec['outputs'])) if p['start'] else {}
 
 # %% ../nbs/04_train.ipynb #92fc21a2
 def _train(run, p, prompt, rows):
@@ -148,6 +173,7 @@ def _train(run, p, prompt, rows):
     parts = [np.load(f) for f in sorted(run.folder.glob('part-*.npy'))]
     got = np.zeros((len(held), parts[0].shape[1]), np.float32)
     for k, part in enumerate(parts): got[k::len(parts)] = part
+    if not np.isfinite(got).all(): raise Refusal('the trained model says nothing: its probabilities are no numbers', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
     write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], run=run.id, **ids)
     speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
@@ -192,10 +218,11 @@ def train_fold(
 ): # The finished `Run`
     "Fine-tune on all folds but one, and predict that one"
     params = dict(locals(), dtype=dtype if dtype == 'nf4' else pick_dtype(dtype))
+    _check(params)
     rows = load_rows(mix, seed)
     check_fold(rows, fold)
     prompt = Prompt(load_tokenizer(base), rows.attrs['meta']['task'], max_len, truncation)
-    inputs = dict(table_hashes(mix), base=base_hash(base), **_started(start, params))
+    inputs = dict(table_hashes(mix), base=base_hash(base), **_started(params, rows))
     with start_run('train', params, inputs, fold, '04_train.ipynb') as run:
         if not run.done: _train(run, params, prompt, rows)
     return run

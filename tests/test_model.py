@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from peft import PeftModel, get_peft_model
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage
-from competition_kit.model import Judge, add_lora, collate, load_judge, option_mask, pack_loss, packed_attention, predict, share, view_probs
+from competition_kit.model import Judge, add_lora, collate, continue_from, load_judge, option_mask, pack_loss, packed_attention, predict, share, view_probs
 from competition_kit.prompt import Prompt
+from competition_kit.speed import layers
 from competition_kit.split import swap_probs, tasks
 
 # ---- tiny models in folders. Wide initial weights, so that attention looks at something
@@ -171,6 +172,84 @@ def test_collate(n):
     for s, e, want in zip(c['bounds'], c['bounds'][1:], ids):
         assert c['input_ids'][0, s:e].tolist() == want.tolist() and c['position_ids'][0, s:e].tolist() == list(range(e-s))
 
+# ---- shapes in the proportions of real bases: rope scaled, queries wider than the model, seven of them a key, windows shorter than the text
+B = dict(vocab_size=49152, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=.2)
+REAL = dict(
+    llama3=lambda: LlamaConfig(**B, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+                               rope_parameters=dict(rope_type='llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)),
+    qwen2=lambda: Qwen2Config(**B, hidden_size=112, intermediate_size=592, num_hidden_layers=3, num_attention_heads=28, num_key_value_heads=4),
+    gemma2=lambda: Gemma2Config(**B, hidden_size=112, intermediate_size=448, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8, head_dim=8, sliding_window=16,
+                                query_pre_attn_scalar=8, attn_logit_softcapping=50., final_logit_softcapping=30.),
+    gemma3=lambda: Gemma3TextConfig(**B, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=8, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    mistral=lambda: MistralConfig(**B, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, sliding_window=16))
+
+@pytest.mark.parametrize('real', REAL)
+@pytest.mark.parametrize('common', [0, 18])
+def test_real_proportions(real, common, smollm2, prompt, tmp_path):
+    "unpadded, and padded with eos on either side, with eos inside the text and at its end, with and without a common beginning"
+    base = str(save(tmp_path/real, REAL[real](), smollm2)); judge, ref = judge_of(base, prompt), reference(base)
+    ids = sequences((5, 17, 40, 90)); ids[1][3] = ids[2][:2] = ids[3][-1] = 2
+    ids = [np.concatenate([sequences((common,), 5)[0], i]) for i in ids]
+    got = packed(judge, ids)
+    with torch.no_grad():
+        want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
+        assert want.std() > .1; close(got, want, 1e-4)
+        for side in ('right', 'left'):
+            x, m = padded(ids, side, 2)
+            out = ref(x, attention_mask=m, position_ids=(m.cumsum(1)-1).clip(0)).logits
+            close(got, torch.stack([out[k, len(i)-1 if side == 'right' else -1, prompt.letters] for k, i in enumerate(ids)]), 1e-4)
+
+# ---- bases that also see
+@pytest.fixture(scope='session', params=['old names', 'new names'])
+def seeing(request, tmp_path_factory, smollm2):
+    "A tiny Gemma 3 with eyes, its tensors named as in the first checkpoints and as its classes name them now"
+    text = dict(SHAPE, num_hidden_layers=4, sliding_window=8, layer_types=['sliding_attention', 'full_attention']*2, query_pre_attn_scalar=24, initializer_range=.25)
+    cfg = Gemma3Config(text_config=text, vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
+                       mm_tokens_per_image=4, image_token_index=49000, boi_token_index=49001, eoi_token_index=49002)
+    folder = save(tmp_path_factory.mktemp('seeing')/'gemma3', cfg, smollm2)
+    from safetensors.torch import load_file, save_file
+    if request.param == 'new names':
+        t = {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(folder).state_dict().items() if k != 'lm_head.weight'}
+        assert any(k.startswith('model.language_model.layers') for k in t); save_file(t, folder/'model.safetensors', metadata=dict(format='pt'))
+    else: assert any(k.startswith('language_model.model.layers') for k in load_file(folder/'model.safetensors'))
+    return str(folder)
+
+@pytest.mark.parametrize('how', ['plain', 'mapped', 'nf4'])
+def test_a_base_that_also_sees_is_its_text_model(seeing, how, prompt, tmp_path):
+    "the same logits as with eyes; LoRAs, layers and what is saved are those of a text model"
+    if how == 'nf4': pytest.importorskip('bitsandbytes')
+    judge, ref, ids = judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', mapped=how == 'mapped'), reference(seeing), sequences()
+    assert hasattr(ref.model, 'vision_tower') and len(layers(judge)) == 4 and not any('vision' in n for n, _ in judge.named_modules())
+    with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
+    got = packed(judge, ids); assert want.std() > .1
+    if how != 'nf4': close(got, want)
+    judge.model.save_pretrained(tmp_path/'b') if how != 'nf4' else None
+    if how != 'nf4': close(packed(judge_of(str(tmp_path/'b'), prompt), ids), want)
+    judge = randomise(add_lora(judge, r=4)); got = packed(judge, ids)
+    assert on(judge) == ALL and sum(hasattr(m, 'lora_A') for m in judge.modules()) == 28
+    judge.model.save_pretrained(tmp_path/'a')
+    close(packed(judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', adapter=str(tmp_path/'a')), ids), got)
+
+@pytest.mark.parametrize('route', ['score', 'score2'])
+def test_a_base_that_also_sees_gets_a_head(seeing, route, prompt, tmp_path):
+    ids, ref = sequences(), reference(seeing)
+    for mapped in (False, True):
+        judge = judge_of(seeing, prompt, route, mapped=mapped)
+        with torch.no_grad(): want = torch.cat([judge.base.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
+        close(packed(judge, ids), want)
+        judge.model.save_pretrained(tmp_path/'b')
+        close(packed(judge_of(str(tmp_path/'b'), prompt, route), ids), want)
+
+def test_a_gptq_base_that_also_sees(seeing, prompt, tmp_path):
+    from gptq_writer import checkpoint
+    from safetensors.torch import load_file, save_file
+    meant, dense = checkpoint(seeing, tmp_path/'q', group=32), tmp_path/'dense'; shutil.copytree(seeing, dense)
+    save_file(load_file(dense/'model.safetensors') | {k: torch.from_numpy(w).contiguous() for k, w in meant.items()}, dense/'model.safetensors', metadata=dict(format='pt'))
+    judge, ids = judge_of(str(tmp_path/'q'), prompt), sequences()
+    assert sum(type(m).__name__ == 'GPTQLinear' for m in judge.modules()) == 28
+    close(packed(judge, ids), packed(judge_of(str(dense), prompt), ids), 1e-4)
+    assert (packed(judge, ids)-packed(judge_of(seeing, prompt), ids)).abs().max() > 1e-2
+
 # ---- gradients
 def randomise(judge, seed=0, scale=.1):
     g = torch.Generator().manual_seed(seed)
@@ -254,6 +333,11 @@ def test_weight_two_is_the_row_twice(tiny, prompt):
     ids, y = sequences((3, 12, 9)), torch.tensor([[1., 0, 0], [.5, .5, 0], [.2, .3, .5]])
     alike(step(judge, ids, y, [[0, 1, 2]], [1., 2., 1.]), step(judge, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
     alike(step(judge, ids, y, [[0, 1, 2]], [1., 0., 1.]), step(judge, [ids[0], ids[2]], y[[0, 2]], [[0, 1]]))
+
+def test_a_step_that_weighs_nothing(tiny, prompt):
+    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    loss, grads = step(judge, sequences((3, 12)), torch.eye(3)[[0, 1]], [[0, 1]], [0., 0.])
+    assert loss == 0 and len(grads) and all((g == 0).all() for g in grads.values())
 
 def test_soft_target_is_the_mixture(tiny, prompt):
     judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
@@ -352,6 +436,41 @@ def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
 
 def test_missing_adapter_is_refused_by_name(tiny, prompt, tmp_path):
     with pytest.raises(Refusal, match='none'): load_judge(tiny('llama'), prompt, adapter=str(tmp_path/'none'))
+
+@pytest.mark.parametrize('new', [dict(), dict(alpha=320), dict(rslora=True), dict(alpha=7, rslora=True)])
+@pytest.mark.parametrize('old', [dict(), dict(alpha=8, rslora=True)])
+def test_going_on_says_what_the_earlier_one_said(tiny, prompt, tmp_path, old, new):
+    "whatever either is scaled by"
+    judge, ids = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4, **old)), sequences()
+    judge.model.save_pretrained(tmp_path/'a'); after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
+    close(packed(after, ids), packed(judge, ids), 2e-5)
+    if old == new: assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), after.parameters()))
+
+def test_going_on_with_another_rank(tiny, prompt, tmp_path):
+    with pytest.raises(Refusal, match='do not fit'): continue_from(add_lora(judge_of(tiny('llama'), prompt), r=8), saved(tiny, prompt, tmp_path/'a'))
+
+# ---- heads of earlier full runs
+def run_of(tiny, prompt, folder, route, dtype='fp32'):
+    judge = judge_of(tiny('llama'), prompt, route, dtype)
+    g = torch.Generator().manual_seed(3)
+    for p in judge.base.score.parameters(): p.data.normal_(generator=g)
+    judge.model.save_pretrained(folder)
+    return str(folder), packed(judge, sequences())
+
+@pytest.mark.parametrize('mapped', [False, True])
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+@pytest.mark.parametrize('route', ['score', 'score2'])
+def test_a_full_run_keeps_its_head(tiny, prompt, tmp_path, route, dtype, mapped):
+    "in fp32, whatever its base is in"
+    folder, want = run_of(tiny, prompt, tmp_path/'m', route, dtype); torch.manual_seed(99)
+    again = load_judge(folder, prompt, route, dtype, mapped=mapped)
+    assert torch.equal(packed(again, sequences()), want) and {p.dtype for p in again.base.score.parameters()} == {torch.float32}
+
+@pytest.mark.parametrize('mapped', [False, True])
+@pytest.mark.parametrize('route, asked, task', [('score2', 'score', 'preference'), ('score', 'score2', 'preference'), ('score', 'score', 'choice'), ('score2', 'score2', 'choice')])
+def test_another_head_is_refused(tiny, prompt, tok, tmp_path, route, asked, task, mapped):
+    folder, _ = run_of(tiny, prompt, tmp_path/'m', route)
+    with pytest.raises(Refusal, match=f"a head of {{'{route}': 3}}"): load_judge(folder, Prompt(tok, task, 128), asked, 'fp32', mapped=mapped)
 
 class Evil:
     def __init__(self, mark): self.mark = mark

@@ -80,7 +80,9 @@ def test_choice_rows(tiny):
 
 @pytest.mark.parametrize('wrong, says', [(dict(fold=9), 'fold'), (dict(mix='sample_arena + nosuch:3'), 'nosuch'), (dict(base='./nothing/here'), 'no base'),
                                          (dict(route='regress'), 'route'), (dict(truncation='centre'), 'truncation'), (dict(dtype='fp8'), 'fp8'), (dict(lora_modules='q_prj'), 'q_prj'), (dict(max_len=20), 'max_len'),
-    (dict(method='qlora'), 'method'), (dict(gpus=3), 'shared by 3'), (dict(start='train-f0-0000000000'), 'train-f0-0000000000'), (dict(mix='sample_arena >'), 'mix')])
+    (dict(method='qlora'), 'method'), (dict(gpus=3), 'shared by 3'), (dict(start='train-f0-0000000000'), 'train-f0-0000000000'), (dict(mix='sample_arena >'), 'mix'),
+    *((d, next(iter(d))) for d in (dict(views=3), dict(epochs=-1.), dict(epochs=.001), dict(batch=0), dict(pack_tokens=0), dict(lora_r=0), dict(gpus=0), dict(warmup=5.), dict(lora_dropout=1.), dict(save_every=0), dict(compiled='maybe'))),
+    (dict(sharded=True), 'sharded'), (dict(method='full', dtype='nf4'), 'cannot learn'), (dict(method='full', dtype='fp16'), 'fp16')])
 def test_refused(tiny, wrong, says):
     with pytest.raises(Refusal, match=says): train_fold(**(dict(small, base=tiny) | wrong))
     assert not list(models_path().glob('train-*/adapter'))
@@ -123,6 +125,46 @@ def test_a_later_stage_begins_where_the_earlier_ended(tiny):
     more = train_fold(base=tiny, **dict(small, method='full', lr=0., start=full.id))
     assert more.record['metrics']['log_loss'] == full.record['metrics']['log_loss']
 
+    again = train_fold(base=tiny, **dict(small, method='full', route='score', lr=0., start=train_fold(base=tiny, **dict(small, method='full', route='score', lr=1e-3)).id, keep_head=False))
+    assert again.record['metrics']['log_loss'] != full.record['metrics']['log_loss']
+    over = train_fold(base=str(full.folder/'model'), **small)  # all weights and their tokenizer are a base
+    assert over.record['base'] != first.record['base']
+
+def test_a_stage_never_holds_out_what_an_earlier_one_learned(tiny):
+    "as its start, as its base, and two stages back"
+    small = dict(globals()['small'], mix='sample_arena:40', epochs=1., lr=0.)
+    lora, full = train_fold(base=tiny, **dict(small, fold=1)), train_fold(base=tiny, **dict(small, fold=1, method='full'))
+    second = train_fold(base=tiny, **dict(small, fold=1, start=lora.id, seed=1))
+    for kw in (dict(base=tiny, start=lora.id), dict(base=tiny, start=second.id), dict(base=str(full.folder/'model')), dict(base=tiny, method='full', start=full.id)):
+        with pytest.raises(Refusal, match='out-of-fold'): train_fold(**dict(small, fold=0) | kw)
+    other = dict(small, base=_another(tiny))
+    with pytest.raises(Refusal, match='another base'): train_fold(**dict(other, fold=1, start=lora.id))
+
+def _another(base):
+    "the same shapes, other weights"
+    from transformers import AutoModelForCausalLM
+    out = Path(base).parent/'another'
+    shutil.copytree(base, out, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for p in model.parameters(): p.data += .01
+    model.save_pretrained(out)
+    return str(out)
+
+@pytest.mark.parametrize('save_every', [1, 99])
+def test_a_run_that_went_wrong_says_so(tiny, save_every):
+    "and leaves no checkpoint from which it would go wrong again"
+    for _ in range(2):
+        with pytest.raises(Refusal, match='no numbers any more'): train_fold(base=tiny, **dict(small, mix='sample_arena:24', lr=1e30, clip=0., warmup=0., save_every=save_every))
+    for f in models_path().glob('train-*/checkpoints/*/weights.safetensors'):
+        from safetensors.torch import load_file
+        assert all(v.isfinite().all() for v in load_file(f).values())
+
+def test_rows_of_no_weight(tiny):
+    rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
+    write_rows(rows.assign(weight=np.arange(len(rows)) % 2*1.), data_path('half.parquet'), task='preference')
+    m = train_fold(base=tiny, **dict(small, mix='half', batch=1, views=1, epochs=1.)).record['metrics']
+    assert np.isfinite(m['log_loss'])
+
 def _tensors(run):
     from safetensors.torch import load_file
     return load_file(run.folder/'adapter/adapter_model.safetensors')
@@ -159,6 +201,19 @@ def test_two_processes_share_a_packed_base(tiny, tmp_path):
     a, b = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (one, two))
     assert np.abs(a-b).max() < 1e-5
     with pytest.raises(Refusal, match='nf4 cannot be spread'): train_fold(**dict(kw, base=tiny, dtype='nf4', gpus=2, sharded=True))
+
+def test_two_processes_go_on_where_they_were_killed(tiny, tmp_path, monkeypatch):
+    kw = dict(small, base=tiny, mix='sample_arena:40', method='full', route='score2', dtype='bf16', lr=1e-4, gpus=2, sharded=True, epochs=1., save_every=2)
+    load_rows('sample_arena')
+    p, until = subprocess.Popen([sys.executable, '-c', f'from competition_kit.train import train_fold; train_fold(**{kw!r})'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()+120
+    while not (there := list(models_path().glob('train-*/checkpoints/checkpoint-*'))) and p.poll() is None and time.time() < until: time.sleep(.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert there, 'it ended before it could be killed'
+    again = train_fold(**kw)
+    monkeypatch.setenv('CK_ROOT', str(tmp_path/'undisturbed'))
+    whole = train_fold(**kw)
+    assert again.id == whole.id and (again.folder/'model/model.safetensors').read_bytes() == (whole.folder/'model/model.safetensors').read_bytes()
 
 def test_ranks_find_the_tokens_there(tiny, monkeypatch):
     def started(*args): raise RuntimeError(f"{len(list(models_path('.tokens').iterdir()))} tables are tokenised")
