@@ -1,6 +1,6 @@
 """How close to the GPU's limit does training come, and how close do others? LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
-usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-dropout kit-keep kit-nf4 kit-gptq kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
+usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared kit-dropout kit-keep kit-nf4 kit-gptq kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
 and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is a pack's time, `host_ms` what the processor needs to start one
 (of the last number of layers measured): where the two come close, the processor was measured, not the GPU."""
@@ -95,11 +95,11 @@ def liger(shape): # for the rest of the process
     import liger_kernel.transformers as kernels
     getattr(kernels, f"apply_liger_kernel_to_{SHAPES[shape]['model_type']}")(cross_entropy=False, fused_linear_cross_entropy=False)
 
-def kit(a, shape, layers, what):
-    """Our packs; `what`: kit (fused, compiled), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
+def kit_judge(a, shape, layers, what):
+    """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints at the end), kit-shared (the template's 160 tokens once a pack), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
     compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
-    from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
+    from competition_kit.model import Judge, _register, add_lora
     from competition_kit.speed import compile_layers, fuse, recompute
     _register()
     if what == 'kit-liger': liger(shape)
@@ -115,11 +115,19 @@ def kit(a, shape, layers, what):
     judge.to('cuda').train(not teacher)
     if what not in ('kit-eager', 'kit-liger'): compile_layers(judge)
     if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True
+    return judge
+
+def kit(a, shape, layers, what):
+    "Our packs through a loop of this file"
+    from competition_kit.model import collate, option_mask, pack_loss, share
+    judge, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
     learn = [p for p in judge.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
     packs = packs_of(lengths(4000, a.max_len) if a.fixed is None else [a.fixed]*4000, a.budget)[:a.warm+a.packs]
     rng = np.random.default_rng(0)
-    made = [collate([rng.integers(0, VOCAB, n).astype(np.int32) for n in p]) for p in packs]
+    head = rng.integers(0, VOCAB, 160).astype(np.int32)
+    made = [collate([np.append(head[:n-1], rng.integers(0, VOCAB, max(1, n-160)).astype(np.int32)) for n in p]) for p in packs]
+    if what == 'kit-shared': made = [dict(zip(b, share(**b))) for b in made]
     tiny = collate([np.full(48, 7, np.int32)]*2)
     def step(b):
         k = len(b['bounds'])-1
@@ -141,6 +149,28 @@ def kit(a, shape, layers, what):
     torch.cuda.synchronize()
     a.host = (time.perf_counter()-t)/4
     return took, packs[a.warm:]
+
+def kit_fit(a, shape, layers, what):
+    "Our packs through `fit`, 32 rows a step"
+    import tempfile
+    from pathlib import Path
+    import pandas as pd
+    from competition_kit import fit as f
+    from competition_kit.prompt import plan_steps
+    from competition_kit.split import tasks
+    judge, rng, ns, times = kit_judge(a, shape, layers, what), np.random.default_rng(0), lengths(32*(a.warm+a.packs), a.max_len), []
+    enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=[rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]))
+    rows, steps = pd.DataFrame(dict(label=0, target=[None]*len(ns), weight=1.)), plan_steps(enc, 32, 1., a.budget, 0)
+    class Clock(f._Bar):
+        def on_step_end(self, args, state, control, **kw):
+            super().on_step_end(args, state, control, **kw)
+            if state.global_step not in (a.warm, len(steps)): return
+            torch.cuda.synchronize()
+            if not times: torch.cuda.reset_peak_memory_stats()
+            times.append(time.perf_counter())
+    f._Bar = Clock
+    with tempfile.TemporaryDirectory() as d: f.fit(judge, f.Steps(enc, rows, tasks['preference'], steps), Path(d), lr=1e-5, save_every=10**6)
+    return times[1]-times[0], [ns[p].tolist() for s in steps[a.warm:] for p in s]
 
 def hf(a, shape, layers, what):
     "transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths, and Liger's kernels; both with checkpointing, without which 28 layers do not fit"
@@ -175,7 +205,7 @@ def hf(a, shape, layers, what):
 
 def measure(a, shape, layers, what):
     left, a.host = torch.cuda.memory_allocated(), 0  # by what ran before: not this one's
-    t, rows = (hf if what.startswith('hf') else kit)(a, shape, layers, what)
+    t, rows = (hf if what.startswith('hf') else kit_fit if what == 'kit-fit' else kit)(a, shape, layers, what)
     mem = (torch.cuda.max_memory_allocated()-left)/2**30
     torch._dynamo.reset(); gc.collect(); torch.cuda.empty_cache()
     return t, rows, mem

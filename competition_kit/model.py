@@ -54,29 +54,46 @@ def _one(q, k, v, scaling, softcap, window):
     if softcap: s = torch.tanh(s/softcap)*softcap
     return s.masked_fill((j > i) | (i-j >= (window or m)), float('-inf')).softmax(-1, dtype=torch.float32).to(q.dtype)@v
 
-def _varlen(q, k, v, scaling, ends, longest, window):
+class _Spread(torch.autograd.Function): # keys as each sequence sees them: what all begin with, before each one's own
+    @staticmethod
+    def forward(ctx, x, at, own, copies): # x: [tokens, heads, head size]
+        ctx.save_for_backward(own, copies)
+        return x[at]
+    @staticmethod
+    def backward(ctx, g):
+        own, copies = ctx.saved_tensors
+        d, n = g[own], len(copies)
+        return torch.cat([d[:n]+g[copies].sum(1), d[n:]]), None, None, None
+
+def _varlen(q, k, v, scaling, ends, longest, window, shared=None):
     from torch.nn.attention.varlen import varlen_attn
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    keys, *at = shared or [ends]
+    if shared: k, v = _Spread.apply(k, *at), _Spread.apply(v, *at)
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
-    flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
-    return varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
+    return varlen_attn(*(x.contiguous() for x in (q, k, v)), ends, keys, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
 
 # %% ../nbs/03a_model.ipynb #da00f25c
-def _within(doc, window): # which tokens see each other; `doc`: the sequence of each token
+def _within(doc, window, place=None): # which tokens see each other; `doc`: the sequence of each token; `place`: its place, where all see sequence 0
     def sees(b, h, i, j):
-        here = (doc[i] == doc[j]) & (i >= j)
-        return here & (i-j < window) if window else here
+        here = (doc[i] == doc[j]) & (i >= j) if place is None else ((doc[i] == doc[j]) | (doc[j] == 0)) & (i >= j)
+        return here & ((i-j if place is None else place[i]-place[j]) < window) if window else here
     return sees
 
 @functools.lru_cache(4)  # all layers of a pack ask for the same
-def _blocks(ends, n, window, size=128):
+def _blocks(ends, n, window, shared=False, size=128):
     from torch.nn.attention.flex_attention import BlockMask
-    doc = torch.bucketize(torch.arange(n, device=ends.device), ends[1:].contiguous(), right=True)
-    start = torch.arange(0, n, size, device=ends.device)
+    at = torch.arange(n, device=ends.device)
+    doc = torch.bucketize(at, ends[1:].contiguous(), right=True)
+    start = at[::size]
     stop = (start+size).clamp(max=n)-1
-    need = (start[:, None] >= start) & (doc[stop] >= doc[start][:, None])
+    need = doc[stop] >= doc[start][:, None]
     if window: need &= start[:, None]-stop < window
+    if shared: need |= doc[start] == 0
+    need &= start[:, None] >= start
     order = need.int().argsort(dim=1, descending=True, stable=True).int()
-    return BlockMask.from_kv_blocks(need.sum(1, dtype=torch.int32)[None, None], order[None, None], BLOCK_SIZE=size, mask_mod=_within(doc, window), seq_lengths=(n, n))
+    sees = _within(doc, window, at-ends[doc]+ends[1]*(doc > 0) if shared else None)
+    return BlockMask.from_kv_blocks(need.sum(1, dtype=torch.int32)[None, None], order[None, None], BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(n, n))
 
 @functools.cache
 def _flex():
@@ -86,18 +103,18 @@ def _flex():
 _wide = dict(bwd_num_warps=8, bwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32)  # for heads of more than 128
 
 @torch.compiler.disable
-def _capped(q, k, v, scaling, ends, window, softcap):
+def _capped(q, k, v, scaling, ends, window, softcap, shared):
     def cap(s, b, h, i, j): return softcap*torch.tanh(s/softcap)
     with torch._dynamo.config.patch(specialize_float=True):
-        return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window), scale=scaling, enable_gqa=True,
+        return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window, shared), scale=scaling, enable_gqa=True,
                        kernel_options=dict(_wide if q.shape[-1] > 128 else {}, BACKEND='TRITON')).transpose(1, 2)  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
 
 # %% ../nbs/03a_model.ipynb #537c8829
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, softcap=None, sliding_window=None, **kw):
-    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels"
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, shared=None, softcap=None, sliding_window=None, **kw):
+    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels, and `shared` where keys are that all see (`_places`)"
     scaling, window = scaling or query.shape[-1]**-.5, sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
-    if ends is not None and softcap: return _capped(query, key, value, scaling, ends, window, softcap), None
-    if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window), None
+    if ends is not None and softcap: return _capped(query, key, value, scaling, ends, window, softcap, bool(shared)), None
+    if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window, shared), None
     bounds = bounds or [0, query.shape[2]]
     p = bounds[0]
     out = [_one(*(x[:, :, :p] for x in (query, key, value)), scaling, softcap, window)] if p else []
@@ -105,6 +122,17 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         k, v = (torch.cat([x[:, :, :p], x[:, :, s:e]], 2) if p else x[:, :, s:e] for x in (key, value))
         out.append(_one(query[:, :, s:e], k, v, scaling, softcap, window))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+# %% ../nbs/03a_model.ipynb #2bf39812
+def _places(bounds, put): # What the GPU's kernels are told; `put` takes an array there
+    n, start = bounds[0], np.array(bounds)
+    if not n: return dict(ends=put(start.astype(np.int32)), longest=int(np.diff(start).max()))
+    copies = start+n*np.arange(len(start))  # the shared beginning is a sequence of its own, and where each row's keys begin stands a copy of it
+    own = np.arange(start[-1])+n*np.repeat(np.arange(len(start)), np.diff(start, prepend=0))
+    keys, at, copies = np.append(0, copies).astype(np.int32), np.empty(copies[-1], int), copies[:-1]+np.arange(n)[:, None]
+    at[copies], at[own] = np.arange(n)[:, None], np.arange(start[-1])
+    return dict(ends=put(np.append(0, start).astype(np.int32)), longest=int(n+np.diff(start).max()), shared=tuple(map(put, (keys, at, own, copies))))
+
 
 # %% ../nbs/03a_model.ipynb #96e147e4
 def _register():
@@ -138,11 +166,10 @@ class Judge(torch.nn.Module):
         "Logits [sequences, options] in fp32, at each sequence's last token"
         base = self.base
         if self.device.type == 'cpu': input_ids, position_ids, bounds = share(input_ids, position_ids, bounds)
-        ends = torch.tensor(bounds, dtype=torch.int32)
-        if self.device.type == 'cuda': ends = ends.pin_memory().to(self.device, non_blocking=True)  # or the processor would wait for the GPU here
-        places = dict(ends=ends, longest=int(max(np.diff(bounds)))) if self.varlen else dict(bounds=bounds)
+        def put(x): return torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else torch.from_numpy(x)  # or the processor would wait for the GPU here
+        places = _places(bounds, put) if self.varlen else dict(bounds=bounds)
         h = getattr(base, base.base_model_prefix)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **places).last_hidden_state
-        h = h[0, ends[1:].long()-1].float()
+        h = h[0, put(np.array(bounds[1:])-1)].float()
         if self.letters is None: return base.score(h).float()
         head = base.get_output_embeddings()
         out = h@head.weight[self.letters].float().T

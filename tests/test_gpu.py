@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss, packed_attention
+from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss, packed_attention, share
 from competition_kit.speed import compile_layers, fuse, recompute
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -66,6 +66,23 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
         for a, b in zip(_step(quick, pack), _step(plain, pack)): assert gap(a, b) < .05
     graphs = counted.counters['stats']['unique_graphs']
     assert graphs <= (24 if kind == 'gemma2' else 8), f'{graphs} graphs for 12 layers'
+
+@pytest.mark.parametrize('quick', [False, True], ids=['plain', 'compiled'])
+@pytest.mark.parametrize('kind', ['qwen2', 'gemma2'])
+def test_keys_that_all_sequences_see(kind, quick):
+    "what all sequences begin with stands once in the pack: the same logits, the same gradients"
+    rng, head = np.random.default_rng(0), np.random.default_rng(1).integers(1, 512, 70).astype(np.int32)
+    judge = add_lora(Judge(_model(kind), [5, 6, 7]), r=8)
+    for n, p in judge.named_parameters():
+        if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator().manual_seed(1))
+    judge = fuse(judge.to('cuda').train())
+    if quick: compile_layers(judge)
+    for ns in ((300, 40, 7, 200), (900, 33)):
+        pack = collate([np.append(head, rng.integers(1, 512, n).astype(np.int32)) for n in ns])
+        once = dict(zip(pack, share(**pack)))
+        assert once['bounds'][0] == 70
+        there = lambda b: {k: v.cuda() if torch.is_tensor(v) else v for k, v in b.items()}
+        for a, b in zip(_step(judge, there(once)), _step(judge, there(pack))): assert gap(a, b) < .05
 
 def test_the_compiler_keeps_less(kind='qwen2'):
     "what is cheap to compute again is not kept for the backward pass"

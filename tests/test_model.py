@@ -611,3 +611,39 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
     save_file(t, tmp_path/'b/model.safetensors', metadata=dict(format='pt'))
     for route in ('answer', 'score'):
         with pytest.raises(Refusal, match='1 tensors are missing, such as model.layers.1.mlp.up_proj.weight'): load_judge(str(tmp_path/'b'), prompt, route, dtype)
+
+# ---- what a GPU is told of a pack whose sequences begin alike; its kernel in plain operations
+def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
+    "as flash attention does it: causal to the bottom right where there are more keys than queries"
+    n, m = cu_q.diff(), cu_k.diff()
+    assert n.max() <= max_q and m.max() <= max_k
+    of = lambda x, cu: (torch.arange(len(x)), torch.bucketize(torch.arange(len(x)), cu[1:].contiguous(), right=True))
+    (i, a), (j, b) = of(q, cu_q), of(k, cu_k)
+    i, j = (i-cu_q[a]+(m-n)[a])[:, None], j-cu_k[b]
+    sees = (a[:, None] == b) & (j <= i)
+    if window_size[0] >= 0: sees &= i-j <= window_size[0]
+    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), sees, scale=scale)[0].transpose(0, 1)
+
+@pytest.mark.parametrize('kind', ['qwen2', 'mistral', 'gemma3', 'gemma2'])
+def test_keys_that_all_sequences_see(kind, monkeypatch):
+    torch._dynamo.reset()  # a FlexAttention for packs of any size does not compile for a CPU (torch 2.13)
+    rng, cfg = np.random.default_rng(0), REAL[kind]()
+    cfg._attn_implementation = 'packed'
+    torch.manual_seed(0)
+    judge = Judge(AutoModelForCausalLM.from_config(cfg), [5, 6, 7])
+    head = rng.integers(3, 500, 21).astype(np.int32)
+    pack = collate([np.append(head, rng.integers(3, 500, k).astype(np.int32)) for k in (30, 5, 61, 1)])
+    def said(pack):
+        judge.zero_grad()
+        with torch.set_grad_enabled(kind != 'gemma2'): out = judge(*pack)  # FlexAttention has no gradients on a CPU
+        if kind != 'gemma2': out.square().sum().backward()
+        return out.detach(), torch.cat([torch.zeros(1), *(p.grad.flatten() for p in judge.parameters() if p.grad is not None)])
+    once = share(**pack)
+    want = said(pack.values())
+    monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', _varlen_attn)
+    monkeypatch.setattr('competition_kit.model.share', lambda *a: a)
+    monkeypatch.setattr(Judge, 'varlen', True)
+    assert once[2][0] == 21
+    for got, same in zip(said(once), want): assert (got-same).abs().max() <= 1e-5*(1+same.abs().max())
+    if kind != 'gemma2':
+        for got, same in zip(said(pack.values()), want): assert (got-same).abs().max() <= 1e-5*(1+same.abs().max())

@@ -132,6 +132,7 @@ def sleepers(tmp_path_factory): # All are started at once, which takes half the 
     nb = notebook(tmp/'n.ipynb', *SLEEPER, params='name: str = ""\nwhere: str = ""')
     env = dict(os.environ, CK_ROOT=str(tmp/'project'))
     (tmp/'project').mkdir()
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job inherits, and its children would
     def start(name, where): return subprocess.Popen([*CK, 'run', str(nb), '-p', 'name', name, '-p', 'where', str(tmp/where)], env=env, stdout=subprocess.PIPE,
                                                     stderr=subprocess.STDOUT, text=True, start_new_session=True)
     procs = {o: start(o, o) for o in ('term', 'int', 'deaf', 'ck', 'kernel', 'both', 'group')}
@@ -143,6 +144,7 @@ def sleepers(tmp_path_factory): # All are started at once, which takes half the 
     s.facts = {o: (t[0], int(t[1]), int(t[2]), t[3]) for o in procs for t in [(tmp/o).read_text().split()]}
     temps = set(Path(tempfile.gettempdir()).glob('ck-*'))
     yield s
+    signal.signal(signal.SIGINT, ignored)
     for p in procs.values():
         if p.poll() is None: p.kill()
     for f in s.facts.values(): sweep(f[0], 0)
