@@ -232,7 +232,8 @@ def _adapted(model, adapter):
     from safetensors import safe_open
     f = Path(adapter)/'adapter_model.safetensors'
     if not (f.exists() and (Path(adapter)/'adapter_config.json').exists()): raise Refusal('no adapter, or one that is not in safetensors', adapter)
-    out = PeftModel.from_pretrained(model, adapter)
+    try: out = PeftModel.from_pretrained(model, adapter)
+    except (AttributeError, RuntimeError, ValueError) as e: raise Refusal(f'the adapter does not fit this base and route ({str(e).splitlines()[-1].strip()})', adapter) from e
     with safe_open(f, 'pt') as o: have = set(o.keys())
     want = {n.replace('.default', '').replace('.modules_to_save', '') for n, _ in out.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
     if have != want: raise Refusal(f'the adapter does not fit this base and route: {len(want-have)} tensors missing, {len(have-want)} too many', adapter)
