@@ -69,7 +69,9 @@ def _foreseen(p, enc): # The plan of a run, as text
 
 # %% ../nbs/04_train.ipynb #b1f0c37a
 def _quicker(judge, p, tokens, longest): # What suits this machine, in place; `tokens`: to go through; `longest`: of the longest prompt, which may be more than a pack's
-    if judge.device.type != 'cuda': return print('recompute and compiled are for GPUs: left alone') if p['recompute'] > 0 or p['compiled'] == 'yes' else None
+    if judge.device.type != 'cuda':
+        if p['recompute'] > 0 or p['compiled'] == 'yes': print('recompute and compiled are for GPUs: left alone')
+        return
     compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and pays(judge, 4*tokens*shape(judge.base.config)['linear']))
     n, kind, memory = p['recompute'], quant_kind(p['base']), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
     if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], max(p['pack_tokens'], longest), memory, p['route'], p['lora_r'], p['lora_modules'],
