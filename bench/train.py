@@ -96,7 +96,7 @@ def liger(shape): # for the rest of the process
     getattr(kernels, f"apply_liger_kernel_to_{SHAPES[shape]['model_type']}")(cross_entropy=False, fused_linear_cross_entropy=False)
 
 def kit_judge(a, shape, layers, what):
-    """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints at the end), kit-shared (the template's 160 tokens once a pack), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
+    """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
     compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.model import Judge, _register, add_lora
@@ -119,16 +119,16 @@ def kit_judge(a, shape, layers, what):
 
 def kit(a, shape, layers, what):
     "Our packs through a loop of this file"
-    from competition_kit.model import collate, option_mask, pack_loss, share
+    from competition_kit.model import collate, option_mask, pack_loss
     judge, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
     learn = [p for p in judge.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
     packs = packs_of(lengths(4000, a.max_len) if a.fixed is None else [a.fixed]*4000, a.budget)[:a.warm+a.packs]
     rng = np.random.default_rng(0)
-    head = rng.integers(0, VOCAB, 160).astype(np.int32)
-    made = [collate([np.append(head[:n-1], rng.integers(0, VOCAB, max(1, n-160)).astype(np.int32)) for n in p]) for p in packs]
-    if what == 'kit-shared': made = [dict(zip(b, share(**b))) for b in made]
-    tiny = collate([np.full(48, 7, np.int32)]*2)
+    head = rng.integers(0, VOCAB, a.template).astype(np.int32)
+    if what != 'kit-shared': head = head[:0]
+    made = [collate([np.append(head[:n-1], rng.integers(0, VOCAB, max(1, n-len(head))).astype(np.int32)) for n in p]) for p in packs]
+    tiny = collate([np.full(48, k, np.int32) for k in (7, 8)])
     def step(b):
         k = len(b['bounds'])-1
         b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
@@ -215,7 +215,7 @@ if __name__ == '__main__':
     p.add_argument('--shape', nargs='+', default=['qwen2.5-7b']); p.add_argument('--what', nargs='+', default=['kit', 'kit-dropout', 'kit-eager', 'peft', 'hf', 'hf-grouped', 'frozen'])
     p.add_argument('--layers', nargs=2, type=int, default=[4, 8]); p.add_argument('--r', type=int, default=64); p.add_argument('--budget', type=int, default=16384)
     p.add_argument('--max-len', type=int, default=2048); p.add_argument('--warm', type=int, default=3); p.add_argument('--packs', type=int, default=8)
-    p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0); p.add_argument('--fixed', type=int, help='every row has so many tokens')
+    p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0); p.add_argument('--template', type=int, default=160); p.add_argument('--fixed', type=int, help='every row has so many tokens')
     a = p.parse_args()
     for shape in a.shape:
         L = SHAPES[shape]['num_hidden_layers']
