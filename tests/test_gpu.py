@@ -74,7 +74,7 @@ def test_keys_that_all_sequences_see(kind, quick):
     rng, head = np.random.default_rng(0), np.random.default_rng(1).integers(1, 512, 70).astype(np.int32)
     judge = add_lora(Judge(_model(kind), [5, 6, 7]), r=8)
     for n, p in judge.named_parameters():
-        if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator().manual_seed(1))
+        if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator('cuda').manual_seed(1))
     judge = fuse(judge.to('cuda').train())
     if quick: compile_layers(judge)
     for ns in ((300, 40, 7, 200), (900, 33)):
