@@ -239,7 +239,10 @@ points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocate
     dict(_h100, what='the same with dropout', rate=664e12, dropout=.05, tokens=7823, context=560, ms=501., gb=50.4),
     dict(_h100, what='the same, nf4', format='nf4', rate=670e12, tokens=7823, context=560, ms=472., gb=30.9),
     dict(_h100, what='whole model, packs of 8k', base='llama-3.1-8b', rate=691e12, tokens=7823, context=560, ms=512., gb=41.9),
-    dict(_h100, what='whole model, packs of 8k', base='gemma-2-9b', rate=668e12, tokens=7823, context=560, ms=772., gb=58.3),
+    dict(_h100, what='whole model, packs of 8k, 160 tokens of template', rate=669e12, tokens=6519, context=656, ms=398., gb=36.3),
+    dict(_h100, what='whole model, 160 tokens of template', rate=649e12, tokens=12852, context=626, ms=775., gb=57.3),
+    dict(_h100, what='whole model, packs of 8k', base='gemma-2-9b', rate=685e12, tokens=7823, context=560, ms=686., gb=58.4),
+    dict(_h100, what='the same, 160 tokens of template', base='gemma-2-9b', rate=672e12, tokens=6519, context=656, ms=640., gb=51.9),
     dict(_h100, what='whole model, packs of 8k', base='qwen2.5-14b', rate=657e12, tokens=7747, context=595, ms=924., gb=70.6),
     dict(_h100, what='one-pass LoRA, compiled', base='qwen2.5-14b', rate=791e12, ms=1752.3, gb=111.5),
     dict(_h100, what='whole model, GPTQ int4, one row of 512 at a time', base='qwen2.5-32b', format='gptq4', r=16, tokens=512, context=256, gb=23.4)]
@@ -364,6 +367,7 @@ def plan(
     lora_dropout:float=0.,        # On its input
     lengths='lmsys',              # Token counts of the rows, or `lmsys`, `wsdm` or `logic`
     max_len:int=2048,             # Longer rows are cut to it
+    template:int=0,               # Tokens that all rows begin with, which are computed once a pack; they count in `lengths` and in memory
     rows:int=None,                # Rows to train on; None: as many as `lengths` has (a named one 57,477)
     views:int=2,                  # Orders in which each row is seen
     epochs:float=1.,              # Passes over the rows
@@ -376,12 +380,15 @@ def plan(
     if min(gpus, views, epochs, pack_tokens, 1 if rows is None else rows, lora_r if method == 'lora' else 1) <= 0: raise Refusal('gpus, views, epochs, pack_tokens, rows and lora_r must be above zero')
     if not 0 <= lora_dropout < 1: raise Refusal(f'lora_dropout is a share from 0 to below 1, not {lora_dropout}')
     config, n = base_config(base), _lengths(lengths, max_len)
+    if not 0 <= template < n.min(): raise Refusal(f'template counts tokens of every row, and the shortest has {n.min()}: {template} cannot be')
     c = card(gpu, format)
     format, s, tokens = _format(format, method, c, config), dict(shape(config), name=_label(base, config)), max(pack_tokens, int(n.max()))
     fit, more = dict(method=method, format=format, r=lora_r, modules=lora_modules, compiled=compiled and c['name'] != 'CPU'), dict(route=route, dropout=lora_dropout)
     recomputed, fit['shards'] = _fit(s, tokens, c['free'], gpus, sharded, dict(fit, **more))
     m = memory(s, tokens, recomputed, **more, **fit)
-    speed = gpus*(.97 if gpus > 1 else 1)*tokens/pack_seconds(s, c, mean_context(n), tokens, recomputed, **fit)
+    spared = template*max(0, tokens/float(n.mean())-1)
+    context = (tokens*mean_context(n)-spared*template/2)/(tokens-spared)
+    speed = gpus*(.97 if gpus > 1 else 1)*tokens/pack_seconds(s, c, context, tokens-spared, recomputed, **fit)
     total = float(n.mean())*(len(n) if rows is None else rows)*views*epochs
     asked = dict(method=method, format=format, recomputed=recomputed, dropout=lora_dropout, gpus=gpus, sharded=fit['shards'] > 1)
     learns = _learned(s, method, lora_r, lora_modules, route)
