@@ -183,6 +183,7 @@ def _plan_options(p): # One option an argument of `plan`
     o('--lora-dropout', type=float, metavar='P', help="on the LoRA's input (0)")
     o('--lengths', choices=['lmsys', 'wsdm', 'logic'], help='rows as long as those of this contest (lmsys)')
     o('--max-len', type=int, metavar='N', help='longer rows are cut to it (2048)')
+    o('--template', type=int, metavar='N', help='tokens that all rows begin with, computed once a pack (0)')
     o('--rows', type=int, metavar='N', help='to train on (57477)')
     o('--views', type=int, choices=[1, 2], help='orders in which each row is seen (2)')
     o('--epochs', type=float, metavar='N', help='passes over the rows (1)')

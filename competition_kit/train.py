@@ -62,7 +62,7 @@ def make_judge(
 def _foreseen(p, enc): # The plan of a run, as text
     rows, quantised = enc.n[enc.view == 0], quant_kind(p['base'])
     try: return plan_table(plan(p['base'], gpus=ranks(), method=p['method'], format='auto' if quantised else p['dtype'], route='answer' if p['route'] == 'answer' else 'score', lora_r=p['lora_r'],
-        lora_modules=p['lora_modules'], lora_dropout=p['lora_dropout'], lengths=rows, max_len=p['max_len'], template=common(enc.ids.iloc[:1000]), views=p['views'], epochs=p['epochs'], pack_tokens=p['pack_tokens'], compiled=p['compiled'] != 'no', sharded=p['sharded'] and ranks() > 1))
+        lora_modules=p['lora_modules'], lora_dropout=p['lora_dropout'], lengths=rows, max_len=p['max_len'], template=common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]]), views=p['views'], epochs=p['epochs'], pack_tokens=p['pack_tokens'], compiled=p['compiled'] != 'no', sharded=p['sharded'] and ranks() > 1))
     except Refusal as e:
         if torch.cuda.is_available() and p['recompute'] < 0: raise
         return str(e)

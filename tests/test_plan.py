@@ -198,6 +198,12 @@ def test_time_is_linear_in_tokens():
     assert one['tokens'] == 100*700*2 and two['hours'] == pytest.approx(2*one['hours']) and one['mean_len'] == 700
     assert plan('qwen2.5-7b', 'H200', lengths=np.array([9000]), max_len=9000, pack_tokens=100)['pack_tokens'] == 9000
 
+def test_a_template_is_computed_once_a_pack():
+    each, once = (plan('qwen2.5-7b', 'H100', lora_r=64, pack_tokens=8192, template=t) for t in (0, 160))
+    assert once['tokens_s']/each['tokens_s'] == pytest.approx(19662/16521, rel=.03) and once['tokens'] == each['tokens'] and once['peak_gb'] == each['peak_gb']
+    alone = [plan('qwen2.5-7b', 'H100', lengths=[2000], pack_tokens=2000, template=t)['tokens_s'] for t in (0, 160)]
+    assert alone[0] == alone[1]
+
 def test_the_measured_setting_is_not_called_extrapolated():
     assert plan('qwen2.5-7b', 'H200', lora_r=64)['extrapolated'] == []
     p = plan('llama-3.1-70b', 'T4', 8, format='gptq8', lora_dropout=.05, pack_tokens=1024, max_len=1024)
@@ -206,7 +212,7 @@ def test_the_measured_setting_is_not_called_extrapolated():
 
 @pytest.mark.parametrize('kw', [dict(method='dora'), dict(route='both'), dict(format='int3'), dict(gpu='A100'), dict(lengths='chat'), dict(lengths=[]), dict(lengths=[0]), dict(rows=0),
                                 dict(gpus=0), dict(base='nonsense'), dict(lora_modules='q'), dict(pack_tokens=0), dict(lora_r=0), dict(lora_r=-1), dict(lora_dropout=1.), dict(lora_dropout=-.1),
-                                dict(lora_dropout=float('nan'))])
+                                dict(lora_dropout=float('nan')), dict(template=-1), dict(lengths=[100, 200], template=100)])
 def test_refused(kw):
     with pytest.raises(Refusal): plan(**{**dict(base='qwen2.5-7b', gpu='H200'), **kw})
 
