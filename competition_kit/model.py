@@ -26,7 +26,8 @@ def common(
     ids, # Token arrays
 ) -> int:
     "How many tokens all of several sequences begin with; the last of each counts as its own"
-    heads = np.stack([i[:min(map(len, ids))-1] for i in ids])
+    own = min(map(len, ids))-1
+    heads = np.stack([i[:own] for i in ids])
     return int((heads == heads[0]).all(0).cumprod().sum()) if len(ids) > 1 else 0
 
 def collate(
