@@ -104,7 +104,7 @@ _wide = { # Is it a Hopper? → how kernels for heads of more than 128 are launc
 
 @torch.compiler.disable
 def _capped(q, k, v, scaling, ends, window, softcap, shared):
-    def cap(s, b, h, i, j): return softcap*(2*torch.sigmoid(s*(2/softcap))-1)  # tanh, in an eighth less time
+    def cap(s, b, h, i, j): return softcap*(2*torch.sigmoid(s*(2/softcap))-1)  # tanh, sooner
     wide = _wide[torch.cuda.get_device_capability(q.device) == (9, 0)] if q.shape[-1] > 128 else {}
     with torch._dynamo.config.patch(specialize_float=True):
         return _flex()(q, k, v, score_mod=cap, block_mask=_blocks(ends, q.shape[2], window, shared), scale=scaling, enable_gqa=True,

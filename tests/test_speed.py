@@ -46,7 +46,8 @@ M.Judge.varlen = True
 compile_layers(recompute(fuse(judge), 4))
 assert [p['bounds'][0] for p in packs[:4]] == [9, 9, 0, 0]  # the first two begin alike
 for k, (b, w) in enumerate(zip(packs, want)):
-    assert torch.allclose(step(b), w, atol=1e-4, rtol=1e-3), (step(b)-w).abs().max()
+    gap = ((step(b)-w).norm()/w.norm()).item()
+    assert gap < 1e-4, gap  # the sigmoid for Gemma's tanh rounds off 4e-5
     if k == 3: early = counters['stats']['unique_graphs']
 print('graphs', early, counters['stats']['unique_graphs'])
 """
