@@ -1,5 +1,5 @@
 "Every test there is, one after the other; the last line counts them."
-import hashlib, os, re, subprocess, sys, tempfile, time
+import hashlib, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -41,17 +41,19 @@ passed += max(0, counts.get('passed', 0)-1)
 failed += ['a test of pytest']*max(0, sum(counts.get(k, 0) for k in ('failed', 'error', 'errors'))-1)
 
 with tempfile.TemporaryDirectory() as d:
+    shutil.copytree(os.environ['CK_BASES'], Path(d)/'models/bases')  # as a user has them
+    os.environ.update(CK_BASES='')
     tiny = ['-p', 'mix', 'sample_arena:40', '-p', 'lora_r', '4']
     for cwd in (root, root/'nbs'):
         nb = lambda name: os.path.relpath(root/'nbs'/name, cwd)
         where = 'the root' if cwd == root else 'nbs/'
-        step(f'ck run 02_split from {where}', 'ck', 'run', nb('02_split.ipynb'), cwd=cwd, CK_ROOT=d)
-        step(f'ck run 04_train from {where}', 'ck', 'run', nb('04_train.ipynb'), *tiny, '-p', 'fold', int(cwd != root), cwd=cwd, CK_ROOT=d)
-        if cwd == root: step(f'ck run 10_vote from {where}', 'ck', 'run', nb('10_vote.ipynb'), cwd=cwd, CK_ROOT=d)
-    step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', '-p', 'fold', 0, '-p', 'mix', 'sample_arena:40', '-p', 'lora_r', 4, CK_ROOT=d)
+        step(f'ck run 02_split from {where}', 'ck', 'run', nb('02_split.ipynb'), cwd=cwd)
+        step(f'ck run 04_train from {where}', 'ck', 'run', nb('04_train.ipynb'), *tiny, '-p', 'fold', int(cwd != root), cwd=cwd)
+        if cwd == root: step(f'ck run 10_vote from {where}', 'ck', 'run', nb('10_vote.ipynb'), cwd=cwd)
+    step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', '-p', 'fold', 0, '-p', 'mix', 'sample_arena:40', '-p', 'lora_r', 4)
     found = list(Path(d).glob('models/vote-*/submission.csv'))
-    step('ck check of the submission', 'ck', 'check', found[0] if found else 'no submission', Path(d)/'data/sample_arena/sample_submission.csv', CK_ROOT=d)
-    step('ck log', 'ck', 'log', CK_ROOT=d)
+    step('ck check of the submission', 'ck', 'check', found[0] if found else 'no submission', Path(d)/'data/sample_arena/sample_submission.csv')
+    step('ck log', 'ck', 'log')
 
 if (root/'experiments_log.xlsx').read_bytes() != book: failed.append('the committed workbook is untouched')
 else: passed += 1

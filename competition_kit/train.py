@@ -146,7 +146,7 @@ def _check(p): # what is known to be wrong before anything is loaded
 
 def _before(p): # The run that a run goes on from, as its start or as its base; '' if there is none
     here = Path(base_path(p['base'])).resolve().parent
-    return p.get('start') or (here.name if here.parent == models_path().resolve() else '')
+    return p.get('start') or (here.name if here.parent == models_path().resolve() and (here/'record.json').exists() else '')
 
 def _taught(run): # Groups of all rows that a run has learned from, or a run before it
     p = find_run(run)['params']

@@ -50,6 +50,12 @@ def test_killed_anywhere_ends_with_the_same_weights(tiny, tmp_path, monkeypatch)
     assert weights(again) == weights(whole) and again.id == whole.id
     assert json.loads((again.folder/'loss.json').read_text()) == json.loads((whole.folder/'loss.json').read_text())
 
+def test_a_base_in_the_folder_of_runs_is_no_run(tiny):
+    "the embedded base lies in models/bases"
+    shutil.copytree(tiny, models_path('bases/tiny'))
+    run = train_fold(base=str(models_path('bases/tiny')), **dict(small, epochs=1.))
+    assert run.record['status'] == 'done' and 'start' not in run.record['inputs']
+
 def test_the_same_run_is_not_made_twice(tiny):
     a = train_fold(base=tiny, **small)
     t = time.time()
