@@ -42,7 +42,7 @@ failed += ['a test of pytest']*max(0, sum(counts.get(k, 0) for k in ('failed', '
 
 with tempfile.TemporaryDirectory() as d:
     shutil.copytree(os.environ['CK_BASES'], Path(d)/'models/bases')  # as a user has them
-    os.environ.update(CK_BASES='')
+    os.environ.update(CK_BASES='', CK_ROOT=d)
     tiny = ['-p', 'mix', 'sample_arena:40', '-p', 'lora_r', '4']
     for cwd in (root, root/'nbs'):
         nb = lambda name: os.path.relpath(root/'nbs'/name, cwd)
