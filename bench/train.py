@@ -4,7 +4,7 @@ usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
 and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is a pack's time, `host_ms` what the processor needs to start one
 (of the last number of layers measured): where the two come close, the processor was measured, not the GPU."""
-import argparse, gc, json, time
+import argparse, gc, json, tempfile, time
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -152,7 +152,6 @@ def kit(a, shape, layers, what):
 
 def kit_fit(a, shape, layers, what):
     "Our packs through `fit`, 32 rows a step"
-    import tempfile
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
@@ -191,7 +190,7 @@ def hf(a, shape, layers, what):
     if what == 'hf-grouped':
         names = set(TrainingArguments.__dataclass_fields__)
         grouped = dict(train_sampling_strategy='group_by_length') if 'train_sampling_strategy' in names else dict(group_by_length=True)
-    args = TrainingArguments(output_dir='/tmp/hf', max_steps=warm+a.packs, per_device_train_batch_size=8, learning_rate=1e-5, bf16=True, gradient_checkpointing=True, report_to='none', save_strategy='no',
+    args = TrainingArguments(output_dir=tempfile.mkdtemp(), max_steps=warm+a.packs, per_device_train_batch_size=8, learning_rate=1e-5, bf16=True, gradient_checkpointing=True, report_to='none', save_strategy='no',
                              logging_steps=10000, disable_tqdm=True, remove_unused_columns=False, **grouped)
     from transformers import TrainerCallback
     times = []

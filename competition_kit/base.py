@@ -54,7 +54,8 @@ def base_path(
     if base == 'smollm2': return str(_embedded())
     p = Path(base).expanduser()
     if (p/'config.json').exists(): return str(p)
-    if p.is_absolute() or base.startswith(('.', '~')) or base.count('/') != 1: raise Refusal(f'there is no base {base!r}', fix='Give a folder with a config.json, a Hub id, or smollm2')
+    if p.is_absolute() or base.startswith(('.', '~')) or base.count('/') != 1:
+        raise Refusal(f'there is no base {base!r}', fix='Give a folder with a config.json, a Hub id, or smollm2')
     return base
 
 # %% ../nbs/02b_base.ipynb #59d20e23
@@ -62,7 +63,8 @@ def load_tokenizer(base:str='smollm2'): # A fast tokenizer
     "The tokenizer of a base"
     from transformers import AutoTokenizer
     try: tok = AutoTokenizer.from_pretrained(base_path(base))
-    except (OSError, ValueError) as e: raise Refusal(f'no tokenizer could be loaded for the base {base!r} ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
+    except (OSError, ValueError) as e:
+        raise Refusal(f'no tokenizer could be loaded for the base {base!r} ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
     if not tok.is_fast: raise Refusal(f'the base {base!r} has no fast tokenizer')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok

@@ -150,7 +150,8 @@ def _packages(): # extra ('' for the base) → faults, one line each
 def _gpus():
     from competition_kit.run import _smi
     found = _smi('gpu=index,name,memory.total,memory.used')
-    return [f'{i}: {name}, {total} ({used} used)' + ('' if i in gpu_ids() else ', hidden by CUDA_VISIBLE_DEVICES') for i, name, total, used in found] or ['none found by nvidia-smi']
+    return [f'{i}: {name}, {total} ({used} used)' + ('' if i in gpu_ids() else ', hidden by CUDA_VISIBLE_DEVICES')
+            for i, name, total, used in found] or ['none found by nvidia-smi']
 
 def doctor() -> str:
     "What this machine can run, one line each"
@@ -220,7 +221,8 @@ exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143
     p.add_argument('submission')
     p.add_argument('sample')
     add(sub, 'doctor', 'say what this machine can run', 'ck doctor')
-    _plan_options(add(sub, 'plan', 'say what a training will cost: memory, speed, hours', 'ck plan --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8', argument_default=argparse.SUPPRESS))
+    _plan_options(add(sub, 'plan', 'say what a training will cost: memory, speed, hours', 'ck plan --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8',
+                      argument_default=argparse.SUPPRESS))
     return top
 
 # %% ../nbs/12_ck.ipynb #9c91216a

@@ -99,7 +99,8 @@ class KahanAdamW(torch.optim.Optimizer):
                 s = self.state[p]
                 if not s: s.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p), lost=torch.zeros_like(p))
                 s['step'] += 1
-            for some in _bundles(learn): _kahan([(p, p.grad, *(self.state[p][k] for k in ('m', 'v', 'lost'))) for p in some], float(self.state[some[0]]['step']), g)
+            for some in _bundles(learn):
+                _kahan([(p, p.grad, *(self.state[p][k] for k in ('m', 'v', 'lost'))) for p in some], float(self.state[some[0]]['step']), g)
 
 # %% ../nbs/03e_fit.ipynb #dee61c93
 def _step(folder): return int(folder.name.split('-')[1])
@@ -115,7 +116,8 @@ def last_checkpoint(
 # %% ../nbs/03e_fit.ipynb #da583fb8
 def _learned(model): return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
-def _lost(step): return Refusal(f'at step {step} the loss or the weights are no numbers any more', fix='Take a smaller lr, a longer warmup, or bf16 instead of fp16; nothing of it was saved')
+def _lost(step):
+    return Refusal(f'at step {step} the loss or the weights are no numbers any more', fix='Take a smaller lr, a longer warmup, or bf16 instead of fp16; nothing of it was saved')
 
 def save_checkpoint(
     model, optimizer, schedule, # What to save; of the model only what learns
@@ -168,7 +170,8 @@ class _PackTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         torch.manual_seed(self.args.seed*1_000_003+self.state.global_step)
-        loss, times = torch.zeros((), device=self.args.device), ranks() if ranks() > 1 and is_sharded(model) else 1  # FSDP takes the mean of the ranks' gradients
+        loss = torch.zeros((), device=self.args.device)
+        times = ranks() if ranks() > 1 and is_sharded(model) else 1  # FSDP takes the mean of the ranks' gradients
         for p in inputs:
             p = {k: v.to(loss.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in p.items()}
             part = pack_loss(model(p['input_ids'], p['position_ids'], p['bounds']), p['target'], p['weight'], p['missing'], p['total'])
@@ -186,7 +189,8 @@ class _PackTrainer(Trainer):
 class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         from tqdm import tqdm
-        self.bar, self.loss = tqdm(total=state.max_steps, initial=state.global_step, desc='train', mininterval=2, dynamic_ncols=True, disable=bool(rank())), None
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='train', mininterval=2, dynamic_ncols=True, disable=bool(rank()))
+        self.loss = None
     def on_log(self, args, state, control, logs=None, **kw):
         if not logs or 'loss' not in logs: return
         if not np.isfinite(logs['loss']): raise _lost(state.global_step)
@@ -203,8 +207,9 @@ _schedules = dict(cosine='cosine', linear='linear', constant='constant_with_warm
 def _arguments(folder, steps, cuda, lr, schedule, warmup, weight_decay, clip, save_every, seed): # `fit`'s, in the words of transformers
     if schedule not in _schedules: raise Refusal(f'no schedule named {schedule!r}', fix=f"Take one of {', '.join(_schedules)}")
     args = TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, seed=seed, use_cpu=not cuda,
-        optim='adamw_torch_fused' if cuda else 'adamw_torch', learning_rate=lr, lr_scheduler_type=_schedules[schedule], warmup_steps=round(warmup*steps), weight_decay=weight_decay,
-        max_grad_norm=clip, save_strategy='steps', save_steps=save_every, logging_steps=max(1, min(10, steps)) if cuda else 1, logging_nan_inf_filter=False, report_to='none',
+        optim='adamw_torch_fused' if cuda else 'adamw_torch', learning_rate=lr, lr_scheduler_type=_schedules[schedule], warmup_steps=round(warmup*steps),
+        weight_decay=weight_decay, max_grad_norm=clip, save_strategy='steps', save_steps=save_every,
+        logging_steps=max(1, min(10, steps)) if cuda else 1, logging_nan_inf_filter=False, report_to='none',
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda, accelerator_config=dict(non_blocking=cuda))
     if args.device.type == 'cuda': args._n_gpu = 1  # a Trainer that sees several GPUs copies the model to all of them at every step
     return args

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')  # packs differ in size; and gptqmodel, which peft imports where it is installed, would set worse
+# packs differ in size; and gptqmodel, which peft imports where it is installed, would set worse
+os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
 # %% ../nbs/03a_model.ipynb #2c1391c4
 def common(
@@ -38,7 +39,8 @@ def collate(
     ids = list(ids)
     p, n = common(ids), np.array([len(i) for i in ids])
     def put(parts): return torch.from_numpy(np.concatenate(parts)).long()[None].to(device)
-    return dict(input_ids=put([ids[0][:p], *(i[p:] for i in ids)]), position_ids=put([np.arange(p), *(np.arange(p, k) for k in n)]), bounds=[p, *(p+np.cumsum(n-p)).tolist()])
+    return dict(input_ids=put([ids[0][:p], *(i[p:] for i in ids)]), position_ids=put([np.arange(p), *(np.arange(p, k) for k in n)]),
+                bounds=[p, *(p+np.cumsum(n-p)).tolist()])
 
 # %% ../nbs/03a_model.ipynb #ca0c7339
 def _one(q, k, v, scaling, softcap, window):
@@ -99,7 +101,8 @@ def _flex():
     return torch.compile(flex_attention)
 
 _wide = { # Is it a Hopper? → how kernels for heads of more than 128 are launched; torch's own choice spills registers there (`bench/capped.py`)
-    True: dict(fwd_num_warps=8, fwd_num_stages=2, fwd_BLOCK_M=128, fwd_BLOCK_N=64, bwd_num_warps=8, bwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=128, bwd_BLOCK_N2=32),
+    True: dict(fwd_num_warps=8, fwd_num_stages=2, fwd_BLOCK_M=128, fwd_BLOCK_N=64,
+               bwd_num_warps=8, bwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=128, bwd_BLOCK_N2=32),
     False: dict(bwd_num_warps=8, bwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=32, bwd_BLOCK_M2=32, bwd_BLOCK_N2=32)}
 
 @torch.compiler.disable
@@ -111,9 +114,12 @@ def _capped(q, k, v, scaling, ends, window, softcap, shared):
                        kernel_options=dict(wide, BACKEND='TRITON')).transpose(1, 2)  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
 
 # %% ../nbs/03a_model.ipynb #537c8829
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, shared=None, softcap=None, sliding_window=None, **kw):
-    "Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels, and `shared` where keys are that all see (`_places`)"
-    scaling, window = scaling or query.shape[-1]**-.5, sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, shared=None,
+                     softcap=None, sliding_window=None, **kw):
+    """Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels,
+    and `shared` where keys are that all see (`_places`)"""
+    scaling = scaling or query.shape[-1]**-.5
+    window = sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
     if ends is not None and softcap: return _capped(query, key, value, scaling, ends, window, softcap, bool(shared)), None
     if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window, shared), None
     bounds = bounds or [0, query.shape[2]]
@@ -166,7 +172,8 @@ class Judge(torch.nn.Module):
     def forward(self, input_ids, position_ids, bounds):
         "Logits [sequences, options] in fp32, at each sequence's last token"
         base = self.base
-        def put(x): return torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else torch.from_numpy(x)  # or the processor would wait for the GPU here
+        def put(x): # pinned, or the processor would wait for the GPU here
+            return torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else torch.from_numpy(x)
         places = _places(bounds, put) if self.varlen else dict(bounds=bounds)
         h = getattr(base, base.base_model_prefix)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **places).last_hidden_state
         h = h[0, put(np.array(bounds[1:])-1)].float()
@@ -184,7 +191,8 @@ def _saved_head(base, path, route, n): # name → tensor of the score head in a 
     for f in Path(path).glob('*.safetensors'):
         with safe_open(f, 'pt') as o: saved |= {k.removeprefix('score.'): o.get_tensor(k) for k in o.keys() if k.startswith('score.')}
     has = {r: len(saved[k]) for r, k in dict(score='weight', score2='4.weight').items() if k in saved}
-    if saved and has != {route: n}: raise Refusal(f'there is a head of {has or sorted(saved)}, and {dict([(route, n)])} is asked for', base, fix='Take its route and task, or a base without a head')
+    if saved and has != {route: n}:
+        raise Refusal(f'there is a head of {has or sorted(saved)}, and {dict([(route, n)])} is asked for', base, fix='Take its route and task, or a base without a head')
     return saved
 
 def _head(model, route, n, saved):
@@ -206,7 +214,8 @@ def _from_files(base, path, route, n, dtype, mapped):
         if dtype == 'nf4': return load_nf4(path, cls, compute, num_labels=n, **kw), True, head
         if mapped or quant_kind(path): return load_mapped(path, cls, compute, 'cpu' if mapped else None, num_labels=n, **kw), True, head
         config, renamed = text_config(path, n)
-        model = complete(*cls.from_pretrained(path, config=config, key_mapping=renamed or None, use_safetensors=True, trust_remote_code=False, dtype=compute, output_loading_info=True, **kw), base)
+        model = complete(*cls.from_pretrained(path, config=config, key_mapping=renamed or None, use_safetensors=True, trust_remote_code=False, dtype=compute,
+                                              output_loading_info=True, **kw), base)
         if renamed: del model._weight_conversions  # or it would be saved under the old names
         return model, False, head
     except (OSError, ValueError, SafetensorError) as e:
@@ -233,7 +242,8 @@ def _adapted(model, adapter):
     f = Path(adapter)/'adapter_model.safetensors'
     if not (f.exists() and (Path(adapter)/'adapter_config.json').exists()): raise Refusal('no adapter, or one that is not in safetensors', adapter)
     try: out = PeftModel.from_pretrained(model, adapter)
-    except (AttributeError, RuntimeError, ValueError) as e: raise Refusal(f'the adapter does not fit this base and route ({str(e).splitlines()[-1].strip()})', adapter) from e
+    except (AttributeError, RuntimeError, ValueError) as e:
+        raise Refusal(f'the adapter does not fit this base and route ({str(e).splitlines()[-1].strip()})', adapter) from e
     with safe_open(f, 'pt') as o: have = set(o.keys())
     want = {n.replace('.default', '').replace('.modules_to_save', '') for n, _ in out.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
     if have != want: raise Refusal(f'the adapter does not fit this base and route: {len(want-have)} tensors missing, {len(have-want)} too many', adapter)
@@ -269,7 +279,8 @@ def add_lora(
     torch.manual_seed(seed)
     wanted = _linears(judge.base) if modules == 'all-linear' else [m.strip() for m in modules.split(',')]
     there = {n.split('.', k)[-1] for n, _ in judge.base.named_modules() if not n.startswith('score') for k in range(n.count('.')+1)} - {'lm_head', ''}
-    if missing := [m for m in wanted if m not in there]: raise Refusal(f'the base has no module named {missing} for a LoRA', fix=f"It has {', '.join(_linears(judge.base))}")
+    if missing := [m for m in wanted if m not in there]:
+        raise Refusal(f'the base has no module named {missing} for a LoRA', fix=f"It has {', '.join(_linears(judge.base))}")
     score = judge.letters is None
     judge.model = get_peft_model(judge.model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, use_rslora=rslora,
         task_type='SEQ_CLS' if score else 'CAUSAL_LM', modules_to_save=['score'] if score else None))
@@ -294,8 +305,10 @@ def continue_from(
     mine = {n.replace('.default', '').replace('.modules_to_save', ''): p for n, p in judge.model.named_parameters() if p.requires_grad}
     if not keep_head: saved, mine = ({k: v for k, v in d.items() if '.score.' not in k} for d in (saved, mine))
     bad = [k for k in {*saved, *mine} if k not in saved or k not in mine or saved[k].shape != mine[k].shape]
-    if bad: raise Refusal(f'{len(bad)} tensors do not fit, such as {sorted(bad)[0]}', adapter, fix='Give the rank, modules and route of the run that is continued, or keep_head=False')
-    old, new = (c['lora_alpha']/c['r']**(.5 if c['use_rslora'] else 1) for c in (read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()))
+    if bad:
+        raise Refusal(f'{len(bad)} tensors do not fit, such as {sorted(bad)[0]}', adapter, fix='Give the rank, modules and route of the run that is continued, or keep_head=False')
+    old, new = (c['lora_alpha']/c['r']**(.5 if c['use_rslora'] else 1)
+                for c in (read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()))
     with torch.no_grad():
         for k, p in mine.items(): p.copy_(saved[k]*(old/new) if 'lora_B' in k else saved[k])
     return judge

@@ -56,7 +56,8 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
     layers = model.get_decoder().layers
     linears = {n.split('.')[-1]: (m.in_features, m.out_features) for n, m in layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
     per_layer, count = sum(i*o for i, o in linears.values()), lambda m: sum(p.numel() for p in m.parameters())
-    if per_layer*len(layers) < .98*count(layers): raise Refusal('the layers have weights that are not linear layers', type(model).__name__, fix='Plan for a dense model')
+    if per_layer*len(layers) < .98*count(layers):
+        raise Refusal('the layers have weights that are not linear layers', type(model).__name__, fix='Plan for a dense model')
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return dict(name=_label(base, c), layers=len(layers), hidden=c.hidden_size, ffn=linears['down_proj'][0], q=linears['o_proj'][0], kv=linears['k_proj'][1],
         norms=sum('Norm' in type(m).__name__ and m.weight.numel() == c.hidden_size for m in layers[0].modules()),
@@ -70,7 +71,8 @@ def _label(base, c): # How a plan names a base
 def _chosen(s, modules): # name → (inputs, outputs) of the linear layers that get a LoRA
     if modules == 'all-linear': return s['linears']
     names = [m.strip() for m in modules.split(',')]
-    if missing := [m for m in names if m not in s['linears']]: raise Refusal(f'the base has no linear layer named {missing}', fix=f"It has {', '.join(s['linears'])}")
+    if missing := [m for m in names if m not in s['linears']]:
+        raise Refusal(f'the base has no linear layer named {missing}', fix=f"It has {', '.join(s['linears'])}")
     return {m: s['linears'][m] for m in names}
 
 def lora_params(
@@ -130,7 +132,8 @@ def _learning_bytes(n, method, format): # Beyond the base: gradients, optimiser,
     return n*(16 if format == 'fp32' else 18)
 
 # %% ../nbs/03c_plan.ipynb #d751c7f3
-_kept = {  # compiled? → arrays kept for each token and layer, as multiples of a size; `norm32`: fp32 copies a norm; `drop`: bytes for each number of an input that dropout acts on
+_kept = {  # compiled? → arrays kept for each token and layer, as multiples of a size; `norm32`: fp32 copies a norm;
+    # `drop`: bytes for each number of an input that dropout acts on
     True:  dict(norm=1, norm32=0, ffn=2, q=2, kv=2, drop=1),
     False: dict(norm=1, norm32=1, ffn=4, q=4, kv=0, drop=4)}
 
@@ -213,18 +216,20 @@ def _rates(format): # Operations and bytes a second, of this machine
     import torch
     cuda, n = torch.cuda.is_available(), 8192 if torch.cuda.is_available() else 1024
     sync = torch.cuda.synchronize if cuda else lambda: None
-    a = torch.randn(n, n, device='cuda' if cuda else 'cpu', dtype=dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[pick_dtype('fp32' if format == 'fp32' else 'auto')])
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[pick_dtype('fp32' if format == 'fp32' else 'auto')]
+    a = torch.randn(n, n, device='cuda' if cuda else 'cpu', dtype=dtype)
     b = torch.empty_like(a)
     return 2*n**3/_seconds(lambda: torch.mm(a, a, out=b), sync, 3 if cuda else .3), 2*a.nbytes/_seconds(lambda: b.copy_(a), sync, .1)
 
 def _this_machine(format):
     import psutil, torch
     cuda, (rate, bandwidth) = torch.cuda.is_available(), _rates(format)
-    return dict(name=torch.cuda.get_device_name() if cuda else 'CPU', free=torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available, rate=rate, bandwidth=bandwidth, link=25e9,
-                bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False), source='what it did just now')
+    return dict(name=torch.cuda.get_device_name() if cuda else 'CPU', free=torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available,
+                rate=rate, bandwidth=bandwidth, link=25e9, bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False), source='what it did just now')
 
 # %% ../nbs/03c_plan.ipynb #c63fe8e8
-_h200 = dict(gpu='H200', rate=784e12, base='qwen2.5-7b', method='lora', format='bf16', compiled=True, r=64, dropout=0., recomputed=0, gpus=1, tokens=16112, context=536, ms=None, gb=None)
+_h200 = dict(gpu='H200', rate=784e12, base='qwen2.5-7b', method='lora', format='bf16', compiled=True, r=64, dropout=0., recomputed=0, gpus=1,
+             tokens=16112, context=536, ms=None, gb=None)
 _h100 = dict(_h200, gpu='H100', rate=680e12)
 points = [ # ms: a pack forward and backward, all layers; gb: 1e9 bytes allocated at the peak, with a small vocabulary (`bench/results.md`)
     dict(_h200, what='one-pass LoRA, compiled', rate=740e12, ms=861.2),
@@ -269,8 +274,10 @@ def versus() -> list: # A dict a measured point
     for p in points:
         s, c = shape(p['base']), dict(card(p['gpu'], p['format']), rate=p['rate'])
         kw = {k: p[k] for k in ('tokens', 'recomputed', 'method', 'format', 'compiled', 'r')}
-        ms, gb = 1e3*pack_seconds(s, c, p['context'], **kw), (memory(s, dropout=p['dropout'], **kw)['peak']-4*s['head'])/1e9  # the vocabulary's two matrices in 16 bits
-        out.append(dict(gpu=p['gpu'], base=p['base'], what=p['what'], ms=p['ms'], predicted_ms=round(ms), ms_ratio=ratio(ms, p['ms']), gb=p['gb'], predicted_gb=round(gb, 1), gb_ratio=ratio(gb, p['gb'])))
+        ms = 1e3*pack_seconds(s, c, p['context'], **kw)
+        gb = (memory(s, dropout=p['dropout'], **kw)['peak']-4*s['head'])/1e9  # the vocabulary's two matrices in 16 bits
+        out.append(dict(gpu=p['gpu'], base=p['base'], what=p['what'], ms=p['ms'], predicted_ms=round(ms), ms_ratio=ratio(ms, p['ms']),
+                        gb=p['gb'], predicted_gb=round(gb, 1), gb_ratio=ratio(gb, p['gb'])))
     return out
 
 # %% ../nbs/03c_plan.ipynb #f703a653
@@ -289,8 +296,9 @@ def checkpoint_layers(
     kw = dict(method=method, format=format, route=route, r=r, modules=modules, dropout=dropout, compiled=compiled, shards=shards)
     for n in range(s['layers']+1):
         if (m := memory(s, pack_tokens, n, **kw))['needs'] <= free_bytes: return n
-    raise Refusal(f"{s['name']} in {format}{f' over {shards} GPUs' if shards > 1 else ''}, method {method}, needs {m['needs']/1e9:.1f} GB with all {s['layers']} layers recomputed (base "
-        f"{m['base']/1e9:.1f}, what learns {m['learning']/1e9:.1f}, a pack of {pack_tokens:,} tokens {(m['activations']+m['working'])/1e9:.1f}), and there are {free_bytes/1e9:.1f} GB",
+    raise Refusal(f"{s['name']} in {format}{f' over {shards} GPUs' if shards > 1 else ''}, method {method}, needs {m['needs']/1e9:.1f} GB with all "
+        f"{s['layers']} layers recomputed (base {m['base']/1e9:.1f}, what learns {m['learning']/1e9:.1f}, a pack of {pack_tokens:,} tokens "
+        f"{(m['activations']+m['working'])/1e9:.1f}), and there are {free_bytes/1e9:.1f} GB",
         fix=_remedies(s, pack_tokens, free_bytes, gpus, kw))
 
 def _remedies(s, tokens, free, gpus, kw): # What would make it fit, in words
@@ -299,10 +307,12 @@ def _remedies(s, tokens, free, gpus, kw): # What would make it fit, in words
     most = next((n for n in range(tokens//256*256, 255, -256) if fits(n)), 0)
     words = [f'pack_tokens (and max_len) of at most {most:,}'] if most else []
     if kw['method'] == 'full' and fits(method='lora'): words.append('the method lora')
-    elif kw['format'] not in _quantised and fits(method='lora', format='nf4', shards=1): words.append(('the format nf4' if kw['method'] == 'lora' else 'the method lora on nf4')+alone)
+    elif kw['format'] not in _quantised and fits(method='lora', format='nf4', shards=1):
+        words.append(('the format nf4' if kw['method'] == 'lora' else 'the method lora on nf4')+alone)
     elif kw['format'] not in _quantised and kw['method'] == 'lora' and fits(format='gptq4'): words.append('a GPTQ base')
     spread = dict(format='gptq4') if kw['format'] == 'nf4' else {}  # nf4 cannot be
-    more = [(g, n) for n in (tokens, 8192, 4096, 2048, 1024, 512) for g in sorted({gpus, 2, 4, 8, 16, 32}) if g >= gpus and g > kw['shards'] and most < n <= tokens and fits(n, shards=g, **spread)][:1]
+    more = [(g, n) for n in (tokens, 8192, 4096, 2048, 1024, 512) for g in sorted({gpus, 2, 4, 8, 16, 32})
+            if g >= gpus and g > kw['shards'] and most < n <= tokens and fits(n, shards=g, **spread)][:1]
     for g, n in more:
         how = ['sharded=True'] if kw['shards'] == 1 else []
         if n != tokens: how.append(f'pack_tokens of {n:,}')
@@ -318,7 +328,8 @@ def _beyond(s, c, asked): # What of a plan no measured point covers, in words
     seen = lambda k: {p[k] for p in points if p['ms']}
     near = [p['base'] for p in points if (_known[p['base']]['hidden_size'], _known[p['base']]['intermediate_size']) == (s['hidden'], s['ffn'])]
     out = []
-    if not any(g in c['name'] for g in seen('gpu')): out.append(f"speed: training was not timed on {c['name']}; its rate of matrix products is {c['source']}, the share of it that training reaches the H200's")
+    if not any(g in c['name'] for g in seen('gpu')):
+        out.append(f"speed: training was not timed on {c['name']}; its rate of matrix products is {c['source']}, the share of it that training reaches the H200's")
     if not c['bf16']: out.append('attention: a card before compute capability 8 has no kernel for rows of many lengths, and takes one call a row')
     if not near: out.append(f"speed and activations: measured on {', '.join(sorted(seen('base')))} only")
     if s['hidden'] < 2048: out.append('speed: so small a model waits for its kernels to be started; expect less')
@@ -326,7 +337,8 @@ def _beyond(s, c, asked): # What of a plan no measured point covers, in words
     if asked['format'] not in seen('format') | {'fp16'}: out.append(f"format {asked['format']}: not measured; computed from its bytes")
     if asked['recomputed'] and not any(seen('recomputed')): out.append('recomputed layers: not measured; counted as one more forward pass')
     if asked['dropout'] and not any(seen('dropout')): out.append('dropout: not measured; each input counted twice')
-    if asked['gpus'] not in seen('gpus'): out.append(f"{asked['gpus']} GPUs: not measured; 97 % of equal work" + (', links at 70 % of their rate' if asked['sharded'] else ''))
+    if asked['gpus'] not in seen('gpus'):
+        out.append(f"{asked['gpus']} GPUs: not measured; 97 % of equal work" + (', links at 70 % of their rate' if asked['sharded'] else ''))
     return out
 
 # %% ../nbs/03c_plan.ipynb #14bf244d
@@ -337,7 +349,8 @@ def _format(format, method, c, config): # `auto` made definite, and what the car
     if format == 'auto' and bits in (4, 8): format = f'gptq{bits}'
     if format == 'auto': format = pick_dtype() if c['name'] == 'CPU' else 'bf16' if c['bf16'] else 'fp32' if method == 'full' else 'fp16'
     if format == 'bf16' and not c['bf16']: format = 'fp16'
-    if method == 'full' and format not in ('bf16', 'fp32'): raise Refusal(f'full fine-tuning does not work in {format}', fix='Take the method lora, or the format fp32 (bf16 where the card has it)')
+    if method == 'full' and format not in ('bf16', 'fp32'):
+        raise Refusal(f'full fine-tuning does not work in {format}', fix='Take the method lora, or the format fp32 (bf16 where the card has it)')
     return format
 
 def _fit(s, tokens, free, gpus, sharded, kw): # Layers to recompute, and over how many GPUs the base is sharded
@@ -376,14 +389,17 @@ def plan(
     sharded:bool=None,            # Base and optimiser spread over the GPUs; None: for full fine-tuning, and where one GPU does not hold a job
 ) -> dict: # Sizes in GB (1e9 bytes); `plan_table` shows it
     "What a training will cost"
-    if method not in ('lora', 'full') or route not in ('answer', 'score'): raise Refusal(f'no method {method!r} on a route {route!r}', fix='Take lora or full, answer or score')
-    if min(gpus, views, epochs, pack_tokens, 1 if rows is None else rows, lora_r if method == 'lora' else 1) <= 0: raise Refusal('gpus, views, epochs, pack_tokens, rows and lora_r must be above zero')
+    if method not in ('lora', 'full') or route not in ('answer', 'score'):
+        raise Refusal(f'no method {method!r} on a route {route!r}', fix='Take lora or full, answer or score')
+    if min(gpus, views, epochs, pack_tokens, 1 if rows is None else rows, lora_r if method == 'lora' else 1) <= 0:
+        raise Refusal('gpus, views, epochs, pack_tokens, rows and lora_r must be above zero')
     if not 0 <= lora_dropout < 1: raise Refusal(f'lora_dropout is a share from 0 to below 1, not {lora_dropout}')
     config, n = base_config(base), _lengths(lengths, max_len)
     if not 0 <= template < n.min(): raise Refusal(f'template counts tokens of every row, and the shortest has {n.min()}: {template} cannot be')
     c = card(gpu, format)
     format, s, tokens = _format(format, method, c, config), dict(shape(config), name=_label(base, config)), max(pack_tokens, int(n.max()))
-    fit, more = dict(method=method, format=format, r=lora_r, modules=lora_modules, compiled=compiled and c['name'] != 'CPU'), dict(route=route, dropout=lora_dropout)
+    fit = dict(method=method, format=format, r=lora_r, modules=lora_modules, compiled=compiled and c['name'] != 'CPU')
+    more = dict(route=route, dropout=lora_dropout)
     recomputed, fit['shards'] = _fit(s, tokens, c['free'], gpus, sharded, dict(fit, **more))
     m = memory(s, tokens, recomputed, **more, **fit)
     spared = template*max(0, tokens/float(n.mean())-1)
@@ -392,9 +408,10 @@ def plan(
     total = float(n.mean())*(len(n) if rows is None else rows)*views*epochs
     asked = dict(method=method, format=format, recomputed=recomputed, dropout=lora_dropout, gpus=gpus, sharded=fit['shards'] > 1)
     learns = _learned(s, method, lora_r, lora_modules, route)
-    return dict(base=s['name'], gpu=c['name'], gpus=gpus, sharded=asked['sharded'], method=method, format=format, route=route, params=s['params']-(s['head'] if route == 'score' else 0),
-        learns=learns, layers=s['layers'], recomputed=recomputed, pack_tokens=tokens, **{f'{k}_gb': round(v/1e9, 2) for k, v in m.items()}, memory_gb=round(c['free']/1e9, 1),
-        mean_len=round(float(n.mean())), tokens=round(total), tokens_s=round(speed), hours=total/speed/3600, gpu_hours=gpus*total/speed/3600, extrapolated=_beyond(s, c, asked))
+    return dict(base=s['name'], gpu=c['name'], gpus=gpus, sharded=asked['sharded'], method=method, format=format, route=route,
+        params=s['params']-(s['head'] if route == 'score' else 0), learns=learns, layers=s['layers'], recomputed=recomputed, pack_tokens=tokens,
+        **{f'{k}_gb': round(v/1e9, 2) for k, v in m.items()}, memory_gb=round(c['free']/1e9, 1), mean_len=round(float(n.mean())), tokens=round(total),
+        tokens_s=round(speed), hours=total/speed/3600, gpu_hours=gpus*total/speed/3600, extrapolated=_beyond(s, c, asked))
 
 # %% ../nbs/03c_plan.ipynb #0e39d90c
 def plan_table(
@@ -404,7 +421,8 @@ def plan_table(
     count = lambda n: f'{n/1e9:,.2f} B' if n >= 1e9 else f'{n/1e6:,.1f} M' if n >= 1e6 else f'{n:,}'
     gb = lambda k: f"{p[f'{k}_gb']:9.1f} GB"
     said = 'none' if not p['recomputed'] else f"the first {p['recomputed']}" if p['recomputed'] < p['layers'] else 'all'
-    where = ('this ' if p['gpu'] == 'CPU' else f"{p['gpus']} x ")+p['gpu'] + (', base and optimiser sharded (sharded=True)' if p['sharded'] else ', each with its own rows' if p['gpus'] > 1 else '')
+    where = ('this ' if p['gpu'] == 'CPU' else f"{p['gpus']} x ")+p['gpu']
+    where += ', base and optimiser sharded (sharded=True)' if p['sharded'] else ', each with its own rows' if p['gpus'] > 1 else ''
     time = (f"{p['hours']:.1f} hours" if p['hours'] >= 1 else f"{60*p['hours']:.1f} minutes")+(f", {p['gpu_hours']:.1f} GPU-hours" if p['gpu'] != 'CPU' else '')
     lines = [('job', f"{p['base']}, {p['method']}, {p['format']}, {p['route']} route; on {where}"),
         ('parameters', f"{count(p['params'])} in the base; {count(p['learns'])} learn"),

@@ -15,7 +15,8 @@ import pandas as pd
 # %% ../nbs/02a_probs.ipynb #5e259945
 def _checked(p, n, ids, where):
     p = np.asarray(p, dtype=np.float64)
-    if p.ndim != 2 or len(p) != len(ids) or p.shape[1] < np.max(n, initial=1): raise Refusal(f'probabilities of shape {list(p.shape)} for {len(ids)} rows of up to {np.max(n, initial=1)} options', where)
+    if p.ndim != 2 or len(p) != len(ids) or p.shape[1] < np.max(n, initial=1):
+        raise Refusal(f'probabilities of shape {list(p.shape)} for {len(ids)} rows of up to {np.max(n, initial=1)} options', where)
     over = np.arange(p.shape[1]) >= np.asarray(n)[:, None]
     bad = ~np.isfinite(p).all(1) | (p < -1e-6).any(1) | (np.abs(p.sum(1)-1) > 1e-3) | (np.where(over, p, 0) != 0).any(1)
     if bad.any(): raise Refusal('probabilities must be finite, not negative, and sum to one over the row\'s options', where, np.asarray(ids)[bad])
@@ -42,7 +43,8 @@ def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options 
     if missing := {'id', 'p', 'views', 'seen'} - set(df.columns): raise Refusal(f'not a probability table: no column {sorted(missing)}', path)
     if len(dup := df.id[df.id.duplicated()]): raise Refusal('an id occurs twice', path, dup)
     meta = df.attrs['meta']
-    if (t := meta.get('task')) in tasks and meta.get('options') != list(tasks[t].options): raise Refusal(f"its options are {meta.get('options')}, not those of {t}", path, fix='Write it again in the order of the task')
+    if (t := meta.get('task')) in tasks and meta.get('options') != list(tasks[t].options):
+        raise Refusal(f"its options are {meta.get('options')}, not those of {t}", path, fix='Write it again in the order of the task')
     if hash_obj(list(df.id)) != df.attrs['meta'].get('ids'): raise Refusal('the ids are not those it was written with', path)
     return df
 

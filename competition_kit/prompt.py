@@ -50,7 +50,8 @@ _mark = 'MARKER0OF0THE0ROW'
 def _rendered(tok, ask):
     if not tok.chat_template: return f'{tok.bos_token or ""}{ask}\n\n{_mark}\n\nAnswer:'
     def chat(*turns): # some templates print today's date; a prompt must not change overnight
-        return tok.apply_chat_template([dict(role=r, content=c) for r, c in turns], add_generation_prompt=True, tokenize=False, strftime_now=lambda form: '26 Jul 2024')
+        return tok.apply_chat_template([dict(role=r, content=c) for r, c in turns], add_generation_prompt=True, tokenize=False,
+                                       strftime_now=lambda form: '26 Jul 2024')
     try:
         text = chat(('system', ask), ('user', _mark))
         if ask in text: return text

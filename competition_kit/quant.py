@@ -16,7 +16,8 @@ try: import triton, triton.language as tl
 except ImportError: triton = None  # a CPU needs none
 
 logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it misses a kernel that has no gradient and is not used here
-logging.getLogger('transformers.modeling_utils').addFilter(lambda r: 'LOAD REPORT' not in str(r.msg))  # of a new head, at length; what else is missing is refused
+# the report of a new head is long; what else is missing is refused
+logging.getLogger('transformers.modeling_utils').addFilter(lambda r: 'LOAD REPORT' not in str(r.msg))
 
 # %% ../nbs/02c_quant.ipynb #da581742
 def quant_kind(
@@ -27,10 +28,12 @@ def quant_kind(
     q = json.loads(Path(cached_file(base_path(base), 'config.json')).read_text(encoding='utf-8')).get('quantization_config')
     if q is None: return None
     form, method, bits = q.get('checkpoint_format') or q.get('format') or 'gptq', q.get('quant_method', 'an unknown method'), q.get('bits')
-    def no(what): raise Refusal(f'the base is quantised by {what}, which cannot be read here', base, fix='Take the base in 16 bits, or a GPTQ checkpoint of 4 or 8 bits')
+    def no(what):
+        raise Refusal(f'the base is quantised by {what}, which cannot be read here', base, fix='Take the base in 16 bits, or a GPTQ checkpoint of 4 or 8 bits')
     if method != 'gptq': no(method)
     if bits not in (4, 8) or form not in ('gptq', 'gptq_v2') or q.get('pack_dtype', 'int32') != 'int32': no(f'{method} in {bits} bits, format {form}')
-    return dict(bits=bits, group_size=q.get('group_size', -1), sym=q.get('sym', True), desc_act=bool(q.get('desc_act')), checkpoint_format=form, dynamic=q.get('dynamic'))
+    return dict(bits=bits, group_size=q.get('group_size', -1), sym=q.get('sym', True), desc_act=bool(q.get('desc_act')), checkpoint_format=form,
+                dynamic=q.get('dynamic'))
 
 # %% ../nbs/02c_quant.ipynb #f626248e
 def text_config(
@@ -42,7 +45,8 @@ def text_config(
     whole = AutoConfig.from_pretrained(base_path(base), trust_remote_code=False)
     text = whole.get_text_config()
     if num_labels: text.num_labels = num_labels
-    return text, {} if text is whole else {r'^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)': 'model.', r'^(?:model\.)?language_model\.lm_head': 'lm_head'}
+    return text, {} if text is whole else {r'^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)': 'model.',
+                                           r'^(?:model\.)?language_model\.lm_head': 'lm_head'}
 
 # %% ../nbs/02c_quant.ipynb #3b67609b
 if triton:
@@ -132,7 +136,8 @@ def _files(path, device, renamed): # name of each tensor: the open file it is in
     names = set(json.loads(index.read_text())['weight_map'].values()) if index.exists() else [f.name for f in folder.glob('*.safetensors')]
     if 'model.safetensors' in names and not index.exists(): names = ['model.safetensors']
     if gone := sorted(n for n in names if not (folder/n).exists()): raise Refusal(f'files are missing: {gone}', folder)
-    have = {functools.reduce(lambda k, r: re.sub(*r, k), renamed.items(), old): (o, old) for n in sorted(names) for o in [safe_open(folder/n, 'pt', device=str(device))] for old in o.keys()}
+    have = {functools.reduce(lambda k, r: re.sub(*r, k), renamed.items(), old): (o, old)
+            for n in sorted(names) for o in [safe_open(folder/n, 'pt', device=str(device))] for old in o.keys()}
     return {k: v for k, v in have.items() if not renamed or k != v[1] or k.startswith(('lm_head.', 'score.'))}  # not the eyes
 
 def _get(at): return at[0].get_tensor(at[1])
@@ -157,10 +162,12 @@ def _packed_layer(name, linear, have, kind, where):
     "One `GPTQLinear`, from the shapes in the file: layers may differ in bits and group size"
     t = {k: _get(have[f'{name}.{k}']) for k in ('qweight', 'qzeros', 'scales', 'g_idx', 'bias') if f'{name}.{k}' in have}
     n, bits, groups = linear.in_features, len(t['qweight'])*32//linear.in_features, len(t['scales'])
-    fits = bits in (4, 8) and [*t['qweight'].shape, *t['qzeros'].shape, *t['scales'].shape] == [n*bits//32, linear.out_features, groups, linear.out_features*bits//32, groups, linear.out_features]
+    fits = bits in (4, 8) and [*t['qweight'].shape, *t['qzeros'].shape, *t['scales'].shape] == [
+        n*bits//32, linear.out_features, groups, linear.out_features*bits//32, groups, linear.out_features]
     if not fits: raise Refusal(f'the shapes of {name} are not those of 4 or 8 bits for {n} inputs and {linear.out_features} outputs', where)
     if n % groups or (kind['group_size'] not in (-1, n//groups) and not kind['dynamic']):
-        raise Refusal(f"the group size {kind['group_size']} does not divide the {n} inputs of {name}", where, fix='Quantise again with 64 or 32; other readers fail on this too')
+        raise Refusal(f"the group size {kind['group_size']} does not divide the {n} inputs of {name}", where,
+                      fix='Quantise again with 64 or 32; other readers fail on this too')
     return GPTQLinear(**t, bits=bits, v1=kind['checkpoint_format'] == 'gptq')
 
 def load_mapped(
@@ -196,7 +203,8 @@ def complete(
     base:str,     # For the message
 ): # The model
     "Refuse a base that lacks tensors: transformers makes them up and only mentions it. A new head may be missing"
-    if gone := sorted(k for k in info['missing_keys'] if not k.startswith('score.')): raise Refusal(f'{len(gone)} tensors are missing, such as {gone[0]}', base, fix='Fetch the base again')
+    if gone := sorted(k for k in info['missing_keys'] if not k.startswith('score.')):
+        raise Refusal(f'{len(gone)} tensors are missing, such as {gone[0]}', base, fix='Fetch the base again')
     return model
 
 def load_nf4(
@@ -208,14 +216,17 @@ def load_nf4(
     **kw,                  # As for `from_pretrained`
 ): # A transformers model whose linear layers, but for the output matrix and `score`, are in nf4 with double quantisation
     "Load a base in nf4 to train a LoRA over"
-    if importlib.util.find_spec('bitsandbytes') is None: raise Refusal('nf4 needs bitsandbytes, which is not installed', fix='Run `pip install "competition_kit[gpu]"`')
+    if importlib.util.find_spec('bitsandbytes') is None:
+        raise Refusal('nf4 needs bitsandbytes, which is not installed', fix='Run `pip install "competition_kit[gpu]"`')
     path = base_path(base)
     if quant_kind(path): raise Refusal('the base is a GPTQ checkpoint, and quantised already', base, fix='Leave out nf4, or take the base in 16 bits')
     from transformers import BitsAndBytesConfig
     import bitsandbytes as bnb
     config, renamed = text_config(path, num_labels)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=['lm_head', 'score'])
-    model = complete(*cls.from_pretrained(path, config=config, key_mapping=renamed or None, output_loading_info=True, quantization_config=nf4, dtype=dtype, device_map={'': torch.device(device or _device())}, use_safetensors=True, trust_remote_code=False, **kw), base)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+                             llm_int8_skip_modules=['lm_head', 'score'])
+    model = complete(*cls.from_pretrained(path, config=config, key_mapping=renamed or None, output_loading_info=True, quantization_config=nf4, dtype=dtype,
+                                          device_map={'': torch.device(device or _device())}, use_safetensors=True, trust_remote_code=False, **kw), base)
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit) and hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     return model
@@ -239,7 +250,8 @@ def _dense_nf4(w, dtype, B=64, warps=4):
         return dequantize_4bit(w.data, s).to(dtype)
     out = torch.empty(s.shape, dtype=dtype, device=w.device)
     n = out.numel()//64
-    with torch.cuda.device_of(w): _nf4_kernel[(triton.cdiv(n, B),)](w.data, s.absmax, s.state2.code, s.state2.absmax, s.offset, s.code, out, n, B=B, num_warps=warps)
+    with torch.cuda.device_of(w):
+        _nf4_kernel[(triton.cdiv(n, B),)](w.data, s.absmax, s.state2.code, s.state2.absmax, s.offset, s.code, out, n, B=B, num_warps=warps)
     return out
 
 # %% ../nbs/02c_quant.ipynb #305ada08

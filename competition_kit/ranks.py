@@ -47,12 +47,14 @@ def launch(
 ):
     "Start ranks, and wait for them; of a failure raise what the first to fail has said, a `Refusal` as such"
     if torch.cuda.is_available() and (seen := torch.cuda.device_count()) < n:
-        raise Refusal(f'{n} ranks want a GPU each, and {seen} {"is" if seen == 1 else "are"} visible', fix=f'Take gpus={seen}, or let CUDA_VISIBLE_DEVICES show more')
+        raise Refusal(f'{n} ranks want a GPU each, and {seen} {"is" if seen == 1 else "are"} visible',
+                      fix=f'Take gpus={seen}, or let CUDA_VISIBLE_DEVICES show more')
     for old in folder.glob('failed-*.json'): old.unlink()
     write_json(folder/'config.json', config)
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *run, str(folder/'config.json')]
     env = dict(os.environ, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'), NCCL_NVLS_ENABLE=os.environ.get('NCCL_NVLS_ENABLE', '0'))
-    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=_die_with_parent, errors='replace') as proc: last = _passed_on(proc)
+    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=_die_with_parent, errors='replace') as proc:
+        last = _passed_on(proc)
     if not proc.returncode: return
     failed = sorted((read_json(f) for f in folder.glob('failed-*.json')), key=lambda e: e['at'])
     if not failed: raise RuntimeError('a rank ended: '+last)

@@ -705,7 +705,8 @@ def parse_mix(
     parts = []
     for phase, term in [(k, t) for k, side in enumerate(mix.split('>')) for t in side.split('+')]:
         m = re.fullmatch(r'\s*([A-Za-z0-9_-]{1,64})\s*(?::\s*(\d+)|@\s*(\d*\.?\d+))?\s*', term)
-        if not m: raise Refusal(f'{term.strip()!r} in the mix {mix!r} cannot be read', fix='Write name, name:rows or name@share, joined by + (and > between phases)')
+        if not m:
+            raise Refusal(f'{term.strip()!r} in the mix {mix!r} cannot be read', fix='Write name, name:rows or name@share, joined by + (and > between phases)')
         part = Part(m[1], int(m[2]) if m[2] else None, float(m[3]) if m[3] else None, phase)
         if part.n == 0 or part.share == 0 or (part.share or 1) > 1:
             raise Refusal(f'{term.strip()!r} in the mix takes no rows, or more than there are')

@@ -8,7 +8,8 @@ __all__ = ['fold_rows', 'make_judge', 'save_judge', 'work', 'train_fold', 'run_t
 # %% ../nbs/04_train.ipynb #af5dfd0e
 import os, shutil, sys, time
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:  # one of several ranks sees one GPU, which must be said before torch wakes CUDA
-    if seen := os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(64)))): os.environ['CUDA_VISIBLE_DEVICES'] = seen.split(',')[int(os.environ['LOCAL_RANK'])]
+    if seen := os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(64)))):
+        os.environ['CUDA_VISIBLE_DEVICES'] = seen.split(',')[int(os.environ['LOCAL_RANK'])]
 
 # %% ../nbs/04_train.ipynb #c5f61ff2
 from .base import base_hash, base_path, load_tokenizer, pick_dtype
@@ -61,21 +62,22 @@ def make_judge(
 # %% ../nbs/04_train.ipynb #5e762120
 def _foreseen(p, enc): # The plan of a run, as text
     rows, quantised = enc.n[enc.view == 0], quant_kind(p['base'])
-    try: return plan_table(plan(p['base'], gpus=ranks(), method=p['method'], format='auto' if quantised else p['dtype'], route='answer' if p['route'] == 'answer' else 'score', lora_r=p['lora_r'],
-        lora_modules=p['lora_modules'], lora_dropout=p['lora_dropout'], lengths=rows, max_len=p['max_len'], template=common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]]), views=p['views'], epochs=p['epochs'], pack_tokens=p['pack_tokens'], compiled=p['compiled'] != 'no', sharded=p['sharded'] and ranks() > 1))
+    asked = {k: p[k] for k in 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'.split()}
+    try: return plan_table(plan(p['base'], gpus=ranks(), format='auto' if quantised else p['dtype'], route='answer' if p['route'] == 'answer' else 'score',
+        lengths=rows, template=common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]]), compiled=p['compiled'] != 'no', sharded=p['sharded'] and ranks() > 1, **asked))
     except Refusal as e:
         if torch.cuda.is_available() and p['recompute'] < 0: raise
         return str(e)
 
 # %% ../nbs/04_train.ipynb #b1f0c37a
-def _quicker(judge, p, tokens, longest): # What suits this machine, in place; `tokens`: to go through; `longest`: of the longest prompt, which may be more than a pack's
+def _quicker(judge, p, tokens, longest): # What suits this machine, in place; `tokens`: in all; `longest`: of one prompt, which may be more than a pack's
     if judge.device.type != 'cuda':
         if p['recompute'] > 0 or p['compiled'] == 'yes': print('recompute and compiled are for GPUs: left alone')
         return
     compiled = judge.varlen and (p['compiled'] == 'yes' or p['compiled'] == 'auto' and pays(judge, 4*tokens*shape(judge.base.config)['linear']))
     n, kind, memory = p['recompute'], quant_kind(p['base']), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
-    if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], max(p['pack_tokens'], longest), memory, p['route'], p['lora_r'], p['lora_modules'],
-                                    p['lora_dropout'], compiled, ranks() if p['sharded'] else 1, ranks())
+    if n < 0: n = checkpoint_layers(judge.base.config, p['method'], f"gptq{kind['bits']}" if kind else p['dtype'], max(p['pack_tokens'], longest), memory,
+                                    p['route'], p['lora_r'], p['lora_modules'], p['lora_dropout'], compiled, ranks() if p['sharded'] else 1, ranks())
     if p['method'] == 'lora': fuse(judge)
     recompute(judge, n)
     if compiled: compile_layers(judge)
@@ -134,14 +136,17 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: as_rank(sys.a
 # %% ../nbs/04_train.ipynb #d6a0b7e5
 def _check(p): # what is known to be wrong before anything is loaded
     for name, good, say in (
-        ('method', p['method'] in ('lora', 'full'), 'lora or full'), ('route', p['route'] in ('answer', 'score', 'score2'), 'answer, score or score2'), ('compiled', p['compiled'] in ('auto', 'yes', 'no'), 'auto, yes or no'),
-        ('views', p['views'] in (1, 2), '1 or 2'), ('epochs', p['epochs'] > 0, 'more than 0'), ('warmup', 0 <= p['warmup'] < 1, 'a share of the steps'), ('lora_dropout', 0 <= p['lora_dropout'] < 1, 'a share'),
+        ('method', p['method'] in ('lora', 'full'), 'lora or full'), ('route', p['route'] in ('answer', 'score', 'score2'), 'answer, score or score2'),
+        ('compiled', p['compiled'] in ('auto', 'yes', 'no'), 'auto, yes or no'), ('views', p['views'] in (1, 2), '1 or 2'), ('epochs', p['epochs'] > 0, 'more than 0'),
+        ('warmup', 0 <= p['warmup'] < 1, 'a share of the steps'), ('lora_dropout', 0 <= p['lora_dropout'] < 1, 'a share'),
         *((k, p[k] > 0, '1 or more') for k in ('batch', 'pack_tokens', 'gpus', 'save_every', 'lora_r'))):
         if not good: raise Refusal(f'{name}={p[name]!r}', fix=f'Take {say}')
-    if p['batch'] % p['gpus']: raise Refusal(f"a step of {p['batch']} rows cannot be shared by {p['gpus']} processes", fix='Give a batch that is a multiple of gpus')
+    if p['batch'] % p['gpus']:
+        raise Refusal(f"a step of {p['batch']} rows cannot be shared by {p['gpus']} processes", fix='Give a batch that is a multiple of gpus')
     if p['sharded'] and p['gpus'] == 1: raise Refusal('sharded=True spreads the model over several processes, and gpus=1', fix='Give gpus, or sharded=False')
     if p['method'] == 'lora': return
-    if p['dtype'] == 'nf4' or quant_kind(p['base']): raise Refusal('weights in four or eight bits cannot learn', fix='Take method=lora, or a base that is not quantised')
+    if p['dtype'] == 'nf4' or quant_kind(p['base']):
+        raise Refusal('weights in four or eight bits cannot learn', fix='Take method=lora, or a base that is not quantised')
     if p['dtype'] == 'fp16': raise Refusal('all weights in fp16 do not learn: the squares of their gradients vanish', fix='Take bf16 or fp32')
 
 def _before(p): # The run that a run goes on from, as its start or as its base; '' if there is none
@@ -157,11 +162,13 @@ def _started(p, rows): # What a run that goes on from another has as its input; 
     rec, held = find_run(run), fold_rows(rows, p['fold'])[1]
     method, run = rec['params'].get('method', 'lora'), rec['run_id']
     if rec['status'] != 'done': raise Refusal(f"{run} is {rec['status']}: there is nothing to go on from")
-    if p['start'] and method != p['method']: raise Refusal(f'{run} was trained with method={method}', fix='Go on with the same method; or give the weights of a full run, models/<run>/model, as the base')
-    if p['start'] and method == 'lora' and rec['inputs']['base'] != base_hash(p['base']): raise Refusal(f"{run} has learned over another base than {p['base']}", fix=f"Take base={rec['params']['base']}")
+    if p['start'] and method != p['method']:
+        raise Refusal(f'{run} was trained with method={method}', fix='Go on with the same method; or give the weights of a full run, models/<run>/model, as the base')
+    if p['start'] and method == 'lora' and rec['inputs']['base'] != base_hash(p['base']):
+        raise Refusal(f"{run} has learned over another base than {p['base']}", fix=f"Take base={rec['params']['base']}")
     seen = held.group.isin(_taught(run))
-    if seen.any(): raise Refusal(f"{run} has learned from {seen.sum()} of the {len(held)} rows that fold {p['fold']} holds out: their scores would be no out-of-fold scores", ids=held.id[seen].tolist(),
-                                fix=f"Go on from a run that held out fold {p['fold']} too, or from rows that are not in this table")
+    if seen.any(): raise Refusal(f"{run} has learned from {seen.sum()} of the {len(held)} rows that fold {p['fold']} holds out: their scores would be no out-of-fold scores",
+                                ids=held.id[seen].tolist(), fix=f"Go on from a run that held out fold {p['fold']} too, or from rows that are not in this table")
     return dict(start=hash_obj(rec['outputs'])) if p['start'] else {}
 
 # %% ../nbs/04_train.ipynb #92fc21a2
@@ -175,14 +182,16 @@ def _train(run, p, prompt, rows):
     parts = [np.load(f) for f in sorted(run.folder.glob('part-*.npy'))]
     got = np.zeros((len(held), parts[0].shape[1]), np.float32)
     for k, part in enumerate(parts): got[k::len(parts)] = part
-    if not np.isfinite(got).all(): raise Refusal('the trained model says nothing: its probabilities are no numbers', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')
+    if not np.isfinite(got).all():
+        raise Refusal('the trained model says nothing: its probabilities are no numbers', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
     write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], run=run.id, **ids)
     speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
     metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task), **out)
     for f in [*run.folder.glob('part-*.npy'), run.folder/'work.json', run.folder/'config.json']: f.unlink(missing_ok=True)
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
-    kept = ['probs.parquet', 'loss.json', *(f'{d}/{f.name}' for d in ('adapter', 'model') for f in sorted((run.folder/d).glob('*')) if f.name != 'manifest.json')]
+    kept = ['probs.parquet', 'loss.json',
+            *(f'{d}/{f.name}' for d in ('adapter', 'model') for f in sorted((run.folder/d).glob('*')) if f.name != 'manifest.json')]
     run.finish(metrics=metrics, outputs=kept, rows=len(train), held_out=len(held), task=prompt.task, base=base_hash(p['base']), tokens_s=speed, **ids)
 
 # %% ../nbs/04_train.ipynb #1ef2164c

@@ -323,7 +323,8 @@ def voters(
         recs = _trained(data)
         recs = [r for r in recs if word(r['run_id'])] or [r for r in recs if word(r['run_id']) is None]
     if not recs and not names:
-        raise Refusal(f'there is no finished train run on {data} that may vote', fix=f'Train one: ck run 04_train -p mix {data} -p fold 0. Or empty the column keep')
+        raise Refusal(f'there is no finished train run on {data} that may vote',
+                      fix=f'Train one: ck run 04_train -p mix {data} -p fold 0. Or empty the column keep')
     files = [n for n in names if n.endswith('.parquet')]
     if lost := [n for n in files if not _probs_file(n).is_file()]: raise Refusal('no such file', lost[0])
     if no := [r['run_id'] for r in recs if r['stage'] != 'train' or r.get('status') != 'done']: raise Refusal(f"not finished train runs: {', '.join(no)}")
