@@ -7,9 +7,8 @@ __all__ = ['cards', 'points', 'base_config', 'shape', 'lora_params', 'lengths', 
            'layer_bytes', 'memory', 'card', 'pack_seconds', 'versus', 'checkpoint_layers', 'plan', 'plan_table']
 
 # %% ../nbs/03c_plan.ipynb #ab77b0e3
-from .base import base_path, pick_dtype
+from .base import base_path, local_base, pick_dtype
 from .core import Refusal
-from pathlib import Path
 import copy, functools, re, time
 import numpy as np
 
@@ -40,7 +39,7 @@ def base_config(
     if hasattr(base, 'config'): return base.config
     try:
         if isinstance(base, dict): return AutoConfig.for_model(**base)
-        if not (Path(base).expanduser()/'config.json').exists() and (known := _well_known(base)): return AutoConfig.for_model(**known)
+        if not local_base(base) and (known := _well_known(base)): return AutoConfig.for_model(**known)
         return AutoConfig.from_pretrained(base_path(base))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Refusal(f'no configuration of the base {base!r} was found', fix=f"Give a folder with a config.json, or one of {', '.join(_known)}") from e

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from peft import PeftModel, get_peft_model
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
-from competition_kit.core import Refusal, damage
+from competition_kit.core import Refusal, damage, models_path
 from competition_kit.model import Judge, add_lora, collate, continue_from, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
 from competition_kit.prompt import Prompt
 from competition_kit.speed import layers
@@ -531,6 +531,9 @@ def test_base_path(tiny, smollm2, tmp_path, monkeypatch):
     assert base_path(tiny('llama')) == tiny('llama') and base_path('Qwen/Qwen2.5-14B-Instruct') == 'Qwen/Qwen2.5-14B-Instruct'
     monkeypatch.chdir(Path(tiny('llama')).parent); assert base_path('llama') == 'llama' and base_path('./llama')
     assert base_hash('llama') == base_hash('./llama') == base_hash(tiny('llama'))
+    shutil.copytree(tiny('llama'), models_path('some-run/model'))
+    (tmp_path/'nbs').mkdir(); monkeypatch.chdir(tmp_path/'nbs')  # a notebook's folder: the root's paths hold there
+    assert base_path('models/some-run/model') == str(models_path('some-run/model')) and base_hash('models/some-run/model') == base_hash(tiny('llama'))
 
 @pytest.mark.parametrize('base', ['nobody/nothing', 'a b/c', '-/x'])
 def test_hub_ids_without_a_network(base, prompt):
