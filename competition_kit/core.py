@@ -51,7 +51,7 @@ def models_path(*parts) -> Path: # A path below `models/`
 # %% ../nbs/00_core.ipynb #93bf73a5
 def bases_path(*parts) -> Path: # A path below `models/bases/`, or below `CK_BASES`
     "Where base models lie"
-    return Path(os.environ.get('CK_BASES') or models_path('bases')).joinpath(*parts)
+    return project_root().joinpath(os.environ.get('CK_BASES') or 'models/bases', *parts)
 
 @contextlib.contextmanager
 def root_at(path): # A folder, made if missing

@@ -57,6 +57,8 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
     per_layer, count = sum(i*o for i, o in linears.values()), lambda m: sum(p.numel() for p in m.parameters())
     if per_layer*len(layers) < .98*count(layers):
         raise Refusal('the layers have weights that are not linear layers', type(model).__name__, fix='Plan for a dense model')
+    if gone := sorted({'down_proj', 'o_proj', 'k_proj'}-linears.keys()):
+        raise Refusal(f'layers without {gone} cannot be planned for', type(model).__name__, fix='Train with recompute and compiled given by hand')
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return dict(name=_label(base, c), layers=len(layers), hidden=c.hidden_size, ffn=linears['down_proj'][0], q=linears['o_proj'][0], kv=linears['k_proj'][1],
         norms=sum('Norm' in type(m).__name__ and m.weight.numel() == c.hidden_size for m in layers[0].modules()),

@@ -144,12 +144,12 @@ def _words_choice(train, rows, task, width):
 
 # %% ../nbs/02a_probs.ipynb #43fe12c7
 def baselines(
-    train,       # Rows to fit on, with labels
+    train,       # Rows to fit on; those without a label are left out
     rows,        # Rows to score on, with labels
     task:str,    # Name of the task
 ) -> dict: # Name → log-loss, accuracy, calibration error
     "What the class prior, the length of the answers, and words with a linear model score on `rows`"
-    t, width = tasks[task], len(tasks[task].options)
+    t, width, train = tasks[task], len(tasks[task].options), train[train.label >= 0]
     guess = {'class prior': _prior(train.label, n_options(rows, t), width),
              'longer response' if 'response_a' in rows else 'longest option': _by_length(train, rows, t, width),
              'tf-idf + logistic regression': (_words_pair if 'response_a' in rows else _words_choice)(train, rows, t, width)}

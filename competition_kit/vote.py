@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .base import base_hash, load_tokenizer
+from .base import base_hash, earlier_run, load_tokenizer
 from .core import Refusal, atomic, content_hash, damage, data_path, hash_obj, models_path, project_root, sha256, write_table
 from .log import find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
@@ -306,6 +306,14 @@ def _trained(data): # finished train runs whose first table is `data`
         except Refusal: return False
     return [r for r in records() if r['stage'] == 'train' and r.get('status') == 'done' and on(r)]
 
+def _kin(r): # the same for runs that differ in nothing but their folds, nor do those that they go on from
+    p, inputs = {k: v for k, v in r['params'].items() if k != 'fold'}, dict(r['inputs'])
+    if run := earlier_run(p):
+        here = 'start' if p.get('start') else 'base'
+        inputs.pop(here, None)
+        p[here] = _kin(find_run(run))
+    return hash_obj([p, inputs])
+
 def _named_apart(many): # for each set of parameters, those that are not the same in all
     keys = [k for k in dict.fromkeys(k for p in many for k in p) if len({hash_obj(p.get(k)) for p in many}) > 1 and k != 'fold']
     return [', '.join(f'{k}={p.get(k)}' for k in keys) for p in many]
@@ -328,8 +336,7 @@ def voters(
     files = [n for n in names if n.endswith('.parquet')]
     if lost := [n for n in files if not _probs_file(n).is_file()]: raise Refusal('no such file', lost[0])
     if no := [r['run_id'] for r in recs if r['stage'] != 'train' or r.get('status') != 'done']: raise Refusal(f"not finished train runs: {', '.join(no)}")
-    key = lambda r: hash_obj([{k: v for k, v in r['params'].items() if k != 'fold'}, r['inputs']])
-    groups = {k: [r for r in recs if key(r) == k] for k in dict.fromkeys(map(key, recs))}
+    groups = {k: [r for r in recs if _kin(r) == k] for k in dict.fromkeys(map(_kin, recs))}
     apart = _named_apart([g[0]['params'] for g in groups.values()])
     label = [f'{i}: {a}' if a else str(i) for i, a in enumerate(apart, 1)]
     weight = lambda id: 1. if (w := said.get(id, {}).get('vote_weight')) is None else w
@@ -489,8 +496,8 @@ def _kept(path, rows, views):
     return got if list(got.id) == list(rows.id) and (got.views == views).all() else None
 
 def _seen(r, rows):
-    t = load_rows(r['params']['mix'], r['params']['seed'])
-    return rows.id.isin(set(t.id[t.fold != r['fold']])).to_numpy()
+    from competition_kit.train import learned
+    return rows.id.isin(set(learned(r['run_id']).id)).to_numpy()
 
 # %% ../nbs/10_vote.ipynb #a035c084
 def predict_runs(

@@ -229,3 +229,7 @@ def test_this_machine():
 def test_no_torch_for_a_card():
     code = "import competition_kit.plan as p, sys; assert p.card('H200')['rate'] > 1e14 and len(p.lengths()); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, '-c', code], check=True)
+
+def test_joined_projections_are_refused():
+    from transformers import Phi3Config
+    with pytest.raises(Refusal, match='k_proj'): shape(Phi3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512, pad_token_id=0))

@@ -146,6 +146,50 @@ def test_a_stage_never_holds_out_what_an_earlier_one_learned(tiny):
     other = dict(small, base=_another(tiny))
     with pytest.raises(Refusal, match='another base'): train_fold(**dict(other, fold=1, start=lora.id))
 
+def test_a_stage_over_a_table_that_changed_is_refused(tiny):
+    small = dict(globals()['small'], mix='own', epochs=1., lr=0., base=tiny)
+    rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
+    write_rows(rows, data_path('own.parquet'), task='preference')
+    first = train_fold(**small)
+    write_rows(rows.assign(fold=rows.fold.to_numpy()[::-1]), data_path('own.parquet'), task='preference')
+    with pytest.raises(Refusal, match='has changed since'): train_fold(**dict(small, start=first.id))
+
+def test_rows_with_soft_labels_alone(tiny):
+    "are learned from beside others, and never held out"
+    rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
+    write_rows(rows.assign(id='s'+rows.id, group='s'+rows.group, label=-1, target=[[.5, .3, .2]]*len(rows), prompt=[[f'{p[0]} {k}'*3] for k, p in enumerate(rows.prompt)]), data_path('soft.parquet'), task='preference')
+    small = dict(globals()['small'], epochs=1., base=tiny)
+    assert train_fold(**dict(small, mix='sample_arena:24 + soft')).record['status'] == 'done'
+    with pytest.raises(Refusal, match='no label'): train_fold(**dict(small, mix='soft'))
+    assert len(list(models_path().glob('train-*'))) == 1
+
+def test_one_base_has_one_name(tiny, monkeypatch):
+    "a run is the same from wherever its base is seen, also when it is gone on from later"
+    small = dict(globals()['small'], mix='sample_arena:24', epochs=1., method='full')
+    base = shutil.copytree(tiny, models_path('bases/tiny'))
+    run = train_fold(base=str(base), **small)
+    nbs = models_path().parent/'nbs'; nbs.mkdir(); monkeypatch.chdir(nbs)
+    assert run.record['params']['base'] == 'models/bases/tiny'
+    assert {train_fold(base=b, **small).id for b in ('models/bases/tiny', '../models/bases/tiny', 'models/bases/tiny/')} == {run.id}
+    shutil.rmtree(base)
+    later = train_fold(base=f'../models/{run.id}/model', **dict(small, method='lora'))
+    assert later.record['params']['base'] == f'models/{run.id}/model'
+    with pytest.raises(Refusal, match='out-of-fold'): train_fold(base=f'models/{run.id}/model', **dict(small, fold=1))
+    elsewhere = models_path().parent/'disk'; shutil.move(run.folder, elsewhere); run.folder.symlink_to(elsewhere)
+    with pytest.raises(Refusal, match='out-of-fold'): train_fold(base=f'models/{run.id}/model', **dict(small, fold=1))
+
+def test_folds_in_stages_are_one_voter(tiny):
+    from competition_kit.train import learned
+    from competition_kit.vote import voters
+    small = dict(globals()['small'], mix='sample_arena:40', epochs=1., lr=0., base=tiny)
+    first = [train_fold(**dict(small, fold=k)) for k in (0, 1)]
+    second = [train_fold(**dict(small, fold=k, start=r.id)) for k, r in enumerate(first)]
+    full = [train_fold(**dict(small, fold=k, method='full')) for k in (0, 1)]
+    over = [train_fold(**dict(small, fold=k, base=f'models/{r.id}/model')) for k, r in enumerate(full)]
+    for runs in (first, second, over): assert voters('sample_arena', ' '.join(r.id for r in runs)).voter.nunique() == 1
+    assert voters('sample_arena', f'{first[0].id} {second[1].id}').voter.nunique() == 2
+    assert set(learned(second[0].id).id) == set(learned(over[0].id).id) and len(learned(second[0].id)) == 2*len(learned(first[0].id))
+
 def _another(base):
     "the same shapes, other weights"
     from transformers import AutoModelForCausalLM
