@@ -310,8 +310,9 @@ def _kin(r): # the same for runs that differ in nothing but their folds, nor do 
     p, inputs = {k: v for k, v in r['params'].items() if k != 'fold'}, dict(r['inputs'])
     if run := earlier_run(p):
         here = 'start' if p.get('start') else 'base'
-        inputs.pop(here, None)
-        p[here] = _kin(find_run(run))
+        try: p[here] = _kin(find_run(run))
+        except Refusal: pass  # it is gone: this run stands for itself
+        else: inputs.pop(here, None)
     return hash_obj([p, inputs])
 
 def _named_apart(many): # for each set of parameters, those that are not the same in all
@@ -497,7 +498,8 @@ def _kept(path, rows, views):
 
 def _seen(r, rows):
     from competition_kit.train import learned
-    return rows.id.isin(set(learned(r['run_id']).id)).to_numpy()
+    try: return rows.id.isin(set(learned(r['run_id']).id)).to_numpy()
+    except Refusal: return np.ones(len(rows), bool)  # a table or an earlier run is gone: nobody can tell
 
 # %% ../nbs/10_vote.ipynb #a035c084
 def predict_runs(

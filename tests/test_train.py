@@ -189,6 +189,8 @@ def test_folds_in_stages_are_one_voter(tiny):
     for runs in (first, second, over): assert voters('sample_arena', ' '.join(r.id for r in runs)).voter.nunique() == 1
     assert voters('sample_arena', f'{first[0].id} {second[1].id}').voter.nunique() == 2
     assert set(learned(second[0].id).id) == set(learned(over[0].id).id) and len(learned(second[0].id)) == 2*len(learned(first[0].id))
+    shutil.rmtree(first[0].folder)
+    assert voters('sample_arena', ' '.join(r.id for r in second)).voter.nunique() == 2
 
 def _another(base):
     "the same shapes, other weights"
