@@ -70,6 +70,7 @@ def log_plan(go:bool=False) -> int: # The exit code: of the last run that did no
         except Refusal as e: print(e, file=sys.stderr); code = 2
         finally: del os.environ['CK_PLANNED_ROW']
         if code > 128: return code
+    if go and plans: sync_log(wait=True)  # a run that was there already has told nobody
     return code
 
 # %% ../nbs/12_ck.ipynb #ebfefc3a

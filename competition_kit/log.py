@@ -289,7 +289,7 @@ def find_run(
     if len(hits) == 1: return _shown_status(read_json(models_path(hits[0], 'record.json')))
     near = hits or difflib.get_close_matches(text, names, 5, 0.4)
     why = f'{len(hits)} runs begin with {text!r}' if hits else f'no run {text!r}'
-    raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else 'There are no such runs yet')
+    raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet')
 
 # %% ../nbs/01_log.ipynb #893a63ff
 _Sheet = namedtuple('_Sheet', 'cells top cols at')  # values; row of the header; column name → index; key → row (all from 0)

@@ -52,7 +52,8 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
     c = copy.deepcopy(base_config(base)).get_text_config()  # of a base that also sees, only this is loaded
     if hasattr(c, 'quantization_config'): del c.quantization_config
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(c, attn_implementation='eager')
-    layers = model.get_decoder().layers
+    layers = getattr(model.get_decoder(), 'layers', None)
+    if layers is None: raise Refusal('its layers cannot be told', type(model).__name__, fix='Plan for a decoder such as Llama, Qwen or Gemma')
     linears = {n.split('.')[-1]: (m.in_features, m.out_features) for n, m in layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
     per_layer, count = sum(i*o for i, o in linears.values()), lambda m: sum(p.numel() for p in m.parameters())
     if per_layer*len(layers) < .98*count(layers):
@@ -347,7 +348,9 @@ def _format(format, method, c, config): # `auto` made definite, and what the car
     if format not in ('auto', *_weight_bytes): raise Refusal(f'no format named {format!r}', fix=f"Take auto, {', '.join(_weight_bytes)}")
     quant = getattr(config, 'quantization_config', None) or {}
     bits = quant.get('bits') if isinstance(quant, dict) else getattr(quant, 'bits', None)
-    if format == 'auto' and bits in (4, 8): format = f'gptq{bits}'
+    if bits in (4, 8):
+        if format not in ('auto', f'gptq{bits}'): raise Refusal(f'the base is in {bits} bits already, not in {format}', fix='Leave the format out')
+        format = f'gptq{bits}'
     if format == 'auto': format = pick_dtype() if c['name'] == 'CPU' else 'bf16' if c['bf16'] else 'fp32' if method == 'full' else 'fp16'
     if format == 'bf16' and not c['bf16']: format = 'fp16'
     if method == 'full' and format not in ('bf16', 'fp32'):
@@ -392,12 +395,13 @@ def plan(
     "What a training will cost"
     if method not in ('lora', 'full') or route not in ('answer', 'score'):
         raise Refusal(f'no method {method!r} on a route {route!r}', fix='Take lora or full, answer or score')
-    if min(gpus, views, epochs, pack_tokens, 1 if rows is None else rows, lora_r if method == 'lora' else 1) <= 0:
-        raise Refusal('gpus, views, epochs, pack_tokens, rows and lora_r must be above zero')
+    if not all(0 < n < np.inf for n in (gpus, views, epochs, pack_tokens, 1 if rows is None else rows, lora_r if method == 'lora' else 1)):
+        raise Refusal('gpus, views, epochs, pack_tokens, rows and lora_r must be numbers above zero')
     if not 0 <= lora_dropout < 1: raise Refusal(f'lora_dropout is a share from 0 to below 1, not {lora_dropout}')
     config, n = base_config(base), _lengths(lengths, max_len)
     if not 0 <= template < n.min(): raise Refusal(f'template counts tokens of every row, and the shortest has {n.min()}: {template} cannot be')
     c = card(gpu, format)
+    if c['name'] == 'CPU': c |= {k: c[k]/gpus for k in ('free', 'rate', 'bandwidth')}  # processes share it
     format, s, tokens = _format(format, method, c, config), dict(shape(config), name=_label(base, config)), max(pack_tokens, int(n.max()))
     fit = dict(method=method, format=format, r=lora_r, modules=lora_modules, compiled=compiled and c['name'] != 'CPU')
     more = dict(route=route, dropout=lora_dropout)

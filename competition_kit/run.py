@@ -166,6 +166,7 @@ def lease_gpus(
 ):
     "Hold `n` GPUs of this machine for a `with` block, waiting for them if need be; yields their ids"
     ids = gpu_ids()
+    if n < 0: raise Refusal(f'{n} GPUs cannot be had', fix='Give --gpus 0 or more')
     if n > len(ids): raise Refusal(f'{n} GPUs are asked for and this process may use {len(ids)}', fix='Ask for fewer with --gpus, or see `ck doctor`')
     got = _take(n, ids) if n else {}
     if n and not got: print(f"waiting for {n} of the GPUs {','.join(ids)}: other runs hold them", file=sys.stderr, flush=True)

@@ -212,7 +212,7 @@ def test_the_measured_setting_is_not_called_extrapolated():
 
 @pytest.mark.parametrize('kw', [dict(method='dora'), dict(route='both'), dict(format='int3'), dict(gpu='A100'), dict(lengths='chat'), dict(lengths=[]), dict(lengths=[0]), dict(rows=0),
                                 dict(gpus=0), dict(base='nonsense'), dict(lora_modules='q'), dict(pack_tokens=0), dict(lora_r=0), dict(lora_r=-1), dict(lora_dropout=1.), dict(lora_dropout=-.1),
-                                dict(lora_dropout=float('nan')), dict(template=-1), dict(lengths=[100, 200], template=100)])
+                                dict(lora_dropout=float('nan')), dict(template=-1), dict(epochs=float('nan')), dict(epochs=float('inf')), dict(base='qwen2.5-7b-gptq-int4', format='bf16'), dict(lengths=[100, 200], template=100)])
 def test_refused(kw):
     with pytest.raises(Refusal): plan(**{**dict(base='qwen2.5-7b', gpu='H200'), **kw})
 
@@ -233,3 +233,7 @@ def test_no_torch_for_a_card():
 def test_joined_projections_are_refused():
     from transformers import Phi3Config
     with pytest.raises(Refusal, match='k_proj'): shape(Phi3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512, pad_token_id=0))
+
+def test_processes_share_a_cpu():
+    one, four = (plan(pack_tokens=1024, max_len=512, gpus=n) for n in (1, 4))
+    assert four['tokens_s'] < 1.3*one['tokens_s'] and four['memory_gb'] < .3*one['memory_gb']

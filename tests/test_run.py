@@ -205,6 +205,7 @@ def test_lease(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match='3 GPUs are asked for and this process may use 2'), lease_gpus(3): pass
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     with pytest.raises(Refusal), lease_gpus(1): pass
+    with pytest.raises(Refusal, match='cannot be had'), lease_gpus(-1): pass
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '../x,GPU-1a')
     with lease_gpus(2) as ids: assert ids == ['../x', 'GPU-1a']
     assert {p.name for p in tmp_path.rglob('*.lock')} == {'gpu0.lock', 'gpu3.lock', 'gpu___x.lock', 'gpuGPU-1a.lock'}
