@@ -337,7 +337,8 @@ def voters(
     files = [n for n in names if n.endswith('.parquet')]
     if lost := [n for n in files if not _probs_file(n).is_file()]: raise Refusal('no such file', lost[0])
     if no := [r['run_id'] for r in recs if r['stage'] != 'train' or r.get('status') != 'done']: raise Refusal(f"not finished train runs: {', '.join(no)}")
-    groups = {k: [r for r in recs if _kin(r) == k] for k in dict.fromkeys(map(_kin, recs))}
+    kin = [_kin(r) for r in recs]
+    groups = {k: [r for r, q in zip(recs, kin) if q == k] for k in dict.fromkeys(kin)}
     apart = _named_apart([g[0]['params'] for g in groups.values()])
     label = [f'{i}: {a}' if a else str(i) for i, a in enumerate(apart, 1)]
     weight = lambda id: 1. if (w := said.get(id, {}).get('vote_weight')) is None else w
