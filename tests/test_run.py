@@ -54,6 +54,23 @@ def test_unknown_name_is_refused_with_the_nearest_and_the_list(tmp_path):
     with pytest.raises(Refusal, match='zzz.*\n?.*'): check_params(nb, dict(zzz=1))
     assert declared(dict(cells=[])) == {}
 
+CELL = '{"cell_type": "code", "metadata": {}, "source": "x", "outputs": [], "execution_count": null}'
+@pytest.mark.parametrize('text,word', [
+    ('', 'valid JSON'), ('[]', 'not a notebook'), ('null', 'not a notebook'), ('{}', 'not a notebook'), ('{"cells": []}', 'not a notebook'),
+    ('{"worksheets": [{"cells": []}], "nbformat": 3}', 'not a notebook'), ('{"cells": {"a": 1}}', 'not a notebook'), ('{"cells": [1]}', r'cell 0 \(from 0\)'),
+    ('{"cells": [%s, {"cell_type": "code"}]}' % CELL, r'cell 1 \(from 0\)'), ('{"cells": [{"cell_type": "code", "metadata": {}, "source": 3}]}', 'cell 0'),
+    ('{"cells": [%s], "metadata": {"kernelspec": {"language": "R"}}}' % CELL, 'notebook for r'),
+    ('{"cells": [%s, %s]}' % (2*(CELL.replace('"metadata": {}', '"metadata": {"tags": ["parameters"]}'),)), '2 cells have the tag parameters')])
+def test_files_that_are_no_notebooks(root, text, word):
+    (root/'odd.ipynb').write_text(text)
+    with pytest.raises(Refusal, match=word): run_notebook(root/'odd.ipynb')
+
+def test_tags_may_be_null(tmp_path):
+    nb = json.loads(notebook(tmp_path/'n.ipynb').read_text())
+    nb['cells'].append(dict(json.loads(CELL), metadata=dict(tags=None)))
+    (tmp_path/'n.ipynb').write_text(json.dumps(nb))
+    assert check_params(tmp_path/'n.ipynb', dict(fold='2')) == dict(fold=2)
+
 def test_names_mean_the_same_from_everywhere(tmp_path, monkeypatch):
     home = tmp_path/'pro ject'
     want = notebook(home/'nbs/77_demo.ipynb')
@@ -187,8 +204,11 @@ def test_kill_9_leaves_nothing(sleepers, name):
     if name == 'kernel': assert p.returncode == 1 and record(sleepers.root, id)['status'] == 'failed'
 
 # ---- GPUs
-def test_lease(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+@pytest.fixture
+def locks(tmp_path, monkeypatch):
+    monkeypatch.setattr('competition_kit.run._locks', tmp_path)
+
+def test_lease(tmp_path, monkeypatch, locks):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,3')
     got = []
     def third():
@@ -210,8 +230,7 @@ def test_lease(tmp_path, monkeypatch):
     with lease_gpus(2) as ids: assert ids == ['../x', 'GPU-1a']
     assert {p.name for p in tmp_path.rglob('*.lock')} == {'gpu0.lock', 'gpu3.lock', 'gpu___x.lock', 'gpuGPU-1a.lock'}
 
-def test_two_pairs_do_not_wait_for_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+def test_two_pairs_do_not_wait_for_each_other(tmp_path, monkeypatch, locks):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2')
     done = []
     def pair(i):
@@ -224,17 +243,40 @@ def test_two_pairs_do_not_wait_for_each_other(tmp_path, monkeypatch):
     assert len(done) == 4
 
 def test_a_killed_holder_gives_its_gpu_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    "It has another TMPDIR, and holds the GPU all the same"
+    gpu = f'test-{os.getpid()}'
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', gpu)
     code = 'from competition_kit.run import lease_gpus\nwith lease_gpus(1) as g: print(g, flush=True); input()'
     p = subprocess.Popen([sys.executable, '-c', code], env=dict(os.environ, TMPDIR=str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline().strip() == "['0']" and gpu_ids() == ['0']
+    assert p.stdout.readline().strip() == f"['{gpu}']"
+    assert gpu_ids() == [gpu]
     threading.Timer(.3, p.kill).start()
     start = time.monotonic()
-    with lease_gpus(1, poll=.05) as ids: assert ids == ['0'] and time.monotonic()-start > .2
+    with lease_gpus(1, poll=.05) as ids:
+        assert ids == [gpu]
+        assert time.monotonic()-start > .2
     p.wait()
+    Path(f'/tmp/competition_kit/gpu{gpu}.lock').unlink()
 
-def test_busy_gpu_is_waited_for(tmp_path, monkeypatch):
+def test_one_gpu_by_number_and_by_uuid(tmp_path, monkeypatch, locks):
+    monkeypatch.setattr('competition_kit.run._smi', lambda query: [['0', 'GPU-aa-1'], ['1', 'GPU-bb-2']] if query == 'gpu=index,uuid' else [])
+    got = []
+    def take(name):
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', name)
+        with lease_gpus(1, poll=.02) as ids: got.extend(ids)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    with lease_gpus(1):
+        for name in ('GPU-aa', '1'):
+            t = threading.Thread(target=take, args=(name,))
+            t.start()
+            time.sleep(.2)
+        assert got == ['1']
+    for _ in range(100):
+        if len(got) == 2: break
+        time.sleep(.05)
+    assert got == ['1', 'GPU-aa']
+
+def test_busy_gpu_is_waited_for(tmp_path, monkeypatch, locks):
     fake = tmp_path/'nvidia-smi'
     fake.write_text(f'''#!/bin/sh
 case "$1" in
@@ -243,7 +285,6 @@ case "$1" in
 exit 0''')
     fake.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     assert gpu_ids() == ['0', '1']
     start = time.monotonic()
