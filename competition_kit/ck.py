@@ -13,7 +13,7 @@ from .core import Refusal, content_hash, models_path, project_root, root_at, to_
 from .log import code_hash, find_run, planned, records, show_run, sync_log
 from .run import declared, find_notebook, gpu_ids, read_notebook, run_notebook
 
-# %% ../nbs/12_ck.ipynb #6a209fdb
+# %% ../nbs/12_ck.ipynb #d7c5225e
 def uncommitted(
     path,      # A notebook
     given=(),  # Names of parameters that were given, and so do not depend on the notebook
@@ -122,20 +122,19 @@ def _apart(a, b, folder_a, folder_b): # Lines: how the results of two records di
     return bad
 
 # %% ../nbs/12_ck.ipynb #b6b498d5
-def _ancestors(rec): # Ids of the runs that a run was made from, and of those that these were made from
-    known, found, todo = {r['run_id']: r for r in records()}, set(), [rec]
-    while todo:
-        r = todo.pop()
-        text = to_json([r.get('params'), r.get('inputs')])
-        new = [i for i in known if i in text and i != rec['run_id'] and i not in found]
-        found |= set(new)
-        todo += [known[i] for i in new]
+def _ancestors(rec): # Folders in `models/` that a run was made from, and those that these were made from
+    there, found, texts = {p.name for p in models_path().glob('*/')}-{rec['run_id']}, set(), [to_json([rec['params'], rec['inputs']])]
+    while texts:
+        text = texts.pop()
+        new = {name for name in there-found if name in text}
+        found |= new
+        texts += [f.read_text() for name in new if (f := models_path(name, 'record.json')).exists()]
     return sorted(found)
 
 def _borrow(rec, home, there): # Links to what the run needs
     models = there/'models'
     models.mkdir(parents=True)
-    needed = ['bases', *_ancestors(rec)]
+    needed = {'bases', *_ancestors(rec)}
     for src, dst in [(home/'data', there/'data'), (home/'nbs', there/'nbs'), *((models_path(p), models/p) for p in needed)]:
         if src.exists(): dst.symlink_to(src.resolve(), target_is_directory=True)
 

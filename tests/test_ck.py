@@ -1,7 +1,7 @@
 "The command: light, self-explanatory, refusing cleanly, repeating runs."
 import json, os, re, shlex, subprocess, sys, time
 import nbformat, pytest
-from competition_kit.ck import _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main
+from competition_kit.ck import _ancestors, _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main, uncommitted
 from competition_kit.core import Refusal, root_at
 from competition_kit.log import start_run, sync_log
 
@@ -131,6 +131,25 @@ def test_repro(project, capsys, monkeypatch):
     assert main(['log', 'repro', id, '--go']) == 1 and 'the inputs are not what they were' in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
     assert (project/'data/rows.txt').exists() and (project/'models/teach-0123456789/w.txt').exists()
+
+def test_repro_borrows_the_runs_behind_its_inputs(project, capsys):
+    with start_run('demo', dict(lr=1.), {}, fold=0, notebook='90_demo.ipynb') as first: first.finish({})
+    with start_run('demo', dict(lr=2.), dict(start=first.id), fold=0, notebook='90_demo.ipynb') as second: second.finish({})
+    assert _ancestors(dict(run_id='x', params=dict(base=f'models/{second.id}/model'), inputs={})) == sorted([first.id, second.id])
+
+def test_uncommitted_defaults_are_named(project, capsys):
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *args], cwd=project, check=True, capture_output=True)
+    assert uncommitted(project/'nbs/90_demo.ipynb') == []  # no git here
+    git('init')
+    assert uncommitted(project/'nbs/90_demo.ipynb') == []  # nothing committed
+    git('add', 'nbs')
+    git('commit', '-m', 'x')
+    nb = project/'nbs/90_demo.ipynb'
+    nb.write_text(nb.read_text().replace('1e-4', '0.25'))
+    assert main(['run', 'demo', '-p', 'lr', '1']) == 0
+    assert 'not given' not in capsys.readouterr().err
+    assert main(['run', 'demo']) == 0
+    assert 'not given: lr = 0.25 in this notebook, 0.0001 in the committed one' in capsys.readouterr().err
 
 def test_repro_says_what_changed(project, capsys):
     with start_run('demo', dict(lr=1e-4, gone=3), {}, fold=0, notebook='90_demo.ipynb') as run: run.finish({})
