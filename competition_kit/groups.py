@@ -55,7 +55,7 @@ def _words(level): # of a text that `_level` has been through; a doubled word co
     if _sign.search(text): text = _operator.sub(lambda m: m[0].translate(_signs), text)
     if _point.search(text): text = _point.sub(chr(_signs[ord('.')]), text)
     words = text.translate(_kept).split()
-    return [w for w, before in zip(words, ['', *words]) if w != before or len(w) == 1 or w[0].isdigit()] or level.split() or ['']
+    return [w for w, before in zip(words, ['', *words]) if w != before or w[0].isdigit() or (len(w) == 1 and w not in 'ai')] or level.split() or ['']
 
 # %% ../nbs/01c_groups.ipynb #d9d9b91d
 _u = np.uint64
@@ -143,7 +143,8 @@ def _same_numbers(a, b):
     for op in Levenshtein.opcodes(a, b):
         x, y = a[op.src_start:op.src_end], b[op.dest_start:op.dest_end]
         in_a, in_b = (bool(_number.search(' '.join(v))) for v in (x, y))
-        if x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
+        doubled = (x or b[op.dest_start-len(y):op.dest_start]) == (y or a[op.src_start-len(x):op.src_start])
+        if not doubled and x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
     return True
 
 # %% ../nbs/01c_groups.ipynb #dfa198b3
