@@ -39,7 +39,7 @@ def test_a_prompt_in_many_copies_is_one_group(n, copies):
                                   ('Tell me how many legs 2 cats have', 'Tell me how many legs 2 cats have and 3 dogs'), ('1.5', '15'), ('write a long loop for me in C++', 'write a long loop for me in C#')])
 def test_other_problems_stay_apart(a, b): assert len(set(group_rows([a, b]))) == 2
 
-@pytest.mark.parametrize('name, kw', [('knights_knaves', dict(n_people=2)), ('syllogism', {}), ('leg_counting', {}), ('zebra_puzzles', dict(num_people=3, num_characteristics=3)), ('spell_backward', {})])
+@pytest.mark.parametrize('name, kw', [('knights_knaves', dict(n_people=2)), ('syllogism', {}), ('leg_counting', {}), ('spell_backward', {})])
 def test_puzzles_of_a_generator_stay_apart(name, kw):
     import reasoning_gym
     texts = list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset(name, size=1000, seed=1, **kw)))
