@@ -1,5 +1,5 @@
-"Speed of grouping and folding: python bench/split.py [rows]"
-import resource, sys, time
+"Grouping (recall by family of copies, false merges by table, speed) and folding: python bench/split.py [rows]"
+import random, resource, sys, time
 import numpy as np, pandas as pd
 from competition_kit.split import group_rows, make_folds
 
@@ -7,6 +7,40 @@ def timed(f, *args, **kw):
     t = time.perf_counter()
     out = f(*args, **kw)
     return out, time.perf_counter()-t
+
+rng = random.Random(0)
+vocab = [''.join(rng.choices('bcdfghklmnprstvwz', k=2)+rng.choices('aeiou', k=2)) for _ in range(5000)]
+def sentence(n): return ' '.join(rng.choices(vocab, k=n))
+
+def one_word(s):
+    w = s.split()
+    w[rng.randrange(len(w))] = 'zzqq'
+    return ' '.join(w)
+
+def doubled(s):
+    w = s.split()
+    k = rng.randrange(len(w))
+    return ' '.join([*w[:k], w[k], *w[k:]])
+
+families = {  # name → (words of a prompt, the copy)
+    'exclamation mark': ((3, 4, 6, 8, 9), lambda s: s+'!'), 'zero-width characters': ((4, 30), lambda s: s.replace(' ', '\u200b ', 2)),
+    'accents': ((4, 30), lambda s: s.replace('a', '\u00e1')), 'capitals': ((4, 30), str.upper),
+    'full width': ((4, 30), lambda s: ''.join(chr(ord(c)+0xfee0) if '!' <= c <= '~' else c for c in s)), 'emoji': ((4, 30), lambda s: s+' \U0001f642'),
+    'one word changed': ((8, 12, 20, 30, 40, 60), one_word), 'a doubled word': ((8, 30), doubled), 'a sentence in front': ((8, 30), lambda s: f'{sentence(7)}. {s}')}
+
+def recall(lengths, copy, n=1000): # least share of the copies found, over the lengths
+    def found(k):
+        base = [sentence(k) for _ in range(n)]
+        g = group_rows(base + [copy(t) for t in base] + [sentence(k) for _ in range(n)])
+        return (g[:n] == g[n:2*n]).mean()
+    return min(map(found, lengths))
+
+def many(copies, n): # groups of one prompt in many copies that end in two words of their own
+    base = sentence(40)
+    return len(set(group_rows([f'{base} {sentence(2)}' for _ in range(copies)] + [sentence(30) for _ in range(n-copies)])[:copies]))
+
+puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={}, needle_haystack={}, chain_sum={}, propositional_logic={},
+               calendar_arithmetic={}, spell_backward={}, circuit_logic={}, gsm_symbolic={})
 
 def texts(n, planted, rng): # n texts of 45 words in the mean, each of the last `planted` a copy of an earlier one with one or two words changed
     words = np.array([f'{a}{b}{c}' for a in 'bcdfghjklmnprst' for b in 'aeiou' for c in ('n', 'r', 's', 'mo', 'ti', 'lab', 'ker')])
@@ -24,13 +58,21 @@ def groups(n, rng):
     return np.array([f'{g*7919%2**32:016x}' for g in group], object), rng.choice(3, n, p=[.35, .34, .31])
 
 if __name__ == '__main__':
+    for name, family in families.items(): print(f'recall, {name}: {recall(*family):.2%}')
+    print('groups of one prompt in many copies:', {f'{c} of {n}': many(c, n) for n in (200, 1000, 5000) for c in (15, 30, 60, 110)})
+    import reasoning_gym
+    for name, kw in puzzles.items():
+        made = list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset(name, size=1000, seed=1, **kw)))
+        print(f'merged, {name}: {len(made)-len(set(group_rows(made)))} of {len(made)}')
     n, rng = int((sys.argv[1:] or [100_000])[0]), np.random.default_rng(0)
     t = texts(n, n//20, rng)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpu = time.process_time()
     g, took = timed(group_rows, t)
+    cpu = time.process_time()-cpu
     found = (g[:n//20] == g[-(n//20):]).mean()
     rss = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/n
-    print(f'group_rows   {n} rows: {took:.2f} s, {rss:.2f} KB a row, {found:.1%} of the planted copies found, largest group {pd.Series(g).value_counts().iloc[0]}')
+    print(f'group_rows   {n} rows: {took:.2f} s ({cpu:.2f} s of CPU), {rss:.2f} KB a row, {found:.1%} of the planted copies found, largest group {pd.Series(g).value_counts().iloc[0]}')
     group, label = groups(n, rng)
     fold, took = min((timed(make_folds, group, label) for _ in range(5)), key=lambda o: o[1])
     share = pd.crosstab(fold, label, normalize='index')

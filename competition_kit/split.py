@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_label', 'swap_probs', 'read_utf8', 'read_csv',
-           'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'group_rows', 'group_text', 'make_folds',
-           'check_fold', 'leak_report', 'table_name', 'make_raw', 'raw_files', 'split', 'write_rows', 'publish',
-           'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes', 'plot_split']
+           'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'make_folds', 'check_fold', 'leak_report',
+           'leak_text', 'leak_table', 'table_name', 'make_raw', 'raw_files', 'split', 'write_rows', 'publish',
+           'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes', 'plot_split', 'group_rows',
+           'group_text']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
 import csv, hashlib, io, json, os, re, shutil, sys, tempfile, unicodedata
@@ -18,6 +19,9 @@ import numpy as np
 import pandas as pd
 
 from .core import Refusal, atomic, content_hash, data_path, project_root, read_table, sha256, write_json, write_table
+from .groups import _key, _level, group_rows, group_text, second_look
+
+_all_ = ['group_rows', 'group_text']
 
 # %% ../nbs/02_split.ipynb #d514d072
 @dataclass(frozen=True)
@@ -353,112 +357,6 @@ def correct(
     for c in {f for ch in changes if (f := fields[ch['field']])} | {'target'}: out[c] = pd.Series(new[c], index=rows.index, dtype=rows[c].dtype)
     return out
 
-# %% ../nbs/02_split.ipynb #f08154c9
-def _level(text):
-    if not text.isascii(): text = unicodedata.normalize('NFKC', text)
-    return ' '.join(text.lower().split())
-
-def _key(text): return int.from_bytes(hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8).digest(), 'big')
-
-# %% ../nbs/02_split.ipynb #bfa5419b
-_u = np.uint64
-_base = 0x9E3779B97F4A7C15
-_cjk = re.compile('[\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff]')
-_wordy = np.array([chr(b).isalnum() if b < 128 else True for b in range(256)])
-
-def _mix(x): # splitmix64: every bit of the input moves every bit of the output
-    x = (x ^ (x >> _u(30))) * _u(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _u(27))) * _u(0x94D049BB133111EB)
-    return x ^ (x >> _u(31))
-
-def _triples(texts): # (hash, row) of every run of three words, rows in order
-    buf = np.frombuffer(('\n'.join(t if t.isascii() else _cjk.sub(r' \g<0> ', t) for t in texts)+'\n').encode('utf-8', 'replace'), np.uint8)
-    word = np.diff(_wordy[buf].astype(np.int8), prepend=0, append=0)
-    start, end = np.flatnonzero(word == 1), np.flatnonzero(word == -1)
-    power, back = (np.cumprod(np.full(len(buf), b, np.uint64)) for b in (_base, pow(_base, -1, 2**64)))
-    total = np.concatenate([[_u(0)], np.cumsum(power*buf, dtype=np.uint64)])
-    w = _mix((total[end]-total[start])*back[start])
-    row = np.searchsorted(np.flatnonzero(buf == 10), start)
-    full = row[2:] == row[:-2]
-    return _mix((w[:-2]*_u(_base) + w[1:-1])*_u(_base) + w[2:])[full], row[2:][full]
-
-def _chunks(texts, size=2**19): # slices of about `size` characters: memory stays flat whatever the number of rows
-    ends = np.cumsum([len(t)+1 for t in texts])
-    cut = np.r_[0, np.unique(np.searchsorted(ends, np.arange(size, ends[-1]+size, size)))+1].clip(max=len(texts))
-    return [slice(a, b) for a, b in zip(cut, cut[1:]) if b > a]
-
-# %% ../nbs/02_split.ipynb #c923e227
-_few = 8   # fewer triples than this say too little
-
-def _bin(h): return ((h >> _u(24)) & _u(2**24-1)).astype(np.int64)
-
-def _common(texts, chunks): # bins of triples that are form; indexed by `_bin`
-    count = np.zeros(2**24, np.uint32)
-    for s in chunks:
-        h, row = _triples(texts[s])
-        once = np.sort((row.astype(np.uint64) << _u(40)) | (h >> _u(24)))  # a text counts once, however often it repeats itself
-        bins, n = np.unique(_bin(once[np.diff(once, prepend=_u(0)) > 0] << _u(24)), return_counts=True)
-        count[bins] += n.astype(np.uint32)
-    return count > max(np.clip(len(texts)/4, 5, 20), len(texts)/50)
-
-# %% ../nbs/02_split.ipynb #aeee94ec
-_bands, _width = 25, 5
-_mul, _add = np.random.default_rng(20240229).integers(0, 2**32, (2, _bands*_width), dtype=np.uint32)
-_mul |= np.uint32(1)
-
-def _signatures(texts): # (which texts, [texts, 125] uint32): 500 bytes a text
-    chunks = _chunks(texts)
-    common, which, sig, done = _common(texts, chunks), [], np.empty((len(texts), len(_mul)), np.uint32), 0
-    for s in chunks:
-        h, row = _triples(texts[s])
-        h, row = (o[~common[_bin(h)]] for o in (h, row))
-        much = np.bincount(row, minlength=s.stop-s.start)[row] >= _few
-        h, row = (h[much] >> _u(32)).astype(np.uint32), row[much]
-        if not len(h): continue
-        first = np.flatnonzero(np.diff(row, prepend=-1))
-        which.append(row[first]+s.start)
-        sig[done:done+len(first)] = np.array([np.minimum.reduceat(h*a+b, first) for a, b in zip(_mul, _add)]).T
-        done += len(first)
-    return np.concatenate([np.zeros(0, int), *which]), sig[:done]
-
-# %% ../nbs/02_split.ipynb #a52822ca
-def _links(sig, near): # pairs of rows of `sig` whose estimated overlap is at least `near`
-    found = [np.zeros((0, 2), int)]
-    for b in range(_bands):
-        key = np.zeros(len(sig), np.uint64)
-        for c in range(b*_width, (b+1)*_width): key = _mix(key ^ sig[:, c])
-        order = np.argsort(key, kind='stable')
-        key = key[order]
-        for d in range(1, 9):
-            i = np.flatnonzero(key[d:] == key[:-d])
-            if not len(i): break
-            for j in np.array_split(i, len(i)//50_000+1):
-                pair = np.stack([order[j], order[j+d]], 1)
-                found.append(pair[(sig[pair[:, 0]] == sig[pair[:, 1]]).mean(1) >= near])
-    return np.concatenate(found)
-
-# %% ../nbs/02_split.ipynb #21151ad1
-def group_rows(
-    texts,           # What rows must share to be a group: the prompt, or the problem
-    near:float=0.7,  # Least share of word triples in common. One changed word in 19 leaves 0.7; a missed copy costs more than a needless group
-) -> np.ndarray: # Group ids, 16 hex digits: the smallest text hash of the group, so neither row order nor process matters
-    "Group equal and nearly equal texts"
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    level = [_level(t) for t in texts]
-    key, first, back = np.unique(np.array([_key(t) for t in level], np.uint64), return_index=True, return_inverse=True)
-    which, sig = _signatures([level[i] for i in first])
-    i, j = which[_links(sig, near)].T
-    _, part = connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(len(key), len(key))), directed=False)
-    _, head = np.unique(part, return_index=True)
-    return np.array([f'{k:016x}' for k in key[head]], object)[part[back]]
-
-# %% ../nbs/02_split.ipynb #750265d3
-def group_text(rows) -> list:
-    "The text by which rows are grouped: all user turns, or the problem"
-    if 'prompt' in rows: return ['\n'.join(t) for t in rows['prompt']]
-    return [p if p.strip() else q for p, q in zip(rows['problem'], rows['question'])]
-
 # %% ../nbs/02_split.ipynb #d897016a
 def _place(groups, held, have, fold): # each group in turn to the fold that lacks most of what it holds
     want, weight = held.sum(0)/len(have), 1/held.sum(0)**2  # squared: what is rare is hard to level later
@@ -502,13 +400,22 @@ def check_fold(
 def _across(part, where): # rows whose part also has rows somewhere else
     return pd.Series(where).groupby(part).transform('nunique').to_numpy() > 1
 
+def _joined(part, pairs): # the parts, where a pair of rows joins two of them
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    code = np.unique(part, return_inverse=True)[1]
+    i, j = code[pairs].reshape(-1, 2).T
+    return connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(code.max()+1,)*2), directed=False)[1][code]
+
 def leak_report(
     rows,           # Table of rows
     test_rows=None, # Rows to be predicted
 ) -> dict: # Plain values, ready for JSON; counts are rows
     "What is shared between folds, with the test set and between mixed tables, and how even the folds are"
-    n, text = len(rows), group_text(rows) + ([] if test_rows is None else group_text(test_rows))
-    exact, near = np.array([_key(_level(t)) for t in text], np.uint64), group_rows(text)
+    n, text = len(rows), group_text(*([rows] if test_rows is None else [rows, test_rows]))
+    exact, grouped = np.array([_key(_level(t)) for t in text], np.uint64), group_rows(text)
+    pairs, checked, recall = second_look(text)
+    near = _joined(grouped, pairs)
     fold, in_test = rows['fold'].to_numpy(), np.arange(len(text)) >= n
     main = rows.get('main', pd.Series(True, rows.index)).to_numpy(bool)
     kept = (fold >= 0) & main
@@ -520,6 +427,8 @@ def leak_report(
         if test_rows is not None: out[f'{name}_in_test'] = int(_across(part, in_test)[:n].sum())
         if not main.all(): out[f'{name}_between_tables'] = int(_across(part[:n], main).sum())
     if test_rows is not None: out['in_test_ids'] = rows['id'][_across(near, in_test)[:n]].head(10).tolist()
+    missed = len({k for a, b in pairs if grouped[a] != grouped[b] for k in (a, b)})
+    out |= dict(second_look_rows=checked, second_look_recall=round(recall, 4), second_look_missed=missed)
     out['repeated_rows'] = int(pd.Series(_contents(rows)).duplicated(keep=False).sum())
     return out | _evenness(rows['label'].to_numpy()[kept], fold[kept])
 
@@ -534,6 +443,39 @@ def _evenness(label, fold):
 def _contents(rows): # one text a row; a pair and its swapped copy are the same
     if 'prompt' not in rows: return [json.dumps([p, q, sorted(o)]) for p, q, o in zip(rows['problem'], rows['question'], rows['options'])]
     return [json.dumps([p, sorted([a, b])]) for p, a, b in zip(rows['prompt'], rows['response_a'], rows['response_b'])]
+
+# %% ../nbs/02_split.ipynb #a1ed25b4
+def leak_text(
+    leaks:dict, # As `leak_report` returns it
+) -> str: # Two sentences
+    "What the leak report says, for people"
+    n, cut, among = leaks['rows'], leaks['near_between_folds'], leaks.get('near_in_test')
+    found = (f"{cut} of {n} training rows have an equal or nearly equal text in another fold, so held-out scores come out too good" if cut else
+             f"No text of the {n} training rows was found in two folds, neither equal nor nearly equal")
+    found += (f" (a second search looked at {leaks['second_look_rows']} texts, found {leaks['second_look_missed']} that the groups had missed, "
+              f"and finds {leaks['second_look_recall']:.0%} of planted copies).")
+    if among is None: return found + ' There is no test file to compare with.'
+    some = f", such as {', '.join(leaks['in_test_ids'][:3])}" if among else ''
+    return found + (f" {among} of {n} training rows have their prompt or problem in the test file, too ({leaks['exact_in_test']} of them equal{some}): "
+                    'a public score will be better than one on new prompts.' if among else ' No training row has its prompt or problem in the test file.')
+
+# %% ../nbs/02_split.ipynb #90ed747c
+_leak_keys = dict(
+    rows='training rows', groups='groups of rows with equal or nearly equal texts', largest_group='rows in the largest group',
+    largest_share='its share of all rows', groups_cut='groups with rows in two folds; 0 unless folds were made elsewhere',
+    exact_between_folds='rows whose text stands in another fold, too', near_between_folds='the same, near copies included',
+    exact_in_test='training rows whose text stands in the test file', near_in_test='the same, near copies included',
+    exact_between_tables='rows of a mix whose text stands in the first table and in another', near_between_tables='the same, near copies included',
+    in_test_ids='ids of the first ten training rows that are in the test file', second_look_rows='texts that the second search looked up',
+    second_look_recall='share of planted copies that the second search finds', second_look_missed='rows that it found to be copies and the groups had missed',
+    repeated_rows='rows that stand in the table twice, answers and all', shares='share of each label in each fold',
+    share_spread='largest distance of such a share from that of the whole table', fold_sizes='rows of each fold')
+
+def leak_table(
+    leaks:dict, # As `leak_report` returns it
+): # DataFrame: key, value, what it means
+    "The leak report with each key explained"
+    return pd.DataFrame([(k, str(v), _leak_keys[k]) for k, v in leaks.items()], columns=['key', 'value', 'what it means'])
 
 # %% ../nbs/02_split.ipynb #828556fe
 samples = ('sample_arena', 'sample_logic')
@@ -605,7 +547,7 @@ def split(
                 files={k: dict(file=p.name, sha256=sha256(p)) for k, p in files.items()}, read=dict(train=info))
     both = [rows]
     if 'test' in files: both.append(_read_test(files['test'], rows, meta))
-    group = group_rows(sum(map(group_text, both), []))
+    group = group_rows(group_text(*both))
     for df, g in zip(both, np.split(group, [len(rows)])):
         df['group'], df['source'] = g, [s or meta['name'] for s in df['source']]
     rows['fold'] = make_folds(rows['group'], rows['label'], folds, seed)
@@ -766,8 +708,7 @@ def _once(rows, mix): # an id stands for one row
 # %% ../nbs/02_split.ipynb #e03b6f28
 def _carry(rows, first): # the folds of the first table, carried over to what resembles it
     test = data_path(f'{first}_test.parquet')
-    test = group_text(load_rows(f'{first}_test')) if test.exists() else []
-    n, part = len(rows), group_rows(group_text(rows) + test)
+    n, part = len(rows), group_rows(group_text(*([rows, load_rows(f'{first}_test')] if test.exists() else [rows])))
     main = rows['main'].to_numpy()
     held = rows[main].groupby(part[:n][main])
     low, high = held['fold'].min(), held['fold'].max()

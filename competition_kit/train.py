@@ -24,6 +24,7 @@ from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps,
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .speed import compile_layers, fuse, layers, pays, recompute
+from .groups import copied, group_text
 from .split import check_fold, load_rows, table_hashes, tasks
 from pathlib import Path
 import numpy as np
@@ -161,7 +162,16 @@ def learned(
     run:str, # A train run
 ): # DataFrame of `id` and `group`
     "The rows of today's tables that a run, or one that it goes on from, has learned from"
-    return pd.concat([fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0][['id', 'group']] for r in chain(run) for p in [r['params']]], ignore_index=True)
+    return _past(run)[['id', 'group']]
+
+def _past(run): # the same rows with all their columns
+    return pd.concat([fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0] for r in chain(run) for p in [r['params']]], ignore_index=True)
+
+def _seen(held, rows, past): # [held rows] has a run that learned from `past` seen them, or copies of them?
+    other = past[~past.id.isin(set(rows.id))]  # rows of this table were told apart when it was split
+    same_kind = ('prompt' in past) == ('prompt' in held)
+    texts = group_text(held, other) if len(other) and same_kind else group_text(held)
+    return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
 
 def _started(p, rows): # What a run that goes on from another has as its input; refuses what does not fit
     if not (run := earlier_run(p)): return {}
@@ -175,8 +185,8 @@ def _started(p, rows): # What a run that goes on from another has as its input; 
     for r in chain(run):
         if any(r['inputs'].get(k) != v for k, v in table_hashes(r['params']['mix']).items()):
             raise Refusal(f"the table of {r['run_id']} ({r['params']['mix']}) has changed since: nobody can tell what it has learned from", fix='Train it again')
-    seen = held.group.isin(set(learned(run).group))
-    if seen.any(): raise Refusal(f"{run} has learned from {seen.sum()} of the {len(held)} rows that fold {p['fold']} holds out: their scores would be no out-of-fold scores",
+    seen = _seen(held, rows, _past(run))
+    if seen.any(): raise Refusal(f"{run} has learned from {seen.sum()} of the {len(held)} rows that fold {p['fold']} holds out, or from copies of them: their scores would be no out-of-fold scores",
                                 ids=held.id[seen].tolist(), fix=f"Go on from a run that held out fold {p['fold']} too, or from rows that are not in this table")
     return dict(start=hash_obj(rec['outputs'])) if p['start'] else {}
 
