@@ -210,7 +210,8 @@ def _read_json(path):
         raise Refusal(f'not valid JSON ({e})', path, fix='Fetch the file again') from e
     if isinstance(got, list) and all(isinstance(o, dict) for o in got): return _by_column(got)
     if isinstance(got, dict) and got and (cols := _pandas_columns(got)): return cols
-    found = f'an object with the keys {list(got)[:8]}' if isinstance(got, dict) else f'a list with {next(o for o in got if not isinstance(o, dict))!r:.40} in it' if isinstance(got, list) else repr(got)[:40]
+    odd = next((o for o in got if not isinstance(o, dict)), None) if isinstance(got, list) else got
+    found = f'an object with the keys {list(odd)[:8]}' if isinstance(odd, dict) else f'{odd!r:.40}' if odd is got else f'a list with {odd!r:.40} in it'
     raise Refusal(f'it holds {found}, and no rows', path, fix='A list of objects is wanted, one a row, or one list of equal length a column')
 
 def _pandas_columns(got): # {column: {row: cell}} or {column: [cell]} → lists, or None

@@ -196,7 +196,9 @@ def _train(run, p, prompt, rows):
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
     write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], run=run.id, **ids)
     speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
-    metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task), **out)
+    no_baseline = {}
+    metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task, no_baseline), **out)
+    if no_baseline: ids['no_baseline'] = no_baseline
     for f in [*run.folder.glob('part-*.npy'), run.folder/'work.json', run.folder/'config.json']: f.unlink(missing_ok=True)
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
     kept = ['probs.parquet', 'loss.json',
