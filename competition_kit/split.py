@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_label', 'swap_probs', 'read_utf8', 'read_csv',
            'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'group_rows', 'group_text', 'make_folds',
-           'check_fold', 'leak_report', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split', 'write_rows',
-           'publish', 'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes', 'plot_split']
+           'check_fold', 'leak_report', 'check_texts', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split',
+           'write_rows', 'publish', 'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes',
+           'plot_split']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
-import csv, gzip, hashlib, io, json, os, re, shutil, sys, tempfile, unicodedata, zipfile, zlib
+import csv, gzip, hashlib, inspect, io, json, os, re, shutil, tempfile, unicodedata, zipfile, zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def _kind(path): # the suffix of what is read: in an archive, that of the file i
 
 # %% ../nbs/02_split.ipynb #6b68ec03
 _starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\x1f\x8b': 'a gzip file', b'PAR1': 'a Parquet file', b'\xd0\xcf\x11\xe0': 'an Excel workbook', b'%PDF': 'a PDF',
-           b'version https://git-lfs': 'a pointer of Git LFS instead of the file', b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML'}
+           b'version https://git-lfs': 'a pointer of Git LFS instead of the file', b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML', bytes(8): 'full of zero bytes'}
 
 def _text_bytes(path): # the bytes of a text file, or a refusal that says what it is instead
     if not (raw := _raw(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
@@ -149,6 +150,7 @@ def read_utf8(
 
 # %% ../nbs/02_split.ipynb #dbc962e0
 def _commas(head, path): # refuse a header whose columns are separated by another character
+    if head.lstrip()[:2] in ('{"', '[{'): raise Refusal(f'the file is JSON, whatever its name says: {head[:40].strip()!r}', path, fix='Name it .json, or .jsonl if it has one object a line')
     fields = {s: len(next(csv.reader([head], delimiter=s), [])) for s in ',;\t|'}
     best = max(fields, key=fields.get)
     if fields[best] > fields[',']:
@@ -186,6 +188,7 @@ def _constant(name): # JSON has none of NaN and Infinity; pandas writes NaN wher
     if name != 'NaN': raise ValueError(f'{name} is no JSON')
 
 def _json(text): return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+_one_a_line = 'One object a line is wanted: fetch the file again, or name it .json if it is one list of objects'
 def _by_column(objects): return {c: [d.get(c) for d in objects] for c in dict.fromkeys(k for d in objects for k in d)}
 
 def _read_jsonl(path):
@@ -193,9 +196,9 @@ def _read_jsonl(path):
     for n, line in enumerate(_decoded(_text_bytes(path), path), 1):
         if not line.strip(): continue
         try: d = _json(line)
-        except (ValueError, RecursionError) as e: raise Refusal(f'line {n} is not valid JSON ({e})', path, fix='Fetch the file again') from e
+        except (ValueError, RecursionError) as e: raise Refusal(f'line {n} is not valid JSON ({e})', path, fix=_one_a_line) from e
         if not isinstance(d, dict):
-            raise Refusal(f'line {n} is not a JSON object: {line[:40].strip()!r}', path, fix='One object a line is wanted; a file that is one list of objects is named .json')
+            raise Refusal(f'line {n} is not a JSON object: {line[:40].strip()!r}', path, fix=_one_a_line)
         got.append(d)
     return _by_column(got)
 
@@ -208,8 +211,9 @@ def _read_json(path):
         if isinstance(e, Refusal): raise
         if str(e).startswith('Extra data'): return _read_jsonl(path)
         raise Refusal(f'not valid JSON ({e})', path, fix='Fetch the file again') from e
+    if got in ([], {}): raise Refusal('no rows', path)
     if isinstance(got, list) and all(isinstance(o, dict) for o in got): return _by_column(got)
-    if isinstance(got, dict) and got and (cols := _pandas_columns(got)): return cols
+    if isinstance(got, dict) and (cols := _pandas_columns(got)): return cols
     odd = next((o for o in got if not isinstance(o, dict)), None) if isinstance(got, list) else got
     found = f'an object with the keys {list(odd)[:8]}' if isinstance(odd, dict) else f'{odd!r:.40}' if odd is got else f'a list with {odd!r:.40} in it'
     raise Refusal(f'it holds {found}, and no rows', path, fix='A list of objects is wanted, one a row, or one list of equal length a column')
@@ -257,7 +261,7 @@ def _columns(path):
     path = Path(path)
     if not path.is_file(): raise Refusal('no such file', path)
     if (kind := _kind(path)) not in _readers:
-        raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path, fix=f"Use one of {', '.join(_readers)}; a .zip or .gz of one of them")
+        raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path, fix=f"Write it as CSV with commas, or use one of {', '.join(_readers)}, also in a .zip or .gz")
     return _readers[kind](path)
 
 # %% ../nbs/02_split.ipynb #d06de261
@@ -365,7 +369,7 @@ def _layout(cols, path):
     for name, need in layouts.items():
         if set(need.split()) <= set(cols) and (name == 'rows' or not hot or name in ('lmsys', 'tianchi')): return name
     lacks = {k: [c for c in need.split() if c not in cols] for k, need in layouts.items() if not hot or k == 'lmsys'}
-    near = min(lacks, key=lambda k: len(lacks[k])/len(layouts[k].split()))
+    near = min(reversed(lacks), key=lambda k: len(lacks[k])/len(layouts[k].split()))
     if not hot and not {'response_a', 'response_b'} & set(cols) and {'A', 'B', 'answer', 'options', 'choices'} & set(cols): near = 'tianchi'
     found = f"found {list(cols)[:20]}; the nearest layout is {near}, which lacks {', '.join(lacks[near])}"
     if near == 'tianchi': raise Refusal(f'missing columns: {found}', path, fix=f'Multiple choice is read from JSON Lines such as {_choice_line}')
@@ -711,19 +715,25 @@ def _stem(path): # the name without `.csv`, `.csv.gz`, `.zip`, …
     if name.suffix.lower() in _packed: name = Path(name.stem)
     return name.stem if name.suffix.lower() in _readers else name.name
 
-def _as_text(value, what): # papermill makes a number of 007 and None of None: neither is what was typed
-    if isinstance(value, os.PathLike): value = os.fspath(value)
-    if isinstance(value, str): return value
-    raise Refusal(f'{what} is {value!r}, which is not text', fix=f'Give it to papermill as text with -r {what} VALUE, or use ck run')
+# %% ../nbs/02_split.ipynb #13233441
+def check_texts(
+    function,    # Whose parameters are annotated
+    given:dict,  # Name → value, such as `locals()` at its beginning
+):
+    "Refuse a parameter annotated `str` that is none; None stands for an empty default"
+    for name, p in inspect.signature(function).parameters.items():
+        v = given.get(name, '')
+        if p.annotation is not str or isinstance(v, (str, os.PathLike)) or (v is None and p.default == ''): continue
+        raise Refusal(f'{name} is {v!r}, which is not text', fix=f'Give it to papermill as text with -r {name} VALUE, or use ck run')
 
 # %% ../nbs/02_split.ipynb #829460d6
 def table_name(
     data:str,  # Name of a table, or path of a raw file, whose stem is then the name
 ) -> str:
     "The name under which a table lies in `data/`"
-    data = _as_text(data, 'data')
+    check_texts(table_name, locals())
     name = _stem(data) if _is_file_name(data) else data
-    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', name): raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
+    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(name)): raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
     return name
 
 # %% ../nbs/02_split.ipynb #29ee3a21
@@ -772,7 +782,8 @@ def raw_files(
     corrections:str='',       # Path of a list of corrections
 ) -> dict: # role → path, for `train`, `test`, `corrections`
     "Find the raw files of a data set; relative paths start at the project root"
-    name, train, test, corrections = table_name(data), *(_as_text(p or '', k) for k, p in dict(train=train, test=test, corrections=corrections).items())
+    check_texts(raw_files, locals())
+    name = table_name(data)
     if name in samples and not train: make_raw(name)
     if not train and _is_file_name(data): train = os.fspath(data)
     folder = data_path(name)
@@ -899,7 +910,8 @@ def load_rows(
     seed:int=0,               # Which rows a mix draws
 ): # Rows, with a column `main`: may be validated on; `.attrs['meta']` has the task's name and the origin
     "Load a table of rows, or a mix"
-    if re.search('[+:@>]', _as_text(data, 'data')): return load_mix(data, seed)
+    check_texts(load_rows, locals())
+    if re.search('[+:@>]', data): return load_mix(data, seed)
     rows = read_table(table_path(data))
     for c in ('target', *_texts['pair'], 'options'):
         if c in rows: rows[c] = pd.Series([v if v is None else v.tolist() for v in rows[c]], index=rows.index, dtype=object)
@@ -912,7 +924,8 @@ def parse_mix(
     mix:str,  # Such as `train + gpt4:100 + pseudo@0.8`
 ) -> list: # `Part`s: name, number of rows or None, share of rows or None, phase from 0
     "The tables of a mix"
-    mix, parts = _as_text(mix, 'mix'), []
+    check_texts(parse_mix, locals())
+    parts = []
     for phase, term in [(k, t) for k, side in enumerate(mix.split('>')) for t in side.split('+')]:
         m = re.fullmatch(r'\s*([A-Za-z0-9_-]{1,64})\s*(?::\s*(\d+)|@\s*(\d*\.?\d+))?\s*', term)
         if not m:

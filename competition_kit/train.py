@@ -24,7 +24,7 @@ from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps,
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .speed import compile_layers, fuse, layers, pays, recompute
-from .split import check_fold, load_rows, table_hashes, tasks
+from .split import check_fold, check_texts, load_rows, table_hashes, tasks
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -239,6 +239,7 @@ def train_fold(
     seed:int=0,                     # Of the order, the LoRA's start, dropout and the mix's draw
 ): # The finished `Run`
     "Fine-tune on all folds but one, and predict that one"
+    check_texts(train_fold, locals())
     base, start = base_name(base), find_run(start)['run_id'] if start else ''
     params = dict(locals(), dtype=dtype if dtype == 'nf4' else pick_dtype(dtype))
     _check(params)
