@@ -155,7 +155,8 @@ def baselines(
     "What the class prior, the length of the answers, and words with a linear model score on `rows`"
     t, width, train = tasks[task], len(tasks[task].options), train[train.label >= 0]
     pair, got = 'response_a' in rows, {}
-    ways = {'class prior': lambda *a: _prior(train.label, n_options(rows, t), width), 'longer response' if pair else 'longest option': _by_length,
+    ways = {'class prior': lambda *a: _prior(train.label, n_options(rows, t), width),
+            'longer response' if pair else 'longest option': _by_length,
             'tf-idf + logistic regression': _words_pair if pair else _words_choice}
     for name, fit in ways.items():
         try:

@@ -76,6 +76,7 @@ def swap_probs(
 # %% ../nbs/02_split.ipynb #e993621b
 _most, _longest = 2**30, 2**28  # bytes: of a text file, and of a text that must be in memory in one piece
 _packed = ('.zip', '.gz')
+_too_much = 'Write it as Parquet, or in several tables'
 _broken = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 def _bounded(f, size, path): # what is in an open file whose bytes on the disk are `size`
@@ -83,16 +84,19 @@ def _bounded(f, size, path): # what is in an open file whose bytes on the disk a
     while part := f.read(2**22):
         parts.append(part)
         n += len(part)
-        if n > _most: raise Refusal(f'more than {_most >> 20} MiB of text', path, fix='Write it as Parquet, or in several tables')
-        if n > max(2**26, 200*size): raise Refusal(f'{size} bytes that unpack to more than {n >> 20} MiB: no table does that', path, fix='Fetch the file again')
+        if n > _most: raise Refusal(f'more than {_most >> 20} MiB of text', path, fix=_too_much)
+        if n > max(2**26, 200*size):
+            raise Refusal(f'{size} bytes that unpack to more than {n >> 20} MiB: no table does that', path, fix='Fetch it again')
     return b''.join(parts)
 
 def _member(z, path): # the one file in an open zip
     files = [m for m in z.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
     if len(files) != 1:
-        raise Refusal(f'a zip with {len(files)} files in it instead of one: {[m.filename for m in files[:5]]}', path, fix='Unpack it, and keep the training and the test file')
+        raise Refusal(f'a zip with {len(files)} files in it instead of one: {[m.filename for m in files[:5]]}', path,
+                      fix='Unpack it, and keep the training and the test file')
     name = files[0].filename
-    if re.search(r'[/\\\\:]', name): raise Refusal(f'the name of the file in it is a path: {name!r}', path, fix='Unpack it, and keep the file alone')
+    if re.search(r'[/\\:]', name):
+        raise Refusal(f'the name of the file in it is a path: {name!r}', path, fix='Unpack it, and keep the file alone')
     if files[0].flag_bits & 1: raise Refusal(f'{name} in it is encrypted', path, fix='Unpack it with its password')
     return files[0]
 
@@ -100,7 +104,7 @@ def _member(z, path): # the one file in an open zip
 def _raw(path): # the bytes of a text file, unpacked
     path = Path(path)
     size = path.stat().st_size
-    if size > _most: raise Refusal(f'{size/2**30:.1f} GiB, more than {_most >> 20} MiB', path, fix='Write it as Parquet, or in several tables')
+    if size > _most: raise Refusal(f'{size/2**30:.1f} GiB, more than {_most >> 20} MiB', path, fix=_too_much)
     try:
         if path.suffix.lower() == '.gz':
             with gzip.open(path) as f: return _bounded(f, size, path)
@@ -120,25 +124,31 @@ def _kind(path): # the suffix of what is read: in an archive, that of the file i
     except _broken as e: raise Refusal(f'not a whole zip file ({e})', path, fix='Fetch the file again') from e
 
 # %% ../nbs/02_split.ipynb #6b68ec03
-_starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\x1f\x8b': 'a gzip file', b'PAR1': 'a Parquet file', b'\xd0\xcf\x11\xe0': 'an Excel workbook', b'%PDF': 'a PDF',
-           b'version https://git-lfs': 'a pointer of Git LFS instead of the file', b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML', bytes(8): 'full of zero bytes'}
+_starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\xd0\xcf\x11\xe0': 'an Excel workbook', b'\x1f\x8b': 'a gzip file',
+           b'PAR1': 'a Parquet file', b'%PDF': 'a PDF', b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML',
+           b'version https://git-lfs': 'a pointer of Git LFS instead of the file', bytes(8): 'full of zero bytes'}
 
 def _text_bytes(path): # the bytes of a text file, or a refusal that says what it is instead
     if not (raw := _raw(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
-    if what := next((w for b, w in _starts.items() if raw[:30].lower().startswith(b.lower())), None):
+    start = raw[:30].lower()
+    if what := next((w for b, w in _starts.items() if start.startswith(b.lower())), None):
         raise Refusal(f'the file is {what}, whatever its name says', path, fix='Fetch it again, or name it by what it is')
     if raw[:2] in (b'\xff\xfe', b'\xfe\xff') or 0 in raw[:2]:
-        raise Refusal(f'UTF-16, not UTF-8: byte 0x{raw[0]:02x} at offset 0', path, fix='Save it as UTF-8; Excel calls that "CSV UTF-8"')
+        raise Refusal(f'UTF-16, not UTF-8: byte 0x{raw[0]:02x} at offset 0', path,
+                      fix='Save it as UTF-8; Excel calls that "CSV UTF-8"')
     return raw
 
+# %% ../nbs/02_split.ipynb #e8e63dc9
 def _decoded(raw, path): # its lines
     at, f = 0, io.BytesIO(raw)
     while line := f.readline(_longest+1):
-        if len(line) > _longest: raise Refusal(f'a line of more than {_longest >> 20} MiB', path, fix='Fetch the file again, or write it as Parquet')
+        if len(line) > _longest:
+            raise Refusal(f'a line of more than {_longest >> 20} MiB', path, fix='Fetch the file again, or write it as Parquet')
         try: text = line.decode()
         except UnicodeDecodeError as e:
             near = line[max(0, e.start-20):e.start+20].decode('cp1252', 'replace')
-            raise Refusal(f'not UTF-8: byte 0x{line[e.start]:02x} at offset {at+e.start}; as Windows-1252 it says {near!r}', path, fix='Save it as UTF-8, or fetch it again') from e
+            raise Refusal(f'not UTF-8: byte 0x{line[e.start]:02x} at offset {at+e.start}; as Windows-1252 it says {near!r}', path,
+                          fix='Save it as UTF-8, or fetch it again') from e
         yield text if at else text.removeprefix('\ufeff')
         at += len(line)
 
@@ -150,12 +160,15 @@ def read_utf8(
 
 # %% ../nbs/02_split.ipynb #dbc962e0
 def _commas(head, path): # refuse a header whose columns are separated by another character
-    if head.lstrip()[:2] in ('{"', '[{'): raise Refusal(f'the file is JSON, whatever its name says: {head[:40].strip()!r}', path, fix='Name it .json, or .jsonl if it has one object a line')
+    if head.lstrip()[:2] in ('{"', '[{'):
+        raise Refusal(f'the file is JSON, whatever its name says: {head[:40].strip()!r}', path,
+                      fix='Name it .json, or .jsonl if it has one object a line')
     fields = {s: len(next(csv.reader([head], delimiter=s), [])) for s in ',;\t|'}
     best = max(fields, key=fields.get)
     if fields[best] > fields[',']:
         raise Refusal(f'the columns are separated by {best!r} instead of commas: {head[:60].strip()!r}', path,
-                      fix=f'Write it again: pandas.read_csv(file, sep={best!r}, dtype=str, keep_default_na=False).to_csv(file, index=False)')
+                      fix=f'Write it again: pandas.read_csv(file, sep={best!r}, dtype=str, keep_default_na=False)'
+                          '.to_csv(file, index=False)')
 
 # %% ../nbs/02_split.ipynb #68dfe2de
 def read_csv(
@@ -171,7 +184,7 @@ def read_csv(
     except csv.Error as e: raise Refusal(f'cut or broken CSV at line {reader.line_num} ({e})', path, fix='Fetch the file again') from e
     finally: csv.field_size_limit(old)
     head, got = got[0][1], got[1:]
-    if twice := [c for c, n in Counter(head).items() if n > 1]: raise Refusal(f'a column name occurs twice: {twice[0]!r}', path)
+    if len(set(head)) < len(head): raise Refusal(f'a column name occurs twice: {Counter(head).most_common(1)[0][0]!r}', path)
     bad = [(n, r) for n, r in got if len(r) != len(head)]
     if bad: raise Refusal(f'a row ending at line {bad[0][0]} has {len(bad[0][1])} fields instead of {len(head)}: cut or badly quoted',
                           path, [r[0] for _, r in bad], 'Fetch the file again')
@@ -196,7 +209,8 @@ def _read_jsonl(path):
     for n, line in enumerate(_decoded(_text_bytes(path), path), 1):
         if not line.strip(): continue
         try: d = _json(line)
-        except (ValueError, RecursionError) as e: raise Refusal(f'line {n} is not valid JSON ({e})', path, fix=_one_a_line) from e
+        except (ValueError, RecursionError) as e:
+            raise Refusal(f'line {n} is not valid JSON ({e})', path, fix=_one_a_line) from e
         if not isinstance(d, dict):
             raise Refusal(f'line {n} is not a JSON object: {line[:40].strip()!r}', path, fix=_one_a_line)
         got.append(d)
@@ -205,7 +219,8 @@ def _read_jsonl(path):
 # %% ../nbs/02_split.ipynb #28eeb63c
 def _read_json(path):
     raw = _text_bytes(path)
-    if len(raw) > _longest: raise Refusal(f'more than {_longest >> 20} MiB of JSON in one piece', path, fix='Write it as JSON Lines (.jsonl), one object a line')
+    if len(raw) > _longest:
+        raise Refusal(f'more than {_longest >> 20} MiB of JSON in one piece', path, fix='Write it as JSON Lines (.jsonl), one object a line')
     try: got = _json(''.join(_decoded(raw, path)))
     except (ValueError, RecursionError) as e:
         if isinstance(e, Refusal): raise
@@ -215,13 +230,15 @@ def _read_json(path):
     if isinstance(got, list) and all(isinstance(o, dict) for o in got): return _by_column(got)
     if isinstance(got, dict) and (cols := _pandas_columns(got)): return cols
     odd = next((o for o in got if not isinstance(o, dict)), None) if isinstance(got, list) else got
-    found = f'an object with the keys {list(odd)[:8]}' if isinstance(odd, dict) else f'{odd!r:.40}' if odd is got else f'a list with {odd!r:.40} in it'
-    raise Refusal(f'it holds {found}, and no rows', path, fix='A list of objects is wanted, one a row, or one list of equal length a column')
+    found = f'an object with the keys {list(odd)[:8]}' if isinstance(odd, dict) else f'{odd!r:.40}'
+    raise Refusal(f"it holds {found if odd is got else f'a list with {found} in it'}, and no rows", path,
+                  fix='A list of objects is wanted, one a row, or one list of equal length a column')
 
 def _pandas_columns(got): # {column: {row: cell}} or {column: [cell]} → lists, or None
     first = next(iter(got.values()))
     if all(isinstance(v, list) and len(v) == len(first) for v in got.values()): return got
-    if all(isinstance(v, dict) and v.keys() == first.keys() for v in got.values()): return {c: [v[k] for k in first] for c, v in got.items()}
+    if all(isinstance(v, dict) and v.keys() == first.keys() for v in got.values()):
+        return {c: [v[k] for k in first] for c, v in got.items()}
 
 # %% ../nbs/02_split.ipynb #d732eb70
 @contextmanager
@@ -240,11 +257,12 @@ def _read_parquet(path):
         if file.stat().st_size == 0: raise Refusal('the file is empty', path)
         try:
             parts = pq.read_metadata(file)
-            if (size := sum(parts.row_group(k).total_byte_size for k in range(parts.num_row_groups))) > 4*_most:
-                raise Refusal(f'{size/2**30:.1f} GiB when unpacked, more than {4*_most >> 30} GiB', path, fix='Write it in several tables')
+            size = sum(parts.row_group(k).total_byte_size for k in range(parts.num_row_groups))/2**30
+            if size > 4: raise Refusal(f'{size:.1f} GiB when unpacked, more than 4 GiB', path, fix='Write it in several tables')
             df = read_table(file)
             return {c: [_plain(v) for v in df[c].tolist()] for c in df}
-        except pa.ArrowException as e: raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch the file again') from e
+        except pa.ArrowException as e:
+            raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch the file again') from e
         except UnicodeDecodeError as e: raise Refusal(f'text that is not UTF-8 ({e})', path) from e
 
 def _plain(v):
@@ -261,7 +279,8 @@ def _columns(path):
     path = Path(path)
     if not path.is_file(): raise Refusal('no such file', path)
     if (kind := _kind(path)) not in _readers:
-        raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path, fix=f"Write it as CSV with commas, or use one of {', '.join(_readers)}, also in a .zip or .gz")
+        raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path,
+                      fix=f"Write it as CSV with commas, or use one of {', '.join(_readers)}, also in a .zip or .gz")
     return _readers[kind](path)
 
 # %% ../nbs/02_split.ipynb #d06de261
@@ -271,7 +290,8 @@ _escape = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)
 _escaped = {'n': '\n', 'r': '\r', 't': '\t'}
 
 def _python_value(s):
-    if s[0] in '\'"': return _escape.sub(lambda m: _escaped.get(m[1]) or (chr(int(m[1][1:], 16)) if len(m[1]) > 1 else m[1]), s[1:-1])
+    said = lambda m: _escaped.get(m[1]) or (chr(int(m[1][1:], 16)) if len(m[1]) > 1 else m[1])
+    if s[0] in '\'"': return _escape.sub(said, s[1:-1])
     return None if s.lower() in ('none', 'nan') else {'True': True, 'False': False}.get(s, s)
 
 def _as_list(s, seen=None): # the list that a cell holds, as JSON, Python or NumPy writes one; None if it holds none
@@ -339,9 +359,11 @@ def _named(names, options, ids, path, what='a label outside the options'):
     none = [v in (None, '') for v in names]
     if all(none): return np.full(len(ids), -1)
     bad = [v not in o for v, o in zip(names, options)]
-    if any(bad): known = ', '.join(sorted(set().union(*map(set, options))))
-    refuse(none, 'no label, where other rows say {}'.format(_few_of(str(v) for v, n in zip(names, none) if not n)), path, ids)
-    refuse(bad, f'{what}: {_few_of(str(v) for v, b in zip(names, bad) if b)}; known are {known}' if any(bad) else '', path, ids)
+    known = ', '.join(sorted(set().union(*map(set, options)))) if any(bad) else ''
+    said = _few_of(str(v) for v, n in zip(names, none) if not n)
+    refuse(none, f'no label, where other rows say {said}', path, ids)
+    odd = _few_of(str(v) for v, b in zip(names, bad) if b)
+    refuse(bad, f'{what}: {odd}; known are {known}', path, ids)
     return np.array([o.index(v) for v, o in zip(names, options)], int)
 
 # %% ../nbs/02_split.ipynb #3185e477
@@ -370,10 +392,12 @@ def _layout(cols, path):
         if set(need.split()) <= set(cols) and (name == 'rows' or not hot or name in ('lmsys', 'tianchi')): return name
     lacks = {k: [c for c in need.split() if c not in cols] for k, need in layouts.items() if not hot or k == 'lmsys'}
     near = min(reversed(lacks), key=lambda k: len(lacks[k])/len(layouts[k].split()))
-    if not hot and not {'response_a', 'response_b'} & set(cols) and {'A', 'B', 'answer', 'options', 'choices'} & set(cols): near = 'tianchi'
+    pairs, choice = ({*names.split()} & set(cols) for names in ('response_a response_b', 'A B answer options choices'))
+    if choice and not pairs and not hot: near = 'tianchi'
     found = f"found {list(cols)[:20]}; the nearest layout is {near}, which lacks {', '.join(lacks[near])}"
-    if near == 'tianchi': raise Refusal(f'missing columns: {found}', path, fix=f'Multiple choice is read from JSON Lines such as {_choice_line}')
-    raise Refusal(f'missing columns: {found}', path, fix='Names are as written here. Layouts: ' + '; '.join(f'{k} needs {v}' for k, v in layouts.items()))
+    form = 'Names are as written here. Layouts: ' + '; '.join(f'{k} needs {v}' for k, v in layouts.items())
+    if near == 'tianchi': form = f'Multiple choice is read from JSON Lines such as {_choice_line}'
+    raise Refusal(f'missing columns: {found}', path, fix=form)
 
 _choice_line = '{"id": "7", "problem": "", "questions": [{"question": "2+2?", "options": ["3", "4"], "answer": "B"}]}'
 
@@ -382,7 +406,8 @@ _whole, _float = re.compile(r'-?\d+'), re.compile(r'-?\d+\.0*|-?\d+(\.\d+)?[eE]\
 
 def _ids(values, path, what='an id'):
     if (odd := next((v for v in values if isinstance(v, float)), None)) is not None:
-        raise Refusal(f'ids are floats, such as {odd}', path, fix='Write them as text or whole numbers: pandas makes floats of a column with a gap')
+        raise Refusal(f'ids are floats, such as {odd}', path,
+                      fix='Write them as text or whole numbers: pandas makes floats of a column with a gap')
     ids = [_text(v, Counter()) for v in values]
     if not ids: raise Refusal('no rows', path)
     refuse([not i for i in ids], 'rows without an id; their numbers from 0', path, range(len(ids)))
@@ -397,7 +422,8 @@ def _from_pairs(cols, path, seen):
     if all(map(_float.fullmatch, ids)): seen['ids_as_floats'] = len(ids)
     out = dict(id=ids, label=_winner(cols, ids, path))
     p = _targets(cols, ids, path)
-    ties = 'winner_tie' in cols or (out['label'] == 2).any() or (p[:, 2] > 0).any() or (lists['prompt'] and (out['label'] < 0).all())
+    ties = 'winner_tie' in cols or (out['label'] == 2).any() or (p[:, 2] > 0).any()
+    ties = ties or (lists['prompt'] and (out['label'] < 0).all())
     task = tasks['preference' if ties else 'preference2']
     out['target'] = [None if np.isnan(o[0]) else o[:len(task.options)].tolist() for o in p]
     out |= {c: [_turns(v, seen, lists[c]) for v in cols[c]] for c in _texts['pair']}
@@ -411,7 +437,8 @@ def _from_tianchi(cols, path, seen):
     whole = lambda qs: isinstance(qs, list) and qs and all(isinstance(q, dict) and isinstance(q.get('options'), list) and 'question' in q for q in qs)
     bad = [not whole(qs) for qs in cols['questions']]
     odd = next((str(qs)[:80] for qs, b in zip(cols['questions'], bad) if b), '')
-    refuse(bad, f'questions is not a list of objects with question and options: {odd!r}', path, ids, f'A line looks like {_choice_line}')
+    refuse(bad, f'questions is not a list of objects with question and options: {odd!r}', path, ids,
+           f'A line looks like {_choice_line}')
     out, answers = {c: [] for c in ('id', *_texts['choice'])}, []
     for i, problem, qs in zip(ids, cols['problem'], cols['questions']):
         problem = _text(problem, seen)
@@ -433,7 +460,8 @@ def _from_rows(cols, path, seen):
     for c in ('group', 'source', 'model_a', 'model_b'):
         if c in cols: out[c] = [_text(v, Counter()) for v in cols[c]]
     if (text := next((v for v in cols['label'] if isinstance(v, str)), None)) is not None:
-        raise Refusal(f"labels are text, such as {text!r}, in a table with the kit's own columns", path, fix='Keep such tables as Parquet, where labels are numbers')
+        raise Refusal(f"labels are text, such as {text!r}, in a table with the kit's own columns", path,
+                      fix='Keep such tables as Parquet, where labels are numbers')
     out['label'] = np.array([-1 if v is None else v for v in cols['label']])
     sizes = {len(t) for t in cols['target'] if t is not None}
     task = 'choice' if kind == 'choice' else 'preference' if (out['label'] == 2).any() or 3 in sizes else 'preference2'
@@ -724,7 +752,8 @@ def check_texts(
     for name, p in inspect.signature(function).parameters.items():
         v = given.get(name, '')
         if p.annotation is not str or isinstance(v, (str, os.PathLike)) or (v is None and p.default == ''): continue
-        raise Refusal(f'{name} is {v!r}, which is not text', fix=f'Give it to papermill as text with -r {name} VALUE, or use ck run')
+        raise Refusal(f'{name} is {v!r}, which is not text',
+                      fix=f'Give it to papermill as text with -r {name} VALUE, or use ck run')
 
 # %% ../nbs/02_split.ipynb #829460d6
 def table_name(
@@ -753,13 +782,15 @@ def make_raw(
 
 # %% ../nbs/02_split.ipynb #d7e3ab6d
 def _candidates(role, folder): # files that could be the training or the test file
-    files = [p for p in sorted(folder.glob('*')) if p.is_file() and _is_file_name(p.name) and not p.name.startswith('.') and p not in sample_files(folder)]
+    files = [p for p in sorted(set(folder.glob('[!.]*'))-set(sample_files(folder))) if p.is_file() and _is_file_name(p.name)]
     plain = {_stem(p) for p in files if p.suffix.lower() not in _packed}
-    return [p for p in files if re.search(role, p.name.lower()) and not (p.suffix.lower() in _packed and _stem(p) in plain)]
+    files = [p for p in files if p.suffix.lower() not in _packed or _stem(p) not in plain]
+    return [p for p in files if re.search(role, p.name.lower())]
 
 def _find(role, folder):
     got = _candidates(role, folder)
-    if len(got) > 1: raise Refusal(f'several files could be the {role} file: {[p.name for p in got]}', folder, fix=f'Name one with {role}=')
+    if len(got) > 1:
+        raise Refusal(f'several files could be the {role} file: {[p.name for p in got]}', folder, fix=f'Name one with {role}=')
     return got[0] if got else None
 
 def _beside(train): # the test file that belongs to a training file: the same name, else the only one of its folder
@@ -787,10 +818,12 @@ def raw_files(
     if name in samples and not train: make_raw(name)
     if not train and _is_file_name(data): train = os.fspath(data)
     folder = data_path(name)
-    got = dict(train=train or _find('train', folder), test=test or (_beside(train) if train else None) or _find('test', folder), corrections=corrections)
+    test = test or (_beside(train) if train else None) or _find('test', folder)
+    got = dict(train=train or _find('train', folder), test=test, corrections=corrections)
     if not got['train']:
         there = sorted(p.name for p in folder.glob('*'))[:12] if folder.is_dir() else 'nothing: there is no such folder'
-        raise Refusal(f'no training file called *train*{{{",".join(_readers)}}}; found {there}', folder, fix='Put the raw files there, or name one with train=')
+        raise Refusal(f'no training file called *train*{{{",".join(_readers)}}}; found {there}', folder,
+                      fix='Put the raw files there, or name one with train=')
     return {k: _root_path(p) for k, p in got.items() if p}
 
 # %% ../nbs/02_split.ipynb #b80d5541
@@ -806,7 +839,8 @@ def split(
     files = raw_files(data, train, test, corrections)
     rows, info = read_raw(files['train'])
     lone = (rows.label < 0) & rows.target.isna()
-    refuse(lone, f"no label; columns that were not read: {info['ignored'][:12]}", files['train'], rows.id.tolist(), 'A training file needs winner columns, or answers')
+    refuse(lone, f"no label; columns that were not read: {info['ignored'][:12]}", files['train'], rows.id.tolist(),
+           'A training file needs winner columns, or answers')
     fixes = read_corrections(files['corrections']) if 'corrections' in files else []
     rows = correct(rows, fixes, info['task'], files.get('corrections')) if fixes else rows
     meta = dict(name=table_name(data), task=info['task'], folds=folds, seed=seed, corrections=len(fixes),
@@ -824,11 +858,13 @@ def split(
 def _same_writing(ids, others, path, where): # refuse 123.0 here and 123 there
     for a, b in ((_float, _whole), (_whole, _float)):
         if all(map(a.fullmatch, ids)) and all(map(b.fullmatch, others)):
-            raise Refusal(f'ids are written {ids[0]!r} here and {others[0]!r} in {where}', path, fix='Write them in one way, as whole numbers: one of the files has been through pandas')
+            raise Refusal(f'ids are written {ids[0]!r} here and {others[0]!r} in {where}', path,
+                          fix='Write them in one way, as whole numbers: one of the files has been through pandas')
     number = lambda i: str(int(float(i))) if _float.fullmatch(i) and float(i) < 2**53 else i.strip().lstrip('0')
     here, there = ({number(i): i for i in o} for o in (ids, others))
     if here.keys() == there.keys() and (odd := next((k for k in here if here[k] != there[k]), None)) is not None:
-        raise Refusal(f'ids are written {here[odd]!r} here and {there[odd]!r} in {where}', path, fix='Write them in one way in both files')
+        raise Refusal(f'ids are written {here[odd]!r} here and {there[odd]!r} in {where}', path,
+                      fix='Write them in one way in both files')
 
 # %% ../nbs/02_split.ipynb #4afc974c
 def _read_test(path, rows, meta):
