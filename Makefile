@@ -1,6 +1,7 @@
 # make run   set up, then the main job on the embedded default
 # make test  set up, then every test
 # make run DATA=sample_logic   the same job on the other sample
+# make setup   set up, and say how to activate   make lab   the notebooks in JupyterLab
 SHELL := /bin/bash
 PYTHON ?= python3
 DATA ?= sample_arena
@@ -12,6 +13,8 @@ export PATH := $(BIN):$(PATH)
 .PHONY: run test setup readme lab
 
 setup: $(VENV)/.done
+	@echo "activate it: source $(VENV)/bin/activate"
+
 $(VENV)/.done: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
@@ -20,18 +23,18 @@ $(VENV)/.done: settings.ini setup.py constraints.txt
 	$(BIN)/python -c "from competition_kit.base import base_path; base_path()"
 	touch $@
 
-run: setup
+run: $(VENV)/.done
 	ck run nbs/02_split.ipynb -p data $(DATA)
 	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 0
 	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 1
 	ck run nbs/10_vote.ipynb -p data $(DATA)
 	@echo; ck log; echo; echo "log: experiments_log.xlsx   runs, submissions and executed notebooks: models/"
 
-test: setup
+test: $(VENV)/.done
 	$(BIN)/python .ci/check.py
 
-readme: setup
+readme: $(VENV)/.done
 	$(BIN)/python .ci/readme.py
 
-lab: setup
+lab: $(VENV)/.done
 	$(BIN)/jupyter lab nbs

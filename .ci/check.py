@@ -50,7 +50,7 @@ with tempfile.TemporaryDirectory() as d:
         step(f'ck run 02_split from {where}', 'ck', 'run', nb('02_split.ipynb'), cwd=cwd)
         step(f'ck run 04_train from {where}', 'ck', 'run', nb('04_train.ipynb'), *tiny, '-p', 'fold', int(cwd != root), cwd=cwd)
         if cwd == root: step(f'ck run 10_vote from {where}', 'ck', 'run', nb('10_vote.ipynb'), cwd=cwd)
-    step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', '-p', 'fold', 0, '-p', 'mix', 'sample_arena:40', '-p', 'lora_r', 4)
+    step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', Path(d)/'04_train.ipynb', '-p', 'fold', 0, '-p', 'mix', 'sample_arena:40', '-p', 'lora_r', 4)
     found = list(Path(d).glob('models/vote-*/submission.csv'))
     step('ck check of the submission', 'ck', 'check', found[0] if found else 'no submission', Path(d)/'data/sample_arena/sample_submission.csv')
     step('ck log', 'ck', 'log')

@@ -9,6 +9,7 @@ __all__ = ['write_probs', 'read_probs', 'align', 'log_loss', 'accuracy', 'reliab
 # %% ../nbs/02a_probs.ipynb #f0778097
 from .core import Refusal, hash_obj, read_table, write_table
 from .split import n_options, swap_label, tasks
+import re
 import numpy as np
 import pandas as pd
 
@@ -117,10 +118,12 @@ def _by_length(train, rows, task, width):
 # %% ../nbs/02a_probs.ipynb #eb9440de
 def _tfidf(texts):
     from sklearn.feature_extraction.text import TfidfVectorizer
+    if not any(re.search(r'\w', t) for t in texts): raise ValueError('no text to learn from has a word in it')
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r'(?u)\b\w+\b', max_features=200_000).fit(texts)
 
 def _fit(x, y):
     from sklearn.linear_model import LogisticRegression
+    if len(set(y)) < 2: raise ValueError('all rows to learn from have the same label')
     return LogisticRegression(C=1., max_iter=500).fit(x, y)
 
 def _words_pair(train, rows, task, width):
@@ -147,13 +150,24 @@ def baselines(
     train,       # Rows to fit on; those without a label are left out
     rows,        # Rows to score on, with labels
     task:str,    # Name of the task
-) -> dict: # Name → log-loss, accuracy, calibration error
+    left_out:dict=None, # Takes name → why, for each baseline that cannot be fitted
+) -> dict: # Name → log-loss, accuracy, calibration error. Without a labelled training row the class prior is even
     "What the class prior, the length of the answers, and words with a linear model score on `rows`"
     t, width, train = tasks[task], len(tasks[task].options), train[train.label >= 0]
-    guess = {'class prior': _prior(train.label, n_options(rows, t), width),
-             'longer response' if 'response_a' in rows else 'longest option': _by_length(train, rows, t, width),
-             'tf-idf + logistic regression': (_words_pair if 'response_a' in rows else _words_choice)(train, rows, t, width)}
-    return {k: scores(p, rows.label.to_numpy()) for k, p in guess.items()}
+    pair, got = 'response_a' in rows, {}
+    ways = {'class prior': lambda *a: _prior(train.label, n_options(rows, t), width),
+            'longer response' if pair else 'longest option': _by_length,
+            'tf-idf + logistic regression': _words_pair if pair else _words_choice}
+    for name, fit in ways.items():
+        try:
+            if got and not len(train): raise ValueError('no training row has a label')
+            p = fit(train, rows, t, width)
+        except ValueError as e:
+            print(f'baseline left out: {name} ({e})')
+            if left_out is not None: left_out[name] = str(e)
+            continue
+        got[name] = scores(p, rows.label.to_numpy())
+    return got
 
 # %% ../nbs/02a_probs.ipynb #d373b7d1
 def plot_reliability(p, label, ax=None):

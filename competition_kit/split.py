@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_label', 'swap_probs', 'read_utf8', 'read_csv',
            'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'make_folds', 'check_fold', 'leak_report',
-           'leak_text', 'leak_table', 'table_name', 'make_raw', 'raw_files', 'split', 'write_rows', 'publish',
-           'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes', 'plot_split', 'group_rows',
-           'group_text']
+           'leak_text', 'leak_table', 'check_texts', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split',
+           'write_rows', 'publish', 'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes',
+           'plot_split', 'group_rows', 'group_text']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
-import csv, hashlib, io, json, os, re, shutil, sys, tempfile, unicodedata
+import csv, gzip, hashlib, inspect, io, json, os, re, shutil, tempfile, unicodedata, zipfile, zlib
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,92 +77,259 @@ def swap_probs(
     return np.take_along_axis(p, np.broadcast_to(order, p.shape), 1)
 
 # %% ../nbs/02_split.ipynb #e993621b
+_most, _longest = 2**30, 2**28  # bytes: of a text file, and of a text that must be in memory in one piece
+_packed = ('.zip', '.gz')
+_too_much = 'Write it as Parquet, or in several tables'
+_broken = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+def _bounded(f, size, path): # what is in an open file whose bytes on the disk are `size`
+    parts, n = [], 0
+    while part := f.read(2**22):
+        parts.append(part)
+        n += len(part)
+        if n > _most: raise Refusal(f'more than {_most >> 20} MiB of text', path, fix=_too_much)
+        if n > max(2**26, 200*size):
+            raise Refusal(f'{size} bytes that unpack to more than {n >> 20} MiB: no table does that', path, fix='Fetch it again')
+    return b''.join(parts)
+
+def _member(z, path): # the one file in an open zip
+    files = [m for m in z.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
+    if len(files) != 1:
+        raise Refusal(f'a zip with {len(files)} files in it instead of one: {[m.filename for m in files[:5]]}', path,
+                      fix='Unpack it, and keep the training and the test file')
+    name = files[0].filename
+    if re.search(r'[/\\:]', name):
+        raise Refusal(f'the name of the file in it is a path: {name!r}', path, fix='Unpack it, and keep the file alone')
+    if files[0].flag_bits & 1: raise Refusal(f'{name} in it is encrypted', path, fix='Unpack it with its password')
+    return files[0]
+
+# %% ../nbs/02_split.ipynb #f9eb2976
+def _raw(path): # the bytes of a text file, unpacked
+    path = Path(path)
+    size = path.stat().st_size
+    if size > _most: raise Refusal(f'{size/2**30:.1f} GiB, more than {_most >> 20} MiB', path, fix=_too_much)
+    try:
+        if path.suffix.lower() == '.gz':
+            with gzip.open(path) as f: return _bounded(f, size, path)
+        if path.suffix.lower() != '.zip':
+            with open(path, 'rb') as f: return _bounded(f, size, path)
+        with zipfile.ZipFile(path) as z, z.open(_member(z, path)) as f: return _bounded(f, size, path)
+    except Refusal: raise
+    except _broken as e: raise Refusal(f'it cannot be unpacked ({e})', path, fix='Fetch it again, or unpack it') from e
+
+def _kind(path): # the suffix of what is read: in an archive, that of the file in it
+    path = Path(path)
+    if path.suffix.lower() == '.gz': return Path(path.stem).suffix.lower()
+    if path.suffix.lower() != '.zip': return path.suffix.lower()
+    try:
+        with zipfile.ZipFile(path) as z: return Path(_member(z, path).filename).suffix.lower()
+    except Refusal: raise
+    except _broken as e: raise Refusal(f'not a whole zip file ({e})', path, fix='Fetch the file again') from e
+
+# %% ../nbs/02_split.ipynb #6b68ec03
+_starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\xd0\xcf\x11\xe0': 'an Excel workbook', b'\x1f\x8b': 'a gzip file',
+           b'PAR1': 'a Parquet file', b'%PDF': 'a PDF', b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML',
+           b'version https://git-lfs': 'a pointer of Git LFS instead of the file', bytes(8): 'full of zero bytes'}
+
+def _text_bytes(path): # the bytes of a text file, or a refusal that says what it is instead
+    if not (raw := _raw(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
+    start = raw[:30].lower()
+    if what := next((w for b, w in _starts.items() if start.startswith(b.lower())), None):
+        raise Refusal(f'the file is {what}, whatever its name says', path, fix='Fetch it again, or name it by what it is')
+    if raw[:2] in (b'\xff\xfe', b'\xfe\xff') or 0 in raw[:2]:
+        raise Refusal(f'UTF-16, not UTF-8: byte 0x{raw[0]:02x} at offset 0', path,
+                      fix='Save it as UTF-8; Excel calls that "CSV UTF-8"')
+    return raw
+
+# %% ../nbs/02_split.ipynb #e8e63dc9
+def _decoded(raw, path): # its lines
+    at, f = 0, io.BytesIO(raw)
+    while line := f.readline(_longest+1):
+        if len(line) > _longest:
+            raise Refusal(f'a line of more than {_longest >> 20} MiB', path, fix='Fetch the file again, or write it as Parquet')
+        try: text = line.decode()
+        except UnicodeDecodeError as e:
+            near = line[max(0, e.start-20):e.start+20].decode('cp1252', 'replace')
+            raise Refusal(f'not UTF-8: byte 0x{line[e.start]:02x} at offset {at+e.start}; as Windows-1252 it says {near!r}', path,
+                          fix='Save it as UTF-8, or fetch it again') from e
+        yield text if at else text.removeprefix('\ufeff')
+        at += len(line)
+
 def read_utf8(
-    path, # Of a text file
+    path, # Of a text file, perhaps packed as .gz or .zip
 ) -> str: # Its text, without a byte order mark
     "A text file, or a refusal that names the byte which is not UTF-8"
-    raw = Path(path).read_bytes()
-    if not raw.strip(): raise Refusal('the file is empty', path)
-    try: return raw.decode('utf-8').removeprefix('\ufeff')
-    except UnicodeDecodeError as e:
-        raise Refusal(f'not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}', path, fix='Save it as UTF-8, or fetch it again') from e
+    return ''.join(_decoded(_text_bytes(path), path))
 
-def _json_list(s):
-    if not isinstance(s, str) or not s.lstrip().startswith('['): return None
-    try: v = json.loads(s, strict=False)
-    except (ValueError, RecursionError): return None
-    return v if isinstance(v, list) else None
+# %% ../nbs/02_split.ipynb #dbc962e0
+def _commas(head, path): # refuse a header whose columns are separated by another character
+    if head.lstrip()[:2] in ('{"', '[{'):
+        raise Refusal(f'the file is JSON, whatever its name says: {head[:40].strip()!r}', path,
+                      fix='Name it .json, or .jsonl if it has one object a line')
+    fields = {s: len(next(csv.reader([head], delimiter=s), [])) for s in ',;\t|'}
+    best = max(fields, key=fields.get)
+    if fields[best] > fields[',']:
+        raise Refusal(f'the columns are separated by {best!r} instead of commas: {head[:60].strip()!r}', path,
+                      fix=f'Write it again: pandas.read_csv(file, sep={best!r}, dtype=str, keep_default_na=False)'
+                          '.to_csv(file, index=False)')
 
 # %% ../nbs/02_split.ipynb #68dfe2de
 def read_csv(
-    path, # Of a CSV with a header
+    path, # Of a CSV with a header, perhaps packed as .gz or .zip
 ) -> dict: # Column → list of cells, all of them text
     "A CSV file with nothing guessed; a cut or badly quoted one is refused"
-    text, old = read_utf8(path), csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
-    try: got = [(reader.line_num, r) for r in reader if r]
+    raw, old = _text_bytes(path), csv.field_size_limit(_longest)
+    if b'\n' not in raw: raw = raw.replace(b'\r', b'\n')  # as old Macs end lines
+    reader = csv.reader(_decoded(raw, path), strict=True)
+    try:
+        _commas(next(filter(str.strip, _decoded(raw, path)), ''), path)
+        got = [(reader.line_num, r) for r in reader if r]
     except csv.Error as e: raise Refusal(f'cut or broken CSV at line {reader.line_num} ({e})', path, fix='Fetch the file again') from e
     finally: csv.field_size_limit(old)
     head, got = got[0][1], got[1:]
-    if len(set(head)) < len(head): raise Refusal(f'a column name occurs twice in {head}', path)
+    if len(set(head)) < len(head): raise Refusal(f'a column name occurs twice: {Counter(head).most_common(1)[0][0]!r}', path)
     bad = [(n, r) for n, r in got if len(r) != len(head)]
     if bad: raise Refusal(f'a row ending at line {bad[0][0]} has {len(bad[0][1])} fields instead of {len(head)}: cut or badly quoted',
                           path, [r[0] for _, r in bad], 'Fetch the file again')
-    if got and text[-1] not in '\r\n' and not (head[-1].startswith('winner') or _json_list(got[-1][1][-1])):
+    if got and raw[-1:] not in b'\r\n' and not (head[-1].startswith('winner') or _as_list(got[-1][1][-1])):
         raise Refusal('no newline at the end: the last row may be cut', path, [got[-1][1][0]], 'Add a newline if the row is whole')
     return {c: [r[j] for _, r in got] for j, c in enumerate(head)}
 
 # %% ../nbs/02_split.ipynb #ad55f87e
+def _object(pairs):
+    if len(d := dict(pairs)) < len(pairs): raise ValueError(f'a key occurs twice in the object with {list(d)[:5]}')
+    return d
+
+def _constant(name): # JSON has none of NaN and Infinity; pandas writes NaN where a value is missing
+    if name != 'NaN': raise ValueError(f'{name} is no JSON')
+
+def _json(text): return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+_one_a_line = 'One object a line is wanted: fetch the file again, or name it .json if it is one list of objects'
+def _by_column(objects): return {c: [d.get(c) for d in objects] for c in dict.fromkeys(k for d in objects for k in d)}
+
 def _read_jsonl(path):
     got = []
-    for n, line in enumerate(read_utf8(path).split('\n'), 1):
+    for n, line in enumerate(_decoded(_text_bytes(path), path), 1):
         if not line.strip(): continue
-        try: d = json.loads(line)
-        except (ValueError, RecursionError) as e: raise Refusal(f'line {n} is not valid JSON ({e})', path, fix='Fetch the file again') from e
-        if not isinstance(d, dict): raise Refusal(f'line {n} is not a JSON object', path)
+        try: d = _json(line)
+        except (ValueError, RecursionError) as e:
+            raise Refusal(f'line {n} is not valid JSON ({e})', path, fix=_one_a_line) from e
+        if not isinstance(d, dict):
+            raise Refusal(f'line {n} is not a JSON object: {line[:40].strip()!r}', path, fix=_one_a_line)
         got.append(d)
-    return {c: [d.get(c) for d in got] for c in dict.fromkeys(k for d in got for k in d)}
+    return _by_column(got)
+
+# %% ../nbs/02_split.ipynb #28eeb63c
+def _read_json(path):
+    raw = _text_bytes(path)
+    if len(raw) > _longest:
+        raise Refusal(f'more than {_longest >> 20} MiB of JSON in one piece', path, fix='Write it as JSON Lines (.jsonl), one object a line')
+    try: got = _json(''.join(_decoded(raw, path)))
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, Refusal): raise
+        if str(e).startswith('Extra data'): return _read_jsonl(path)
+        raise Refusal(f'not valid JSON ({e})', path, fix='Fetch the file again') from e
+    if got in ([], {}): raise Refusal('no rows', path)
+    if isinstance(got, list) and all(isinstance(o, dict) for o in got): return _by_column(got)
+    if isinstance(got, dict) and (cols := _pandas_columns(got)): return cols
+    odd = next((o for o in got if not isinstance(o, dict)), None) if isinstance(got, list) else got
+    found = f'an object with the keys {list(odd)[:8]}' if isinstance(odd, dict) else f'{odd!r:.40}'
+    raise Refusal(f"it holds {found if odd is got else f'a list with {found} in it'}, and no rows", path,
+                  fix='A list of objects is wanted, one a row, or one list of equal length a column')
+
+def _pandas_columns(got): # {column: {row: cell}} or {column: [cell]} → lists, or None
+    first = next(iter(got.values()))
+    if all(isinstance(v, list) and len(v) == len(first) for v in got.values()): return got
+    if all(isinstance(v, dict) and v.keys() == first.keys() for v in got.values()):
+        return {c: [v[k] for k in first] for c, v in got.items()}
 
 # %% ../nbs/02_split.ipynb #d732eb70
+@contextmanager
+def _on_disk(path): # the file itself, or for as long as it is needed an unpacked copy
+    path = Path(path)
+    if path.suffix.lower() not in _packed:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/f'unpacked{_kind(path)}').write_bytes(_raw(path))
+        yield Path(d)/f'unpacked{_kind(path)}'
+
 def _read_parquet(path):
-    if Path(path).stat().st_size == 0: raise Refusal('the file is empty', path)
-    try: df = read_table(path)
-    except UnicodeDecodeError as e: raise Refusal(f'text that is not UTF-8 ({e})', path) from e
-    return {c: [_plain(v) for v in df[c].tolist()] for c in df}
+    import pyarrow as pa, pyarrow.parquet as pq
+    with _on_disk(path) as file:
+        if file.stat().st_size == 0: raise Refusal('the file is empty', path)
+        try:
+            parts = pq.read_metadata(file)
+            size = sum(parts.row_group(k).total_byte_size for k in range(parts.num_row_groups))/2**30
+            if size > 4: raise Refusal(f'{size:.1f} GiB when unpacked, more than 4 GiB', path, fix='Write it in several tables')
+            df = read_table(file)
+            return {c: [_plain(v) for v in df[c].tolist()] for c in df}
+        except pa.ArrowException as e:
+            raise Refusal(f'not a whole parquet file ({e})', path, fix='Fetch the file again') from e
+        except UnicodeDecodeError as e: raise Refusal(f'text that is not UTF-8 ({e})', path) from e
 
 def _plain(v):
     if isinstance(v, np.ndarray): return [_plain(o) for o in v.tolist()]
     if isinstance(v, list): return [_plain(o) for o in v]
     if isinstance(v, dict): return {k: _plain(o) for k, o in v.items()}
-    if isinstance(v, bytes): return v.decode('utf-8', 'replace')
+    if isinstance(v, bytes): return v.decode()
     return None if v is None or v is pd.NA or v != v else v
 
 # %% ../nbs/02_split.ipynb #3c0dc725
-_readers = {'.csv': read_csv, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
+_readers = {'.csv': read_csv, '.jsonl': _read_jsonl, '.json': _read_json, '.parquet': _read_parquet}
 
 def _columns(path):
     path = Path(path)
     if not path.is_file(): raise Refusal('no such file', path)
-    if path.suffix not in _readers: raise Refusal(f'a file of an unknown kind: {path.name}', path, fix=f"Use one of {', '.join(_readers)}")
-    return _readers[path.suffix](path)
+    if (kind := _kind(path)) not in _readers:
+        raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path,
+                      fix=f"Write it as CSV with commas, or use one of {', '.join(_readers)}, also in a .zip or .gz")
+    return _readers[kind](path)
 
 # %% ../nbs/02_split.ipynb #d06de261
+_item = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|None|nan|NaN|True|False|-?\d+(?:\.\d+)?)"""
+_python_list = re.compile(rf'\s*\[\s*(?:{_item}(?:\s*,\s*{_item})*+\s*,?|{_item}(?:\s+{_item})*+)?\s*\]\s*', re.S)
+_escape = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|[nrt'\"\\])")
+_escaped = {'n': '\n', 'r': '\r', 't': '\t'}
+
+def _python_value(s):
+    said = lambda m: _escaped.get(m[1]) or (chr(int(m[1][1:], 16)) if len(m[1]) > 1 else m[1])
+    if s[0] in '\'"': return _escape.sub(said, s[1:-1])
+    return None if s.lower() in ('none', 'nan') else {'True': True, 'False': False}.get(s, s)
+
+def _as_list(s, seen=None): # the list that a cell holds, as JSON, Python or NumPy writes one; None if it holds none
+    if not isinstance(s, str) or not s.lstrip().startswith('['): return None
+    try: v = json.loads(s, strict=False, parse_constant=lambda c: None if c == 'NaN' else c)
+    except (ValueError, RecursionError):
+        if not _python_list.fullmatch(s): return None
+        if seen is not None: seen['python_lists'] += 1
+        return [_python_value(o) for o in re.findall(_item, s, re.S)]
+    return v if isinstance(v, list) else None
+
+# %% ../nbs/02_split.ipynb #18272817
 _lone = re.compile('[\ud800-\udfff]')
 
 def _text(v, seen):
     if v is None: seen['nulls'] += 1; return ''
-    if not isinstance(v, str): seen['not_text'] += 1; v = json.dumps(v, ensure_ascii=False, default=str)
+    if not isinstance(v, str):
+        seen['not_text'] += 1
+        v = json.dumps(v, ensure_ascii=False, default=str) if isinstance(v, (bool, int, float, list, dict)) else str(v)
     if _lone.search(v): seen['surrogates'] += 1; v = _lone.sub('\ufffd', v)
     return v
 
-def _turns(v, seen, lists):
-    turns = v if isinstance(v, list) else _json_list(v) if lists else None
+def _of_texts(turns): return bool(turns) and all(o is None or isinstance(o, str) for o in turns)
+
+def _turns(v, seen, lists): # the texts of a cell; `lists`: its column holds lists by and large
+    turns = v if isinstance(v, list) else _as_list(v, seen if lists else None)
+    if isinstance(v, str) and not lists and turns is not None:
+        if _of_texts(turns): seen['lists_kept_as_text'] += 1
+        turns = None
     if turns is None and lists and v: seen['not_json'] += 1
     return [_text(t, seen) for t in ([v] if turns is None else turns)] or ['']
 
-def _holds_lists(cells): # does this column hold JSON lists of turns, by and large?
-    some = [_json_list(c) for c in cells[:500] if c]
-    return sum(t is not None and all(o is None or isinstance(o, str) for o in t) for t in some) > len(some)/2
+def _holds_lists(cells): # does this column hold lists of turns, by and large?
+    some = [_as_list(c) for c in cells[:500] if c]
+    return sum(t is not None and (not t or _of_texts(t)) for t in some) > len(some)/2
 
 # %% ../nbs/02_split.ipynb #d046d741
 _onehot = ('winner_model_a', 'winner_model_b', 'winner_tie')
@@ -180,18 +348,25 @@ def _winner(cols, ids, path):
     if _onehot[0] in cols:
         bit = {'0': 0, '1': 1, '0.0': 0, '1.0': 1, '0.': 0, '1.': 1, 'false': 0, 'true': 1}
         hot = np.array([[bit.get(str(v).strip().lower(), -1) for v in cols[c]] for c in _onehot]).reshape(3, -1)
-        refuse((hot < 0).any(0), 'no label: a winner column is neither 0 nor 1', path, ids)
+        odd = Counter(str(v) for c, bits in zip(_onehot, hot) for v, b in zip(cols[c], bits) if b < 0)
+        refuse((hot < 0).any(0), f'no label: a winner column is neither 0 nor 1: {_few_of(odd)}', path, ids)
         refuse(hot.sum(0) == 0, 'no label: all three winner columns are 0', path, ids)
         refuse(hot.sum(0) > 1, 'two labels: more than one winner column is 1', path, ids)
         return hot.argmax(0)
     return _named(cols.get('winner', [None]*len(ids)), [tasks['preference'].options]*len(ids), ids, path)
 
 # %% ../nbs/02_split.ipynb #b2879b6d
+def _few_of(counts): return dict(Counter(counts).most_common(5))
+
 def _named(names, options, ids, path, what='a label outside the options'):
-    if all(v in (None, '') for v in names): return np.full(len(ids), -1)
-    refuse([v in (None, '') for v in names], 'no label', path, ids)
+    none = [v in (None, '') for v in names]
+    if all(none): return np.full(len(ids), -1)
     bad = [v not in o for v, o in zip(names, options)]
-    refuse(bad, f'{what}: {dict(Counter(str(v) for v, b in zip(names, bad) if b).most_common(5))}', path, ids)
+    known = ', '.join(sorted(set().union(*map(set, options)))) if any(bad) else ''
+    said = _few_of(str(v) for v, n in zip(names, none) if not n)
+    refuse(none, f'no label, where other rows say {said}', path, ids)
+    odd = _few_of(str(v) for v, b in zip(names, bad) if b)
+    refuse(bad, f'{what}: {odd}; known are {known}', path, ids)
     return np.array([o.index(v) for v, o in zip(names, options)], int)
 
 # %% ../nbs/02_split.ipynb #3185e477
@@ -202,7 +377,8 @@ def _targets(cols, ids, path): # [rows, 3] in option order, NaN where a row has 
     except (TypeError, ValueError) as e: raise Refusal(f'a soft label is not a number ({e})', path) from e
     if 'p_tie' not in cols: p[:, 2] = np.where(np.isnan(p[:, 0]), np.nan, 0)
     some = ~np.isnan(p).all(1)
-    refuse(some & ~((p >= 0).all(1) & (abs(p.sum(1)-1) < 1e-3)), 'soft labels that are not three numbers from 0 summing to 1', path, ids)
+    bad = some & ~((p >= 0).all(1) & (abs(p.sum(1)-1) < 1e-3))
+    refuse(bad, f'soft labels that are not three numbers from 0 summing to 1, such as {p[bad][:1].tolist()}', path, ids)
     return p/p.sum(1, keepdims=True)
 
 # %% ../nbs/02_split.ipynb #2e665738
@@ -218,12 +394,23 @@ def _layout(cols, path):
     for name, need in layouts.items():
         if set(need.split()) <= set(cols) and (name == 'rows' or not hot or name in ('lmsys', 'tianchi')): return name
     lacks = {k: [c for c in need.split() if c not in cols] for k, need in layouts.items() if not hot or k == 'lmsys'}
-    near = min(lacks, key=lambda k: len(lacks[k])/len(layouts[k].split()))
-    raise Refusal(f"missing columns: found {list(cols)}; the nearest layout is {near}, which lacks {', '.join(lacks[near])}", path,
-                  fix='Layouts: ' + '; '.join(f'{k} needs {v}' for k, v in layouts.items()))
+    near = min(reversed(lacks), key=lambda k: len(lacks[k])/len(layouts[k].split()))
+    pairs, choice = ({*names.split()} & set(cols) for names in ('response_a response_b', 'A B answer options choices'))
+    if choice and not pairs and not hot: near = 'tianchi'
+    found = f"found {list(cols)[:20]}; the nearest layout is {near}, which lacks {', '.join(lacks[near])}"
+    form = 'Names are as written here. Layouts: ' + '; '.join(f'{k} needs {v}' for k, v in layouts.items())
+    if near == 'tianchi': form = f'Multiple choice is read from JSON Lines such as {_choice_line}'
+    raise Refusal(f'missing columns: {found}', path, fix=form)
+
+_choice_line = '{"id": "7", "problem": "", "questions": [{"question": "2+2?", "options": ["3", "4"], "answer": "B"}]}'
 
 # %% ../nbs/02_split.ipynb #80cbcda4
+_whole, _float = re.compile(r'-?\d+'), re.compile(r'-?\d+\.0*|-?\d+(\.\d+)?[eE]\+?\d+')
+
 def _ids(values, path, what='an id'):
+    if (odd := next((v for v in values if isinstance(v, float)), None)) is not None:
+        raise Refusal(f'ids are floats, such as {odd}', path,
+                      fix='Write them as text or whole numbers: pandas makes floats of a column with a gap')
     ids = [_text(v, Counter()) for v in values]
     if not ids: raise Refusal('no rows', path)
     refuse([not i for i in ids], 'rows without an id; their numbers from 0', path, range(len(ids)))
@@ -234,13 +421,15 @@ def _ids(values, path, what='an id'):
 _texts = dict(pair=('prompt', 'response_a', 'response_b'), choice=('problem', 'question', 'options'))
 
 def _from_pairs(cols, path, seen):
-    ids, lists = _ids(cols['id'], path), _holds_lists(cols['prompt'])
+    ids, lists = _ids(cols['id'], path), {c: _holds_lists(cols[c]) for c in _texts['pair']}
+    if all(map(_float.fullmatch, ids)): seen['ids_as_floats'] = len(ids)
     out = dict(id=ids, label=_winner(cols, ids, path))
     p = _targets(cols, ids, path)
-    ties = 'winner_tie' in cols or (out['label'] == 2).any() or (p[:, 2] > 0).any() or (lists and (out['label'] < 0).all())
+    ties = 'winner_tie' in cols or (out['label'] == 2).any() or (p[:, 2] > 0).any()
+    ties = ties or (lists['prompt'] and (out['label'] < 0).all())
     task = tasks['preference' if ties else 'preference2']
     out['target'] = [None if np.isnan(o[0]) else o[:len(task.options)].tolist() for o in p]
-    out |= {c: [_turns(v, seen, lists) for v in cols[c]] for c in _texts['pair']}
+    out |= {c: [_turns(v, seen, lists[c]) for v in cols[c]] for c in _texts['pair']}
     out |= {c: [_text(v, Counter()) for v in cols.get(c, [None]*len(ids))] for c in ('model_a', 'model_b')}
     if n := sum(len({len(t) for t in ts}) > 1 for ts in zip(*(out[c] for c in _texts['pair']))): seen['turns_differ'] = n
     return out, task.name
@@ -249,7 +438,10 @@ def _from_pairs(cols, path, seen):
 def _from_tianchi(cols, path, seen):
     ids, letters = _ids(cols['id'], path, 'a problem id'), tasks['choice'].letters
     whole = lambda qs: isinstance(qs, list) and qs and all(isinstance(q, dict) and isinstance(q.get('options'), list) and 'question' in q for q in qs)
-    refuse([not whole(qs) for qs in cols['questions']], 'questions is not a list of objects with question and options', path, ids)
+    bad = [not whole(qs) for qs in cols['questions']]
+    odd = next((str(qs)[:80] for qs, b in zip(cols['questions'], bad) if b), '')
+    refuse(bad, f'questions is not a list of objects with question and options: {odd!r}', path, ids,
+           f'A line looks like {_choice_line}')
     out, answers = {c: [] for c in ('id', *_texts['choice'])}, []
     for i, problem, qs in zip(ids, cols['problem'], cols['questions']):
         problem = _text(problem, seen)
@@ -270,10 +462,14 @@ def _from_rows(cols, path, seen):
     for c in _texts[kind]: out[c] = [_turns(v, seen, False) if c in many else _text(v, seen) for v in cols[c]]
     for c in ('group', 'source', 'model_a', 'model_b'):
         if c in cols: out[c] = [_text(v, Counter()) for v in cols[c]]
+    if (text := next((v for v in cols['label'] if isinstance(v, str)), None)) is not None:
+        raise Refusal(f"labels are text, such as {text!r}, in a table with the kit's own columns", path,
+                      fix='Keep such tables as Parquet, where labels are numbers')
     out['label'] = np.array([-1 if v is None else v for v in cols['label']])
     sizes = {len(t) for t in cols['target'] if t is not None}
     task = 'choice' if kind == 'choice' else 'preference' if (out['label'] == 2).any() or 3 in sizes else 'preference2'
-    if path.suffix == '.parquet': task = read_meta(path).get('task', task)
+    if _kind(path) == '.parquet':
+        with _on_disk(path) as file: task = read_meta(file).get('task', task)
     n, number = n_options(out if kind == 'choice' else cols['id'], _task(task, path)), (int, float)
     whole = [isinstance(v, number) and v == int(v) and -1 <= v < k for v, k in zip(out['label'].tolist(), n)]
     refuse(np.logical_not(whole), f'a label outside the options of {task}', path, out['id'])
@@ -291,7 +487,7 @@ def read_meta(path) -> dict:
 
 # %% ../nbs/02_split.ipynb #95a2b72b
 def read_raw(
-    path,  # CSV, JSONL or parquet in one of the `layouts`
+    path,  # CSV, JSON, JSON Lines or Parquet in one of the `layouts`, perhaps packed as .gz or .zip
 ): # (rows, info): rows without groups and folds, and what the file was taken for
     "Read a competition file"
     path, seen = Path(path), Counter()
@@ -323,7 +519,7 @@ def read_corrections(
 def _as_kept(v, row, field, options): # a correction's value in the form the table keeps it
     if field == 'label': return options.index(v) if v in options else None
     if field == 'weight': return float(v) if re.fullmatch(r'\d*\.?\d+', str(v)) else None
-    if isinstance(row[field], list): return _turns(v, Counter(), _json_list(v) is not None)
+    if isinstance(row[field], list): return _turns(v, Counter(), _as_list(v) is not None)
     return _text(v, Counter())
 
 # %% ../nbs/02_split.ipynb #c75695e9
@@ -481,15 +677,33 @@ def leak_table(
 samples = ('sample_arena', 'sample_logic')
 
 def _root_path(p): return Path(p) if Path(p).is_absolute() else project_root()/p
-def _is_file_name(data): return Path(data).suffix in _readers
+def _is_file_name(data): return Path(data).suffix.lower() in (*_readers, *_packed)
+
+def _stem(path): # the name without `.csv`, `.csv.gz`, `.zip`, …
+    name = Path(path)
+    if name.suffix.lower() in _packed: name = Path(name.stem)
+    return name.stem if name.suffix.lower() in _readers else name.name
+
+# %% ../nbs/02_split.ipynb #13233441
+def check_texts(
+    function,    # Whose parameters are annotated
+    given:dict,  # Name → value, such as `locals()` at its beginning
+):
+    "Refuse a parameter annotated `str` that is none; None stands for an empty default"
+    for name, p in inspect.signature(function).parameters.items():
+        v = given.get(name, '')
+        if p.annotation is not str or isinstance(v, (str, os.PathLike)) or (v is None and p.default == ''): continue
+        raise Refusal(f'{name} is {v!r}, which is not text',
+                      fix=f'Give it to papermill as text with -r {name} VALUE, or use ck run')
 
 # %% ../nbs/02_split.ipynb #829460d6
 def table_name(
     data:str,  # Name of a table, or path of a raw file, whose stem is then the name
 ) -> str:
     "The name under which a table lies in `data/`"
-    name = Path(data).stem if _is_file_name(data) else data
-    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', name): raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
+    check_texts(table_name, locals())
+    name = _stem(data) if _is_file_name(data) else data
+    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(name)): raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
     return name
 
 # %% ../nbs/02_split.ipynb #29ee3a21
@@ -507,6 +721,31 @@ def make_raw(
         except OSError:                      # another process was faster
             if not folder.exists(): raise
 
+# %% ../nbs/02_split.ipynb #d7e3ab6d
+def _candidates(role, folder): # files that could be the training or the test file
+    files = [p for p in sorted(set(folder.glob('[!.]*'))-set(sample_files(folder))) if p.is_file() and _is_file_name(p.name)]
+    plain = {_stem(p) for p in files if p.suffix.lower() not in _packed}
+    files = [p for p in files if p.suffix.lower() not in _packed or _stem(p) not in plain]
+    return [p for p in files if re.search(role, p.name.lower())]
+
+def _find(role, folder):
+    got = _candidates(role, folder)
+    if len(got) > 1:
+        raise Refusal(f'several files could be the {role} file: {[p.name for p in got]}', folder, fix=f'Name one with {role}=')
+    return got[0] if got else None
+
+def _beside(train): # the test file that belongs to a training file: the same name, else the only one of its folder
+    train = _root_path(train)
+    got = [p for p in _candidates('(?<![a-z])test', train.parent) if p.name != train.name]
+    twins = [p for p in got if _stem(p) == _stem(train).replace('train', 'test')]
+    return (twins or got)[0] if len(twins or got) == 1 else None
+
+def sample_files(
+    folder,  # Where a competition's files are
+) -> list: # Paths
+    "The files that could be the host's sample submission: those with `sample` and `submi` in their names"
+    return [p for p in sorted(Path(folder).glob('*')) if 'sample' in p.name.lower() and 'submi' in p.name.lower()]
+
 # %% ../nbs/02_split.ipynb #0ace69a6
 def raw_files(
     data:str='sample_arena',  # Name of a folder in `data/`, or path of a raw training file
@@ -515,16 +754,17 @@ def raw_files(
     corrections:str='',       # Path of a list of corrections
 ) -> dict: # role → path, for `train`, `test`, `corrections`
     "Find the raw files of a data set; relative paths start at the project root"
+    check_texts(raw_files, locals())
     name = table_name(data)
     if name in samples and not train: make_raw(name)
-    if not train and _is_file_name(data): train = data
-    def find(role):
-        got = sorted(p for p in data_path(name).glob(f'*{role}*') if p.suffix in _readers and p.is_file())
-        if len(got) > 1: raise Refusal(f'several files could be the {role} file: {[p.name for p in got]}', data_path(name), fix=f'Name one with {role}=')
-        return got[0] if got else None
-    got = dict(train=train or find('train'), test=test or (None if train else find('test')), corrections=corrections or None)
+    if not train and _is_file_name(data): train = os.fspath(data)
+    folder = data_path(name)
+    test = test or (_beside(train) if train else None) or _find('test', folder)
+    got = dict(train=train or _find('train', folder), test=test, corrections=corrections)
     if not got['train']:
-        raise Refusal(f'no training file called *train*{{{",".join(_readers)}}}', data_path(name), fix='Put the raw files there, or name one with train=')
+        there = sorted(p.name for p in folder.glob('*'))[:12] if folder.is_dir() else 'nothing: there is no such folder'
+        raise Refusal(f'no training file called *train*{{{",".join(_readers)}}}; found {there}', folder,
+                      fix='Put the raw files there, or name one with train=')
     return {k: _root_path(p) for k, p in got.items() if p}
 
 # %% ../nbs/02_split.ipynb #b80d5541
@@ -540,7 +780,8 @@ def split(
     files = raw_files(data, train, test, corrections)
     rows, info = read_raw(files['train'])
     lone = (rows.label < 0) & rows.target.isna()
-    refuse(lone, 'no label', files['train'], rows.id.tolist(), 'A training file needs winner columns, or answers')
+    refuse(lone, f"no label; columns that were not read: {info['ignored'][:12]}", files['train'], rows.id.tolist(),
+           'A training file needs winner columns, or answers')
     fixes = read_corrections(files['corrections']) if 'corrections' in files else []
     rows = correct(rows, fixes, info['task'], files.get('corrections')) if fixes else rows
     meta = dict(name=table_name(data), task=info['task'], folds=folds, seed=seed, corrections=len(fixes),
@@ -554,16 +795,31 @@ def split(
     for df, part in zip(both, ('train', 'test')): df.attrs['meta'] = dict(meta, part=part)
     return rows, both[1] if len(both) > 1 else None
 
+# %% ../nbs/02_split.ipynb #05b020a7
+def _same_writing(ids, others, path, where): # refuse 123.0 here and 123 there
+    for a, b in ((_float, _whole), (_whole, _float)):
+        if all(map(a.fullmatch, ids)) and all(map(b.fullmatch, others)):
+            raise Refusal(f'ids are written {ids[0]!r} here and {others[0]!r} in {where}', path,
+                          fix='Write them in one way, as whole numbers: one of the files has been through pandas')
+    number = lambda i: str(int(float(i))) if _float.fullmatch(i) and float(i) < 2**53 else i.strip().lstrip('0')
+    here, there = ({number(i): i for i in o} for o in (ids, others))
+    if here.keys() == there.keys() and (odd := next((k for k in here if here[k] != there[k]), None)) is not None:
+        raise Refusal(f'ids are written {here[odd]!r} here and {there[odd]!r} in {where}', path,
+                      fix='Write them in one way in both files')
+
 # %% ../nbs/02_split.ipynb #4afc974c
 def _read_test(path, rows, meta):
     test, info = read_raw(path)
     meta['read']['test'] = info
     if tasks[info['task']].pair != tasks[meta['task']].pair: raise Refusal(f"the training file is {meta['task']}, the test file {info['task']}", path)
     if both := sorted(set(rows.id) & set(test.id)): raise Refusal('ids that the training file has, too', path, both)
-    for p in sorted(path.parent.glob('sample_submission*')):
-        if p.suffix not in _readers: continue
-        want, have = ([str(i) for i in _columns(q).get('id', [])] for q in (p, path))
-        if want and set(want) != set(have) and set(want) != set(test.id):
+    _same_writing(list(test.id), list(rows.id), path, 'the training file')
+    have = list(test.id) if tasks[info['task']].pair else list(dict.fromkeys(i.rsplit('-', 1)[0] for i in test.id))
+    for p in sample_files(path.parent):
+        if not _is_file_name(p.name): continue
+        want = [_text(i, Counter()) for i in _columns(p).get('id', [])]
+        if want and set(want) not in (set(have), set(test.id)):
+            _same_writing(have, want, path, p.name)
             raise Refusal(f'other ids than {p.name} ({len(have)} and {len(want)} rows): cut, or of another version', path, sorted(set(want) ^ set(have)))
     return test.assign(label=-1, target=pd.Series([None]*len(test), dtype=object))
 
@@ -631,6 +887,7 @@ def load_rows(
     seed:int=0,               # Which rows a mix draws
 ): # Rows, with a column `main`: may be validated on; `.attrs['meta']` has the task's name and the origin
     "Load a table of rows, or a mix"
+    check_texts(load_rows, locals())
     if re.search('[+:@>]', data): return load_mix(data, seed)
     rows = read_table(table_path(data))
     for c in ('target', *_texts['pair'], 'options'):
@@ -644,6 +901,7 @@ def parse_mix(
     mix:str,  # Such as `train + gpt4:100 + pseudo@0.8`
 ) -> list: # `Part`s: name, number of rows or None, share of rows or None, phase from 0
     "The tables of a mix"
+    check_texts(parse_mix, locals())
     parts = []
     for phase, term in [(k, t) for k, side in enumerate(mix.split('>')) for t in side.split('+')]:
         m = re.fullmatch(r'\s*([A-Za-z0-9_-]{1,64})\s*(?::\s*(\d+)|@\s*(\d*\.?\d+))?\s*', term)

@@ -25,7 +25,7 @@ from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .speed import compile_layers, fuse, layers, pays, recompute
 from .groups import copied, group_text
-from .split import check_fold, load_rows, table_hashes, tasks
+from .split import check_fold, check_texts, load_rows, table_hashes, tasks
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -206,7 +206,9 @@ def _train(run, p, prompt, rows):
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
     write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], run=run.id, **ids)
     speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
-    metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task), **out)
+    no_baseline = {}
+    metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task, no_baseline), **out)
+    if no_baseline: ids['no_baseline'] = no_baseline
     for f in [*run.folder.glob('part-*.npy'), run.folder/'work.json', run.folder/'config.json']: f.unlink(missing_ok=True)
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
     kept = ['probs.parquet', 'loss.json',
@@ -247,6 +249,7 @@ def train_fold(
     seed:int=0,                     # Of the order, the LoRA's start, dropout and the mix's draw
 ): # The finished `Run`
     "Fine-tune on all folds but one, and predict that one"
+    check_texts(train_fold, locals())
     base, start = base_name(base), find_run(start)['run_id'] if start else ''
     params = dict(locals(), dtype=dtype if dtype == 'nf4' else pick_dtype(dtype))
     _check(params)

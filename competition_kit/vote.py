@@ -19,7 +19,7 @@ from .core import Refusal, atomic, content_hash, damage, data_path, hash_obj, mo
 from .log import find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
 from .prompt import Prompt, tokenizer_hash
-from .split import (load_rows, make_raw, n_options, parse_mix, read_csv, read_meta, read_utf8, refuse, samples,
+from .split import (check_texts, load_rows, make_raw, n_options, parse_mix, read_csv, read_meta, read_utf8, refuse, sample_files, samples,
                                    table_name, table_path, tasks)
 
 # %% ../nbs/10_vote.ipynb #5827aece
@@ -139,11 +139,12 @@ def find_sample(
     sample:str='',            # Path of the file, if it is not there
 ) -> Path:
     "The sample submission of a competition"
+    check_texts(find_sample, locals())
     if sample: paths = [project_root()/sample]  # an absolute path stays what it is
     else:
         if table_name(data) in samples: make_raw(table_name(data))
         folder = data_path(table_name(data))
-        paths = sorted(p for p in folder.glob('*sample*') if p.suffix in ('.csv', '.jsonl') and 'submi' in p.name.lower())
+        paths = [p for p in sample_files(folder) if p.suffix in ('.csv', '.jsonl')]
         if len(paths) != 1: raise Refusal(f'{len(paths) or "no"} files could be the sample submission', folder, fix='Name it with sample=')
     if not paths[0].is_file(): raise Refusal('no such file', paths[0])
     return paths[0]
@@ -325,7 +326,8 @@ def voters(
     runs:str='',              # Run ids or their beginnings and paths of probability files, separated by spaces; '': see above
 ): # DataFrame with a line a run: `voter`, `run`, `fold`, its scores, and what people said of it
     "The runs that vote, by voter"
-    names, said = runs.split(), people()
+    check_texts(voters, locals())
+    names, said = (runs or '').split(), people()
     word = lambda id: said.get(id, {}).get('keep')
     recs = list({r['run_id']: r for n in names if not n.endswith('.parquet') for r in [find_run(n)]}.values())
     if not names:

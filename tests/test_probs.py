@@ -239,6 +239,21 @@ def test_baselines_of_few_and_empty_rows():
     a = baselines(rows[:12].sample(frac=1, random_state=0), rows[12:], 'preference')  # the order of the rows means nothing
     assert a['class prior'] == got['class prior'] and a['longer response'] == got['longer response']
 
+def test_baselines_that_cannot_be_fitted_are_left_out():
+    "They are fitted when hours of training are over: nothing in the rows may stop them"
+    rows = pairs(60); train, held = rows[:40], rows[40:]
+    texts = lambda d, t: d.assign(**{c: [[t]]*len(d) for c in ('prompt', 'response_a', 'response_b')})
+    word = 'tf-idf + logistic regression'
+    for task, t, h, gone in [('preference', train.assign(label=2), held, {word: 'same label'}), ('preference', train.assign(label=-1), held, {'longer response': 'no training row', word: 'no training row'}),
+                             ('preference', texts(train, '…'), texts(held, '…'), {word: 'has a word'}), ('preference', train.assign(label=0), held, {}), ('preference2', train[train.label == 0], held[held.label < 2], {})]:
+        why = {}
+        got = baselines(t, h, task, why)
+        assert set(why) == set(gone) and all(s in why[k] for k, s in gone.items()) and not set(got) & set(gone)
+        assert 'class prior' in got and all(np.isfinite(v) for s in got.values() for v in s.values())
+    choice = table(map(str, range(20)), 'choice', [1]*20).assign(label=0)   # one option a row: it is always right
+    assert word not in baselines(choice[:10], choice[10:], 'choice')
+    assert baselines(train[:0], held, 'preference')['class prior']['log_loss'] == pytest.approx(np.log(3), abs=1e-4)
+
 def test_pictures():
     import matplotlib; matplotlib.use('Agg')
     rng = np.random.default_rng(0); p, y = random_p(40, 3), rng.integers(0, 3, 40)

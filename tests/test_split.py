@@ -1,5 +1,5 @@
 "Raw files to rows: every refusal, every odd but normal input, groups, folds, mixes, corrections, the stage"
-import json, os, subprocess, sys, time
+import gzip, json, os, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -261,6 +261,153 @@ def test_flipped_bits_in_parquet(root):
         except Exception as e: pytest.fail(f'{at}: {e!r}') if at < len(whole)-3000 else None    # damage in the footer's own text may raise elsewhere
         else:
             if at < len(whole)-3000: assert got.to_json() == want
+
+# -- files as hosts hand them out ----------------------------------------------------------------------------------
+def zipped(path, **members): # name → bytes or text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        for k, v in members.items(): z.writestr(k, v)
+    return path
+
+@pytest.mark.parametrize('kind', ['csv', 'jsonl', 'json', 'parquet'])
+def test_packed_files_read_as_the_plain_one(tmp_path, kind):
+    rows = [dict(r, model_a='m') for r in wsdm(5)]
+    f = tmp_path/f'train.{kind}'
+    if kind == 'json': f.write_text(json.dumps(rows))
+    else: put(f, rows)
+    want = read_raw(f)[0].to_json()
+    packed = zipped(tmp_path/f'{f.name}.zip', **{f.name: f.read_bytes(), '__MACOSX/._x': 'x'})
+    (tmp_path/f'{f.name}.gz').write_bytes(gzip.compress(f.read_bytes()))
+    for p in (packed, tmp_path/f'{f.name}.gz'): assert read_raw(p)[0].to_json() == want, p
+    own, _ = read_raw(put(tmp_path/'w.csv', rows))
+    write_rows(own, tmp_path/'own.parquet', task='preference')          # its task stands in the file's metadata
+    assert read_raw(zipped(tmp_path/'own.zip', **{'own.parquet': (tmp_path/'own.parquet').read_bytes()}))[1]['task'] == 'preference'
+
+def test_archives_refused(tmp_path):
+    text, f = csv_text(lmsys(3)), tmp_path/'train.zip'
+    for members, match in [({'a.csv': text, 'b.csv': text}, r"2 files in it instead of one: \['a.csv', 'b.csv'\]"), ({}, '0 files'), ({'../../a.csv': text}, 'is a path'), ({'x\\a.csv': text}, 'is a path|files in'),
+                           ({'x/a.csv': text}, 'is a path'), ({'a.exe': text}, 'unknown kind: .exe'), ({'a.zip': text}, 'unknown kind'), ({'a.csv': bytes(2**27)}, 'no table does that')]:
+        with pytest.raises(Refusal, match=match) as e: read_raw(zipped(f, **members))
+        assert 'train.zip' in str(e.value)
+    whole = zipped(f, **{'a.csv': text}).read_bytes()
+    for cut in range(0, len(whole)-1, 37):
+        f.write_bytes(whole[:cut])
+        with pytest.raises(Refusal, match='train.zip'): read_raw(f)
+    locked = bytearray(whole)
+    for mark, at in ((b'PK\x01\x02', 8), (b'PK\x03\x04', 6)): locked[locked.index(mark)+at] |= 1
+    f.write_bytes(locked)
+    with pytest.raises(Refusal, match='encrypted'): read_raw(f)
+    for data, match in ((bytes(2**27), 'no table does that'), (text.encode(), None)):
+        packed = gzip.compress(data)
+        (tmp_path/'a.csv.gz').write_bytes(packed if match else packed[:-9])
+        with pytest.raises(Refusal, match=match or 'unpacked'): read_raw(tmp_path/'a.csv.gz')
+    with open(tmp_path/'big.csv', 'wb') as h: h.truncate(4*2**30)          # takes no room on the disk
+    start = time.time()
+    with pytest.raises(Refusal, match='4.0 GiB'): read_raw(tmp_path/'big.csv')
+    assert time.time()-start < 1
+
+def test_one_line_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(S, '_longest', 1000)
+    f = tmp_path/'a.csv'; f.write_text('id,prompt\n1,' + 'x'*2000 + '\n')
+    with pytest.raises(Refusal, match='a line of more than'): S.read_csv(f)
+    f.write_text('id,prompt\n1,"' + 'x\n'*2000 + '"\n')
+    with pytest.raises(Refusal, match='line'): S.read_csv(f)
+    (tmp_path/'a.json').write_text(json.dumps([dict(id='1', prompt='x'*2000)]))
+    with pytest.raises(Refusal, match='JSON Lines'): S._columns(tmp_path/'a.json')
+
+@pytest.mark.parametrize('orient', ['records', 'columns', 'list'])
+def test_json_as_pandas_writes_it(tmp_path, orient):
+    df = pd.DataFrame([dict(r, model_a='m') for r in wsdm(4)])
+    f = tmp_path/'a.json'
+    f.write_text(json.dumps(df.to_dict(orient)) if orient == 'list' else df.to_json(orient=orient))
+    assert list(read_raw(f)[0].id) == list(df.id) and list(read_raw(f)[0].response_b) == [[v] for v in df.response_b]
+
+def test_json_that_holds_no_rows(tmp_path):
+    f = tmp_path/'a.json'
+    for text, match in [('3', 'it holds 3'), ('[]', 'no rows'), ('[{"id": 1}, 7]', 'a list with 7 in it'), ('{"id": 3}', r"an object with the keys \['id'\]"),
+                        ('{"id": [1, 2], "t": [1]}', 'and no rows'), ('[{"id": 1, "id": 2}]', 'a key occurs twice'), ('[{"id": 1', 'not valid JSON'), ('['*10**6, 'not valid JSON')]:
+        f.write_text(text)
+        with pytest.raises(Refusal, match=match): S._columns(f)
+    f.write_text(jsonl_text(tianchi(3)))                                    # JSON Lines under another name
+    assert len(read_raw(f)[0]) == 6
+    f.rename(tmp_path/'a.jsonl').write_text(json.dumps(tianchi(3), indent=1))
+    with pytest.raises(Refusal, match='name it .json'): read_raw(tmp_path/'a.jsonl')
+
+def test_what_a_file_is_instead(tmp_path):
+    f, text = tmp_path/'train.csv', csv_text([dict(r, model_a='m', prompt='café') for r in wsdm(3)])
+    for sep in ';\t|':
+        f.write_text(text.replace(',', sep))
+        with pytest.raises(Refusal, match='separated by') as e: read_raw(f)
+        assert repr(sep) in str(e.value)
+    f.write_text('"id";"prompt"\n"1";"a, b, c, d"\n')
+    with pytest.raises(Refusal, match="separated by ';'"): read_raw(f)
+    for data, match in [(b'<!DOCTYPE html><p>log in', 'web page'), (b'version https://git-lfs.github.com/spec/v1\n', 'Git LFS'), (b'PK\x03\x04xx', 'zip file'), (b'PAR1xx', 'Parquet'), (bytes(99), 'zero bytes'),
+                        (text.encode('utf-16-le'), 'UTF-16'), (text.encode('cp1252'), "byte 0xe9 .*café"), (b'[{"id": 1}]', 'is JSON'), (b'\xef\xbb\xbf', 'empty')]:
+        f.write_bytes(data)
+        with pytest.raises(Refusal, match=match) as e: read_raw(f)
+        assert 'train.csv' in str(e.value)
+    for data in (text.encode('utf-8-sig'), text.replace('\n', '\r\n').encode(), text.replace('\n', '\r').encode()):
+        f.write_bytes(data)
+        assert list(read_raw(f)[0].id) == ['w0', 'w1', 'w2'] and read_raw(f)[0].prompt[2] == ['café']
+
+def test_multiple_choice_in_columns_is_told_its_form(tmp_path):
+    f = put(tmp_path/'a.csv', [dict(id=0, prompt='q', A='x', B='y', C='z', D='u', E='v', answer='D')])
+    with pytest.raises(Refusal, match='Multiple choice is read from JSON Lines such as') as e: read_raw(f)
+    line = str(e.value).split('such as ')[1].rstrip('.')
+    assert read_raw(put(tmp_path/'b.jsonl', [json.loads(line)]))[0].label.tolist() == [1]   # the form that it shows is read
+
+def test_the_test_file_beside_a_training_file(root):
+    put(root/'raw/train.csv', lmsys()); put(root/'raw/test.csv', without(lmsys(3), *hot[6:])); put(root/'raw/latest.csv', lmsys(2)); put(root/'raw/sample_submission_test.csv', lmsys(2))
+    assert raw_files('x', train='raw/train.csv')['test'] == root/'raw/test.csv' and raw_files('raw/train.csv')['test'] == root/'raw/test.csv'
+    put(root/'raw/round2_train.csv', lmsys()); put(root/'raw/round2_test.csv', lmsys(3))
+    assert raw_files('x', train='raw/round2_train.csv')['test'] == root/'raw/round2_test.csv'
+    zipped(data_path('z/train.csv.zip'), **{'train.csv': csv_text(lmsys())}); put(data_path('z/train.csv'), lmsys())
+    assert raw_files('z')['train'].name == 'train.csv'                      # unpacked beside it
+
+@pytest.mark.parametrize('value', [7, 1e5, None, True])
+def test_names_that_papermill_made_values(root, value):
+    for f in (raw_files, split, S.table_name, load_rows, parse_mix):
+        with pytest.raises(Refusal, match=f'is {value!r}, which is not text. Give it to papermill as text with -r'): f(value)
+
+# -- lists as programs write them ----------------------------------------------------------------------------------
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.none(), st.text(max_size=12), st.sampled_from(["it's", '"', '\'"', '\\', '\\n', '\n', ', ', ']', "['a', 'b']", '\U0001f600', '\x00']))), st.booleans())
+def test_lists_written_by_python(turns, numpy):
+    said = S.Counter()
+    if numpy: cell = '[' + ' '.join(map(repr, turns)) + ']'
+    else: cell = repr(turns)
+    assert S._turns(cell, said, True) == ([S._text(t, S.Counter()) for t in turns] or [''])
+
+def test_lists_in_a_csv_are_counted(tmp_path):
+    base = [dict(r, prompt=json.dumps(['x', 'y'])) for r in lmsys(6)]
+    odd = changed(changed(base, 1, prompt="['x', nan, 'y']"), 2, prompt='no list')
+    rows, info = read_raw(put(tmp_path/'a.csv', odd))
+    assert rows.prompt[1] == ['x', '', 'y'] and rows.prompt[2] == ['no list'] and (info['python_lists'], info['not_json'], info['nulls']) == (1, 1, 1)
+    rows, info = read_raw(put(tmp_path/'b.csv', changed([dict(r, model_a='m') for r in wsdm(6)], 3, prompt='["x"]')))
+    assert rows.prompt[3] == ['["x"]'] and info['lists_kept_as_text'] == 1
+    start = time.time()
+    assert S._as_list("['a', "*50_000) is None and S._as_list('["'+'\\'*10**6) is None and S._as_list("['"+"a"*10**6) is None and time.time()-start < 5
+
+# -- ids and labels in two ways ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('train,test,sample,shown', [('12', ['7.0', '8.0'], '78', ('7.0', '1')), (['1.0', '2.0'], '78', '78', ('7', '1.0')), (['a', 'b'], ['7.0', '8.0'], '78', ('7.0', '7')),
+                                                     (['a', 'b'], ['007', '008'], '78', ('007', '7')), (['a', 'b'], '78', ['7.0', '8'], ('7', '7.0'))])
+def test_ids_written_in_two_ways(root, train, test, sample, shown):
+    put(data_path('x/train.csv'), [dict(r, id=i, model_a='m') for r, i in zip(wsdm(), train)]); put(data_path('x/SampleSubmission.csv'), [dict(id=i, winner='model_a') for i in sample])
+    refused(root, 'x/test.csv', [dict(r, id=i) for r, i in zip(without(wsdm(), 'winner', 'model_a'), test)], 'ids are written', [repr(o) for o in shown])
+
+def test_ids_as_floats_everywhere_are_one_way(root):
+    put(data_path('x/train.csv'), [dict(r, id=f'{i}.0', model_a='m') for i, r in enumerate(wsdm())])
+    put(data_path('x/test.csv'), [dict(r, id=f'{i+50}.0') for i, r in enumerate(without(wsdm(4), 'winner', 'model_a'))]); put(data_path('x/sample_submission.csv'), [dict(id=f'{i+50}.0', winner='model_a') for i in range(4)])
+    rows, test = split('x')
+    assert test.id[0] == '50.0' and rows.attrs['meta']['read']['train']['ids_as_floats'] == 40
+    with pytest.raises(Refusal, match='ids are floats, such as 1.0'): read_raw(put(root/'a.parquet', [dict(r, id=float(i+1)) for i, r in enumerate(wsdm(3))]))
+
+def test_labels_that_are_none_are_listed(root):
+    refused(root, 'a/train.csv', [dict(r, model_a='m', winner=dict(model_a='A', model_b='tie')[r['winner']]) for r in wsdm()], r"outside the options: {'A': 20}; known are model_a, model_b, tie")
+    refused(root, 'b/train.csv', changed(lmsys(), 5, winner_tie='maybe'), r"neither 0 nor 1: {'maybe': 1}", ['005'])
+    refused(root, 'c/train.jsonl', changed(tianchi(), 5, questions=[dict(question='q', options=['x', 'y'], answer=1)]), r"{'1': 1}; known are A, B, C")
+    refused(root, 'd/train.csv', [dict(without([r], 'winner')[0], model_a='m', preferred='x') for r in wsdm()], r"no label; columns that were not read: \['language', 'preferred'\]")
+    refused(root, 'e/train.parquet', changed(wsdm(), 5, winner=None), r"no label, where other rows say {'model_b': 20, 'model_a': 19}")
 
 def test_test_file_cut_between_rows_is_found(root):
     put(data_path('l/train.csv'), lmsys())
