@@ -73,19 +73,19 @@ def _eager(model):
 def own_logits(
     model,      # `...ForCausalLM` or `...ForSequenceClassification`
     ids,        # Token arrays
-    copies=1,   # Of each row in a batch: other shapes round otherwise
 ) -> torch.Tensor: # [rows, vocabulary or classes], fp32
     "What the class itself says at each row's last token"
     kw = dict(logits_to_keep=1) if 'logits_to_keep' in inspect.signature(model.forward).parameters else {}
     device, out = model.get_input_embeddings().weight.device, []
     with _eager(model):
         for i in ids:
-            logits = model(input_ids=torch.from_numpy(i).long().to(device).repeat(copies, 1), use_cache=False, **kw).logits
+            logits = model(input_ids=torch.from_numpy(i).long().to(device)[None], use_cache=False, **kw).logits
             out.append((logits[0] if logits.dim() == 2 else logits[0, -1]).float())
     return torch.stack(out)
 
 # %% ../nbs/02e_parity.ipynb #36238eaa
 _allowed = dict(fp32=1e-4, fp16=.01, bf16=.04)  # share of a row's spread; in sixteen bits, about ten roundings
+_round = dict(fp32=2**-24, fp16=2**-11, bf16=2**-8)
 _formats = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
 
 def gap(
@@ -104,6 +104,19 @@ def _compared(model, packed, at, rows, head): # The gaps of a row alone, of thre
     want, want_longer = (own_logits(model, r)[:, at] for r in (rows, longer))
     return max((gap(packed(r), w) for r, w in ((rows[1:2], want[1:2]), (rows, want), (longer, want_longer))), key=lambda g: (g != g, g))
 
+def _moved(x, eps): # by one rounding, at random, the same each time
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(x.shape[1]))
+    return x*(1+eps*noise).to(x.device, x.dtype)
+
+def _rounding(model, at, rows): # The gap that one rounding of each layer's output, and of the logits, leads to
+    eps, want = _round[_formats[model.dtype]], own_logits(model, rows)[:, at]
+    def move(layer, args, out): return _moved(out, eps) if torch.is_tensor(out) else (_moved(out[0], eps), *out[1:])
+    layers = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), [])
+    hooks = [layer.register_forward_hook(move) for layer in layers]
+    try: return gap(_moved(own_logits(model, rows)[:, at], eps), want)
+    finally:
+        for h in hooks: h.remove()
+
 @torch.no_grad()
 def forward_gap(
     model,        # A transformers model, in eval mode
@@ -117,7 +130,7 @@ def forward_gap(
     allowed, found = _allowed[_formats[model.dtype]], _compared(model, packed, at, *draws[0])
     if found <= allowed: return found, allowed
     found = float(np.median([found, *(_compared(model, packed, at, *d) for d in draws[1:])]))
-    rounding = np.median([gap(own_logits(model, r, 4)[:, at], own_logits(model, r)[:, at]) for r, _ in draws])
+    rounding = np.median([_rounding(model, at, rows) for rows, _ in draws])
     return found, max(allowed, min(4*float(rounding), 6*allowed))
 
 # %% ../nbs/02e_parity.ipynb #0b8a6e63
