@@ -158,8 +158,8 @@ def _register():
 # %% ../nbs/03a_model.ipynb #2fdaa1d8
 def _logit_scale(config): # What the class multiplies its logits with
     scale = getattr(config, 'logit_scale', None) or getattr(config, 'lm_head_multiplier', None) or 1.
-    granite = getattr(config, 'logits_scaling', None) or 1.
-    return scale*granite if config.model_type == 'hyperclovax' else scale/granite
+    divided = getattr(config, 'logits_scaling', None) or getattr(config, 'logits_mup_width_multiplier', None) or 1.
+    return scale*divided if config.model_type == 'hyperclovax' else scale/divided
 
 # %% ../nbs/03a_model.ipynb #8bf604cc
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
@@ -237,6 +237,9 @@ def _from_files(base, path, route, n, dtype, mapped):
                                               output_loading_info=True, **kw), base)
         if renamed: del model._weight_conversions  # or it would be saved under the old names
         return model, False, head
+    except KeyError as e:
+        if e.args != ('packed',): raise
+        raise Refusal(f'the base {base!r} has attention of its own, which cannot read packs', fix='Train it elsewhere, or take another base') from e
     except (OSError, ValueError, SafetensorError) as e:
         if isinstance(e, Refusal): raise
         raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
