@@ -9,12 +9,13 @@ __all__ = ['common', 'collate', 'packed_attention', 'Judge', 'load_judge', 'add_
 # %% ../nbs/03a_model.ipynb #70daee95
 from .base import base_path, pick_dtype
 from .core import Refusal, read_json
+from .parity import check_forward, check_length
 from .prompt import pack
 from .quant import complete, load_mapped, load_nf4, quant_kind, text_config
 from .split import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
-import functools, os
+import contextlib, functools, os
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,16 +44,16 @@ def collate(
                 bounds=[p, *(p+np.cumsum(n-p)).tolist()])
 
 # %% ../nbs/03a_model.ipynb #ca0c7339
-def _one(q, k, v, scaling, softcap, window):
-    "Causal attention of one sequence; keys may begin before the queries"
+def _one(q, k, v, scaling, softcap, window, chunk=None):
+    "Causal attention of one sequence; keys may begin before the queries. In chunks, no token sees another chunk's"
     n, m = q.shape[2], k.shape[2]
     i, j = torch.arange(m-n, m, device=q.device)[:, None], torch.arange(m, device=q.device)
-    if not softcap and not window:
+    if not softcap and not window and not chunk:
         return F.scaled_dot_product_attention(q, k, v, None if n == m else j <= i, is_causal=n == m, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
     s = q@k.transpose(2, 3)*scaling
     if softcap: s = torch.tanh(s/softcap)*softcap
-    return s.masked_fill((j > i) | (i-j >= (window or m)), float('-inf')).softmax(-1, dtype=torch.float32).to(q.dtype)@v
+    return s.masked_fill((j > i) | (i-j >= (window or m)) | (j//(chunk or m) < i//(chunk or m)), float('-inf')).softmax(-1, dtype=torch.float32).to(q.dtype)@v
 
 class _Spread(torch.autograd.Function): # keys as each sequence sees them: what all begin with, before each one's own
     @staticmethod
@@ -114,20 +115,26 @@ def _capped(q, k, v, scaling, ends, window, softcap, shared):
                        kernel_options=dict(wide, BACKEND='TRITON')).transpose(1, 2)  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
 
 # %% ../nbs/03a_model.ipynb #537c8829
+def _chunk(module): # Tokens of a chunk, where a layer attends in chunks
+    config = getattr(module, 'config', None)
+    kinds = getattr(config, 'layer_types', None)
+    return config.attention_chunk_size if kinds and kinds[module.layer_idx] == 'chunked_attention' else None
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, shared=None,
                      softcap=None, sliding_window=None, **kw):
     """Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels,
     and `shared` where keys are that all see (`_places`)"""
     scaling = scaling or query.shape[-1]**-.5
+    chunk = _chunk(module)
     window = sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
     if ends is not None and softcap: return _capped(query, key, value, scaling, ends, window, softcap, bool(shared)), None
     if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window, shared), None
     bounds = bounds or [0, query.shape[2]]
     p = bounds[0]
-    out = [_one(*(x[:, :, :p] for x in (query, key, value)), scaling, softcap, window)] if p else []
+    out = [_one(*(x[:, :, :p] for x in (query, key, value)), scaling, softcap, window, chunk)] if p else []
     for s, e in zip(bounds, bounds[1:]):
         k, v = (torch.cat([x[:, :, :p], x[:, :, s:e]], 2) if p else x[:, :, s:e] for x in (key, value))
-        out.append(_one(query[:, :, s:e], k, v, scaling, softcap, window))
+        out.append(_one(query[:, :, s:e], k, v, scaling, softcap, window, chunk))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 # %% ../nbs/03a_model.ipynb #2bf39812
@@ -148,6 +155,12 @@ def _register():
     AttentionInterface.register('packed', packed_attention)
     AttentionMaskInterface.register('packed', lambda *args, **kw: None)
 
+# %% ../nbs/03a_model.ipynb #2fdaa1d8
+def _logit_scale(config): # What the class multiplies its logits with
+    scale = getattr(config, 'logit_scale', None) or getattr(config, 'lm_head_multiplier', None) or 1.
+    divided = getattr(config, 'logits_scaling', None) or getattr(config, 'logits_mup_width_multiplier', None) or 1.
+    return scale*divided if config.model_type == 'hyperclovax' else scale/divided
+
 # %% ../nbs/03a_model.ipynb #8bf604cc
 _dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
@@ -163,11 +176,16 @@ class Judge(torch.nn.Module):
     @property
     def base(self): return self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
     @property
+    def backbone(self): # what a head stands on
+        inner = getattr(self.base, self.base.base_model_prefix, None)
+        return self.base.model if inner is None else inner
+    @property
     def device(self): return next(self.model.parameters()).device
 
     @property
     def varlen(self): # May the GPU's attention for packs be used? It computes in 16 bits, on cards from Ampere on
-        return self.device.type == 'cuda' and self.base.dtype != torch.float32 and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return (self.device.type == 'cuda' and self.base.dtype != torch.float32 and not getattr(self.base.config, 'attention_chunk_size', None)
+                and torch.cuda.get_device_capability(self.device) >= (8, 0))
 
     def forward(self, input_ids, position_ids, bounds):
         "Logits [sequences, options] in fp32, at each sequence's last token"
@@ -175,12 +193,13 @@ class Judge(torch.nn.Module):
         def put(x): # pinned, or the processor would wait for the GPU here
             return torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else torch.from_numpy(x)
         places = _places(bounds, put) if self.varlen else dict(bounds=bounds)
-        h = getattr(base, base.base_model_prefix)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **places).last_hidden_state
+        h = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **places).last_hidden_state
         h = h[0, put(np.array(bounds[1:])-1)].float()
         if self.letters is None: return base.score(h).float()
         head = base.get_output_embeddings()
         out = h@head.weight[self.letters].float().T
         if getattr(head, 'bias', None) is not None: out = out+head.bias[self.letters].float()
+        out = out*_logit_scale(base.config)
         cap = getattr(base.config, 'final_logit_softcapping', None)
         return cap*torch.tanh(out/cap) if cap else out
 
@@ -218,6 +237,9 @@ def _from_files(base, path, route, n, dtype, mapped):
                                               output_loading_info=True, **kw), base)
         if renamed: del model._weight_conversions  # or it would be saved under the old names
         return model, False, head
+    except KeyError as e:
+        if e.args != ('packed',): raise
+        raise Refusal(f'the base {base!r} has attention of its own, which cannot read packs', fix='Train it elsewhere, or take another base') from e
     except (OSError, ValueError, SafetensorError) as e:
         if isinstance(e, Refusal): raise
         raise Refusal(f'the base {base!r} cannot be loaded ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
@@ -233,6 +255,38 @@ def _load_base(base, route, n_classes, dtype, mapped):
         _head(model, route, n, head)
         if model.config.pad_token_id is None: model.config.pad_token_id = model.config.eos_token_id
     return model if placed else model.to('cuda' if torch.cuda.is_available() else 'cpu')
+
+# %% ../nbs/03a_model.ipynb #d1fd00ba
+def _check_tokens(base, model, prompt): # Refuse tokens that a row may hold and the base has no embedding for
+    n, special = model.get_input_embeddings().num_embeddings, {i for i, t in prompt.tok.added_tokens_decoder.items() if t.special}
+    own = {*map(int, prompt.before), *map(int, prompt.after), *map(int, prompt.letters)}
+    beyond = [i for i in prompt.tok.get_vocab().values() if i >= n and (i in own or i not in special)]
+    if beyond: raise Refusal(f'the base {base!r} has embeddings for {n} tokens, and its tokenizer has {len(beyond)} more that a text can hold')
+
+@contextlib.contextmanager
+def _probed(judge, n=64): # The judge for a moment, with other letters or another head
+    letters, head = judge.letters, getattr(judge.base, 'score', None)
+    size = judge.base.get_input_embeddings().num_embeddings
+    if letters is not None: judge.letters = np.linspace(0, size-1, n).astype(int).tolist()
+    else:
+        weight = torch.randn(n, judge.base.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(judge.device)
+        judge.base.score = _Probe(weight)
+    try: yield judge.letters or slice(None)
+    finally:
+        judge.letters = letters
+        if head is not None: judge.base.score = head
+
+class _Probe(torch.nn.Module): # a head in fp32, whatever the model computes in
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+    def forward(self, h): return h.float()@self.weight.T
+
+def _check_base(base, judge, prompt, route, dtype, mapped):
+    check_length(judge.base.config, prompt.max_len, base)
+    _check_tokens(base, judge.base, prompt)
+    with _probed(judge) as at:
+        check_forward(judge.base, judge.backbone, lambda ids: judge(**collate(ids, judge.device)), at, base, prompt, route, dtype, mapped)
 
 # %% ../nbs/03a_model.ipynb #74d1e951
 def _adapted(model, adapter):
@@ -258,11 +312,10 @@ def load_judge(
     mapped:bool=False,      # Leave the weights in their files, to be spread over several GPUs
 ) -> Judge:
     "A base, with an adapter over it if one is given"
-    model = _load_base(base, route, len(prompt.letters), dtype, mapped)
-    n = model.get_input_embeddings().num_embeddings
-    if n < len(prompt.tok): raise Refusal(f'the base {base!r} has embeddings for {n} tokens, and its tokenizer has {len(prompt.tok)}')
-    if adapter: model = _adapted(model, adapter)
-    return Judge(model, prompt.letters if route == 'answer' else None).eval()
+    judge = Judge(_load_base(base, route, len(prompt.letters), dtype, mapped), prompt.letters if route == 'answer' else None).eval()
+    _check_base(base, judge, prompt, route, dtype, mapped)
+    if adapter: judge.model = _adapted(judge.model, adapter)
+    return judge.eval()
 
 # %% ../nbs/03a_model.ipynb #ff202abe
 def add_lora(
@@ -344,6 +397,7 @@ def view_probs(
     "Option probabilities of every view"
     from tqdm import tqdm
     judge.eval()
+    if len(enc): check_length(judge.base.config, int(enc.n.max()), judge.base.name_or_path)
     width = len(judge.letters) if judge.letters is not None else judge.base.config.num_labels
     out, missing = np.zeros((len(enc), width), np.float32), option_mask(np.asarray(n)[enc.row], width)
     bar = tqdm(total=len(enc), desc='predict', disable=not progress, mininterval=1)

@@ -44,6 +44,7 @@ def text_config(
     from transformers import AutoConfig
     whole = AutoConfig.from_pretrained(base_path(base), trust_remote_code=False)
     text = whole.get_text_config()
+    if text is not whole: text.tie_word_embeddings = whole.tie_word_embeddings  # which is the one that transformers goes by
     if num_labels: text.num_labels = num_labels
     return text, {} if text is whole else {r'^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)': 'model.',
                                            r'^(?:model\.)?language_model\.lm_head': 'lm_head'}

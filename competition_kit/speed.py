@@ -75,7 +75,7 @@ def fuse(
 # %% ../nbs/03b_speed.ipynb #44ec8197
 def layers(judge) -> torch.nn.ModuleList:
     "The decoder layers of a judge's model"
-    return getattr(judge.base, judge.base.base_model_prefix).layers
+    return judge.backbone.layers
 
 def compile_layers(judge):
     "Compile each decoder layer, for packs of any size"

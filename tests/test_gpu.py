@@ -157,3 +157,25 @@ def test_two_gpus_are_one_training(kw, capfd):
     p, q = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (one, two))
     print(kw, 'largest difference of a probability:', np.abs(p-q).max())
     assert np.abs(p-q).max() < .05
+
+# ---- bases against their own forward, through the GPU's kernels
+@pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
+@pytest.mark.parametrize('kind', ['qwen2', 'llama', 'gemma2'])
+def test_a_base_is_checked_through_the_gpus_kernels(kind, dtype, tmp_path, tok, smollm2, monkeypatch):
+    "variable-length attention, and FlexAttention for Gemma 2: a right base passes; a kernel that lets rows see each other, or forgets a scale, does not"
+    from competition_kit import model
+    from competition_kit.core import Refusal, models_path
+    from competition_kit.prompt import Prompt
+    from transformers import AutoConfig
+    from test_model import save
+    more = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=32) if kind == 'gemma2' else {}
+    cfg = AutoConfig.for_model(kind, vocab_size=49152, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, initializer_range=.08,
+                               max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+    base, prompt, places = str(save(tmp_path/kind, cfg, smollm2)), Prompt(tok, 'preference', 256), model._places
+    for route in ('answer', 'score'): assert model.load_judge(base, prompt, route, dtype).varlen
+    shutil.rmtree(models_path('.parity'))
+    def leaks(bounds, put): return places([0, bounds[-1]] if not bounds[0] else bounds, put)
+    for name, fault in (('_places', leaks), ('_logit_scale', lambda config: 1.1)):
+        with monkeypatch.context() as m:
+            m.setattr(model, name, fault)
+            with pytest.raises(Refusal, match='computes what the packed forward does not'): model.load_judge(base, prompt, 'answer', dtype)
