@@ -54,12 +54,20 @@ def local_base(
     "The folder of a base, seen from here or from the project's root"
     return next((p for p in (Path(os.path.expanduser(base)), project_root()/base) if (p/'config.json').exists()), None)
 
+def _whole(folder): # the folder, unless transformers would read more or other files in it than weights in safetensors
+    if (folder/'adapter_config.json').exists():
+        raise Refusal('the folder of a base holds an adapter too, which would be put over it without a word', folder/'adapter_config.json',
+                      fix='Keep the adapter in a folder of its own')
+    if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')):
+        raise Refusal('the weights are pickles (*.bin), which can run code and are never read', folder, fix='Save the base as safetensors')
+    return folder
+
 def base_path(
     base:str='smollm2', # `smollm2`, a folder (from here or from the project's root), or a Hub id such as `Qwen/Qwen2.5-14B-Instruct`
 ) -> str: # What `from_pretrained` takes
     "Where a base is; the embedded one is made on first use, and a folder that is not there is refused"
     if base == 'smollm2': return str(_embedded())
-    if p := local_base(base): return str(p)
+    if p := local_base(base): return str(_whole(p))
     if base.startswith(('/', '.', '~')) or base.count('/') != 1:
         raise Refusal(f'there is no base {base!r}', fix='Give a folder with a config.json, a Hub id, or smollm2')
     return base
