@@ -6,7 +6,7 @@
 __all__ = ['local_base', 'base_path', 'base_name', 'earlier_run', 'load_tokenizer', 'base_hash', 'pick_dtype']
 
 # %% ../nbs/02b_base.ipynb #0cb0dbeb
-from .core import Refusal, bases_path, damage, hash_obj, models_path, project_root, seal, sha256
+from .core import Refusal, bases_path, damage_cached, file_sums, hash_obj, models_path, project_root, read_json, seal, sha256
 from pathlib import Path
 import importlib.util, os, shutil
 
@@ -33,11 +33,11 @@ def _convert(gguf, folder):
 # %% ../nbs/02b_base.ipynb #0748bf54
 def _embedded():
     folder = bases_path('smollm2')
-    if not damage(folder):  return folder
+    if not damage_cached(folder):  return folder
     import filelock
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f'{folder}.lock'):
-        if not damage(folder): return folder
+        if not damage_cached(folder): return folder
         print('making the base smollm2 from its GGUF file, once')
         shutil.rmtree(folder, ignore_errors=True)
         tmp = folder.with_name('smollm2.tmp')
@@ -54,12 +54,20 @@ def local_base(
     "The folder of a base, seen from here or from the project's root"
     return next((p for p in (Path(os.path.expanduser(base)), project_root()/base) if (p/'config.json').exists()), None)
 
+def _whole(folder): # the folder, unless transformers would read more or other files in it than weights in safetensors
+    if (folder/'adapter_config.json').exists():
+        raise Refusal('the folder of a base holds an adapter too, which would be put over it without a word', folder/'adapter_config.json',
+                      fix='Keep the adapter in a folder of its own')
+    if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')):
+        raise Refusal('the weights are pickles (*.bin), which can run code and are never read', folder, fix='Save the base as safetensors')
+    return folder
+
 def base_path(
     base:str='smollm2', # `smollm2`, a folder (from here or from the project's root), or a Hub id such as `Qwen/Qwen2.5-14B-Instruct`
 ) -> str: # What `from_pretrained` takes
     "Where a base is; the embedded one is made on first use, and a folder that is not there is refused"
     if base == 'smollm2': return str(_embedded())
-    if p := local_base(base): return str(p)
+    if p := local_base(base): return str(_whole(p))
     if base.startswith(('/', '.', '~')) or base.count('/') != 1:
         raise Refusal(f'there is no base {base!r}', fix='Give a folder with a config.json, a Hub id, or smollm2')
     return base
@@ -94,17 +102,30 @@ def load_tokenizer(base:str='smollm2'): # A fast tokenizer
     return tok
 
 # %% ../nbs/02b_base.ipynb #7ffb1144
-def base_hash(base:str='smollm2') -> str: # 10 hex digits; of the id alone for a base on the Hub
-    "A fingerprint of a base"
+_made_by = {'_name_or_path', 'is_local', 'local_files_only', 'transformers_version'}
+_no_part = {'manifest.json', 'generation_config.json'}  # a judge generates nothing
+
+def _sum(file, sums):
+    if file.name not in ('config.json', 'tokenizer_config.json'): return sums[file]
+    said = read_json(file)
+    return hash_obj({k: v for k, v in said.items() if k not in _made_by}, 64) if isinstance(said, dict) else sums[file]
+
+def _snapshot(base): # the folder of a Hub id that was fetched before; None without one
+    from huggingface_hub import snapshot_download
+    try: return Path(snapshot_download(base, local_files_only=True))
+    except (OSError, ValueError): return None
+
+def base_hash(
+    base:str='smollm2', # A name, folder or Hub id
+) -> str: # 10 hex digits; of the id alone for a base on the Hub that has not been fetched
+    "The hash of a base's content: weights, configuration, tokenizer and chat template. About a second a GB at first, then none"
     p = Path(base_path(base))
-    if not p.is_dir(): return hash_obj(str(base))
-    def ends(f):
-        with open(f, 'rb') as o:
-            head = o.read(2**16)
-            o.seek(max(0, f.stat().st_size-2**16))
-            return hash_obj([head.hex(), o.read().hex()])
-    files = sorted(f for f in p.iterdir() if f.suffix in ('.json', '.safetensors', '.jinja', '.model') and f.name != 'manifest.json')
-    return hash_obj([[f.name, f.stat().st_size, ends(f)] for f in files])
+    if not p.is_dir(): p = _snapshot(str(base))
+    if p is None: return hash_obj(str(base))
+    files = sorted(f for f in [*p.iterdir(), *p.glob('additional_chat_templates/*')] if f.is_file() and f.name not in _no_part
+                   and (f.suffix in ('.json', '.safetensors', '.jinja', '.model', '.tiktoken') or f.name in ('merges.txt', 'vocab.txt')))
+    sums = file_sums(files)
+    return hash_obj([[f.relative_to(p).as_posix(), _sum(f, sums)] for f in files])
 
 # %% ../nbs/02b_base.ipynb #acf56d21
 def pick_dtype(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Refusal', 'project_root', 'data_path', 'models_path', 'bases_path', 'root_at', 'sandbox', 'atomic', 'to_json',
-           'write_json', 'read_json', 'hash_obj', 'sha256', 'seal', 'damage', 'write_table', 'read_table',
-           'content_hash', 'now', 'peak_memory', 'device_name', 'versions', 'seed_all']
+           'write_json', 'read_json', 'hash_obj', 'sha256', 'seal', 'damage', 'file_sums', 'damage_cached',
+           'write_table', 'read_table', 'content_hash', 'now', 'peak_memory', 'device_name', 'versions', 'seed_all']
 
 # %% ../nbs/00_core.ipynb #2500ddfd
-import contextlib, hashlib, json, os, platform, sys, tempfile, warnings
+import concurrent.futures, contextlib, hashlib, json, os, platform, sys, tempfile, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -141,6 +141,46 @@ def damage(folder) -> list: # One line a fault; empty when the folder is as it w
         elif p.stat().st_size != size: bad.append(f'{name} has {p.stat().st_size} bytes, not {size}')
         elif sha256(p) != sha: bad.append(f'{name} has other content than when it was sealed')
     return bad
+
+# %% ../nbs/00_core.ipynb #fc36ad8d
+def _stamp(path):
+    s = os.stat(path)
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
+
+def _kept_sums(cache): # file → its stamp and SHA-256; entries that are not as they were written are left out
+    try: kept = json.loads(cache.read_text(encoding='utf-8'))
+    except (OSError, ValueError): return {}
+    if not isinstance(kept, dict): return {}
+    return {k: v for k, v in kept.items() if isinstance(v, dict) and v.get('seal') == hash_obj([k, v.get('stamp'), v.get('sha256')])}
+
+def file_sums(
+    files, # Paths
+) -> dict: # File as it was given → SHA-256, 64 hex digits
+    "SHA-256 of files; those that have not changed since they were last read are not read again"
+    cache = models_path('.sums.json')
+    kept, keys = _kept_sums(cache), {f: str(Path(f).resolve()) for f in files}
+    stamps = {f: _stamp(f) for f in files}
+    new = [f for f in files if kept.get(keys[f], {}).get('stamp') != stamps[f]]
+    begun = time.time_ns()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool: sums = dict(zip(new, pool.map(sha256, new)))
+    sure = [f for f in new if _stamp(f) == stamps[f] and begun-stamps[f][2] > 1e9]
+    if sure:
+        for f in sure: kept[keys[f]] = dict(stamp=stamps[f], sha256=sums[f], seal=hash_obj([keys[f], stamps[f], sums[f]]))
+        with contextlib.suppress(OSError): write_json(cache, kept)
+    return {f: sums[f] if f in sums else kept[keys[f]]['sha256'] for f in files}
+
+# %% ../nbs/00_core.ipynb #77955e7e
+def damage_cached(
+    folder, # A sealed folder
+) -> list: # As of `damage`: one line a fault; empty when the folder is as it was sealed
+    "What is missing or changed in a sealed folder, by kept sums: files that have not changed since the last check are not read"
+    folder = Path(folder)
+    try:
+        sealed = {k: (v['size'], v['sha256']) for k, v in read_json(folder/'manifest.json').items()}
+        files = [p for p in folder.rglob('*') if p.is_file() and p.name != 'manifest.json']
+        found = {str(p.relative_to(folder)): (p.stat().st_size, s) for p, s in file_sums(files).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return damage(folder)
+    return [] if found == sealed else damage(folder)
 
 # %% ../nbs/00_core.ipynb #cd1b1b41
 def write_table(

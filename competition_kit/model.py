@@ -7,6 +7,7 @@ __all__ = ['common', 'collate', 'packed_attention', 'Judge', 'load_judge', 'add_
            'pack_loss', 'view_probs', 'predict']
 
 # %% ../nbs/03a_model.ipynb #70daee95
+from .adapter import check_adapter
 from .base import base_path, pick_dtype
 from .core import Refusal, read_json
 from .parity import check_forward, check_length
@@ -293,8 +294,7 @@ def _adapted(model, adapter):
     "An adapter over a model; peft would leave out tensors that do not fit without a word"
     from peft import PeftModel
     from safetensors import safe_open
-    f = Path(adapter)/'adapter_model.safetensors'
-    if not (f.exists() and (Path(adapter)/'adapter_config.json').exists()): raise Refusal('no adapter, or one that is not in safetensors', adapter)
+    f = check_adapter(adapter)
     try: out = PeftModel.from_pretrained(model, adapter)
     except (AttributeError, RuntimeError, ValueError) as e:
         raise Refusal(f'the adapter does not fit this base and route ({str(e).splitlines()[-1].strip()})', adapter) from e
@@ -354,7 +354,7 @@ def continue_from(
 ):
     "Begin with the weights of an earlier adapter; B is rescaled if that one had another alpha or `rslora`, so that the judge says what the earlier one said"
     from safetensors.torch import load_file
-    saved = load_file(Path(adapter)/'adapter_model.safetensors')
+    saved = load_file(check_adapter(adapter))
     mine = {n.replace('.default', '').replace('.modules_to_save', ''): p for n, p in judge.model.named_parameters() if p.requires_grad}
     if not keep_head: saved, mine = ({k: v for k, v in d.items() if '.score.' not in k} for d in (saved, mine))
     bad = [k for k in {*saved, *mine} if k not in saved or k not in mine or saved[k].shape != mine[k].shape]

@@ -20,18 +20,26 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it
 logging.getLogger('transformers.modeling_utils').addFilter(lambda r: 'LOAD REPORT' not in str(r.msg))
 
 # %% ../nbs/02c_quant.ipynb #da581742
+_gptq_fields = set('quant_method bits group_size sym desc_act checkpoint_format format dynamic pack_dtype'.split())  # what we read
+_gptq_fields |= set('''static_groups true_sequential damp_percent damp_auto_increment dataset tokenizer block_size batch_size model_seqlen meta mse
+    model_name_or_path model_file_base_name use_cuda_fp16 use_exllama disable_exllama exllama_config max_input_length cache_block_outputs pad_token_id
+    module_name_preceding_first_block block_name_to_quantize modules_in_block_to_quantize backend'''.split())  # how it was rounded, or how others run it
+
 def quant_kind(
     base:str, # `smollm2`, a folder or a Hub id
 ) -> Optional[dict]: # None, or `bits`, `group_size` (-1: a whole column), `sym`, `desc_act` and `checkpoint_format` (`gptq` or `gptq_v2`)
     "How a base is quantised; anything but GPTQ in 4 or 8 bits is refused"
     from transformers.utils import cached_file
-    q = json.loads(Path(cached_file(base_path(base), 'config.json')).read_text(encoding='utf-8')).get('quantization_config')
+    config = Path(cached_file(base_path(base), 'config.json'))
+    q, older = json.loads(config.read_text(encoding='utf-8')).get('quantization_config'), config.with_name('quantize_config.json')
+    if q is None and older.exists(): q = dict(quant_method='gptq') | json.loads(older.read_text(encoding='utf-8'))
     if q is None: return None
     form, method, bits = q.get('checkpoint_format') or q.get('format') or 'gptq', q.get('quant_method', 'an unknown method'), q.get('bits')
     def no(what):
         raise Refusal(f'the base is quantised by {what}, which cannot be read here', base, fix='Take the base in 16 bits, or a GPTQ checkpoint of 4 or 8 bits')
     if method != 'gptq': no(method)
     if bits not in (4, 8) or form not in ('gptq', 'gptq_v2') or q.get('pack_dtype', 'int32') != 'int32': no(f'{method} in {bits} bits, format {form}')
+    if other := sorted(k for k, v in q.items() if k not in _gptq_fields and v): no(f"{method} with {', '.join(f'{k}={q[k]!r}' for k in other)}")
     return dict(bits=bits, group_size=q.get('group_size', -1), sym=q.get('sym', True), desc_act=bool(q.get('desc_act')), checkpoint_format=form,
                 dynamic=q.get('dynamic'))
 
@@ -153,7 +161,7 @@ def _check(model, have, packed, where):
     missing = {k for k in want-have.keys()-set(model.all_tied_weights_keys) if not k.startswith('score.')}
     if missing or (extra := have.keys()-want-spare):
         names = sorted(missing or extra)
-        raise Refusal(f"{len(names)} tensors {'are missing' if missing else 'have no place in the model'}: {', '.join(names[:10])}", where)
+        raise Refusal(f"{len(names)} tensors {'of the quantised layers ' if any(k.rpartition('.')[0] in packed for k in names) else ''}{'are missing' if missing else 'have no place in the model'}: {', '.join(names[:10])}", where)
     bad = sorted(k for k in plain & have.keys() if have[k][0].get_slice(have[k][1]).get_shape() != empty[k])
     if bad: raise Refusal(f"tensors of another shape than the configuration says: {', '.join(bad[:10])}", where)
     return plain & have.keys()
@@ -165,7 +173,7 @@ def _packed_layer(name, linear, have, kind, where):
     n, bits, groups = linear.in_features, len(t['qweight'])*32//linear.in_features, len(t['scales'])
     fits = bits in (4, 8) and [*t['qweight'].shape, *t['qzeros'].shape, *t['scales'].shape] == [
         n*bits//32, linear.out_features, groups, linear.out_features*bits//32, groups, linear.out_features]
-    if not fits: raise Refusal(f'the shapes of {name} are not those of 4 or 8 bits for {n} inputs and {linear.out_features} outputs', where)
+    if not fits: raise Refusal(f'the shapes of {name}, a quantised layer, are not those of 4 or 8 bits for {n} inputs and {linear.out_features} outputs', where)
     if n % groups or (kind['group_size'] not in (-1, n//groups) and not kind['dynamic']):
         raise Refusal(f"the group size {kind['group_size']} does not divide the {n} inputs of {name}", where,
                       fix='Quantise again with 64 or 32; other readers fail on this too')
@@ -191,7 +199,7 @@ def load_mapped(
     plain = _check(model, have, linears, base)
     for n, m in linears.items(): model.set_submodule(n, _packed_layer(n, m, have, kind, base))
     model.load_state_dict({k: _get(have[k]).to(dtype) for k in plain}, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights(missing_keys=set(model.state_dict())-plain, recompute_mapping=False)  # a matrix that is in the file stays
     if hasattr(model, 'score') and model.score.weight.is_meta:
         model.score.to_empty(device=device)
         torch.nn.init.normal_(model.score.weight, std=config.initializer_range)

@@ -486,9 +486,10 @@ def wear(
     folder,  # Of an adapter
 ):
     "Put an adapter on a judge in place of the one that it wears"
+    from competition_kit.model import _adapted
     from peft import PeftModel
     if isinstance(judge.model, PeftModel): judge.model = judge.model.unload()
-    judge.model = PeftModel.from_pretrained(judge.model, folder)
+    judge.model = _adapted(judge.model, folder)
     return judge.eval()
 
 # %% ../nbs/10_vote.ipynb #0c24c99f
