@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ask', 'control_tokens', 'encode_texts', 'frame', 'fields', 'labels', 'swapped', 'shares', 'cut', 'Tokens', 'Prompt',
-           'tokenizer_hash', 'save_encoded', 'load_encoded', 'encode_cached', 'pick_rows', 'pack', 'plan_steps',
-           'length_report', 'plot_lengths']
+           'whole_share', 'tokenizer_hash', 'save_encoded', 'load_encoded', 'encode_cached', 'pick_rows', 'pack',
+           'plan_steps', 'length_report', 'plot_lengths']
 
 # %% ../nbs/03_prompt.ipynb #b3bb752b
 from array import array
@@ -17,7 +17,7 @@ import contextlib, functools, hashlib, json, os, re, subprocess, sys, tempfile
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03_prompt.ipynb #c4b5428d
+# %% ../nbs/03_prompt.ipynb #1d88aaee
 _renderer = '''
 import json, sys
 try:
@@ -47,7 +47,7 @@ for asked in json.load(sys.stdin):
     except BaseException as e: print(json.dumps(["", f"{type(e).__name__}: {e}"[:300]]), flush=True)
 '''
 
-# %% ../nbs/03_prompt.ipynb #e82d3492
+# %% ../nbs/03_prompt.ipynb #5d247e90
 @functools.lru_cache(16)
 def _render(
     asked:str,  # JSON: a list of dicts with `template` and its variables
@@ -60,7 +60,7 @@ def _render(
     got = [json.loads(line) for line in out.splitlines() if line.endswith(b']')]
     return got+[['', 'it takes more than five seconds, or more than 1 GiB']]*(len(json.loads(asked))-len(got))
 
-# %% ../nbs/03_prompt.ipynb #bb6cbf9e
+# %% ../nbs/03_prompt.ipynb #d0b06a81
 _ask_mark, _mark, _answer_mark = 'INSTRUCTION0OF0THE0ROW', 'MARKER0OF0THE0ROW', 'ANSWER0TO0THE0ROW'
 _sample = 'One <b>"row"</b> & {{ its }}\n[A] \\text'
 _tool = dict(type='function', function=dict(name='f', description='x', parameters=dict(type='object', properties={})))
@@ -83,7 +83,7 @@ def _renderings(tok):
     got = _render(json.dumps(prompts+rest))
     return got[:6], '\n'.join(got[k][0] for k in range(len(got)) if k not in (1, 4)) # not the samples
 
-# %% ../nbs/03_prompt.ipynb #a69a031c
+# %% ../nbs/03_prompt.ipynb #2894ec5e
 _control_form = re.compile(r'<[|｜].*[|｜]>', re.S)
 _marked = re.compile(r'<[^<>\s]+>|\[[^\[\]\s]*[A-Z]{2}[^\[\]\s]*\]')
 
@@ -97,7 +97,7 @@ def control_tokens(
     in_template = {t.content for t in added if t.content.strip(' \t\r\n▁') and not t.content.isalnum() and t.content in written}
     return frozenset(flagged | in_template | set(tok.all_special_tokens) | set(_marked.findall(written)))
 
-# %% ../nbs/03_prompt.ipynb #86f4c673
+# %% ../nbs/03_prompt.ipynb #1cd6de78
 def _renamed(model, new): # A tokenizer's model (JSON) in which some tokens have other names
     "The same numbers; a merge that would make a renamed token goes"
     vocab = model['vocab']
@@ -120,7 +120,7 @@ def _inside(part): # A normalizer or pre-tokenizer (JSON) for the middle of a te
     if 'add_prefix_space' in part: part['add_prefix_space'] = False
     return part
 
-# %% ../nbs/03_prompt.ipynb #2ad1ead6
+# %% ../nbs/03_prompt.ipynb #80852350
 @functools.lru_cache(8)
 def _plain(
     state:str,  # A tokenizer, as JSON
@@ -193,9 +193,9 @@ def _between(prompt, answered):
     got = answered[len(prompt):].split(_answer_mark)[0]
     return got if got in ('', ' ') else None
 
-# %% ../nbs/03_prompt.ipynb #3128db6f
+# %% ../nbs/03_prompt.ipynb #0e9104d8
 def _rendered(tok, ask): # the chat around the row's mark
-    if not tok.chat_template: return f'{tok.bos_token or ""}{ask}\n\n{_mark}\n\nAnswer:'
+    if not tok.chat_template: return f'{tok.bos_token or ""}{ask}\n\n{_mark}\n\nAnswer:\n'
     return _chat(tok)[0].replace(_ask_mark, ask)
 
 def _blank(tok, tail): # what stands between the tail of a prompt and the answer's letter
@@ -203,7 +203,7 @@ def _blank(tok, tail): # what stands between the tail of a prompt and the answer
     if got is not None: return got
     return '' if tail[-1:].isspace() or any(tail.endswith(t) for t in control_tokens(tok)) else ' '
 
-# %% ../nbs/03_prompt.ipynb #5b43fdd1
+# %% ../nbs/03_prompt.ipynb #b739ff7d
 def _behind(tok, texts): # [(ids, where each token begins and ends)] of texts, as they are in the middle of a longer one
     for word in ('x', '0', ')', '字', '\n'):
         got = [(np.array(e.ids, np.int32), np.array(e.offsets).reshape(-1, 2)-len(word)) for e in _whole(tok, [word+t for t in texts])]
@@ -351,14 +351,18 @@ def _add(prompt, i, parts, views, flat, lines): # Append row `i` to the tokens a
         flat.frombytes(ids.astype(np.int32, copy=False).tobytes())
         lines.extend((i, v, len(ids), full-len(ids)))
 
-# %% ../nbs/03_prompt.ipynb #fc87765d
-def _blanks(tok, ask, labels): # what of each label goes over to its field: '' or ' '
+# %% ../nbs/03_prompt.ipynb #7fe82666
+def _labelled(tok, task): # for every number of fields: what of each label goes over to its field, '' or ' '; and the tokens of the rest
     (whole,), (inside, spaced) = encode_texts(tok, ['x'], special=True), encode_texts(tok, ['x', ' x'])
-    if np.array_equal(whole, inside): return ['']*len(labels) # this tokenizer puts no blank before a text
-    head = _rendered(tok, ask).split(_mark)[0]
-    (before, row) = encode_texts(tok, [head, head+'x'], special=True)
-    first = ' ' if np.array_equal(row, [*before, *spaced]) else ''
-    return [first, *(' ' if l.endswith(' ') else '' for l in labels[1:])]
+    joins, first = not np.array_equal(whole, inside), '' # does this tokenizer put a blank before a text?
+    if joins:
+        head = _rendered(tok, ask[task]).split(_mark)[0]
+        before, row = encode_texts(tok, [head, head+'x'], special=True)
+        if np.array_equal(row, [*before, *spaced]): first = ' '
+    texts = {n: labels(n, task) for n in range(2, 10)}
+    blanks = {n: [first, *(' ' if joins and t.endswith(' ') else '' for t in ts[1:])] for n, ts in texts.items()}
+    ids = iter(encode_texts(tok, [t.removesuffix(b) for n, ts in texts.items() for b, t in zip(blanks[n], ts)]))
+    return blanks, {n: [next(ids) for _ in ts] for n, ts in texts.items()}
 
 # %% ../nbs/03_prompt.ipynb #2ad520c6
 class Prompt:
@@ -375,8 +379,7 @@ class Prompt:
         self.before, self.after, letters = frame(tok, ask[task], tasks[task].letters)
         self.letters = letters(tasks[task].letters)
         self.dots, = encode_texts(tok, [' … '])
-        self.blanks = {n: _blanks(tok, ask[task], labels(n, task)) for n in range(2, 10)}
-        self.labels = {n: encode_texts(tok, [l[:len(l)-len(b)] for l, b in zip(labels(n, task), self.blanks[n])]) for n in self.blanks}
+        self.blanks, self.labels = _labelled(tok, task)
         least = max(_around(self, n) for n in self.labels)+32
         if max_len < least: raise Refusal(f'max_len={max_len} leaves no room for a row', fix=f'Give at least {least}')
         self.hash = hash_obj([max_len, truncation, self.letters, [o.ids.tolist() for o in self.encode(_probe(task, max_len)).itertuples()]])
@@ -402,6 +405,20 @@ def _probe(task, max_len):
     long = ' '.join(f'word{i}' for i in range(2*max_len))
     if not tasks[task].pair: return pd.DataFrame(dict(id=['a', 'b'], problem=['P', long], question=['Q?', 'Q?'], options=[['x', 'y'], ['x', 'y', long]]))
     return pd.DataFrame(dict(id=['a', 'b'], prompt=[['P', 'Q'], [long]], response_a=[['x', ''], [long]], response_b=[['y'], ['z']]))
+
+# %% ../nbs/03_prompt.ipynb #4fb40b4c
+def whole_share(
+    prompt, # A `Prompt`
+    rows,   # Rows of its task
+) -> dict: # `rows`: how many were not cut; `same_text`, `same_tokens`: the shares of them in which the prompt is that of the whole text
+    "How often a prompt has the tokens that its whole text has, tokenised at once"
+    tok, enc, texts = prompt.tok, prompt.encode(rows, 1), fields(rows, prompt.task)
+    head, tail = _rendered(tok, ask[prompt.task]).split(_mark)
+    bodies = [''.join(l+t for l, t in zip(labels(len(r), prompt.task), r)) for r in texts]
+    whole = encode_texts(tok, [head+b+tail for b in bodies], special=True)
+    pairs = [(list(ids), list(w)) for ids, w, cut in zip(enc.ids, whole, enc.cut) if not cut]
+    n = max(1, len(pairs))
+    return dict(rows=len(pairs), same_text=sum(tok.decode(a) == tok.decode(b) for a, b in pairs)/n, same_tokens=sum(a == b for a, b in pairs)/n)
 
 # %% ../nbs/03_prompt.ipynb #b3fc20c3
 def tokenizer_hash(tok) -> str: # 10 hex digits

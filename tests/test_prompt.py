@@ -103,7 +103,7 @@ def test_answer_position(kind, template, tok):
             for ids in e.ids:
                 assert ends_whole(pr, ids) and ids.dtype == np.int32
                 for i, c in zip(pr.letters, names):  # what follows the prompt is exactly the letter's token
-                    assert any(list(encode_texts(t, [tail+s+c], special=True)[0]) == [*pr.after, i] for s in ('', ' '))
+                    assert any(list(encode_texts(t, ['x'+tail+s+c], special=True)[0][-len(pr.after)-1:]) == [*pr.after, i] for s in ('', ' '))
             if template in ('refuses', 'folds', 'drops') or template == 'none' and t.bos_token:
                 assert pr.before[0] == t.bos_token_id and all((ids == t.bos_token_id).sum() == (pr.before == t.bos_token_id).sum()+(pr.after == t.bos_token_id).sum() for ids in e.ids)
             if t.bos_token_id not in encode_texts(t, [text], special=True)[0]: assert t.bos_token_id not in e.ids[0]
