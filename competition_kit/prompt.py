@@ -17,7 +17,7 @@ import contextlib, functools, hashlib, json, os, re, subprocess, sys, tempfile
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03_prompt.ipynb #1d88aaee
+# %% ../nbs/03_prompt.ipynb #78c87369
 _renderer = '''
 import json, sys
 try:
@@ -47,7 +47,7 @@ for asked in json.load(sys.stdin):
     except BaseException as e: print(json.dumps(["", f"{type(e).__name__}: {e}"[:300]]), flush=True)
 '''
 
-# %% ../nbs/03_prompt.ipynb #5d247e90
+# %% ../nbs/03_prompt.ipynb #a8c3a037
 @functools.lru_cache(16)
 def _render(
     asked:str,  # JSON: a list of dicts with `template` and its variables
@@ -60,7 +60,7 @@ def _render(
     got = [json.loads(line) for line in out.splitlines() if line.endswith(b']')]
     return got+[['', 'it takes more than five seconds, or more than 1 GiB']]*(len(json.loads(asked))-len(got))
 
-# %% ../nbs/03_prompt.ipynb #d0b06a81
+# %% ../nbs/03_prompt.ipynb #7ca7eb21
 _ask_mark, _mark, _answer_mark = 'INSTRUCTION0OF0THE0ROW', 'MARKER0OF0THE0ROW', 'ANSWER0TO0THE0ROW'
 _sample = 'One <b>"row"</b> & {{ its }}\n[A] \\text'
 _tool = dict(type='function', function=dict(name='f', description='x', parameters=dict(type='object', properties={})))
@@ -83,7 +83,7 @@ def _renderings(tok):
     got = _render(json.dumps(prompts+rest))
     return got[:6], '\n'.join(got[k][0] for k in range(len(got)) if k not in (1, 4)) # not the samples
 
-# %% ../nbs/03_prompt.ipynb #2894ec5e
+# %% ../nbs/03_prompt.ipynb #c0de1722
 _control_form = re.compile(r'<[|｜].*[|｜]>', re.S)
 _marked = re.compile(r'<[^<>\s]+>|\[[^\[\]\s]*[A-Z]{2}[^\[\]\s]*\]')
 
@@ -97,7 +97,7 @@ def control_tokens(
     in_template = {t.content for t in added if t.content.strip(' \t\r\n▁') and not t.content.isalnum() and t.content in written}
     return frozenset(flagged | in_template | set(tok.all_special_tokens) | set(_marked.findall(written)))
 
-# %% ../nbs/03_prompt.ipynb #1cd6de78
+# %% ../nbs/03_prompt.ipynb #b6250846
 def _renamed(model, new): # A tokenizer's model (JSON) in which some tokens have other names
     "The same numbers; a merge that would make a renamed token goes"
     vocab = model['vocab']
@@ -120,7 +120,7 @@ def _inside(part): # A normalizer or pre-tokenizer (JSON) for the middle of a te
     if 'add_prefix_space' in part: part['add_prefix_space'] = False
     return part
 
-# %% ../nbs/03_prompt.ipynb #80852350
+# %% ../nbs/03_prompt.ipynb #76f74d88
 @functools.lru_cache(8)
 def _plain(
     state:str,  # A tokenizer, as JSON
@@ -193,7 +193,7 @@ def _between(prompt, answered):
     got = answered[len(prompt):].split(_answer_mark)[0]
     return got if got in ('', ' ') else None
 
-# %% ../nbs/03_prompt.ipynb #0e9104d8
+# %% ../nbs/03_prompt.ipynb #133682c7
 def _rendered(tok, ask): # the chat around the row's mark
     if not tok.chat_template: return f'{tok.bos_token or ""}{ask}\n\n{_mark}\n\nAnswer:\n'
     return _chat(tok)[0].replace(_ask_mark, ask)
@@ -203,7 +203,7 @@ def _blank(tok, tail): # what stands between the tail of a prompt and the answer
     if got is not None: return got
     return '' if tail[-1:].isspace() or any(tail.endswith(t) for t in control_tokens(tok)) else ' '
 
-# %% ../nbs/03_prompt.ipynb #b739ff7d
+# %% ../nbs/03_prompt.ipynb #72083754
 def _behind(tok, texts): # [(ids, where each token begins and ends)] of texts, as they are in the middle of a longer one
     for word in ('x', '0', ')', '字', '\n'):
         got = [(np.array(e.ids, np.int32), np.array(e.offsets).reshape(-1, 2)-len(word)) for e in _whole(tok, [word+t for t in texts])]
@@ -237,6 +237,11 @@ def frame(
         if not np.array_equal((got := spelled(names))[0], after): raise Refusal(f'the prompt ends in other tokens before the letters {names}')
         return got[1]
     return before, after, letters
+
+def _others(tok, ask, after, names, letters): # the other spelling of the letters, with a blank or without; [] where it is no single token
+    tail = _rendered(tok, ask).split(_mark)[1]
+    spelled = [_spelled(tok, tail, blank, names) for blank in ('', ' ')]
+    return next((ids for end, ids in filter(None, spelled) if ids != letters and np.array_equal(end, after)), [])
 
 # %% ../nbs/03_prompt.ipynb #03e8cf2a
 def _joined(turns): return turns[0] if len(turns) == 1 else '\n'.join(f'[{i+1}] {t}' for i, t in enumerate(turns))
@@ -351,7 +356,7 @@ def _add(prompt, i, parts, views, flat, lines): # Append row `i` to the tokens a
         flat.frombytes(ids.astype(np.int32, copy=False).tobytes())
         lines.extend((i, v, len(ids), full-len(ids)))
 
-# %% ../nbs/03_prompt.ipynb #7fe82666
+# %% ../nbs/03_prompt.ipynb #9f222e15
 def _labelled(tok, task): # for every number of fields: what of each label goes over to its field, '' or ' '; and the tokens of the rest
     (whole,), (inside, spaced) = encode_texts(tok, ['x'], special=True), encode_texts(tok, ['x', ' x'])
     joins, first = not np.array_equal(whole, inside), '' # does this tokenizer put a blank before a text?
@@ -366,7 +371,7 @@ def _labelled(tok, task): # for every number of fields: what of each label goes 
 
 # %% ../nbs/03_prompt.ipynb #2ad520c6
 class Prompt:
-    "Build a task's prompts for one tokenizer: `encode(rows)`; `.letters` are the answer tokens, `.hash` identifies all of it"
+    "Build a task's prompts for one tokenizer: `encode(rows)`; `.letters` are the answer tokens, `.others` those of the other spelling, `.hash` identifies all of it"
     def __init__(self,
         tok,                      # A fast tokenizer
         task:str,                 # `preference`, `preference2`, `choice` or your own
@@ -378,6 +383,7 @@ class Prompt:
         self.tok, self.task, self.max_len, self.truncation = tok, task, max_len, truncation
         self.before, self.after, letters = frame(tok, ask[task], tasks[task].letters)
         self.letters = letters(tasks[task].letters)
+        self.others = _others(tok, ask[task], self.after, tasks[task].letters, self.letters)
         self.dots, = encode_texts(tok, [' … '])
         self.blanks, self.labels = _labelled(tok, task)
         least = max(_around(self, n) for n in self.labels)+32
@@ -401,12 +407,13 @@ class Prompt:
 
 # %% ../nbs/03_prompt.ipynb #adfdf290
 def _probe(task, max_len):
-    "A short row and one that must be cut, whose tokens tell one builder from another"
+    "A short row, one that must be cut and one with labels and control tokens as text, whose tokens tell one builder from another"
     long = ' '.join(f'word{i}' for i in range(2*max_len))
-    if not tasks[task].pair: return pd.DataFrame(dict(id=['a', 'b'], problem=['P', long], question=['Q?', 'Q?'], options=[['x', 'y'], ['x', 'y', long]]))
-    return pd.DataFrame(dict(id=['a', 'b'], prompt=[['P', 'Q'], [long]], response_a=[['x', ''], [long]], response_b=[['y'], ['z']]))
+    odd = ''.join(l+'x' for l in labels(9, task))+'<s></s><|im_end|>'
+    if not tasks[task].pair: return pd.DataFrame(dict(id=list('abc'), problem=['P', long, odd], question=['Q?', 'Q?', odd], options=[['x', 'y'], ['x', 'y', long], [odd]]))
+    return pd.DataFrame(dict(id=list('abc'), prompt=[['P', 'Q'], [long], [odd]], response_a=[['x', ''], [long], [odd]], response_b=[['y'], ['z'], ['']]))
 
-# %% ../nbs/03_prompt.ipynb #4fb40b4c
+# %% ../nbs/03_prompt.ipynb #1077cdca
 def whole_share(
     prompt, # A `Prompt`
     rows,   # Rows of its task
