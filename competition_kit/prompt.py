@@ -17,7 +17,7 @@ import contextlib, functools, hashlib, json, os, re, subprocess, sys, tempfile
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03_prompt.ipynb #78c87369
+# %% ../nbs/03_prompt.ipynb #0611b92a
 _renderer = '''
 import json, sys
 try:
@@ -36,31 +36,33 @@ class Generation(jinja2.ext.Extension): # {% generation %}, which marks what an 
     def said(self, caller): return caller()
 def fail(message): raise jinja2.TemplateError(message)
 def tojson(x, ensure_ascii=False, **form): return json.dumps(x, ensure_ascii=ensure_ascii, **form)
-env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                   extensions=[Generation, jinja2.ext.loopcontrols])
 env.filters["tojson"] = tojson
 env.globals.update(raise_exception=fail, strftime_now=lambda form: "26 Jul 2024") # a prompt must not change overnight
 for asked in json.load(sys.stdin):
     try:
         text = env.from_string(asked.pop("template")).render(documents=None, **asked)
-        if len(text) > 10**6: raise ValueError("more than a million characters")
+        if len(text) > 10**5: raise ValueError("more than 100,000 characters")
         print(json.dumps([text, ""]), flush=True)
     except BaseException as e: print(json.dumps(["", f"{type(e).__name__}: {e}"[:300]]), flush=True)
 '''
 
-# %% ../nbs/03_prompt.ipynb #a8c3a037
+# %% ../nbs/03_prompt.ipynb #cf10db8f
 @functools.lru_cache(16)
 def _render(
     asked:str,  # JSON: a list of dicts with `template` and its variables
 ) -> list: # For each the text and '', or '' and what went wrong
     "Render chat templates as transformers does, in a process with little time and memory"
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), PYTHONSAFEPATH='1')
-    try: out = subprocess.run([sys.executable, '-c', _renderer], input=asked.encode(), capture_output=True, timeout=60, env=env).stdout
+    command = [sys.executable, '-c', _renderer]
+    try: out = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=60, env=env).stdout
     except subprocess.TimeoutExpired as e: out = e.stdout or b''
     except OSError as e: raise Refusal(f'no process could be started to render the chat template ({e})') from e
     got = [json.loads(line) for line in out.splitlines() if line.endswith(b']')]
     return got+[['', 'it takes more than five seconds, or more than 1 GiB']]*(len(json.loads(asked))-len(got))
 
-# %% ../nbs/03_prompt.ipynb #7ca7eb21
+# %% ../nbs/03_prompt.ipynb #df1b6a6b
 _ask_mark, _mark, _answer_mark = 'INSTRUCTION0OF0THE0ROW', 'MARKER0OF0THE0ROW', 'ANSWER0TO0THE0ROW'
 _sample = 'One <b>"row"</b> & {{ its }}\n[A] \\text'
 _tool = dict(type='function', function=dict(name='f', description='x', parameters=dict(type='object', properties={})))
@@ -69,23 +71,26 @@ def _forms(text): # the two dialogues that can be a prompt
     return [[('system', _ask_mark), ('user', text)], [('user', f'{_ask_mark}\n\n{text}')]]
 
 def _renderings(tok):
-    "Three for each form (the prompt, with a sample, with an answer), by the default template; the rest by all of them, joined"
-    chat = tok.chat_template
-    named = chat if isinstance(chat, dict) else {'default': chat}
-    def asked(template, turns, answered=False, **more):
-        return dict(special, template=template, messages=[dict(role=r, content=c) for r, c in turns], add_generation_prompt=not answered, **more)
+    "For each form: the prompt, with a sample, with an answer; and what all templates write"
     special = {k: str(v) for k, v in tok.special_tokens_map.items() if not isinstance(v, (list, dict))}
-    default = named.get('default', '')
-    prompts = [asked(default, turns, answered, tools=None) for mark, sample in zip(_forms(_mark), _forms(_sample))
-               for turns, answered in ((mark, False), (sample, False), (mark+[('assistant', _answer_mark)], True))]
-    turns = [[(r, 'x') for r in roles.split()] for roles in ('system user assistant user', 'user assistant user', 'user assistant tool', 'developer user')]
-    rest = [asked(t, d, tools=tools) for t in named.values() for d in turns for tools in (None, [_tool])]
+    def asked(template, turns, tools=None):
+        messages, last = [dict(role=r, content=c) for r, c in turns], turns[-1]
+        open_end = last[1] != _answer_mark
+        return dict(special, template=template, messages=messages, tools=tools, add_generation_prompt=open_end)
+    named = tok.chat_template if isinstance(tok.chat_template, dict) else dict(default=tok.chat_template)
+    prompts = []
+    for mark, sample in zip(_forms(_mark), _forms(_sample)):
+        forms = mark, sample, mark+[('assistant', _answer_mark)]
+        prompts += [asked(named.get('default', ''), turns) for turns in forms]
+    roles = 'system user assistant user', 'user assistant user', 'user assistant tool', 'developer user'
+    turns = [[(role, 'x') for role in r.split()] for r in roles]
+    rest = [asked(template, t, tools) for template in named.values() for t in turns for tools in (None, [_tool])]
     got = _render(json.dumps(prompts+rest))
-    return got[:6], '\n'.join(got[k][0] for k in range(len(got)) if k not in (1, 4)) # not the samples
+    return got[:6], '\n'.join(text for k, (text, _) in enumerate(got) if k not in (1, 4)) # not the samples
 
-# %% ../nbs/03_prompt.ipynb #c0de1722
+# %% ../nbs/03_prompt.ipynb #a4e65b83
 _control_form = re.compile(r'<[|｜].*[|｜]>', re.S)
-_marked = re.compile(r'<[^<>\s]+>|\[[^\[\]\s]*[A-Z]{2}[^\[\]\s]*\]')
+_marked = re.compile(r'<[^<>\s]+>|\[[^\[\]\s]{0,40}[A-Z]{2}[^\[\]\s]{0,40}\]')
 
 def control_tokens(
     tok,  # A fast tokenizer
@@ -94,10 +99,11 @@ def control_tokens(
     added, chat = tok.backend_tokenizer.get_added_tokens_decoder().values(), tok.chat_template
     written = '\n'.join([*(chat.values() if isinstance(chat, dict) else [chat]), _renderings(tok)[1]]) if chat else ''
     flagged = {t.content for t in added if t.special or t.lstrip or t.rstrip or _control_form.fullmatch(t.content)}
-    in_template = {t.content for t in added if t.content.strip(' \t\r\n▁') and not t.content.isalnum() and t.content in written}
-    return frozenset(flagged | in_template | set(tok.all_special_tokens) | set(_marked.findall(written)))
+    marks = {t.content for t in added if t.content.strip(' \t\r\n▁') and not t.content.isalnum()}
+    in_template = {t for t in marks if t in written}
+    return frozenset(flagged | in_template | {*tok.all_special_tokens, *_marked.findall(written)})
 
-# %% ../nbs/03_prompt.ipynb #b6250846
+# %% ../nbs/03_prompt.ipynb #10f73ad0
 def _renamed(model, new): # A tokenizer's model (JSON) in which some tokens have other names
     "The same numbers; a merge that would make a renamed token goes"
     vocab = model['vocab']
@@ -107,7 +113,8 @@ def _renamed(model, new): # A tokenizer's model (JSON) in which some tokens have
         model['vocab'] = [[new.get(t, t), least if t in byte else score] for t, score in vocab]
         return
     if not new.keys().isdisjoint(vocab) and model.get('merges'):
-        model['merges'] = [m for m in model['merges'] if not {*(pair := m if isinstance(m, list) else m.split(' ')), ''.join(pair)} & new.keys()]
+        pairs = [m if isinstance(m, list) else m.split(' ') for m in model['merges']]
+        model['merges'] = [[a, b] for a, b in pairs if new.keys().isdisjoint((a, b, a+b))]
     model['vocab'] = {new.get(t, t): i for t, i in vocab.items()}
     if model.get('unk_token') in new: model['unk_token'] = new[model['unk_token']]
 
@@ -120,7 +127,7 @@ def _inside(part): # A normalizer or pre-tokenizer (JSON) for the middle of a te
     if 'add_prefix_space' in part: part['add_prefix_space'] = False
     return part
 
-# %% ../nbs/03_prompt.ipynb #76f74d88
+# %% ../nbs/03_prompt.ipynb #13588b87
 @functools.lru_cache(8)
 def _plain(
     state:str,  # A tokenizer, as JSON
@@ -131,18 +138,21 @@ def _plain(
     d = json.loads(state)
     new = {t: f'\U0010ffff{hash_obj([t, sorted(control)], 40)}' for t in control}
     _renamed(d['model'], new)
-    d['added_tokens'] = [dict(t, content=new[t['content']], special=True) if t['content'] in new else t for t in d['added_tokens']]
-    d.update(normalizer=_inside(d['normalizer']), pre_tokenizer=_inside(d['pre_tokenizer']), post_processor=None, truncation=None, padding=None)
-    twin = Tokenizer.from_str(json.dumps(d))
+    for t in d['added_tokens']:
+        if t['content'] in new: t.update(content=new[t['content']], special=True)
+    d.update(normalizer=_inside(d['normalizer']), pre_tokenizer=_inside(d['pre_tokenizer']))
+    d.update(post_processor=None, truncation=None, padding=None)
+    try: twin = Tokenizer.from_str(json.dumps(d))
+    except Exception as e: raise Refusal(f'control tokens of this tokenizer cannot be made text ({e})') from e
     if sorted(twin.get_added_tokens_decoder()) != sorted(t['id'] for t in d['added_tokens']):
-        raise Refusal('the numbers of its added tokens leave gaps, and would move', fix='Save the tokenizer again with `save_pretrained`')
+        raise Refusal("the numbers of the added tokens leave gaps", fix='Save it again with `save_pretrained`')
     twin.encode_special_tokens = True
     return twin
 
 # %% ../nbs/03_prompt.ipynb #03456c3a
 def _unknown(tok): # the id of the unknown token where it is a turn's too, else -1
-    state = tok.unk_token
-    return tok.unk_token_id if state and state in (tok.bos_token, tok.eos_token) else -1
+    unk = tok.unk_token
+    return tok.unk_token_id if unk and unk in (tok.bos_token, tok.eos_token) else -1
 
 def encode_texts(
     tok,           # A fast tokenizer
@@ -150,12 +160,17 @@ def encode_texts(
     special=False, # Read special tokens as such, and texts as whole ones? Only for the kit's own template text
 ) -> list: # An int32 array a text
     "Token ids of many texts in one call; text that looks like a control token stays text"
-    back = tok.backend_tokenizer
-    if not special:
-        twin, drop = _plain(back.to_str(), control_tokens(tok)), _unknown(tok)
-        ids = [np.array(e.ids, np.int32) for e in twin.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return [i[i != drop] for i in ids] if drop >= 0 else ids
-    return [np.array(e.ids, np.int32) for e in _whole(tok, texts)]
+    def read():
+        if special: return _whole(tok, texts)
+        twin = _plain(tok.backend_tokenizer.to_str(), control_tokens(tok))
+        return twin.encode_batch_fast(list(texts), add_special_tokens=False)
+    try: ids = [np.array(e.ids, np.int32) for e in read()]
+    except (TypeError, Refusal): raise
+    except Exception as e:
+        raise Refusal(f'the tokenizer cannot read a text ({e})', getattr(tok, 'name_or_path', ''),
+                      fix='Give it a token for the unknown') from e
+    drop = -1 if special else _unknown(tok)
+    return [i[i != drop] for i in ids] if drop >= 0 else ids
 
 def _whole(tok, texts): # the tokenizer's own encodings
     back = tok.backend_tokenizer
@@ -170,17 +185,19 @@ ask = dict(preference='Which response is better, A or B? C if neither.', prefere
            choice='Choose the option that follows. What is not stated is false.')
 
 def _refused(tok, why):
-    return Refusal(f'the chat template of this tokenizer cannot be used: {why}', getattr(tok, 'name_or_path', '') or type(tok).__name__,
+    name = getattr(tok, 'name_or_path', '') or type(tok).__name__
+    return Refusal(f'the chat template of this tokenizer cannot be used: {why}', name,
                    fix='Mend its chat_template, or delete it: a base without one gets plain text')
 
 def _faults(prompt, sample): # what is wrong with a form of prompt, given how it and its sample were rendered
     text, error = prompt
     if error: return error
-    if [text.count(m) for m in (_ask_mark, _mark)] != [1, 1] or text.index(_ask_mark) > text.index(_mark): return 'it drops, repeats or changes what a turn says'
+    once = text.count(_ask_mark) == text.count(_mark) == 1
+    if not once or text.index(_ask_mark) > text.index(_mark): return 'it drops, repeats or changes what a turn says'
     return sample[1] or ('' if sample[0] == text.replace(_mark, _sample) else 'it changes what a turn says')
 
 def _chat(tok):
-    "The prompt by the chat template, with marks; and what the template puts between it and an answer, None where it does not say"
+    "The prompt with its marks, and what the template puts before an answer: None where it does not say"
     if isinstance(tok.chat_template, dict) and 'default' not in tok.chat_template:
         raise _refused(tok, f"it has templates named {', '.join(map(str, tok.chat_template))} and none named default")
     got = _renderings(tok)[0]
@@ -193,7 +210,7 @@ def _between(prompt, answered):
     got = answered[len(prompt):].split(_answer_mark)[0]
     return got if got in ('', ' ') else None
 
-# %% ../nbs/03_prompt.ipynb #133682c7
+# %% ../nbs/03_prompt.ipynb #0ae3112c
 def _rendered(tok, ask): # the chat around the row's mark
     if not tok.chat_template: return f'{tok.bos_token or ""}{ask}\n\n{_mark}\n\nAnswer:\n'
     return _chat(tok)[0].replace(_ask_mark, ask)
@@ -203,15 +220,17 @@ def _blank(tok, tail): # what stands between the tail of a prompt and the answer
     if got is not None: return got
     return '' if tail[-1:].isspace() or any(tail.endswith(t) for t in control_tokens(tok)) else ' '
 
-# %% ../nbs/03_prompt.ipynb #72083754
+# %% ../nbs/03_prompt.ipynb #df2c9aa0
 def _behind(tok, texts): # [(ids, where each token begins and ends)] of texts, as they are in the middle of a longer one
     for word in ('x', '0', ')', '字', '\n'):
-        got = [(np.array(e.ids, np.int32), np.array(e.offsets).reshape(-1, 2)-len(word)) for e in _whole(tok, [word+t for t in texts])]
+        got = [_placed(e, len(word)) for e in _whole(tok, [word+t for t in texts])]
         if all(((at[:, 0] >= 0) | (at[:, 1] <= 0)).all() for _, at in got):
             return [(ids[at[:, 1] > 0], at[at[:, 1] > 0]) for ids, at in got]
-    return [(np.array(e.ids, np.int32), np.array(e.offsets).reshape(-1, 2)) for e in _whole(tok, texts)]
+    return [_placed(e, 0) for e in _whole(tok, texts)]
 
-def _spelled(tok, tail, blank, names): # tokens of the tail, and one token for each letter after it; None if there are none
+def _placed(e, start): return np.array(e.ids, np.int32), np.array(e.offsets).reshape(-1, 2)-start
+
+def _spelled(tok, tail, blank, names): # tokens of the tail, and one for each letter after it; None if there are none
     got, cuts = _behind(tok, [tail+blank+c for c in names]), set()
     for (ids, at), c in zip(got, names):
         if not len(ids) or (tail+blank+c)[at[-1, 0]:].strip(' ') != c: return None
@@ -220,6 +239,9 @@ def _spelled(tok, tail, blank, names): # tokens of the tail, and one token for e
     if len(cuts) > 1 or len(set(letters)) < len(names) or tok.unk_token_id in letters: return None
     return np.array(cuts.pop(), np.int32), letters
 
+def _joins(tok): # does this tokenizer put a blank before a text, and join it to the word?
+    return not np.array_equal(encode_texts(tok, ['x'], special=True)[0], encode_texts(tok, ['x'])[0])
+
 def frame(
     tok,         # Tokenizer of the base
     ask:str,     # The instruction
@@ -227,18 +249,21 @@ def frame(
 ) -> tuple: # Token ids before the row, after it, and a function from letters to token ids
     "The tokens around every row, and the tokens of the answer letters at the place after them"
     head, tail = _rendered(tok, ask).split(_mark)
+    if _joins(tok): head = head.removesuffix(' ') # the blank goes over to the row's first field
     blank = _blank(tok, tail)
     def spelled(letters):
         for b in (blank, '' if blank else ' '):
             if got := _spelled(tok, tail, b, letters): return got
-        raise Refusal(f'the letters {letters} are not single tokens after the prompt', getattr(tok, 'name_or_path', ''), fix='Take the score route for this base')
+        raise Refusal(f'the letters {letters} are not single tokens after the prompt', getattr(tok, 'name_or_path', ''),
+                      fix='Take the score route for this base')
     before, after = encode_texts(tok, [head], special=True)[0], spelled(names)[0]
     def letters(names):
-        if not np.array_equal((got := spelled(names))[0], after): raise Refusal(f'the prompt ends in other tokens before the letters {names}')
-        return got[1]
+        end, ids = spelled(names)
+        if not np.array_equal(end, after): raise Refusal(f'the prompt ends in other tokens before the letters {names}')
+        return ids
     return before, after, letters
 
-def _others(tok, ask, after, names, letters): # the other spelling of the letters, with a blank or without; [] where it is no single token
+def _others(tok, ask, after, names, letters): # the letters' other spelling, by the blank; [] if there is none
     tail = _rendered(tok, ask).split(_mark)[1]
     spelled = [_spelled(tok, tail, blank, names) for blank in ('', ' ')]
     return next((ids for end, ids in filter(None, spelled) if ids != letters and np.array_equal(end, after)), [])
@@ -356,14 +381,12 @@ def _add(prompt, i, parts, views, flat, lines): # Append row `i` to the tokens a
         flat.frombytes(ids.astype(np.int32, copy=False).tobytes())
         lines.extend((i, v, len(ids), full-len(ids)))
 
-# %% ../nbs/03_prompt.ipynb #9f222e15
-def _labelled(tok, task): # for every number of fields: what of each label goes over to its field, '' or ' '; and the tokens of the rest
-    (whole,), (inside, spaced) = encode_texts(tok, ['x'], special=True), encode_texts(tok, ['x', ' x'])
-    joins, first = not np.array_equal(whole, inside), '' # does this tokenizer put a blank before a text?
-    if joins:
-        head = _rendered(tok, ask[task]).split(_mark)[0]
-        before, row = encode_texts(tok, [head, head+'x'], special=True)
-        if np.array_equal(row, [*before, *spaced]): first = ' '
+# %% ../nbs/03_prompt.ipynb #f5e90af2
+def _labelled(tok, task): # by number of fields: what of each label goes over to its field; and the tokens of the rest
+    head, joins = _rendered(tok, ask[task]).split(_mark)[0], _joins(tok)
+    before, whole = encode_texts(tok, [head.removesuffix(' '), head+'x'], special=True)
+    spaced, = encode_texts(tok, [' x'])
+    first = ' ' if joins and (head.endswith(' ') or np.array_equal(whole, [*before, *spaced])) else ''
     texts = {n: labels(n, task) for n in range(2, 10)}
     blanks = {n: [first, *(' ' if joins and t.endswith(' ') else '' for t in ts[1:])] for n, ts in texts.items()}
     ids = iter(encode_texts(tok, [t.removesuffix(b) for n, ts in texts.items() for b, t in zip(blanks[n], ts)]))
@@ -371,13 +394,14 @@ def _labelled(tok, task): # for every number of fields: what of each label goes 
 
 # %% ../nbs/03_prompt.ipynb #2ad520c6
 class Prompt:
-    "Build a task's prompts for one tokenizer: `encode(rows)`; `.letters` are the answer tokens, `.others` those of the other spelling, `.hash` identifies all of it"
+    "Build a task's prompts: `encode(rows)`; `.letters` are the answer tokens, `.hash` identifies all of it"
     def __init__(self,
         tok,                      # A fast tokenizer
         task:str,                 # `preference`, `preference2`, `choice` or your own
         max_len:int=2048,         # Tokens a prompt may have, the frame included
         truncation:str='middle',  # `middle`, `right` or `left`
     ):
+        if not getattr(tok, 'is_fast', False): raise Refusal('prompts need a fast tokenizer', fix='Give it a tokenizer.json')
         if truncation not in ('middle', 'right', 'left'): raise Refusal(f'no truncation named {truncation!r}', fix='Take middle, right or left')
         if task not in ask: raise Refusal(f'no instruction for the task {task!r}', fix='Put one into `competition_kit.prompt.ask`')
         self.tok, self.task, self.max_len, self.truncation = tok, task, max_len, truncation
@@ -413,7 +437,7 @@ def _probe(task, max_len):
     if not tasks[task].pair: return pd.DataFrame(dict(id=list('abc'), problem=['P', long, odd], question=['Q?', 'Q?', odd], options=[['x', 'y'], ['x', 'y', long], [odd]]))
     return pd.DataFrame(dict(id=list('abc'), prompt=[['P', 'Q'], [long], [odd]], response_a=[['x', ''], [long], [odd]], response_b=[['y'], ['z'], ['']]))
 
-# %% ../nbs/03_prompt.ipynb #1077cdca
+# %% ../nbs/03_prompt.ipynb #1f03a030
 def whole_share(
     prompt, # A `Prompt`
     rows,   # Rows of its task
@@ -422,7 +446,7 @@ def whole_share(
     tok, enc, texts = prompt.tok, prompt.encode(rows, 1), fields(rows, prompt.task)
     head, tail = _rendered(tok, ask[prompt.task]).split(_mark)
     bodies = [''.join(l+t for l, t in zip(labels(len(r), prompt.task), r)) for r in texts]
-    whole = encode_texts(tok, [head+b+tail for b in bodies], special=True)
+    whole = encode_texts(tok, [head+b+tail.rstrip(' ') for b in bodies], special=True)
     pairs = [(list(ids), list(w)) for ids, w, cut in zip(enc.ids, whole, enc.cut) if not cut]
     n = max(1, len(pairs))
     return dict(rows=len(pairs), same_text=sum(tok.decode(a) == tok.decode(b) for a, b in pairs)/n, same_tokens=sum(a == b for a, b in pairs)/n)
