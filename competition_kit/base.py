@@ -91,13 +91,31 @@ def earlier_run(
     return names[0] if names else ''
 
 # %% ../nbs/02b_base.ipynb #59d20e23
-def load_tokenizer(base:str='smollm2'): # A fast tokenizer
-    "The tokenizer of a base"
+def _damaged(folder): # the first of a tokenizer's files that is no JSON; tokenizer.json if all are
+    import json
+    for name in ('config.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'):
+        try: json.loads((folder/name).read_bytes())
+        except FileNotFoundError: pass
+        except (OSError, ValueError, RecursionError): return folder/name
+    return folder/'tokenizer.json'
+
+def _tokenizer(base):
     from transformers import AutoTokenizer
-    try: tok = AutoTokenizer.from_pretrained(base_path(base))
-    except (OSError, ValueError) as e:
-        raise Refusal(f'no tokenizer could be loaded for the base {base!r} ({str(e).splitlines()[0]})', fix='Check the name, or give a local folder') from e
+    path = base_path(base)
+    try: return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except BaseException as e: # a panic of Rust is no Exception
+        if not isinstance(e, Exception) and type(e).__name__ != 'PanicException': raise
+        why = (str(e).splitlines() or [''])[0][:200]
+        raise Refusal(f'no tokenizer could be loaded for the base {base!r} ({type(e).__name__}: {why})',
+                      _damaged(Path(path)) if Path(path).is_dir() else None, fix='Check the name, or give a local folder') from e
+
+def load_tokenizer(base:str='smollm2'): # A fast tokenizer
+    "The tokenizer of a base; a damaged one is refused by its file"
+    tok = _tokenizer(base)
     if not tok.is_fast: raise Refusal(f'the base {base!r} has no fast tokenizer')
+    try: knows = tok('A').input_ids
+    except Exception: knows = []
+    if not knows: raise Refusal(f'the tokenizer of the base {base!r} makes no tokens of a text', Path(base_path(base))/'tokenizer.json', fix='Fetch it again')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 

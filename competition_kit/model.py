@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['common', 'collate', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'continue_from', 'option_mask',
-           'pack_loss', 'view_probs', 'predict']
+           'pack_loss', 'view_probs', 'predict', 'letter_mass']
 
 # %% ../nbs/03a_model.ipynb #70daee95
 from .adapter import check_adapter
@@ -423,3 +423,18 @@ def predict(
     p = view_probs(judge, enc, n, budget, progress)
     v = [p[enc.view == k] for k in range(views)]
     return v[0] if views == 1 else (v[0]+swap_probs(v[1], n, task))/2
+
+# %% ../nbs/03a_model.ipynb #68d5a598
+@torch.no_grad()
+def letter_mass(
+    judge,   # A `Judge` of the answer route
+    prompt,  # Its `Prompt`
+    rows,    # A few rows of the task; the whole vocabulary is computed for each
+) -> dict: # `letters`: the mean probability of all letters together; `others`: of their other spelling, with a blank or without
+    "What part of its probability the model gives to the answer's letters"
+    own = judge.letters
+    if own is None: raise Refusal('a score head has no letters')
+    judge.letters = slice(None)
+    try: p = torch.cat([judge(**collate([ids], judge.device)).softmax(-1).cpu() for ids in prompt.encode(rows, 1).ids])
+    finally: judge.letters = own
+    return {name: float(p[:, ids].sum(1).mean()) for name, ids in (('letters', prompt.letters), ('others', prompt.others))}

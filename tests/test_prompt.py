@@ -3,12 +3,12 @@ import itertools, json, os, subprocess, sys, time
 from functools import lru_cache
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from competition_kit import prompt as P
 from competition_kit.core import Refusal, damage, root_at
-from competition_kit.prompt import (Prompt, Tokens, ask, cut, encode_cached, encode_texts, fields, frame, labels, length_report, load_encoded, pack, pick_rows,
-                                    plan_steps, save_encoded, shares, swapped, tokenizer_hash)
+from competition_kit.prompt import (Prompt, Tokens, ask, control_tokens, cut, encode_cached, encode_texts, fields, frame, labels, length_report, load_encoded, pack, pick_rows,
+                                    plan_steps, save_encoded, shares, swapped, tokenizer_hash, whole_share)
 from competition_kit.split import tasks
 
 # ---- tokenizers, trained here on a few lines
@@ -103,7 +103,7 @@ def test_answer_position(kind, template, tok):
             for ids in e.ids:
                 assert ends_whole(pr, ids) and ids.dtype == np.int32
                 for i, c in zip(pr.letters, names):  # what follows the prompt is exactly the letter's token
-                    assert any(list(encode_texts(t, [tail+s+c], special=True)[0]) == [*pr.after, i] for s in ('', ' '))
+                    assert any(list(encode_texts(t, ['x'+tail+s+c], special=True)[0][-len(pr.after)-1:]) == [*pr.after, i] for s in ('', ' '))
             if template in ('refuses', 'folds', 'drops') or template == 'none' and t.bos_token:
                 assert pr.before[0] == t.bos_token_id and all((ids == t.bos_token_id).sum() == (pr.before == t.bos_token_id).sum()+(pr.after == t.bos_token_id).sum() for ids in e.ids)
             if t.bos_token_id not in encode_texts(t, [text], special=True)[0]: assert t.bos_token_id not in e.ids[0]
@@ -265,6 +265,139 @@ def test_state_is_put_back(tok):
     tok(['a', 'b b b'], padding=True, truncation=True, max_length=2)  # somebody else pads and cuts
     ids = encode_texts(tok, ['a', 'b '*50])
     assert len(ids[0]) == 1 and len(ids[1]) > 40
+
+# ---- control tokens
+ROLES = "{% for m in messages %}<turn>{{ '[SYS]' if m['role'] == 'system' else '<|'+m['role']+'|>' }}{{ m['content'] }}</s>{% endfor %}<|im_start|>assistant\n"
+OF_ROLES = ['<|user|>', '<|tool|>', '<turn>', '[SYS]']
+
+def odd_backend(kind):
+    if kind == 'words':  # what stands between blanks is a token: marks too
+        t = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *'ABCxy?.', 'user', 'assistant', 'Which', '[SYS]'])}, unk_token='<unk>'))
+        t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return t
+    t = Tokenizer.from_str(backend(kind.removesuffix('-lower')))
+    if kind.endswith('-lower'): t.normalizer = normalizers.Sequence([n for n in (t.normalizer, normalizers.Lowercase(), normalizers.Strip()) if n])
+    return t
+
+@pytest.mark.parametrize('kind', ['words', *KINDS, *(k+'-lower' for k in KINDS)])
+def test_no_text_becomes_a_control_token(kind):
+    for flags in ({}, *({flag: True} for flag in ('special', 'lstrip', 'rstrip', 'single_word', 'normalized'))):
+        t = PreTrainedTokenizerFast(tokenizer_object=odd_backend(kind), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=ROLES)
+        t.add_tokens([AddedToken(r, **flags) for r in OF_ROLES])
+        control, vocab = control_tokens(t), t.get_vocab()
+        assert control >= {*OF_ROLES, '<s>', '</s>', '<|im_start|>'}
+        never = {vocab[c] for c in control if c in vocab}-{t.unk_token_id}
+        texts = [x for c in sorted(control) for x in (c, c.upper(), f'a{c}b', f' {c} ', c+c, f'x {c} y', f'\u00a0{c}')]
+        for text, ids in zip(texts, encode_texts(t, texts)):
+            assert not never & set(ids.tolist()), (text, t.convert_ids_to_tokens(ids))
+            if kind in ('bytelevel', 'gemma'): assert t.decode(ids) == text
+
+def test_tokens_keep_their_numbers(tok):
+    "The control tokens stand between tokens that are none: those keep their ids"
+    import copy
+    t = copy.deepcopy(tok); t.add_tokens(['<a>', '<b>', '<c>', 'longword'])
+    t.chat_template = CHATML+'{# <b> #}'
+    ids = {w: encode_texts(t, [w])[0].tolist() for w in ('<a>', '<b>', '<c>', 'longword')}
+    assert [ids[w] for w in ('<a>', '<c>', 'longword')] == [[t.convert_tokens_to_ids(w)] for w in ('<a>', '<c>', 'longword')] and len(ids['<b>']) > 1
+
+def test_named_templates_and_composed_roles(tok):
+    import copy
+    t = copy.deepcopy(tok); t.add_tokens(['<|user|>', '<|assistant|>', '<call>', '<lone>'])
+    t.chat_template = dict(default="{% for m in messages %}{{ '<|'+m['role']+'|>' + m['content'] }}{% endfor %}{{ '<|'+'assistant'+'|>' }}", tool_use="{{ '<'+'call>' }}")
+    assert {'<|user|>', '<|assistant|>', '<call>'} <= control_tokens(t) and '<lone>' not in control_tokens(t)
+    assert Prompt(t, 'preference', 256).after.tolist() == [t.convert_tokens_to_ids('<|assistant|>')]
+    t.chat_template = dict(rag=CHATML)
+    with pytest.raises(Refusal, match='none named default'): Prompt(t, 'preference', 256)
+
+def test_unknown_characters_are_no_turn():
+    "Where the unknown token ends a turn too, unknown characters are left out"
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['</s>', 'A', 'B', 'C', 'x'])}, unk_token='</s>')); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='</s>', eos_token='</s>')
+    assert encode_texts(h, ['x </s> ?? A'])[0].tolist() == [4, 1]
+
+def test_bytes_of_unigram_are_no_text():
+    t = Tokenizer(models.Unigram([('<unk>', 0.), *((f'<0x{i:02X}>', -1.) for i in range(256)), *((c, -9.) for c in '<>0xA▁b')], 0, True))
+    t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>')
+    assert [h.decode(i) for i in encode_texts(h, ['<0x0A>b', '\n'])] == ['<0x0A>b', '\n']
+
+# ---- SentencePiece, and prompts as whole texts
+ZEPHYR = "{% for m in messages %}{{ '<|'+m['role']+'|>\n'+m['content']+eos_token+'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+INST = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% elif m['role'] == 'user' %}{{ bos_token+'[INST] '+m['content'].strip()+' [/INST]' }}"
+        "{% else %}{{ ' '+m['content']+' '+eos_token }}{% endif %}{% endfor %}")
+VICUNA = ("{% for m in messages %}{{ m['content']+' ' if m['role'] == 'system' else 'USER: '+m['content']+' ' if m['role'] == 'user' else 'ASSISTANT: '+m['content']+eos_token }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ 'ASSISTANT:BLANK' }}{% endif %}")
+CHATS = dict(zephyr=ZEPHYR, inst=INST, vicuna=VICUNA.replace('BLANK', ''), blank=VICUNA.replace('BLANK', ' '), direct="{% for m in messages %}{{ '<s>'+m['content'] }}{% endfor %}</s>", chatml=CHATML, none=None)
+
+@pytest.mark.parametrize('chat', CHATS)
+@pytest.mark.parametrize('kind', ['prepend', 'first', 'always', 'never', 'unigram', 'bytelevel'])
+def test_tokens_of_the_whole_text(kind, chat):
+    d = json.loads(backend(kind if kind in KINDS else 'llama2'))
+    if kind in ('first', 'always', 'never'): d.update(normalizer=None, pre_tokenizer=dict(type='Metaspace', replacement='▁', prepend_scheme=kind, split=False))
+    t = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(d)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATS[chat])
+    pr, rows = Prompt(t, 'preference', 400), pair((['alpha river'], ['beta stone.'], ['gamma lamps']), (['one?', 'two'], ['A. x\nB. y'], ['the quick  fox']))
+    share = whole_share(pr, rows)
+    assert share['rows'] == 2 and share['same_text'] == 1
+    if kind not in ('never', 'bytelevel'): assert share['same_tokens'] == 1
+    spelled = t.convert_ids_to_tokens(pr.letters)[0]
+    if chat in ('inst', 'vicuna', 'blank'): assert spelled in ('▁A', 'ĠA')
+    if chat in ('zephyr', 'chatml', 'none'): assert spelled == 'A' and t.convert_ids_to_tokens(pr.others)[0] in ('▁A', 'ĠA')
+
+def test_a_text_is_the_middle_of_one():
+    t = made('llama2')
+    assert t.convert_ids_to_tokens(encode_texts(t, ['fox'])[0])[0] != '▁' and t.decode(encode_texts(t, ['  fox '])[0]) in ('  fox ', ' fox ')  # its decoder takes a blank off
+    assert t.convert_ids_to_tokens(encode_texts(t, ['fox'], special=True)[0])[0].startswith('▁')
+
+# ---- the borders between texts
+@pytest.mark.parametrize('kind', [k for k in KINDS if k != 'wordpiece'])  # which reads line breaks as blanks
+def test_a_response_cannot_pose_as_two(kind):
+    any_tok = made(kind)
+    pr, ids = Prompt(any_tok, 'preference', 2000), lambda pr, e: pr.encode(e, 1).ids[0].tolist()
+    f = lambda a, b, q='q': ids(pr, pair(([q], [a], [b])))
+    assert f('x\n[B] y', 'z') != f('x', 'y\n[B] z') and f('x', 'y', 'q\n[A] w') != f('w\n[A] x', 'y')
+    texts = fields(pair((['[A] q\n[B] '], ['x\r\n[B] y\nA. ok'], ['[B] z\n[C] w'])), 'preference')[0]
+    assert texts == [' [A] q\n [B] ', 'x\r\n [B] y\nA. ok', '[B] z\n[C] w']
+    ch = Prompt(any_tok, 'choice', 2000)
+    g = lambda *o: ids(ch, choice(('p', 'q', list(o))))
+    assert g('x\nB. y', 'z') != g('x', 'y\nB. z') and g('x\nB. y') != g('x', 'y')
+    assert fields(choice(('A. p', 'B. q', ['C. x', '\nD. x', '[A] x'])), 'choice')[0] == [' A. p', ' B. q', 'C. x', '\n D. x', '[A] x']
+
+# ---- templates that cannot be used
+BAD = dict(loop="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", long="{% for a in range(99999) %}{{ messages }}{% endfor %}", range="{% for i in range(10**9) %}{% endfor %}",
+           memory="{{ 'a'*4000000000 }}", doubled="{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}", power="{{ 9**9**9**9 }}",
+           endless="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", unsafe="{{ ''.__class__.__mro__[1].__subclasses__() }}", system="{{ cycler.__init__.__globals__.os.system('false') }}", syntax='{% for %}', plain='hello',
+           twice=CHATML+"{{ messages[-1]['content'] }}", lower=CHATML.replace("m['content']", "m['content'] | lower"), upper=CHATML.replace("m['content']", "m['content'] | upper"),
+           html=CHATML.replace("m['content']", "m['content'] | e"), parts=CHATML.replace("m['content']", "m['content'][0]['text']"), name=CHATML.replace("m['role']", "'' + m['name']"),
+           tools="{{ tools[0]['function'] }}", date="{{ now() }}", first_words=CHATML.replace("m['content']", "m['content'][:9]"))
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_templates(name, tok):
+    import copy
+    t = copy.deepcopy(tok); t.chat_template, start = BAD[name], time.time()
+    with pytest.raises(Refusal, match='chat template of this tokenizer') as e: Prompt(t, 'preference', 256)
+    assert t.name_or_path in str(e.value) and time.time()-start < 30
+
+def test_templates_are_rendered_as_by_transformers(tok):
+    chats = [[dict(role='user', content='x')], [dict(role=r, content=r+' <b> é') for r in 'system user assistant'.split()]]
+    for name, source in dict(TEMPLATES, zephyr=ZEPHYR, own=tok.chat_template, generation="{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
+                             json="{% for m in messages %}{{ m | tojson }}{% if loop.first %}{% continue %}{% endif %}\n  {% break %}{% endfor %}").items():
+        if source is None: continue
+        t = made('bytelevel', source)
+        for chat in chats:
+            got, fault = P._render(json.dumps([dict(t.special_tokens_map, template=source, messages=chat, add_generation_prompt=True, tools=None)]))[0]
+            try: want = t.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            except Exception: assert fault, name
+            else: assert got == want and not fault, name
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_tokenizer_that_names_no_special_token(kind):
+    t = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend(kind)))
+    pr = Prompt(t, 'preference', 300)
+    assert all(ends_whole(pr, i) for i in pr.encode(rows_of('preference')).ids)
+
+def test_a_tokenizer_that_cannot_read():
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate('ABC')})); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(Refusal): Prompt(PreTrainedTokenizerFast(tokenizer_object=t), 'preference', 256)
 
 # ---- swapping
 @settings(max_examples=60)
