@@ -56,16 +56,17 @@ def _git():
     except (OSError, subprocess.TimeoutExpired): return None
     return p.stdout.strip() or None if p.returncode == 0 else None
 
-# %% ../nbs/01_log.ipynb #a59ab93b
+# %% ../nbs/01_log.ipynb #93321e76
 def module_hashes() -> dict: # Module of the kit → 10 hex digits, for those that are loaded
     "Hashes of the code that a run works with"
     loaded = {n.partition('.')[2]: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if n.startswith('competition_kit.')}
     return {n: sha256(f)[:10] for n, f in sorted(loaded.items()) if f and os.path.isfile(f)}
 
-# %% ../nbs/01_log.ipynb #4cdcf85d
+# %% ../nbs/01_log.ipynb #92ef2fe0
 def write_record(file, record:dict):
     "Write a record with a seal over its content"
-    record = {k: v for k, v in json.loads(to_json(record)).items() if k != 'seal'}
+    text = to_json({k: v for k, v in record.items() if k != 'seal'})
+    record = json.loads(text.encode('utf-8', 'replace'))  # as it will be read
     write_json(file, dict(record, seal=hash_obj(record, 32)))
 
 def read_record(file) -> dict: # Without its seal
