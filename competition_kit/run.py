@@ -12,7 +12,8 @@ from pathlib import Path
 from uuid import uuid4
 
 # %% ../nbs/01a_run.ipynb #e27776df
-from .core import Refusal, models_path, now, project_root, read_json, write_json
+from .core import Refusal, models_path, now, project_root, read_json
+from .log import read_record, write_record
 
 # %% ../nbs/01a_run.ipynb #1a926957
 def find_notebook(
@@ -327,14 +328,14 @@ def _execute(path, out, params, env, private): # The kernel's process id, and No
 def _ours(id, pid): # Did the kernel with this process id work on the run? It is gone, so a lock that is held is someone else's
     from filelock import FileLock, Timeout
     file = models_path(id, 'record.json')
-    if not file.exists() or (rec := read_json(file)).get('pid') != pid or rec.get('host') != platform.node(): return False
+    if not file.exists() or (rec := read_record(file)).get('pid') != pid or rec.get('host') != platform.node(): return False
     try:
         with FileLock(file.with_name('.lock'), timeout=0): return True
     except Timeout: return False
 
 def _close(id, error): # Close the record that a killed kernel left open
-    rec = read_json(file := models_path(id, 'record.json'))
-    if rec['status'] == 'running': write_json(file, dict(rec, status='failed', error=error or 'the notebook ended within the run', ended=now()))
+    rec = read_record(file := models_path(id, 'record.json'))
+    if rec['status'] == 'running': write_record(file, dict(rec, status='failed', error=error or 'the notebook ended within the run', ended=now()))
 
 def _code(err): # The exit code for how it went
     if not err: return 0

@@ -16,7 +16,7 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:  # one of sev
 from .base import base_hash, base_name, earlier_run, load_tokenizer, pick_dtype
 from .core import Refusal, hash_obj, models_path, read_json, seal, write_json
 from .fit import Steps, fit
-from .log import find_run, start_run
+from .log import check_outputs, find_run, start_run
 from .model import add_lora, common, continue_from, load_judge, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
@@ -96,6 +96,8 @@ def save_judge(
     state = gathered({k: v.detach() for k, v in judge.model.named_parameters() if full or v.requires_grad}) if is_sharded(judge) else None
     if rank(): return
     out = folder/('model' if full else 'adapter')
+    shutil.rmtree(out, ignore_errors=True)  # a process that was killed while it wrote leaves half a file
+    for c in getattr(judge.model, 'peft_config', {}).values(): c.target_modules = sorted(c.target_modules)  # a set has another order in each process
     judge.model.save_pretrained(out, **(dict(state_dict=state) if state else {}))
     if full: tok.save_pretrained(out)
     seal(out)
@@ -178,6 +180,7 @@ def _started(p, rows): # What a run that goes on from another has as its input; 
     rec, held = find_run(run), fold_rows(rows, p['fold'])[1]
     method, run = rec['params'].get('method', 'lora'), rec['run_id']
     if rec['status'] != 'done': raise Refusal(f"{run} is {rec['status']}: there is nothing to go on from")
+    check_outputs(rec)
     if p['start'] and method != p['method']:
         raise Refusal(f'{run} was trained with method={method}', fix='Go on with the same method; or give the weights of a full run, models/<run>/model, as the base')
     if p['start'] and rec['inputs']['base'] != base_hash(p['base']):
@@ -258,7 +261,7 @@ def train_fold(
     if not len(train): raise Refusal(f'fold {fold} is all of {mix}: no row is left to learn from', fix='Take more rows')
     if (held.label < 0).any(): raise Refusal(f'rows of fold {fold} have no label, and held-out rows are scored', ids=held.id[held.label < 0].tolist(), fix='Mix them into a table with labels')
     prompt = Prompt(load_tokenizer(base), rows.attrs['meta']['task'], max_len, truncation)
-    inputs = dict(table_hashes(mix), base=base_hash(base), **_started(params, rows))
+    inputs = dict(table_hashes(mix), base=base_hash(base), **{'prompt.hash': prompt.hash}, **_started(params, rows))
     with start_run('train', params, inputs, fold, '04_train.ipynb') as run:
         if not run.done: _train(run, params, prompt, rows)
     return run

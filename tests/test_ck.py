@@ -3,7 +3,7 @@ import json, os, re, shlex, subprocess, sys, time
 import nbformat, pytest
 from competition_kit.ck import _ancestors, _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main, uncommitted
 from competition_kit.core import Refusal, root_at
-from competition_kit.log import start_run, sync_log
+from competition_kit.log import find_run, start_run, sync_log, write_record
 
 HEAVY = {'torch', 'transformers', 'pandas', 'numpy', 'papermill', 'openpyxl', 'nbformat', 'jupyter_client', 'pyarrow'}
 
@@ -153,10 +153,9 @@ def test_uncommitted_defaults_are_named(project, capsys):
 
 def test_repro_says_what_changed(project, capsys):
     with start_run('demo', dict(lr=1e-4, gone=3), {}, fold=0, notebook='90_demo.ipynb') as run: run.finish({})
-    f = project/'models'/run.id/'record.json'
-    rec = json.loads(f.read_text())
+    rec = find_run(run.id)
     rec['versions']['torch'], rec['code_hash'] = '1.0', 'beef'
-    f.write_text(json.dumps(rec))
+    write_record(project/'models'/run.id/'record.json', rec)
     assert log_repro(run.id) == 0
     said = capsys.readouterr().out
     assert 'not a parameter of the notebook today: gone = 3' in said and 'torch: 1.0 then' in said and 'code of the notebook: beef then' in said

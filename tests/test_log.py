@@ -90,7 +90,63 @@ def test_done_returns_at_once(root, capsys):
     with start_run('train', dict(fold=3), {}, 3) as r: assert r.done
     assert {p: p.read_bytes() for p in root.rglob('*') if p.is_file()} == before
     with pytest.raises(Refusal, match='finished'): r.finish({})
-    assert find_run(id)['metrics'] == dict(log_loss=.9, accuracy=.5) and capsys.readouterr().out == ''
+    assert find_run(id)['metrics'] == dict(log_loss=.9, accuracy=.5)
+    said = capsys.readouterr().out
+    assert said.startswith(f'{id} is done already, nothing was run (it took 0.0 minutes, until 20')
+    assert 'changed since' not in said
+
+def test_a_done_run_is_checked_and_can_be_repeated(root, monkeypatch, capsys):
+    def work():
+        with start_run('train', dict(fold=3), {}, 3) as r:
+            if not r.done:
+                (r.folder/'w').write_bytes(b'weights')
+                r.finish(dict(log_loss=.5), ['w'])
+        return r
+    r = work()
+    (r.folder/'w').write_bytes(b'weighty')
+    with pytest.raises(Refusal, match='w is not the file that the run wrote.*--again'): work()
+    (r.folder/'w').unlink()
+    with pytest.raises(Refusal, match='w is missing'): work()
+    monkeypatch.setenv('CK_AGAIN', '1')
+    assert work().done
+    assert (r.folder/'w').read_bytes() == b'weights'
+    assert len(list((root/'models/.old').glob(f'{r.id}-*'))) == 1
+    assert [o['run_id'] for o in records()] == [r.id]
+
+@pytest.mark.parametrize('old, new', [('"log_loss": 0.9', '"log_loss": 0.1'), ('"fold": 3', '"fold": 1'), ('"status": "done"', '"status": "dond"'),
+                                      ('"seal": "', '"seal": "0'), ('"device"', '"devise"')])
+def test_a_changed_record_is_refused(root, old, new):
+    id = run(3)
+    f = root/'models'/id/'record.json'
+    assert old in f.read_text()
+    f.write_text(f.read_text().replace(old, new))
+    with pytest.raises(Refusal, match='not as its run wrote it'): find_run(id)
+    with pytest.raises(Refusal, match='not as its run wrote it'): run(3)
+    with pytest.warns(UserWarning, match='not as its run wrote it'): assert records() == []
+
+def test_a_record_in_another_folder_is_refused(root):
+    id = run(3)
+    shutil.copytree(root/'models'/id, root/'models'/f'{id[:-1]}x')
+    with pytest.raises(Refusal, match='of that name'): find_run(f'{id[:-1]}x')
+
+def test_changed_modules_are_named(root, monkeypatch, capsys):
+    run(3)
+    capsys.readouterr()
+    now = log.module_hashes()
+    monkeypatch.setattr(log, 'module_hashes', lambda: now | dict(core='0'*10))
+    run(3)
+    assert 'changed since: core; `ck run --again` repeats it' in capsys.readouterr().out
+
+def test_what_killed_processes_left_is_swept(root):
+    old, new, own = root/'models/.people.json.ab12cd34.tmp', root/'models/.x.zz12cd34.tmp', root/'data/.git'
+    for p in (root/'data/.sample_arena.ab12_d34', own, root/'models/.tokens/.tmpx'): p.mkdir(parents=True)
+    for p in (old, new): p.write_text('')
+    for p in (root/'data/.sample_arena.ab12_d34', own, root/'models/.tokens/.tmpx', old): os.utime(p, (0, 0))
+    run(3)
+    assert new.exists() and own.exists()
+    assert not old.exists()
+    assert not (root/'data/.sample_arena.ab12_d34').exists()
+    assert not (root/'models/.tokens/.tmpx').exists()
 
 def test_endings(root, monkeypatch):
     monkeypatch.setenv('CK_RUN_FILE', str(root/'made'))
