@@ -13,7 +13,7 @@ import math
 # %% ../nbs/02d_adapter.ipynb #3d9874a6
 _described = {'peft_type', 'task_type', 'peft_version', 'base_model_name_or_path', 'revision', 'inference_mode', 'auto_mapping',
               'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'target_modules', 'runtime_config'}
-_plain = dict(bias=['none'], modules_to_save=[['score']], init_lora_weights=[True, 'gaussian', 'orthogonal'],
+_plain = dict(bias=['none'], init_lora_weights=[True, 'gaussian', 'orthogonal'],
               megatron_core=['megatron.core'], qalora_group_size=[16])
 
 def _check_config(c, where):
@@ -21,6 +21,7 @@ def _check_config(c, where):
     if not isinstance(c, dict): no('no fields')
     if c.get('peft_type') != 'LORA': no(f"peft_type={c.get('peft_type')!r}")
     for k, v in c.items():
+        if k == 'modules_to_save' and isinstance(v, list) and set(v) <= {'score', 'classifier'}: continue  # peft's names for a head
         if k not in _described and v and v not in _plain.get(k, []): no(f'{k}={v!r}')
     for k in ('r', 'lora_alpha'):
         v = c.get(k)
