@@ -29,13 +29,13 @@ def write_probs(
     p,             # `[rows, options]`, un-swapped
     task:str,      # Name of the task
     views:int=1,   # Orderings averaged
-    seen=False,    # Was the row in the training data? One bool, or one a row
+    seen=None,     # Was the row in the training data? One bool, or one a row; None: nobody knows, and it is never scored as out-of-fold
     **meta,        # Such as the run id and the tokenizer's hash
 ):
     "Write a probability table that describes itself; anything that is not a probability is refused"
     n = n_options(rows, tasks[task])
     p, ids = _checked(p, n, rows.id, path), list(rows.id)
-    df = pd.DataFrame(dict(id=ids, p=[o[:k] for o, k in zip(p, n)], views=np.int32(views), seen=np.broadcast_to(seen, len(ids))))
+    df = pd.DataFrame(dict(id=ids, p=[o[:k] for o, k in zip(p, n)], views=np.int32(views), seen=pd.array(np.broadcast_to(seen, len(ids)), dtype='boolean')))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), **meta)
 
 def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options and the run

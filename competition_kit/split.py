@@ -10,7 +10,7 @@ __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_lab
            'plot_split', 'group_rows', 'group_text']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
-import csv, gzip, hashlib, inspect, io, json, os, re, shutil, tempfile, unicodedata, zipfile, zlib
+import csv, gzip, inspect, io, json, os, re, shutil, tempfile, zipfile, zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -207,7 +207,7 @@ def _train(run, p, prompt, rows):
     if not np.isfinite(got).all():
         raise Refusal('the trained model says nothing: its probabilities are no numbers', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
-    write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], run=run.id, **ids)
+    write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], seen=False, run=run.id, **ids)
     speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
     no_baseline = {}
     metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task, no_baseline), **out)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .base import base_hash, earlier_run, load_tokenizer
-from .core import Refusal, atomic, content_hash, damage, data_path, hash_obj, models_path, project_root, sha256, write_table
-from .log import find_run, people, records
+from .core import Refusal, atomic, content_hash, damage_cached, data_path, hash_obj, models_path, project_root, sha256, write_table
+from .log import check_outputs, find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
 from .prompt import Prompt, tokenizer_hash
 from .split import (check_texts, load_rows, make_raw, n_options, parse_mix, read_csv, read_meta, read_utf8, refuse, sample_files, samples,
@@ -183,7 +183,7 @@ def _check_ids(got, want, path, sample):
     if more := list(dict.fromkeys(got).keys()-want): raise Refusal(f'rows that {Path(sample).name} does not have', path, sorted(more))
     refuse([g != w for g, w in zip(got, want)], f'rows that stand elsewhere in {Path(sample).name}', path, got, "Keep the sample's order")
 
-_number = re.compile(r'\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*')
+_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII)  # no digits of other scripts, no other blanks
 
 def _check_p(got, path):
     ids, cols = got['id'], [c for c in got if c != 'id']
@@ -390,9 +390,10 @@ def oof_probs(
     "The voters' probabilities of rows that they were not trained on"
     found = {}
     for voter, runs in ballot.groupby('voter', sort=False).run:
-        tables = [read_probs(_probs_file(r)) for r in runs]
-        meta, t = tables[0].attrs['meta'], pd.concat([t[~t.seen.to_numpy(bool)] for t in tables], ignore_index=True)
-        t = t[t.id.isin(set(rows.id))]
+        tables = [t[t.id.isin(set(rows.id))] for t in map(read_probs, map(_probs_file, runs))]
+        if unknown := sum(int(t.seen.isna().sum()) for t in tables):
+            print(f'{unknown} rows of {voter} do not say whether the model has seen them in training: they are not scored')
+        meta, t = tables[0].attrs['meta'], pd.concat([t[t.seen.eq(False).to_numpy(bool)] for t in tables], ignore_index=True)
         if (twice := t.id[t.id.duplicated()]).any(): raise Refusal('two runs of one voter have the same out-of-fold row', ', '.join(runs), twice)
         t.attrs['meta'] = meta
         if len(t): found[voter] = t
@@ -408,14 +409,15 @@ def oof_vote(
     weights,            # One number a voter, or `fit`
     rule:str='mean',    # As for `combine`
 ) -> np.ndarray: # [rows, options]
-    "The vote of out-of-fold probabilities; fitted weights come from the other folds"
-    p, fold, label = np.stack(list(oof.values())), rows.fold.to_numpy(), rows.label.to_numpy()
+    "The vote of out-of-fold probabilities; fitted weights come from the other folds, or where there is one fold from the other half of its groups"
+    p, part, label = np.stack(list(oof.values())), rows.fold.to_numpy(), rows.label.to_numpy()
     if not isinstance(weights, str): return combine(p, weights, rule)
+    if len(np.unique(part)) < 2: part = pd.factorize(rows.group, sort=True)[0] % 2
+    if len(np.unique(part)) < 2: raise Refusal('weights cannot be fitted and scored: all rows are of one group', fix='Take weights log')
     out = np.zeros_like(p[0])
-    for k in np.unique(fold):
-        here = fold == k
-        fit = ~here if not here.all() else here
-        out[here] = combine(p[:, here], fit_weights(p[:, fit], label[fit], rule), rule)
+    for k in np.unique(part):
+        here = part == k
+        out[here] = combine(p[:, here], fit_weights(p[:, ~here], label[~here], rule), rule)
     return out
 
 # %% ../nbs/10_vote.ipynb #b0f173bd
@@ -470,10 +472,11 @@ def trusted_prompt(
     "The prompt builder of a run whose files, base and builder are what they were when it was trained; anything else is refused"
     folder, p = models_path(r['run_id']), r['params']
     def same(now, then, what):
-        if now != then: raise Refusal(f'{what} ({now}, then {then})', r['run_id'], fix='Train it again, or leave it out of the vote')
+        if now != then: raise Refusal(f'{what} ({now}, then {then})', r['run_id'], fix='Run the same command again, which trains it anew, or leave it out of the vote')
     weights = folder/('model' if p.get('method') == 'full' else 'adapter')
-    if bad := damage(weights): raise Refusal(f"the {weights.name} is not whole: {'; '.join(bad)}", weights, fix='Fetch it again, or leave it out')
+    if bad := damage_cached(weights): raise Refusal(f"the {weights.name} is not whole: {'; '.join(bad)}", weights, fix='Fetch it again, or leave it out')
     same(sha256(f) if (f := folder/'probs.parquet').is_file() else 'gone', r['outputs']['probs.parquet'], 'probs.parquet is not the file that the run left')
+    check_outputs(r)
     same(base_hash(p['base']), r['base'], f"the base {p['base']} is not the one it was trained on")
     prompt, tokenizer = _builder(p['base'], r['base'], r['task'], p['max_len'], p['truncation'])
     same(tokenizer, r['tokenizer'], 'the tokenizer is not the one it was trained with')
@@ -494,11 +497,12 @@ def wear(
 
 # %% ../nbs/10_vote.ipynb #0c24c99f
 def _kept(path, rows, views):
-    "A probability table that was written before, if it is whole and of these rows"
+    "A probability table that was written before, if it is whole, of this run and of these rows"
     if not path.exists(): return None
     try: got = read_probs(path)
     except Refusal: return None
-    return got if list(got.id) == list(rows.id) and (got.views == views).all() else None
+    same = got.attrs['meta'].get('run') == path.stem and list(got.id) == list(rows.id)
+    return got if same and (got.views == views).all() else None
 
 def _seen(r, rows):
     from competition_kit.train import learned
@@ -616,10 +620,10 @@ def hold_vote(
     vote = combine(p.values(), s['weights'], rule)
     file = f'submission{sample.suffix}'
     print(make_submission(vote, rows, task, sample, run.folder/file))
-    seen = np.any([t.set_index('id').seen.loc[list(rows.id)] for t in tables.values()], 0)
+    seen = _any_seen(tables.values(), rows)
     write_votes(run.folder/'votes.parquet', rows, vote, p, task, min(int(t.views.min()) for t in tables.values()), seen, run.id)
-    if s['vote'] is not None: write_probs(run.folder/'oof.parquet', s['rows'], s['vote'], task, views, run=run.id)
-    metrics = {**(s['metrics'] or {}), 'seen': int(seen.sum())}
+    if s['vote'] is not None: write_probs(run.folder/'oof.parquet', s['rows'], s['vote'], task, views, seen=False, run=run.id)
+    metrics = {**(s['metrics'] or {}), 'seen': int(seen.fillna(False).sum())}
     if rule == 'majority': metrics['ties'] = int(majority(p.values(), s['weights'])[1].sum())
     if solution := sorted(sample.parent.glob('solution.*')): metrics |= practice_score(run.folder/file, solution[0])
     outputs = [file, 'votes.parquet', *['oof.parquet']*(s['vote'] is not None), *(f'{r}.parquet' for r in made)]
@@ -627,6 +631,10 @@ def hold_vote(
                submission=f'models/{run.id}/{file}', sentence=s['sentence'], table=_plain(s['table']))
 
 # %% ../nbs/10_vote.ipynb #1cc9cf67
+def _any_seen(tables, rows): # [rows], True where a voter was trained on it, null where one does not say
+    said = np.stack([t.set_index('id').seen.loc[list(rows.id)].astype('boolean').to_numpy(object, na_value=None) for t in tables])
+    return pd.array([True if True in row else None if None in row else False for row in said.T.tolist()], dtype='boolean')
+
 def _test_task(rows, ballot): # a test file without ties in its columns does not say whether there are any; the voters do
     kinds = {find_run(r)['task'] if not r.endswith('.parquet') else read_meta(_probs_file(r))['task'] for r in ballot.run}
     if len(kinds) > 1: raise Refusal(f'the voters are of different tasks: {sorted(kinds)}')

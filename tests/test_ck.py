@@ -1,5 +1,5 @@
 "The command: light, self-explanatory, refusing cleanly, repeating runs."
-import json, os, re, shlex, subprocess, sys, time
+import os, re, shlex, subprocess, sys, time
 import nbformat, pytest
 from competition_kit.ck import _ancestors, _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main, uncommitted
 from competition_kit.core import Refusal, root_at

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
 from competition_kit import groups as S
-from competition_kit.groups import copied, group_rows, group_text, second_look
+from competition_kit.groups import copied, group_rows, group_text
 from competition_kit.split import leak_report, leak_table, leak_text
 
 WORDS = 'apple river stone cloud seven green dance light winter copper bottle window garden silver planet rocket simple yellow market basket'.split()

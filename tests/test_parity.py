@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from competition_kit import model, parity
 from competition_kit.base import load_tokenizer
 from competition_kit.core import Refusal, models_path
-from competition_kit.model import collate, load_judge, view_probs
+from competition_kit.model import load_judge, view_probs
 from competition_kit.prompt import Prompt
 from test_model import save, sequences, one, packed, reference
 

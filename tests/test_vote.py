@@ -3,8 +3,8 @@ import json, shutil, time
 from collections import Counter
 import numpy as np, openpyxl, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from competition_kit.core import Refusal, data_path, models_path, read_json, root_at, write_json
-from competition_kit.log import LOG, find_run, start_run
+from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
+from competition_kit.log import LOG, find_run, start_run, read_record, write_record
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
 from competition_kit.sample import _write_arena, make_sample
 from competition_kit.split import load_rows, tasks
@@ -367,7 +367,7 @@ def test_who_votes(runs, own_root):
 
 def test_unfinished_and_foreign_runs_do_not_vote(runs, own_root):
     f = models_path(runs[0], 'record.json')
-    write_json(f, {**read_json(f), 'status': 'failed'})
+    write_record(f, {**read_record(f), 'status': 'failed'})
     assert runs[0] not in list(voters().run)
     with pytest.raises(Refusal, match='not finished'): voters(runs=runs[0])
 
@@ -444,7 +444,7 @@ def test_an_interrupted_vote_goes_on(runs, own_root, monkeypatch):
     broken = vote/f'{runs[0]}.parquet'
     broken.write_bytes(broken.read_bytes()[:-40])                            # and one file is cut, another lost
     (vote/f'{runs[3]}.parquet').unlink()
-    write_json(vote/'record.json', {**run.record, 'status': 'failed'})
+    write_record(vote/'record.json', {**run.record, 'status': 'failed'})
     held()
     assert len(calls) == 6+2
     np.testing.assert_allclose(np.stack(read_probs(vote/'votes.parquet').p), np.stack(first.p), atol=1e-5)
@@ -484,7 +484,7 @@ def test_a_file_made_elsewhere_votes_too(runs, own_root):
     table, test = load_rows('sample_arena'), load_rows('sample_arena_test')
     both = pd.concat([table[table.fold == 0], test], ignore_index=True)
     p = np.random.default_rng(0).dirichlet([1]*3, len(both))
-    write_probs(own_root/'other/probs.parquet', both, p, 'preference', run='elsewhere')
+    write_probs(own_root/'other/probs.parquet', both, p, 'preference', seen=False, run='elsewhere')
     run = held(runs=f'{runs[0]} {runs[2]} other/probs.parquet', views=1)
     v = read_probs(run.folder/'votes.parquet')
     mine = [align(read_probs(run.folder/f'{r}.parquet'), test) for r in (runs[0], runs[2])]
@@ -529,9 +529,9 @@ def flip(f):
     ('there is no base', lambda d, r: r['params'].update(base='./gone'))])
 def test_a_run_that_is_not_what_it_was_is_refused_before_anything_is_loaded(runs, own_root, why, break_it, monkeypatch):
     d = models_path(runs[1])
-    rec = read_json(d/'record.json')
+    rec = read_record(d/'record.json')
     break_it(d, rec)
-    write_json(d/'record.json', rec)
+    write_record(d/'record.json', rec)
     import competition_kit.model as model
     monkeypatch.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
     with pytest.raises(Refusal, match=why): predict_runs(runs, load_rows('sample_arena_test'), own_root/'vote', progress=False)
