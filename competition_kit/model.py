@@ -118,8 +118,8 @@ def _capped(q, k, v, scaling, ends, window, softcap, shared):
 # %% ../nbs/03a_model.ipynb #537c8829
 def _chunk(module): # Tokens of a chunk, where a layer attends in chunks
     config = getattr(module, 'config', None)
-    kinds = getattr(config, 'layer_types', None)
-    return config.attention_chunk_size if kinds and kinds[module.layer_idx] == 'chunked_attention' else None
+    if not getattr(config, 'attention_chunk_size', None): return None  # before the layer's number, on which compiled code would depend
+    return config.attention_chunk_size if config.layer_types[module.layer_idx] == 'chunked_attention' else None
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, shared=None,
                      softcap=None, sliding_window=None, **kw):

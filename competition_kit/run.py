@@ -152,7 +152,7 @@ def gpu_ids() -> list: # As text, in order
     ids = [o[0] for o in _smi('gpu=index,uuid')] if ids is None else [o.strip() for o in ids.split(',')]
     return [o for o in ids if o not in ('', '-1')]
 
-_locks = Path('/tmp/competition_kit')
+_locks = Path('/tmp')/'competition_kit'
 
 def _locked(path): # An open file that holds the lock, or None
     import fcntl

@@ -561,7 +561,8 @@ def test_base_hash(tiny, tmp_path):
     w.write_bytes(raw+b'\0'); hashes.append(base_hash(str(b)))
     w.write_bytes(raw[:2**20]+raw[2**20+4:]); hashes.append(base_hash(str(b)))
     w.write_bytes(raw); (b/'manifest.json').write_text('{}'); (b/'README.md').write_text('x'); assert base_hash(str(b)) == hashes[0]
-    (b/'config.json').write_text((b/'config.json').read_text()+' '); hashes.append(base_hash(str(b)))
+    (b/'config.json').write_text((b/'config.json').read_text()+' '); assert base_hash(str(b)) == hashes[0]  # it says the same
+    (b/'config.json').write_text((b/'config.json').read_text().replace('silu', 'gelu')); hashes.append(base_hash(str(b)))
     w.rename(b/'model-00001-of-00001.safetensors'); hashes.append(base_hash(str(b)))
     assert len(set(hashes)) == len(hashes) and base_hash('a/b') != base_hash('a/c')
 

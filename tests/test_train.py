@@ -105,9 +105,9 @@ def test_rows_are_tokenised_once(tiny, monkeypatch):
     monkeypatch.setattr(Prompt, 'encode', lambda self, rows, views=2: calls.append(len(rows)) or real(self, rows, views))
     kw = dict(small, mix='sample_arena:24', epochs=1.)
     train_fold(base=tiny, **kw)
-    assert [n for n in calls if n > 2] == [24]  # a builder tries itself out on two rows
+    assert [n for n in calls if n > 3] == [24]  # a builder tries itself out on three rows
     train_fold(base=tiny, fold=1, **kw)
-    assert [n for n in calls if n > 2] == [24]
+    assert [n for n in calls if n > 3] == [24]
 
 def test_losses_are_drawn_at_their_steps(tiny):
     run = train_fold(base=tiny, **dict(small, mix='sample_arena:24', epochs=1.))
