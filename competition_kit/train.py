@@ -13,10 +13,10 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:  # one of sev
         os.environ['CUDA_VISIBLE_DEVICES'] = seen.split(',')[int(os.environ['LOCAL_RANK'])]
 
 # %% ../nbs/04_train.ipynb #c5f61ff2
-from .base import base_hash, base_name, earlier_run, load_tokenizer, pick_dtype
-from .core import Refusal, hash_obj, models_path, read_json, seal, write_json
+from .base import base_hash, base_name, earlier_run, lineage, load_tokenizer, local_base, pick_dtype
+from .core import Refusal, hash_obj, models_path, project_root, read_json, seal, write_json
 from .fit import Steps, fit
-from .log import check_outputs, find_run, start_run
+from .log import check_outputs, find_run, read_record, start_run
 from .model import add_lora, common, continue_from, load_judge, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
@@ -90,6 +90,7 @@ def save_judge(
     judge,  # Trained
     folder, # Of the run: weights go into `adapter` or `model` below it
     tok,    # Its tokenizer: all weights and a tokenizer are a base of their own
+    past=(), # Runs that all weights come from, as of `lineage`
 ):
     "Write the adapter, or all weights, as transformers and PEFT read them"
     full = not hasattr(judge.model, 'peft_config')
@@ -100,6 +101,7 @@ def save_judge(
     for c in getattr(judge.model, 'peft_config', {}).values(): c.target_modules = sorted(c.target_modules)  # a set has another order in each process
     judge.model.save_pretrained(out, **(dict(state_dict=state) if state else {}))
     if full: tok.save_pretrained(out)
+    if full and past: write_json(out/'lineage.json', past)
     seal(out)
 
 # %% ../nbs/04_train.ipynb #440e1c22
@@ -129,13 +131,10 @@ def work(
     prompt = prompt or Prompt(load_tokenizer(p['base']), rows.attrs['meta']['task'], p['max_len'], p['truncation'])
     enc = encode_cached(prompt, rows, p['views'])
     judge = _learn(folder, p, prompt, rows, enc)
-    save_judge(judge, folder, prompt.tok)
+    save_judge(judge, folder, prompt.tok, _lineage(folder, p) if p['method'] == 'full' and not k else ())
     mine = np.flatnonzero(_held(rows, p['fold']))[slice(None) if p['sharded'] else slice(k, None, n)]  # a sharded model predicts together
     got = predict(judge, prompt, rows.iloc[mine].reset_index(drop=True), p['views'], 4*p['pack_tokens'], progress=not k, enc=pick_rows(enc, mine))
     if not (p['sharded'] and k): np.save(folder/f'part-{k:03}.npy', got)
-
-# %% ../nbs/04_train.ipynb #39eb29ed
-if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: as_rank(sys.argv[1], work)  # python -m competition_kit.train CONFIG
 
 # %% ../nbs/04_train.ipynb #d6a0b7e5
 def _check(p): # what is known to be wrong before anything is loaded
@@ -158,16 +157,27 @@ def chain(
 ) -> list: # Records, its own first
     "A run and those that it goes on from"
     rec = find_run(run)
-    return [rec, *(chain(b) if (b := earlier_run(rec['params'])) else [])]
+    return [rec, *_history(rec['params'])]
+
+def _history(p): # the runs that a run goes on from, the latest first; the copy of a model brings its own
+    if not (run := earlier_run(p)): return []
+    return chain(run) if p.get('start') or _is_here(p['base'], run) else lineage(p['base'])
+
+def _is_here(base, run): # does this base lie in the folder of that run?
+    return (local_base(base) or project_root()/base).resolve() == models_path(run, 'model').resolve()
+
+def _lineage(folder, p): # what the folder of a model that this run has trained says
+    own = dict(run_id=Path(folder).name, params=p, inputs=read_record(Path(folder)/'record.json')['inputs'])
+    return [own, *({k: r[k] for k in own} for r in _history(p))]
 
 def learned(
     run:str, # A train run
 ): # DataFrame of `id` and `group`
     "The rows of today's tables that a run, or one that it goes on from, has learned from"
-    return _past(run)[['id', 'group']]
+    return _past(chain(run))[['id', 'group']]
 
-def _past(run): # the same rows with all their columns
-    return pd.concat([fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0] for r in chain(run) for p in [r['params']]], ignore_index=True)
+def _past(runs): # the same rows with all their columns
+    return pd.concat([fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0] for r in runs for p in [r['params']]], ignore_index=True)
 
 def _seen(held, rows, past): # [held rows] has a run that learned from `past` seen them, or copies of them?
     other = past[~past.id.isin(set(rows.id))]  # rows of this table were told apart when it was split
@@ -175,23 +185,31 @@ def _seen(held, rows, past): # [held rows] has a run that learned from `past` se
     texts = group_text(held, other) if len(other) and same_kind else group_text(held)
     return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
 
+def _tables(r): # the hashes of today's tables that a run has learned from
+    try: return table_hashes(r['params']['mix'])
+    except Refusal as e:
+        raise Refusal(f"nobody can tell which rows {r['run_id']} has learned from; {str(e).rstrip('.')}", fix='Or copy its table into data/') from e
+
 def _started(p, rows): # What a run that goes on from another has as its input; refuses what does not fit
-    if not (run := earlier_run(p)): return {}
-    rec, held = find_run(run), fold_rows(rows, p['fold'])[1]
+    if not (past := _history(p)): return {}
+    rec, held = past[0], fold_rows(rows, p['fold'])[1]
     method, run = rec['params'].get('method', 'lora'), rec['run_id']
-    if rec['status'] != 'done': raise Refusal(f"{run} is {rec['status']}: there is nothing to go on from")
-    check_outputs(rec)
+    if rec.get('status', 'done') != 'done': raise Refusal(f"{run} is {rec['status']}: there is nothing to go on from")
+    if 'outputs' in rec: check_outputs(rec)
     if p['start'] and method != p['method']:
         raise Refusal(f'{run} was trained with method={method}', fix='Go on with the same method; or give the weights of a full run, models/<run>/model, as the base')
     if p['start'] and rec['inputs']['base'] != base_hash(p['base']):
         raise Refusal(f"{run} has learned over another base than {p['base']}", fix=f"Take base={rec['params']['base']}")
-    for r in chain(run):
-        if any(r['inputs'].get(k) != v for k, v in table_hashes(r['params']['mix']).items()):
+    for r in past:
+        if any(r['inputs'].get(k) != v for k, v in _tables(r).items()):
             raise Refusal(f"the table of {r['run_id']} ({r['params']['mix']}) has changed since: nobody can tell what it has learned from", fix='Train it again')
-    seen = _seen(held, rows, _past(run))
+    seen = _seen(held, rows, _past(past))
     if seen.any(): raise Refusal(f"{run} has learned from {seen.sum()} of the {len(held)} rows that fold {p['fold']} holds out, or from copies of them: their scores would be no out-of-fold scores",
                                 ids=held.id[seen].tolist(), fix=f"Go on from a run that held out fold {p['fold']} too, or from rows that are not in this table")
     return dict(start=hash_obj(rec['outputs'])) if p['start'] else {}
+
+# %% ../nbs/04_train.ipynb #39eb29ed
+if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: as_rank(sys.argv[1], work)  # python -m competition_kit.train CONFIG
 
 # %% ../nbs/04_train.ipynb #92fc21a2
 def _train(run, p, prompt, rows):

@@ -178,6 +178,30 @@ def test_one_base_has_one_name(tiny, monkeypatch):
     elsewhere = models_path().parent/'disk'; shutil.move(run.folder, elsewhere); run.folder.symlink_to(elsewhere)
     with pytest.raises(Refusal, match='out-of-fold'): train_fold(base=f'models/{run.id}/model', **dict(small, fold=1))
 
+def test_a_copied_model_keeps_its_history(tiny, tmp_path):
+    "what it has learned from travels in its folder, also over two stages; without the tables nobody can tell"
+    from competition_kit.base import earlier_run, lineage
+    from competition_kit.train import chain, learned
+    small = dict(globals()['small'], mix='own', epochs=1., lr=0., method='full')
+    write_rows(load_rows('sample_arena:40').drop(columns=['main', 'phase']), data_path('own.parquet'), task='preference')
+    first = train_fold(base=tiny, **small)
+    copy = shutil.copytree(first.folder/'model', tmp_path/'copy')
+    second = train_fold(base=str(copy), **dict(small, seed=1))
+    last = shutil.copytree(second.folder/'model', tmp_path/'last')
+    seen = set(learned(second.id).id)
+    shutil.rmtree(first.folder)
+    shutil.rmtree(second.folder)
+    assert [r['run_id'] for r in lineage(str(last))] == [second.id, first.id] and earlier_run(dict(base=str(last))) == second.id
+    with pytest.raises(Refusal, match=f'{second.id} has learned from .* out-of-fold'): train_fold(base=str(last), **dict(small, fold=1))
+    third = train_fold(base=str(last), **dict(small, method='lora'))
+    assert len(chain(third.id)) == 3 and set(learned(third.id).id) == seen
+    weights = copy/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1]+b'!')
+    with pytest.raises(Refusal, match='not as it was trained.*model.safetensors'): train_fold(base=str(copy), **dict(small, seed=2))
+    write_rows(load_rows('sample_arena:40').drop(columns=['main', 'phase']), data_path('other.parquet'), task='preference')
+    data_path('own.parquet').unlink()
+    with pytest.raises(Refusal, match='nobody can tell which rows.*no table called own'): train_fold(base=str(last), **dict(small, mix='other'))
+
 def test_folds_in_stages_are_one_voter(tiny):
     from competition_kit.train import learned
     from competition_kit.vote import voters
