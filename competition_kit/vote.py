@@ -241,6 +241,16 @@ def check_submission(
     said = 'probabilities sum to one' if kind == 'p' else ', '.join(f'{v} {k}' for k, v in sorted(Counter(got['winner']).items()))
     return f"{Path(path).name}: {len(got['id'])} rows, as the sample asks; {said}"
 
+# %% ../nbs/10_vote.ipynb #4aa03840
+def _asked(sample, rows, task):
+    "The sample's content, its layout and its ids in order; one that does not fit the rows or the task is refused"
+    got, kind = _layout(sample)
+    want = [f"{o['id']}-{k}" for o in got for k in range(len(o['questions']))] if kind == 'answers' else got['id']
+    _check_ids(sorted(rows['id']), sorted(want), 'the rows predicted', sample)
+    if kind == 'p' and {c for c in got if c != 'id'} != {f'winner_{o}' for o in tasks[task].options}:
+        raise Refusal(f"its columns {[c for c in got if c != 'id']} are not the options of {task}", sample)
+    return got, kind, want
+
 # %% ../nbs/10_vote.ipynb #93326d3e
 def make_submission(
     p,         # [rows, options]
@@ -250,12 +260,10 @@ def make_submission(
     path,      # Where to
 ) -> str: # What `check_submission` said of it
     "Write a submission in the sample's layout and check it"
-    got, kind = _layout(sample)
-    want = [f"{o['id']}-{k}" for o in got for k in range(len(o['questions']))] if kind == 'answers' else got['id']
-    _check_ids(sorted(rows['id']), sorted(want), 'the rows predicted', sample)
+    got, kind, want = _asked(sample, rows, task)
     at = {i: k for k, i in enumerate(rows['id'])}
     p = np.asarray(p, np.float64)[[at[i] for i in want]]
-    text = _answers_text(got, p, tasks[task]) if kind == 'answers' else _csv_text(got, p, tasks[task], sample)
+    text = _answers_text(got, p, tasks[task]) if kind == 'answers' else _csv_text(got, p, tasks[task])
     with atomic(path) as tmp:
         tmp.write_text(text, encoding='utf-8')
         said = check_submission(tmp, sample, task, rows)
@@ -267,10 +275,9 @@ def _answers_text(lines, p, task):
     lines = [{**o, 'questions': [{**q, 'answer': next(best)} for q in o['questions']]} for o in lines]
     return ''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in lines)
 
-def _csv_text(cols, p, task, sample):
+def _csv_text(cols, p, task):
     own, values = {f'winner_{o}': k for k, o in enumerate(task.options)}, [c for c in cols if c != 'id']
     if values == ['winner']: new = dict(winner=[task.options[k] for k in p.argmax(1)])
-    elif set(values) != set(own): raise Refusal(f'its columns {values} are not the options of {task.name}', sample)
     else: new = {c: [f'{v:.9g}' for v in (p/p.sum(1, keepdims=True))[:, own[c]]] for c in values}
     cols, text = {**cols, **new}, io.StringIO(newline='')
     w = csv.writer(text, lineterminator='\n')
@@ -613,6 +620,7 @@ def hold_vote(
     if rule not in ('mean', 'logits', 'majority'): raise Refusal(f'no rule named {rule!r}', fix='Take mean, logits or majority')
     sample, rows, s = find_sample(data, sample), load_rows(f'{table_name(data)}_test'), score_vote(ballot, data, weights, rule)
     task = rows.attrs['meta']['task'] = _test_task(rows, ballot)
+    _asked(sample, rows, task)
     made = [r for r in ballot.run if not r.endswith('.parquet')]
     tables = predict_runs(made, rows, run.folder, views, pack_tokens) | {r: read_probs(_probs_file(r)) for r in ballot.run if r not in made}
     each = {r: align(t, rows, len(tasks[task].options)) for r, t in tables.items()}

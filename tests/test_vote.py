@@ -470,6 +470,16 @@ def test_a_vote(runs, own_root):
     assert sheet.submission[0] == r['submission'] and sheet['baseline log_loss'][0] > 0
     assert held().record == r
 
+@pytest.mark.parametrize('edit, why', [(lambda t: t[:t.rstrip('\n').rindex('\n')+1], 'are missing|does not have'),
+                                       (lambda t: t.replace('winner_tie', 'winner_draw'), 'are not the options'),
+                                       (lambda t: t.replace('id,', 'row,', 1), 'not a sample submission')])
+def test_the_sample_is_checked_before_a_model_is_loaded(runs, own_root, monkeypatch, edit, why):
+    import competition_kit.model as model
+    monkeypatch.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
+    f = find_sample('sample_arena')
+    f.write_text(edit(f.read_text()))
+    with pytest.raises(Refusal, match=why): held(runs=runs[0], views=1)
+
 def test_what_a_vote_is_made_of_is_its_name(runs, own_root):
     first = held(views=1)
     mark(own_root, {runs[0]: dict(vote_weight=5)})
