@@ -516,6 +516,16 @@ def _seen(r, rows):
     try: return rows.id.isin(set(learned(r['run_id']).id)).to_numpy()
     except Refusal: return np.ones(len(rows), bool)  # a table or an earlier run is gone: nobody can tell
 
+# %% ../nbs/10_vote.ipynb #bc3e9e17
+def _made_of(r, rows):
+    "A hash of what a run's predictions for these rows depend on"
+    return hash_obj([r['outputs'], r['prompt'], rows.to_json(orient='records')])
+
+def _earlier(path, rows, views, made_of):
+    "The same predictions in the folder of another vote, if there are any"
+    for f in sorted(models_path().glob(f'vote-*/{path.name}')):
+        if (got := _kept(f, rows, views)) is not None and got.attrs['meta'].get('made_of') == made_of: return f
+
 # %% ../nbs/10_vote.ipynb #a035c084
 def predict_runs(
     runs,                  # Ids of train runs
@@ -534,6 +544,10 @@ def predict_runs(
     if no := [r for r, b in builder.items() if b.task != task]: raise Refusal(f"runs of another task than {task}: {', '.join(no)}")
     full = lambda r: recs[r]['params'].get('method') == 'full'  # then the run's own weights are the base
     like = lambda r: [str(models_path(r, 'model')) if full(r) else recs[r]['params']['base'], *(str(recs[r]['params'][k]) for k in ('route', 'dtype'))]
+    made_of = {r: _made_of(o, rows) for r, o in recs.items()}
+    for r, f in files.items():
+        if _kept(f, rows, views) is None and (earlier := _earlier(f, rows, views, made_of[r])):
+            with atomic(f) as tmp: tmp.write_bytes(earlier.read_bytes())
     judge = last = enc = None
     for r in sorted((r for r in runs if _kept(files[r], rows, views) is None), key=lambda r: (like(r), builder[r].hash)):
         b = builder[r]
@@ -547,7 +561,8 @@ def predict_runs(
         if judge.device.type == 'cuda': fuse(judge)
         if pays(judge, 2*int(enc.n.sum())*sum(q.numel() for q in judge.parameters())): compile_layers(judge)
         p = predict(judge, b, rows, views, pack_tokens, progress, enc)
-        write_probs(files[r], rows, p, b.task, views, _seen(recs[r], rows), run=r, tokenizer=recs[r]['tokenizer'])
+        write_probs(files[r], rows, p, b.task, views, _seen(recs[r], rows), run=r,
+                    tokenizer=recs[r]['tokenizer'], made_of=made_of[r])
     return {r: _kept(files[r], rows, views) for r in runs}
 
 # %% ../nbs/10_vote.ipynb #fa59d575

@@ -7,8 +7,8 @@ from competition_kit.core import Refusal, data_path, models_path, read_json, roo
 from competition_kit.log import LOG, find_run, start_run, read_record, write_record
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
 from competition_kit.sample import _write_arena, make_sample
-from competition_kit.split import load_rows, tasks
-from competition_kit.vote import (agreement, check_submission, combine, entropy, find_sample, fit_weights, hold_vote, majority, make_submission, oof_probs, oof_vote,
+from competition_kit.split import load_rows, tasks, write_rows
+from competition_kit.vote import (_kept, agreement, check_submission, combine, entropy, find_sample, fit_weights, hold_vote, majority, make_submission, oof_probs, oof_vote,
                                   practice_score, predict_runs, run_weights, score_vote, trusted_prompt, vote_inputs, voters, weigh)
 
 RULES = 'mean', 'logits', 'majority'
@@ -479,6 +479,30 @@ def test_the_sample_is_checked_before_a_model_is_loaded(runs, own_root, monkeypa
     f = find_sample('sample_arena')
     f.write_text(edit(f.read_text()))
     with pytest.raises(Refusal, match=why): held(runs=runs[0], views=1)
+
+def test_a_corrected_sample_does_not_repeat_predictions(runs, own_root, monkeypatch):
+    import competition_kit.model as model
+    first, f = held(runs=runs[0], views=1), find_sample('sample_arena')
+    head, *lines = f.read_text().splitlines(keepends=True)
+    f.write_text(head+''.join(lines[::-1]))
+    with monkeypatch.context() as m:
+        m.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
+        second = held(runs=runs[0], views=1)
+    name = f'{runs[0]}.parquet'
+    assert second.id != first.id and (second.folder/name).read_bytes() == (first.folder/name).read_bytes()
+    table = data_path('sample_arena_test.parquet')                           # other texts under the same ids: predicted again
+    rows = load_rows('sample_arena_test')
+    write_rows(rows.assign(prompt=rows.prompt.map(lambda t: ['Other words', *t[1:]])), table)
+    third = held(runs=runs[0], views=1)
+    assert (third.folder/name).read_bytes() != (first.folder/name).read_bytes()
+
+def test_a_kept_table_of_another_run_is_predicted_again(runs, own_root):
+    rows, vote = load_rows('sample_arena_test'), own_root/'vote'
+    mine, other = (vote/f'{r}.parquet' for r in runs[:2])
+    predict_runs(runs[:2], rows, vote, views=1, progress=False)
+    assert _kept(mine, rows, 1) is not None
+    shutil.copy(other, mine)
+    assert _kept(mine, rows, 1) is None
 
 def test_what_a_vote_is_made_of_is_its_name(runs, own_root):
     first = held(views=1)
