@@ -217,11 +217,11 @@ def cell(line, col, text): return lambda o: [*o[:line], ','.join(text if i == co
 
 BOTH = [('are missing', lambda o: o[:-1]), ('twice', lambda o: o+o[-1:]), ('stand elsewhere', lambda o: [*o[:-2], o[-1], o[-2]])]
 CSV = [*BOTH, ('does not have', lambda o: o+[o[-1].replace('真', 'new')]), ('its columns', lambda o: ['x'+o[0], *o[1:]]), ('its columns', lambda o: [l+',0' for l in [o[0]]]+[l+',0' for l in o[1:]]),
-       ('are missing', cell(1, 0, '7.0')), ('are missing', cell(2, 0, '1200000.0')), ('are missing', cell(1, 0, '"007 "')), ('fields instead', lambda o: o[:3]+[o[3]+',1']+o[4:]),
+       ('are missing', cell(1, 0, '7.0')), ('are missing', cell(1, 0, '００７')), ('are missing', cell(1, 0, '007\u00a0')), ('are missing', cell(2, 0, '1200000.0')), ('are missing', cell(1, 0, '"007 "')), ('fields instead', lambda o: o[:3]+[o[3]+',1']+o[4:]),
        ('its columns', lambda o: [','.join(reversed(l.split(','))) for l in o[:1]]+o[1:]), ('cut or b', lambda o: o[:-1]+['"'+o[-1]])]
-LMSYS = [*CSV, ('an empty cell', cell(2, 1, '')), ('an empty cell', cell(2, 3, ' ')), *(('not a number', cell(2, 1, v)) for v in ('nan', 'NaN', 'inf', 'null', '1_0', '0x1', '50%', 'one', '0.5.1')),
+LMSYS = [*CSV, ('an empty cell', cell(2, 1, '')), ('an empty cell', cell(2, 3, ' ')), *(('not a number', cell(2, 1, v)) for v in ('nan', 'NaN', 'inf', 'null', '1_0', '0x1', '50%', 'one', '0.5.1', '０.4', '.4\u00a0', '\u2003.4')),
          ('outside', cell(2, 2, '-0.2')), ('outside', cell(2, 2, '1.2')), ('sum to one', cell(2, 3, '0.9')), ('sum to one', cell(2, 1, '0'))]
-WSDM = [*CSV, *(('a label that is none', cell(2, 1, v)) for v in ('', 'A', 'model_c', 'Model_a', 'tie', '0', ' model_a'))]
+WSDM = [*CSV, *(('a label that is none', cell(2, 1, v)) for v in ('', 'A', 'model_c', 'Model_a', 'tie', '0', ' model_a', 'model_a\u00a0', 'ｍodel_a'))]
 def q(line, value, key='answer'):
     def change(o):
         d = json.loads(o[line]); d['questions'][0][key] = value
@@ -232,7 +232,7 @@ def top(line, f):
         d = json.loads(o[line]); f(d)
         return [*o[:line], json.dumps(d, ensure_ascii=False), *o[line+1:]]
     return change
-TIANCHI = [*BOTH, *(('no letter', q(0, v)) for v in ('', 'a', 'AB', 'C', 'G', 'H', None, 0, True, ['A'], ' A')), ('more than their answers', q(0, 1, 'note')),
+TIANCHI = [*BOTH, *(('no letter', q(0, v)) for v in ('', 'a', 'AB', 'C', 'G', 'H', None, 0, True, ['A'], ' A', 'Ａ', 'A\u00a0')), ('more than their answers', q(0, 1, 'note')),
            ('more than their answers', top(0, lambda d: d['questions'].pop())), ('more than their answers', top(1, lambda d: d['questions'].append(dict(answer='A')))),
            ('more than their answers', top(1, lambda d: d.update(score=1))), ('more than their answers', top(1, lambda d: d.pop('questions'))), ('more than their answers', top(1, lambda d: d.update(questions='A'))),
            ('does not have', lambda o: o+[json.dumps(dict(id='new', questions=[]))]), ('not an object with an id', top(1, lambda d: d.pop('id'))), ('not an object', lambda o: [*o, '[]']),
@@ -370,6 +370,24 @@ def test_unfinished_and_foreign_runs_do_not_vote(runs, own_root):
     write_record(f, {**read_record(f), 'status': 'failed'})
     assert runs[0] not in list(voters().run)
     with pytest.raises(Refusal, match='not finished'): voters(runs=runs[0])
+
+def test_rows_that_nobody_can_vouch_for_do_not_score(runs, own_root, capsys):
+    rows = load_rows('sample_arena')
+    write_probs(own_root/'adopted.parquet', rows, np.eye(3)[rows.label]*.97+.01, 'preference', run='x')
+    s = score_vote(voters(runs='adopted.parquet'))
+    assert s['metrics'] is None and f'{len(rows)} rows of 1: adopted.parquet do not say' in capsys.readouterr().out
+    alone = score_vote(voters(runs=runs[0]))['metrics']
+    assert score_vote(voters(runs=f'{runs[0]} adopted.parquet'), weights='1 1')['metrics'] == alone
+
+def test_weights_of_one_fold_are_scored_on_rows_that_they_were_not_fitted_on():
+    rng, n = np.random.default_rng(0), 300
+    p = {f'v{i}': rng.dirichlet(np.ones(3)*3, n) for i in range(25)}
+    rows = pd.DataFrame(dict(fold=0, label=rng.integers(0, 3, n), group=[f'g{i//2}' for i in range(n)]))
+    every = np.stack(list(p.values()))
+    in_sample = log_loss(combine(every, fit_weights(every, rows.label)), rows.label)
+    nested = log_loss(oof_vote(p, rows, 'fit'), rows.label)
+    assert in_sample < nested-.01 and nested > np.log(3)-.02
+    with pytest.raises(Refusal, match='all rows are of one group'): oof_vote(p, rows.assign(group='g'), 'fit')
 
 def test_weights(runs):
     b = voters()
