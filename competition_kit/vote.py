@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['majority', 'combine', 'agreement', 'entropy', 'plot_agreement', 'fit_weights', 'find_sample', 'check_submission',
-           'make_submission', 'practice_score', 'voters', 'weigh', 'run_weights', 'oof_probs', 'oof_vote',
+           'make_submission', 'practice_score', 'voters', 'left_out', 'weigh', 'run_weights', 'oof_probs', 'oof_vote',
            'fold_scores', 'verdict', 'trusted_prompt', 'wear', 'predict_runs', 'vote_inputs', 'score_vote', 'hold_vote',
            'write_votes']
 
@@ -356,6 +356,33 @@ def voters(
     out += [dict(voter=f'{len(label)+i}: {Path(n).name}', run=n, vote_weight=1.) for i, n in enumerate(files, 1)]
     return pd.DataFrame(out, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
 
+# %% ../nbs/10_vote.ipynb #30bd2e35
+def _why_not(r, data, task, keep):
+    "Why a train run does not vote"
+    try: table = parse_mix(str(r['params'].get('mix', '')))[0].name
+    except Refusal: table = None
+    if r.get('status') != 'done': return f"its status is {r.get('status')}"
+    if table != table_name(data): return 'trained on another table'
+    if r.get('task') not in task: return f"its task is {r.get('task')}"
+    if keep is False: return 'keep is no'
+    return 'keep is empty, and others say yes' if keep is None else 'not named'
+
+def left_out(
+    ballot,                   # From `voters`
+    data:str='sample_arena',  # As for `voters`
+    runs:str='',              # As for `voters`
+) -> dict: # Reason → run ids
+    "The train runs that do not vote, by reason"
+    said, seen, out, here = people(), records(), {}, set(ballot.run)
+    task = {r['task'] for r in seen if r['run_id'] in here} or {r.get('task') for r in seen}
+    for r in seen:
+        if r['stage'] != 'train' or r['run_id'] in here: continue
+        why = _why_not(r, data, task, said.get(r['run_id'], {}).get('keep'))
+        if runs and why.startswith('keep is'): why = 'not named'
+        out.setdefault(why, []).append(r['run_id'])
+    damaged = {f.parent.name for f in models_path().glob('train-*/record.json')}-{r['run_id'] for r in seen}
+    return out | ({'its record is damaged': sorted(damaged)} if damaged else {})
+
 # %% ../nbs/10_vote.ipynb #94191e74
 def weigh(
     ballot,            # From `voters`
@@ -412,14 +439,14 @@ def oof_probs(
 # %% ../nbs/10_vote.ipynb #e051db6d
 def oof_vote(
     oof,                # Voter → [rows, options]
-    rows,               # Those rows, with `label` and `fold`
+    rows,               # Those rows, with `label` and `fold`; where there is one fold, rows of one `group` stay together
     weights,            # One number a voter, or `fit`
     rule:str='mean',    # As for `combine`
 ) -> np.ndarray: # [rows, options]
     "The vote of out-of-fold probabilities; fitted weights come from the other folds, or where there is one fold from the other half of its groups"
     p, part, label = np.stack(list(oof.values())), rows.fold.to_numpy(), rows.label.to_numpy()
     if not isinstance(weights, str): return combine(p, weights, rule)
-    if len(np.unique(part)) < 2: part = pd.factorize(rows.group, sort=True)[0] % 2
+    if len(np.unique(part)) < 2: part = pd.factorize(rows.get('group', rows.index), sort=True)[0] % 2
     if len(np.unique(part)) < 2: raise Refusal('weights cannot be fitted and scored: all rows are of one group', fix='Take weights log')
     out = np.zeros_like(p[0])
     for k in np.unique(part):
@@ -614,6 +641,8 @@ def score_vote(
     by_fold = fold_scores(every, rows, table, task)
     show, said = verdict(by_fold, every, task, _seed_scores(ballot, oof, rows, tasks[task].metric))
     if len(here) < len(names): said += f' It is of {len(here)} of the {len(names)} voters; the others have no out-of-fold rows.'
+    if weights == 'fit' and rows.fold.nunique() == 1:
+        said += ' There is one fold: the weights of each half of its groups were fitted on the other half.'
     mean = lambda g: {c: round(float(np.average(g[c], weights=g.rows)), 5) for c in ('log_loss', 'accuracy', 'ece')}
     pooled = {n: mean(g) for n, g in by_fold.groupby('who', sort=False) if n not in every}
     metrics = dict(scores(vote, rows.label.to_numpy()), baselines=pooled, rows=len(rows))

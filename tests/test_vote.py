@@ -8,7 +8,7 @@ from competition_kit.log import LOG, find_run, start_run, read_record, write_rec
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
 from competition_kit.sample import _write_arena, make_sample
 from competition_kit.split import load_rows, tasks, write_rows
-from competition_kit.vote import (_kept, agreement, check_submission, combine, entropy, find_sample, fit_weights, hold_vote, majority, make_submission, oof_probs, oof_vote,
+from competition_kit.vote import (_kept, agreement, check_submission, combine, entropy, find_sample, fit_weights, hold_vote, left_out, majority, make_submission, oof_probs, oof_vote,
                                   practice_score, predict_runs, run_weights, score_vote, trusted_prompt, vote_inputs, voters, weigh)
 
 RULES = 'mean', 'logits', 'majority'
@@ -365,6 +365,18 @@ def test_who_votes(runs, own_root):
     with pytest.raises(Refusal, match='on other'): voters('other')
     with pytest.raises(Refusal, match='runs begin'): voters(runs='train-f0')
 
+def test_who_does_not_vote_and_why(runs, own_root):
+    assert left_out(voters()) == {}
+    mark(own_root, {runs[0]: dict(keep='yes'), runs[1]: dict(keep='no')})
+    f, g = (models_path(r, 'record.json') for r in runs[2:4])
+    write_record(f, {**read_record(f), 'status': 'failed'})
+    g.write_bytes(g.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match='skipped'):
+        assert left_out(voters()) == {'keep is no': [runs[1]], 'its status is failed': [runs[2]], 'its record is damaged': [runs[3]],
+                                      'keep is empty, and others say yes': [runs[4]]}
+        assert left_out(voters(runs=runs[1]), runs=runs[1])['not named'] == [runs[0], runs[4]]
+    with pytest.warns(UserWarning, match='skipped'): assert runs[1] in left_out(voters(), 'other')['trained on another table']
+
 def test_unfinished_and_foreign_runs_do_not_vote(runs, own_root):
     f = models_path(runs[0], 'record.json')
     write_record(f, {**read_record(f), 'status': 'failed'})
@@ -387,6 +399,7 @@ def test_weights_of_one_fold_are_scored_on_rows_that_they_were_not_fitted_on():
     in_sample = log_loss(combine(every, fit_weights(every, rows.label)), rows.label)
     nested = log_loss(oof_vote(p, rows, 'fit'), rows.label)
     assert in_sample < nested-.01 and nested > np.log(3)-.02
+    assert oof_vote(p, rows.drop(columns='group'), 'fit').shape == (n, 3)     # without groups each row is one of its own
     with pytest.raises(Refusal, match='all rows are of one group'): oof_vote(p, rows.assign(group='g'), 'fit')
 
 def test_weights(runs):
