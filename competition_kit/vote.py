@@ -636,7 +636,9 @@ def score_vote(
                sentence='There are no rows that no voter was trained on: the vote has no score.')
     if not len(rows): return out
     here = [k for k, n in enumerate(names) if n in oof]
-    vote = oof_vote(oof, rows, 'fit' if weights == 'fit' else w[here] if w[here].sum() else np.ones(len(here)), rule)
+    if not w[here].sum():
+        return dict(out, sentence='The voters that have out-of-fold rows have weight 0: the vote has no score.')
+    vote = oof_vote(oof, rows, 'fit' if weights == 'fit' else w[here], rule)
     every = {'vote': vote, **oof}
     by_fold = fold_scores(every, rows, table, task)
     show, said = verdict(by_fold, every, task, _seed_scores(ballot, oof, rows, tasks[task].metric))

@@ -390,6 +390,8 @@ def test_rows_that_nobody_can_vouch_for_do_not_score(runs, own_root, capsys):
     assert s['metrics'] is None and f'{len(rows)} rows of 1: adopted.parquet do not say' in capsys.readouterr().out
     alone = score_vote(voters(runs=runs[0]))['metrics']
     assert score_vote(voters(runs=f'{runs[0]} adopted.parquet'), weights='1 1')['metrics'] == alone
+    none = score_vote(voters(runs=f'{runs[0]} adopted.parquet'), weights='0 1')   # nor does a voter of weight 0 lend the vote its score
+    assert none['metrics'] is none['vote'] is None and 'have weight 0' in none['sentence']
 
 def test_weights_of_one_fold_are_scored_on_rows_that_they_were_not_fitted_on():
     rng, n = np.random.default_rng(0), 300
