@@ -8,7 +8,7 @@ __all__ = ['LOG', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_
            'sync_log', 'show_run']
 
 # %% ../nbs/01_log.ipynb #c59eb740
-import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, warnings
+import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, unicodedata, warnings
 from collections import namedtuple
 from copy import copy
 from datetime import date, datetime, timezone
@@ -356,24 +356,122 @@ def find_run(
     why = f'{len(hits)} runs begin with {text!r}' if hits else f'no run {text!r}'
     raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet')
 
+# %% ../nbs/01_log.ipynb #a2d3a97c
+_QUICK, _MOST = 8*2**20, 128*2**20
+
+def _book_bytes(path, most=_MOST): # `most` counts XML; pictures are only copied, and stay below _MOST
+    import zipfile
+    if (size := Path(path).stat().st_size) > _MOST: _too_large(path, size, _MOST)
+    data = Path(path).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as z: files = z.infolist()
+    for f in files:
+        if f.compress_size > len(data) or f.file_size > 1100*(f.compress_size+1): raise zipfile.BadZipFile(f'{f.filename} has a wrong size')
+    if (size := sum(f.file_size for f in files)) > _MOST: _too_large(path, size, _MOST)
+    if (size := sum(f.file_size for f in files if 'media/' not in f.filename)) > most: _too_large(path, size, most)
+    return data
+
+def _not_too_large(path, most): # A damaged one is dealt with later
+    import zipfile
+    for f in (path, path.with_name(path.name+'.bak')):
+        with contextlib.suppress(zipfile.BadZipFile, FileNotFoundError): _book_bytes(f, most)
+
+def _too_large(path, size, most):
+    raise Refusal(f'it unpacks to {size/2**20:,.0f} MiB, more than {most/2**20:,.0f} MiB', Path(path).name,
+                  fix='Move large sheets of your own into another workbook; up to 128 MiB `ck log sync` brings it up to date')
+
+# %% ../nbs/01_log.ipynb #f5a2a294
+def _plain(text): return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('_', ' ').casefold().split())
+
+def _our_sheets(titles): # Our name → its title in the workbook
+    found = {}
+    for title in sorted(titles, key=lambda s: (s not in _SHEETS, s.lower() not in _SHEETS)):
+        name = re.sub(r' ?[-–] ?table ?\d+$', '', _plain(title))
+        if name in _SHEETS: found.setdefault(name, title)
+    return found
+
+def _header(row, sheet): # The names of a row's columns, ours as we write them
+    names = [str(v).strip() for v in row]
+    ours = {_plain(c.name): c.name for c in _SHEETS[sheet] if c.name not in names}
+    return [ours.get(_plain(n), n) for n in names]
+
+# %% ../nbs/01_log.ipynb #d1bc5d27
+_NO_VALUE, _CELLS = '(a formula without a value)', 2_000_000  # about 1 GB while it is read
+
+def _readable(xml): # A sheet's XML → the same for calamine, ((row, column) in use), merged ranges, has it formulas?
+    from xml.etree import ElementTree as ET
+    from openpyxl.utils.cell import coordinate_to_tuple
+    root, used, calc, edited = ET.fromstring(xml), [], False, False
+    for c in root.iterfind('.//{*}c'):
+        f, v, kind = c.find('{*}f'), c.find('{*}v'), c.get('t')
+        if c.get('r') and len(c): used.append(coordinate_to_tuple(c.get('r')))
+        calc |= f is not None
+        none = f is not None and (v is None or not v.text and kind != 'str')
+        if kind != 'e' and not none: continue
+        if v is None: v = ET.SubElement(c, c.tag[:-1]+'v')
+        v.text, edited = _NO_VALUE if none else v.text or '#ERROR!', True
+        c.set('t', 'str')
+    merged = [m.get('ref') for m in root.iterfind('.//{*}mergeCell')]
+    return ET.tostring(root) if edited else xml, used, merged, calc
+
+# %% ../nbs/01_log.ipynb #a9eedd2e
+def _sheet_parts(z): # Title of each sheet → its file in the zip
+    import posixpath
+    from xml.etree import ElementTree as ET
+    rels = {r.get('Id'): r.get('Target') for r in ET.fromstring(z.read('xl/_rels/workbook.xml.rels'))}
+    id_of = lambda s: next(v for k, v in s.attrib.items() if k.endswith('}id'))
+    sheets = ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}sheet')
+    return {s.get('name'): posixpath.normpath(posixpath.join('/xl', rels[id_of(s)])).lstrip('/') for s in sheets}
+
+def _repacked(data, new): # The same zip with other bytes for some files
+    import zipfile
+    if not new: return data
+    with zipfile.ZipFile(io.BytesIO(data)) as z, zipfile.ZipFile(out := io.BytesIO(), 'w') as packed:
+        for n in z.namelist(): packed.writestr(n, new[n] if n in new else z.read(n))
+    return out.getvalue()
+
 # %% ../nbs/01_log.ipynb #893a63ff
-_Sheet = namedtuple('_Sheet', 'cells top cols at')  # values; row of the header; column name → index; key → row (all from 0)
+# values; row of the header; column name → index; key → row; merged ranges (all from 0); are there formulas?
+_Sheet = namedtuple('_Sheet', 'cells top cols at merged calc', defaults=((), False))
 
 def _read_book(path):
+    import zipfile
     from python_calamine import CalamineWorkbook
-    wb = CalamineWorkbook.from_filelike(io.BytesIO(Path(path).read_bytes()))
-    names = {n.lower(): n for n in wb.sheet_names}
-    return {s: sh for s, cols in _SHEETS.items() if s in names
-            and (sh := _sheet(wb.get_sheet_by_name(names[s]).to_python(skip_empty_area=False), cols[0].name))}
+    data, new, about = _book_bytes(path), {}, {}
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        parts = _sheet_parts(z)
+        ours = _our_sheets(parts)
+        for s, title in ours.items():
+            xml = z.read(parts[title])
+            readable, used, *about[s] = _readable(xml)
+            if readable is not xml: new[parts[title]] = readable
+            _bounded(s, used, about[s][0])
+    wb, read = CalamineWorkbook.from_filelike(io.BytesIO(_repacked(data, new))), {}
+    for s, title in ours.items():
+        sh = _sheet(wb.get_sheet_by_name(title).to_python(skip_empty_area=False), _SHEETS[s][0].name, s)
+        if sh: read[s] = sh._replace(merged=_ranges(about[s][0]), calc=about[s][1])
+    return {s: read[s] for s in _SHEETS if s in read}
 
-def _sheet(cells, key):
+def _sheet(cells, key, name='runs'):
     for top, row in enumerate(cells[:50]):
-        names = [str(v).strip() for v in row]
+        names = _header(row, name)
         if key in names: break
     else: return None
     cols = {n: j for j, n in reversed(list(enumerate(names))) if n}
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
     return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k})
+
+# %% ../nbs/01_log.ipynb #90fd808c
+def _ranges(refs): # First row, first column, last row, last column, from 0
+    from openpyxl.utils.cell import range_boundaries
+    return [(r-1, c-1, r2-1, c2-1) for c, r, c2, r2 in map(range_boundaries, refs)]
+
+def _bounded(name, used, merged):
+    rows, cols = (max(n, default=0) for n in (zip(*used) if used else ((), ())))
+    if rows*cols > _CELLS:
+        far = max(used, key=lambda at: at[0]/2**20+at[1]/2**14)
+        raise Refusal('there is something far from the table', _where(name, far[0]-1, far[1]-1), fix='Delete that cell and save the workbook')
+    for ref, (r, c, r2, c2) in zip(merged, _ranges(merged)):
+        if (r2-r+1)*(c2-c+1) > _CELLS: raise Refusal(f'the merged cell {ref} is too large', _where(name, r, c), fix='Unmerge it')
 
 # %% ../nbs/01_log.ipynb #b25ddd34
 def _where(sheet, row, col):
@@ -389,11 +487,11 @@ def _held(path):
 # %% ../nbs/01_log.ipynb #4f89f77e
 def _fault(path): # Why nobody can read it, or None
     import zipfile
-    data = Path(path).read_bytes()
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as z: bad = z.testzip()
-        _read_book(path)
+        with zipfile.ZipFile(io.BytesIO(_book_bytes(path))) as z: bad = z.testzip()
+        if not bad: _read_book(path)
         return bad
+    except Refusal: raise  # too large, or a cell too far away: it is put off, not put aside
     except Exception as e: return str(e) or type(e).__name__
 
 # %% ../nbs/01_log.ipynb #aa830cee
@@ -402,17 +500,14 @@ def _people_file():
     return read_json(f) if f.exists() else {}
 
 def _harvest(book, path, store):
-    store, formulas = json.loads(json.dumps(store)), None
+    store, formulas = json.loads(json.dumps(store)), _formulas(path) if any(sh.calc for sh in book.values()) else {}
     for name, sh in book.items():
         for key, i in sh.at.items():
             for col, j in sh.cols.items():
-                if col in _KIT[name]: continue
-                v, old = _json_value(sh.cells[i][j]), store.get(name, {}).get(key, {}).get(col)
-                if v == (old['value'] if old else ''): continue
-                if v == '':
-                    formulas = _formulas(path) if formulas is None else formulas
-                    if (name, i, j) in formulas: continue
-                new = dict(value=v, time=now())
+                if col in _KIT[name] or sh.cells[i][j] == _NO_VALUE: continue
+                v, old, f = _json_value(sh.cells[i][j]), store.get(name, {}).get(key, {}).get(col), formulas.get((name, i, j))
+                if (v, f) == ((old['value'], old.get('formula')) if old else ('', None)): continue
+                new = dict(value=v, time=now(), **(dict(formula=f) if f else {}))
                 if old: new['before'] = [*old.get('before', []), dict(value=old['value'], time=old['time'])][-10:]
                 store.setdefault(name, {}).setdefault(key, {})[col] = new
     return store
@@ -420,11 +515,11 @@ def _harvest(book, path, store):
 def _json_value(v): return v if isinstance(v, (str, bool, int, float)) else str(v)
 
 # %% ../nbs/01_log.ipynb #4db67cc5
-def _formulas(path): # (sheet, row, column) of each formula, from 0
+def _formulas(path): # (sheet, row, column) of each formula, from 0 → its text
     import openpyxl
-    wb = openpyxl.load_workbook(io.BytesIO(Path(path).read_bytes()), read_only=True)
-    return {(ws.title.lower(), c.row-1, c.column-1) for ws in wb.worksheets if ws.title.lower() in _SHEETS
-            for row in ws.iter_rows() for c in row if c.data_type == 'f'}
+    wb = openpyxl.load_workbook(io.BytesIO(_book_bytes(path)), read_only=True)
+    return {(name, c.row-1, c.column-1): str(getattr(c.value, 'text', c.value)) for name, title in _our_sheets(wb.sheetnames).items()
+            for row in wb[title].iter_rows() for c in row if c.data_type == 'f'}
 
 # %% ../nbs/01_log.ipynb #a341d389
 _ID = re.compile(_STAGE+r'(-f-?\d+)?-[0-9a-f]{10}')
@@ -441,8 +536,11 @@ def people(
         else: print(f'{LOG} cannot be read ({fault}): what people wrote is taken from models/people.json')
     store, out = _harvest(book, path, store), {}
     for name in ('runs', 'votes'):
-        for key, vals in store.get(name, {}).items():
+        for key in store.get(name, {}).keys() | (book[name].at.keys() if name in book else set()):
+            vals = store.get(name, {}).get(key, {})
             if run_id not in (None, key) or not _ID.fullmatch(key): continue  # a row of totals is no run
+            if name in book and key in book[name].at: _sure(book[name], name, key, vals, path)
+            if not vals: continue
             got = out.setdefault(key, dict.fromkeys(_PEOPLE))
             for c in set(_PEOPLE) & vals.keys():
                 if (v := vals[c]['value']) != '': got[c] = _judge(c, v, _cell_name(book.get(name), name, key, c))
@@ -450,7 +548,18 @@ def people(
 
 # %% ../nbs/01_log.ipynb #ab416285
 def _cell_name(sh, name, key, col):
-    return _where(name, sh.at[key], sh.cols[col]) if sh and key in sh.at and col in sh.cols else f'models/people.json, {key}, {col}'
+    if not sh or key not in sh.at or col not in sh.cols: return f'models/people.json, {key}, {col}'
+    return f'{_where(name, sh.at[key], sh.cols[col])}, run {key}'
+
+def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is not
+    for c in ('keep', 'vote_weight'):
+        if c not in sh.cols: continue
+        i, j, where = sh.at[key], sh.cols[c], _cell_name(sh, name, key, c)
+        for r, left, r2, right in sh.merged:
+            if r <= i <= r2 and left <= j <= right and str(sh.cells[r][left]).strip():
+                raise Refusal(f'{c} is part of a merged cell', where, fix='Unmerge it and write a value for each run')
+        if sh.cells[i][j] == _NO_VALUE and said.get(c, {}).get('formula') != _formulas(path).get((name, i, j)):
+            raise Refusal(f'{c} is a formula without a value', where, fix='Save the workbook once from Excel or LibreOffice, or write the value')
 
 def _judge(col, v, where):
     text = f'{v:g}' if isinstance(v, float) else str(v).strip().lower()
@@ -586,22 +695,22 @@ def _restored(ws, sh, said): # The same for what people wrote, when an old copy 
     return {(i, j): v for (i, j), v in out.items() if ws.cell(i+1, j+1).data_type != 'f'}
 
 # %% ../nbs/01_log.ipynb #0d13299e
-def _apply(ws, sh, cells, new, want, said):
+def _apply(ws, sh, cells, new, want, said, name):
     from openpyxl.cell.cell import MergedCell
     edits, n = [((i+1, j+1), v) for (i, j), v in cells.items()], 0
     for at, v in edits:
         if isinstance(c := ws.cell(*at), MergedCell): continue
         _put(c, v); n += 1
     row, width = max([i for k, i in sh.at.items() if k in want]+[i for i, _ in cells], default=sh.top)+1, ws.max_column
-    styles = _styles(ws) if new else {}
+    styles = _styles(ws, name) if new else {}
     for key in new:
         row += 1
         while any(isinstance(c := ws.cell(row, j), MergedCell) or c.value is not None for j in range(1, width+1)): row += 1
         vals = want[key] | {c: clean_cell(o['value']) for c, o in said.get(key, {}).items() if c not in want[key]}
-        for name, j in sh.cols.items():
+        for col, j in sh.cols.items():
             c = ws.cell(row, j+1)
-            if not c.has_style and name in styles: c._style = copy(styles[name])
-            if vals.get(name) not in (None, ''): _put(c, vals[name])
+            if not c.has_style and col in styles: c._style = copy(styles[col])
+            if vals.get(col) not in (None, ''): _put(c, vals[col])
     if ws.auto_filter.ref and new: ws.auto_filter.ref = re.sub(r'\d+$', lambda m: str(max(int(m[0]), row)), ws.auto_filter.ref)
     return n
 
@@ -610,10 +719,10 @@ _COLOURS = dict(done='DDF2E1', failed='F9D5D3', running='DCE9FB', interrupted='F
 _ALIGN = dict.fromkeys('fold status keep started runs folds'.split(), 'center') | dict.fromkeys('device params submission best'.split(), 'left')
 
 # %% ../nbs/01_log.ipynb #2ab05895
-def _styles(ws): # Column name → style of its cells, made once on a scratch cell
+def _styles(ws, name): # Column name → style of its cells, made once on a scratch cell
     from openpyxl.styles import Alignment, PatternFill
     scratch, out = ws.parent.create_sheet(), {}
-    for j, o in enumerate(_SHEETS[ws.title], 1):
+    for j, o in enumerate(_SHEETS[name], 1):
         c = scratch.cell(1, j)
         side = _ALIGN.get(o.name)
         c.number_format, c.alignment = o.format or 'General', Alignment(vertical='top', horizontal=side, indent=side == 'left')
@@ -684,7 +793,7 @@ def _add_guide(wb):
 # %% ../nbs/01_log.ipynb #f54b582f
 def _load_book(path):
     import openpyxl
-    data = Path(path).read_bytes()
+    data = _book_bytes(path)
     try: wb = openpyxl.load_workbook(io.BytesIO(_guarded(data)), rich_text=True)
     except Exception as e: raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
     for ws in wb.worksheets:
@@ -697,10 +806,7 @@ def _guarded(data):
     guard = lambda m: m[0].replace(b'x005F_', b'x005Fx005F__')
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         texts = {n: z.read(n) for n in z.namelist() if re.fullmatch(r'xl/(sharedStrings|worksheets/[^/]+)\.xml', n)}
-        if not any(b'x005F_' in t for t in texts.values()): return data
-        with zipfile.ZipFile(out := io.BytesIO(), 'w') as new:
-            for n in z.namelist(): new.writestr(n, re.sub(rb'<t\b[^>]*>[^<]*</t>', guard, texts[n]) if n in texts else z.read(n))
-    return out.getvalue()
+    return _repacked(data, {n: re.sub(rb'<t\b[^>]*>[^<]*</t>', guard, t) for n, t in texts.items() if b'x005F_' in t})
 
 # %% ../nbs/01_log.ipynb #4a0c6a9b
 def _source(path): # What to start from (None: nothing), and what to tell people about it
@@ -718,7 +824,8 @@ def _source(path): # What to start from (None: nothing), and what to tell people
 def _swap(wb, path, seen, keys):
     with atomic(path) as tmp:
         wb.save(tmp)
-        lost = {s: missing for s, want in keys.items() if (missing := set(want)-_read_book(tmp)[s].at.keys())}
+        book = _read_book(tmp)
+        lost = {s: missing for s, want in keys.items() if (missing := set(want)-book[s].at.keys())}
         if lost: raise Refusal(f'the new workbook does not read back: {lost}', path.name)
         if path.exists():
             with atomic(path.with_name(path.name+'.bak')) as bak: shutil.copyfile(path, bak)
@@ -742,8 +849,9 @@ def _sync(path):
     for s in _SHEETS:
         if s not in book: sh, (edits, new) = _new_sheet(wb, s, store.get(s, {})), ({}, list(want[s]))
         else: sh, (edits, new) = book[s], todo[s]
-        if src not in (None, path) and s in book: edits = _restored(wb[s], sh, store.get(s, {})) | edits
-        cells, rows = cells+_apply(wb[s], sh, edits, new, want[s], store.get(s, {})), rows+len(new)
+        ws = wb[_our_sheets(wb.sheetnames)[s]]
+        if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
+        cells, rows = cells+_apply(ws, sh, edits, new, want[s], store.get(s, {}), s), rows+len(new)
     if not (cells or rows or said) and len(book) == len(_SHEETS): return f'{LOG} is up to date'  # merged cells, which stay
     _swap(wb, path, seen, want)
     for r in claims.values(): models_path(r['run_id'], '.planned').unlink(missing_ok=True)
@@ -763,7 +871,7 @@ def _new_sheet(wb, name, said): # A sheet of that name without a key column is s
     for c in theirs:
         if c not in ours: _put(ws.cell(1, ws.max_column+1), clean_cell(c))
     if name == 'mixes' and 'guide' not in wb.sheetnames: _add_guide(wb)
-    return _sheet([[_shown(c.value) for c in ws[1]]], _SHEETS[name][0].name)
+    return _sheet([[_shown(c.value) for c in ws[1]]], _SHEETS[name][0].name, name)
 
 # %% ../nbs/01_log.ipynb #1d6aa0a1
 def sync_log(
@@ -776,6 +884,7 @@ def sync_log(
         for _ in range(5):
             if app := _held(path): return f'{LOG} was not updated: it is open in {app}; the next sync catches up'
             with FileLock(f'{path}.lock', timeout=60 if wait else 0, thread_local=False):
+                _not_too_large(path, _MOST if wait else _QUICK)
                 before, line = _stamps(), _sync(path)
             said = said or line
             if _stamps() == before: break

@@ -1,5 +1,5 @@
 "Faults and long checks of the log: hostile values, many writers, kills, people's own things in the workbook"
-import multiprocessing, os, random, resource, shutil, signal, subprocess, sys, time, zipfile
+import multiprocessing, os, random, re, resource, shutil, signal, subprocess, sys, time, zipfile
 from datetime import datetime, timedelta, timezone
 import openpyxl, pytest
 from openpyxl.comments import Comment
@@ -43,6 +43,16 @@ def edit(root, f, name='runs'):
     out = f(wb, ws, {c.value: c.column for c in ws[1]})
     wb.save(root/LOG)
     return out
+
+def with_xml(root, col, xml):
+    "The cell of the first run in a column, as another program writes it"
+    ref = edit(root, lambda wb, ws, at: setattr(c := ws.cell(2, at[col]), 'value', 12345) or c.coordinate)
+    with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
+    n = 'xl/worksheets/sheet1.xml'
+    parts[n] = re.sub(rf'<c r="{ref}"[^>]*><v>12345</v></c>', xml.replace('REF', ref), parts[n].decode()).encode()
+    with zipfile.ZipFile(root/LOG, 'w') as z:
+        for n, b in parts.items(): z.writestr(n, b)
+    return ref
 
 # ---- values ----
 HOSTILE = ['\ud83d lone', 'nul\x00 bell\x07', '\ufffe\uffff', '=1+1', '+1', '-1', '@cmd', '\tx', '\rx', 'x'*40000, '😀'*40000, 'a'+'😀'*20000, float('nan'),
@@ -384,14 +394,89 @@ def test_columns_and_rows_in_another_order(root):
 
 def test_a_formula_keeps_its_last_value(root):
     id = run()
-    edit(root, lambda wb, ws, at: ws.cell(2, at['vote_weight'], 3))
-    sync_log()
-    edit(root, lambda wb, ws, at: ws.cell(2, at['vote_weight']).__setattr__('value', '=1+2'))  # saved without its value, as openpyxl does
+    with_xml(root, 'vote_weight', '<c r="REF"><f>1+2</f><v>3</v></c>')
     assert people(id)['vote_weight'] == 3
-    run(1)
+    run(1)  # saved without its value, as openpyxl does
     assert people(id)['vote_weight'] == 3
+    edit(root, lambda wb, ws, at: ws.cell(2, at['vote_weight']).__setattr__('value', '=1+3'))
+    with pytest.raises(Refusal, match='without a value'): people(id)
     edit(root, lambda wb, ws, at: ws.cell(2, at['vote_weight']).__setattr__('value', None))
     assert people(id)['vote_weight'] is None
+
+@pytest.mark.parametrize('col', ['keep', 'vote_weight'])
+@pytest.mark.parametrize('xml', [
+    *(f'<c r="REF" t="e"><v>{e}</v></c>' for e in ('#DIV/0!', '#REF!', '#SPILL!', '#CALC!', '#ERROR!', '#BUSY!')),
+    '<c r="REF" t="e"><f>1/0</f><v>#N/A</v></c>', '<c r="REF"><f>1+2</f><v></v></c>', '<c r="REF"><f>1+2</f></c>'])
+def test_cells_that_look_empty_are_refused(root, col, xml):
+    id = run()
+    edit(root, lambda wb, ws, at: ws.cell(2, at['note'], 'mine'))
+    ref = with_xml(root, col, xml)
+    with pytest.raises(Refusal, match=f'sheet runs, cell {ref}, run {id}: {col} is'): people()
+    assert 'rows added' in (put(1) and sync_log())  # a run that finishes is not refused
+    with pytest.raises(Refusal, match=f'cell {ref}'): people(id)
+    assert read_json(models_path('people.json'))['runs'][id]['note']['value'] == 'mine'
+
+def test_a_formula_that_says_nothing_is_empty(root):
+    id = run()
+    with_xml(root, 'keep', '<c r="REF" t="str"><f>IF(1,"","x")</f><v></v></c>')
+    assert people(id)['keep'] is None
+    run(1)
+    assert people(id)['keep'] is None
+
+def test_an_unknown_error_in_a_note(root):
+    id = run(); run(1)
+    edit(root, lambda wb, ws, at: (ws.cell(3, at['keep'], 'no'), wb.create_sheet('mine')))
+    with_xml(root, 'note', '<c r="REF" t="e"><f>1/0</f><v>#SPILL!</v></c>')
+    run(2)
+    assert [p['keep'] for p in people().values()].count(False) == 1 and people(id)['note'] == '#SPILL!'
+    assert 'mine' in openpyxl.load_workbook(root/LOG).sheetnames and not list(root.glob('*corrupt*'))
+
+def test_merged_cells_are_refused(root):
+    made = [run(i) for i in range(3)]
+    edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.merge_cells(start_row=2, end_row=3, start_column=at['keep'], end_column=at['keep'])))
+    for id in made[:2]:
+        with pytest.raises(Refusal, match='merged cell'): people(id)
+    assert people(made[2])['keep'] is None and 'rows added' in (put(1) and sync_log())
+
+@pytest.mark.parametrize('far', ['XFD1048576', 'A1048576'])
+def test_a_letter_far_away_is_named(root, far):
+    run()
+    edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.__setitem__(far, 'typed by mistake')))
+    before, start = (root/LOG).read_bytes(), time.time()
+    put(1)
+    assert f'cell {far}' in sync_log() and (root/LOG).read_bytes() == before and time.time()-start < 5
+    with pytest.raises(Refusal, match=far): people()
+    edit(root, lambda wb, ws, at: ws.__setitem__(far, None))
+    assert 'rows added' in sync_log()
+
+def test_a_workbook_that_unpacks_to_gigabytes_is_put_off(root):
+    id = run()
+    with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(root/LOG, 'w', zipfile.ZIP_DEFLATED) as z:
+        for n, b in parts.items(): z.writestr(n, b+b' '*(130*2**20)*(n == 'xl/worksheets/sheet1.xml'))
+    before, start = (root/LOG).read_bytes(), time.time()
+    put(1)
+    assert 'unpacks to' in sync_log() and 'unpacks to' in sync_log(wait=True) and time.time()-start < 5
+    with pytest.raises(Refusal, match='unpacks to'): people(id)
+    assert (root/LOG).read_bytes() == before and not list(root.glob('*corrupt*'))
+
+def test_a_large_sheet_of_ones_own_waits_for_ck_log_sync(root):
+    run()
+    with zipfile.ZipFile(root/LOG, 'a', zipfile.ZIP_STORED) as z: z.writestr('xl/worksheets/ours.xml', os.urandom(log._QUICK))
+    put(1)
+    assert 'ck log sync' in sync_log() and 'rows added' in sync_log(wait=True)
+
+def test_names_written_a_little_differently(root):
+    id = run()
+    def rename(wb, ws, at):
+        for old, new in dict(keep='Keep', vote_weight='Vote\xa0weight', run_id='Run ID', log_loss='LOG_LOSS').items(): ws.cell(1, at[old], new)
+        ws.cell(2, at['keep'], 'x'); ws.cell(2, at['vote_weight'], 2)
+        ws.title, wb['votes'].title = 'runs - Table 1', 'Votes'
+    edit(root, rename)
+    assert (people(id)['keep'], people(id)['vote_weight']) == (True, 2.)
+    run(1)
+    assert len(sheet(root, 'runs - Table 1')) == 2 and 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
+    assert sync_log() == f'{LOG} is up to date'
 
 def test_rows_that_come_and_go(root):
     ids_ = [run(i) for i in range(3)]
