@@ -10,7 +10,7 @@ import argparse, importlib.util, json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 from time import monotonic
 from .core import Refusal, content_hash, models_path, project_root, root_at, to_json, versions
-from .log import code_hash, find_run, planned, records, show_run, sync_log
+from .log import code_hash, find_run, planned, records, refuse_plan, show_run, sync_log
 from .run import declared, find_notebook, gpu_ids, read_notebook, run_notebook
 
 # %% ../nbs/12_ck.ipynb #d7c5225e
@@ -87,7 +87,7 @@ def log_plan(go:bool=False) -> int: # The exit code: of the last run that did no
         os.environ['CK_PLANNED_ROW'] = str(p['row'])
         try: code = run(p['stage'], p['params']) or code
         except Refusal as e:
-            print(e, file=sys.stderr)
+            print(e, refuse_plan(p['row'], str(e)), sep='\n', file=sys.stderr)
             code = 2
         finally: del os.environ['CK_PLANNED_ROW']
         if code > 128: return code

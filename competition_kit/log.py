@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_record', 'Run', 'finish', 'check_outputs',
            'start_run', 'params_text', 'parse_params', 'clean_cell', 'records', 'find_run', 'people', 'planned',
-           'sync_log', 'show_run']
+           'refuse_plan', 'sync_log', 'show_run']
 
 # %% ../nbs/01_log.ipynb #c59eb740
 import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, unicodedata, warnings
@@ -214,9 +214,10 @@ _layout = '''
 runs  | run_id            | 25 |                  | kit    | Stage, held-out fold and a hash of parameters and inputs. The folder models/<run_id> holds the run.
 runs  | stage             | 10 |                  | kit    | The notebook's work: split, train, ... On a planned row: what to run.
 runs  | fold              |  6 |                  | kit    | Held-out fold. On a planned row: the fold to run.
-runs  | status            | 12 |                  | kit    | planned, running, done, failed, interrupted (its process is gone; start it again to continue it).
+runs  | status            | 12 |                  | kit    | planned, refused (and why), running, done, failed, interrupted (its process is gone; start it again to continue it).
 runs  | data              | 15 |                  | kit    | The parameter `data`.
 runs  | mix               | 24 |                  | kit    | The parameter `mix`: which tables were trained on.
+runs  | base              | 20 |                  | kit    | The parameter `base`: the model that was trained or asked.
 runs  | log_loss          | 10 | 0.0000           | kit    | On held-out rows. Lower is better.
 runs  | accuracy          | 10 | 0.0000           | kit    | On held-out rows.
 runs  | ece               |  9 | 0.0000           | kit    | Expected calibration error on held-out rows. Lower is better.
@@ -356,7 +357,7 @@ def find_run(
     why = f'{len(hits)} runs begin with {text!r}' if hits else f'no run {text!r}'
     raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet')
 
-# %% ../nbs/01_log.ipynb #a2d3a97c
+# %% ../nbs/01_log.ipynb #70dca82e
 _QUICK, _MOST = 8*2**20, 128*2**20
 
 def _book_bytes(path, most=_MOST): # `most` counts XML; pictures are only copied, and stay below _MOST
@@ -379,7 +380,7 @@ def _too_large(path, size, most):
     raise Refusal(f'it unpacks to {size/2**20:,.0f} MiB, more than {most/2**20:,.0f} MiB', Path(path).name,
                   fix='Move large sheets of your own into another workbook; up to 128 MiB `ck log sync` brings it up to date')
 
-# %% ../nbs/01_log.ipynb #f5a2a294
+# %% ../nbs/01_log.ipynb #fcb13d60
 def _plain(text): return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('_', ' ').casefold().split())
 
 def _our_sheets(titles): # Our name → its title in the workbook
@@ -394,7 +395,7 @@ def _header(row, sheet): # The names of a row's columns, ours as we write them
     ours = {_plain(c.name): c.name for c in _SHEETS[sheet] if c.name not in names}
     return [ours.get(_plain(n), n) for n in names]
 
-# %% ../nbs/01_log.ipynb #d1bc5d27
+# %% ../nbs/01_log.ipynb #e58b5b59
 _NO_VALUE, _CELLS = '(a formula without a value)', 2_000_000  # about 1 GB while it is read
 
 def _readable(xml): # A sheet's XML → the same for calamine, ((row, column) in use), merged ranges, has it formulas?
@@ -413,7 +414,7 @@ def _readable(xml): # A sheet's XML → the same for calamine, ((row, column) in
     merged = [m.get('ref') for m in root.iterfind('.//{*}mergeCell')]
     return ET.tostring(root) if edited else xml, used, merged, calc
 
-# %% ../nbs/01_log.ipynb #a9eedd2e
+# %% ../nbs/01_log.ipynb #7da46ab2
 def _sheet_parts(z): # Title of each sheet → its file in the zip
     import posixpath
     from xml.etree import ElementTree as ET
@@ -460,7 +461,7 @@ def _sheet(cells, key, name='runs'):
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
     return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k})
 
-# %% ../nbs/01_log.ipynb #90fd808c
+# %% ../nbs/01_log.ipynb #6bfa362d
 def _ranges(refs): # First row, first column, last row, last column, from 0
     from openpyxl.utils.cell import range_boundaries
     return [(r-1, c-1, r2-1, c2-1) for c, r, c2, r2 in map(range_boundaries, refs)]
@@ -589,7 +590,7 @@ def _plan_rows(sh):
 # %% ../nbs/01_log.ipynb #be497169
 def _plan(sh, i):
     def no(col, what, fix): raise Refusal(f'a planned run {what}', _where('runs', i, sh.cols[col]), fix=fix)
-    cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in ('stage', 'fold', 'data', 'mix', 'params')}
+    cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in ('stage', 'fold', 'data', 'mix', 'base', 'params')}
     text = {c: str(v).strip() for c, v in cell.items()}
     if not re.fullmatch(_STAGE, text['stage']): no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')
     if not isinstance(cell['params'], str): no('params', f"has the parameters {cell['params']!r}", 'Write name=value, name=value')
@@ -597,7 +598,7 @@ def _plan(sh, i):
     except ValueError as e: no('params', f'has parameters that cannot be read ({e})', 'Write name=value, name=value')
     if not re.fullmatch(r'(-?\d+(\.0)?)?', text['fold']): no('fold', f"has the fold {cell['fold']!r}", 'Write a whole number')
     fold = int(float(text['fold'])) if text['fold'] else None
-    for c, v in dict(fold=fold, data=text['data'], mix=text['mix']).items():
+    for c, v in dict(fold=fold, **{c: text[c] for c in ('data', 'mix', 'base')}).items():
         if v in (None, ''): continue
         if params.setdefault(c, v) != v: no(c, f'says {c}={v} here and {params[c]} in params', 'Say it once')
     return dict(row=i+1, stage=text['stage'], fold=fold, params=params)
@@ -624,6 +625,33 @@ def _asked_row(r):
     try: return int(models_path(r['run_id'], '.planned').read_text())
     except (OSError, ValueError): return None
 
+# %% ../nbs/01_log.ipynb #f324f461
+def refuse_plan(
+    row:int, # The planned row, as Excel counts
+    why:str, # What was wrong with it
+) -> str:    # One line: what was written, or why not
+    "Write into the workbook why a planned row was refused"
+    from filelock import FileLock, Timeout
+    path = project_root()/LOG
+    no = f'row {row} of {LOG} was not marked as refused: '
+    try:
+        with FileLock(f'{path}.lock', timeout=10, thread_local=False):
+            if app := _held(path): return f'{no}it is open in {app}'
+            _not_too_large(path, _QUICK)
+            return _refuse_row(path, row, clean_cell(f'refused: {why}')) or f'{no}it is no planned row'
+    except Timeout: return f'{no}another process is updating it'
+    except Exception as e: return f'{no}{e}'
+
+def _refuse_row(path, row, text):
+    seen, book = _stat(path), _read_book(path)
+    if (sh := book.get('runs')) is None or row-1 not in _plan_rows(sh): return
+    store = _people_file()
+    if (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), heard)
+    wb = _load_book(path)
+    _put(wb[_our_sheets(wb.sheetnames)['runs']].cell(row, sh.cols['status']+1), text)
+    _swap(wb, path, seen, {s: sh.at for s, sh in book.items()})
+    return f'row {row} of {LOG}: {text}'
+
 # %% ../nbs/01_log.ipynb #0b57f10c
 def _facts(r):
     m = r['metrics'] if isinstance(r.get('metrics'), dict) else {}
@@ -631,7 +659,7 @@ def _facts(r):
     best = lambda k, f: f((b[k] for b in base if isinstance(b.get(k), (int, float))), default=None)
     find = lambda k: next((d[k] for d in (r, m, r['params']) if d.get(k) is not None), None)
     words = lambda v: ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else params_text(v) if isinstance(v, dict) else v
-    return {**{k: find(k) for k in 'run_id stage fold status data mix minutes peak_gib device git rule rows submission'.split()},
+    return {**{k: find(k) for k in 'run_id stage fold status data mix base minutes peak_gib device git rule rows submission'.split()},
         **{k: m.get(k) for k in ('log_loss', 'accuracy', 'ece')}, 'baseline log_loss': best('log_loss', min),
         'baseline accuracy': best('accuracy', max), 'started': _when(r.get('started')), 'params': params_text(r['params']),
         'inputs': params_text(r['inputs']), 'members': words(find('members')), 'weights': words(find('weights'))}
@@ -794,11 +822,20 @@ def _add_guide(wb):
 def _load_book(path):
     import openpyxl
     data = _book_bytes(path)
+    _small_merges(data)
     try: wb = openpyxl.load_workbook(io.BytesIO(_guarded(data)), rich_text=True)
     except Exception as e: raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
     for ws in wb.worksheets:
         if (name := ws.title.lower()) in _SHEETS and name != ws.title: ws.title = '_'; ws.title = name
     return wb
+
+# %% ../nbs/01_log.ipynb #53244beb
+def _small_merges(data):
+    import zipfile
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        for title, part in _sheet_parts(z).items():
+            refs = [m.decode() for m in re.findall(rb'<(?:\w+:)?mergeCell [^>]*ref="([A-Z0-9:]+)"', z.read(part))]
+            _bounded(title, [], refs)
 
 # %% ../nbs/01_log.ipynb #39a0123c
 def _guarded(data):
@@ -850,6 +887,7 @@ def _sync(path):
         if s not in book: sh, (edits, new) = _new_sheet(wb, s, store.get(s, {})), ({}, list(want[s]))
         else: sh, (edits, new) = book[s], todo[s]
         ws = wb[_our_sheets(wb.sheetnames)[s]]
+        if (wider := _add_columns(wb, ws, s, sh)).cols != sh.cols: sh, (edits, new) = wider, _changes(wider, want[s], claims if s == 'runs' else {})
         if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
         cells, rows = cells+_apply(ws, sh, edits, new, want[s], store.get(s, {}), s), rows+len(new)
     if not (cells or rows or said) and len(book) == len(_SHEETS): return f'{LOG} is up to date'  # merged cells, which stay
@@ -872,6 +910,24 @@ def _new_sheet(wb, name, said): # A sheet of that name without a key column is s
         if c not in ours: _put(ws.cell(1, ws.max_column+1), clean_cell(c))
     if name == 'mixes' and 'guide' not in wb.sheetnames: _add_guide(wb)
     return _sheet([[_shown(c.value) for c in ws[1]]], _SHEETS[name][0].name, name)
+
+# %% ../nbs/01_log.ipynb #1fc6aebb
+def _add_columns(wb, ws, name, sh): # → the sheet with its new columns
+    if 'guide' not in wb.sheetnames: return sh
+    guide, cols = wb['guide'], dict(sh.cols)
+    known = {(r[0], r[1]) for r in guide.iter_rows(max_col=2, values_only=True)}
+    if not any(s == name for s, _ in known): return sh
+    for o in _SHEETS[name]:
+        if (name, o.name) in known: continue
+        guide.append([o.sheet, o.name, o.owner, o.help])
+        if o.name in cols: continue
+        j = max(cols.values())+1
+        while any(str(row[j]).strip() for row in sh.cells if j < len(row)): j += 1
+        cols[o.name] = j
+        c, left = ws.cell(sh.top+1, j+1, o.name), ws.cell(sh.top+1, sh.cols[_SHEETS[name][0].name]+1)
+        c._style = copy(left._style)
+    width = max(cols.values())+1
+    return sh._replace(cols=cols, cells=[[*row, *['']*(width-len(row))] for row in sh.cells])
 
 # %% ../nbs/01_log.ipynb #1d6aa0a1
 def sync_log(

@@ -478,6 +478,52 @@ def test_names_written_a_little_differently(root):
     assert len(sheet(root, 'runs - Table 1')) == 2 and 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
     assert sync_log() == f'{LOG} is up to date'
 
+def test_a_huge_merged_cell_is_named(root):
+    run()
+    edit(root, lambda wb, ws, at: wb.create_sheet('ours').__setitem__('A1', 'title'))
+    with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
+    huge = b'</sheetData><mergeCells count="1"><mergeCell ref="A1:XFD1048576"/></mergeCells>'
+    with zipfile.ZipFile(root/LOG, 'w') as z:
+        for n, b in parts.items(): z.writestr(n, b.replace(b'</sheetData>', huge) if n == 'xl/worksheets/sheet5.xml' else b)
+    put(1)
+    assert 'sheet ours, cell A1' in sync_log()
+
+def older(wb, ws, at):
+    "As a version of the kit left it that had no column `base`"
+    ws.delete_cols(at['base'])
+    guide = wb['guide']
+    guide.delete_rows(next(r[0].row for r in guide.iter_rows() if (r[0].value, r[1].value) == ('runs', 'base')))
+
+def test_a_new_column_is_added_once(root):
+    id = run(base='smollm2')
+    edit(root, lambda wb, ws, at: (older(wb, ws, at), ws.cell(1, ws.max_column+1, 'who'), ws.cell(2, ws.max_column, 'Mei')))
+    before = sheet(root)[0]
+    run(1, base='qwen')
+    rows = sheet(root)
+    assert [list(r)[-2:] for r in rows] == [['who', 'base']]*2 and [r['base'] for r in rows] == ['smollm2', 'qwen']
+    assert {k: rows[0][k] for k in before} == before and sync_log() == f'{LOG} is up to date'
+    edit(root, lambda wb, ws, at: ws.delete_cols(at['base']))
+    run(2, base='qwen')
+    assert 'base' not in sheet(root)[0]  # deleted by people
+
+def test_refused_plans_say_why(root):
+    run()
+    def plan(wb, ws, at):
+        for c, v in dict(stage='train', status='planned', base='nobase', note='try it').items(): ws.cell(5, at[c], v)
+    edit(root, plan)
+    row, = planned()
+    assert row['params'] == dict(base='nobase')
+    before = (root/LOG).read_bytes()
+    (root/f'~${LOG}').touch()
+    assert 'open in Excel' in log.refuse_plan(5, 'no base nobase') and (root/LOG).read_bytes() == before
+    (root/f'~${LOG}').unlink()
+    assert 'no planned row' in log.refuse_plan(2, 'x')
+    log.refuse_plan(5, 'no base nobase')
+    last = sheet(root)[-1]
+    assert (last['status'], last['note'], planned()) == ('refused: no base nobase', 'try it', [])
+    run(1)
+    assert [r['status'] for r in sheet(root)] == ['done', 'done', '', 'refused: no base nobase']
+
 def test_rows_that_come_and_go(root):
     ids_ = [run(i) for i in range(3)]
     edit(root, lambda wb, ws, at: [ws.cell(r, at['note'], f'n{r}') for r in (2, 3, 4)])
