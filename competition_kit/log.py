@@ -214,7 +214,7 @@ _layout = '''
 runs  | run_id            | 25 |                  | kit    | Stage, held-out fold and a hash of parameters and inputs. The folder models/<run_id> holds the run.
 runs  | stage             | 10 |                  | kit    | The notebook's work: split, train, ... On a planned row: what to run.
 runs  | fold              |  6 |                  | kit    | Held-out fold. On a planned row: the fold to run.
-runs  | status            | 12 |                  | kit    | planned, refused (and why), running, done, failed, interrupted (its process is gone; start it again to continue it).
+runs  | status            | 12 |                  | kit    | planned, refused, running, done, failed, interrupted (process gone; start again).
 runs  | data              | 15 |                  | kit    | The parameter `data`.
 runs  | mix               | 24 |                  | kit    | The parameter `mix`: which tables were trained on.
 runs  | base              | 20 |                  | kit    | The parameter `base`: the model that was trained or asked.
@@ -357,7 +357,7 @@ def find_run(
     why = f'{len(hits)} runs begin with {text!r}' if hits else f'no run {text!r}'
     raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet')
 
-# %% ../nbs/01_log.ipynb #70dca82e
+# %% ../nbs/01_log.ipynb #7f4cfcd0
 _QUICK, _MOST = 8*2**20, 128*2**20
 
 def _book_bytes(path, most=_MOST): # `most` counts XML; pictures are only copied, and stay below _MOST
@@ -366,21 +366,22 @@ def _book_bytes(path, most=_MOST): # `most` counts XML; pictures are only copied
     data = Path(path).read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as z: files = z.infolist()
     for f in files:
-        if f.compress_size > len(data) or f.file_size > 1100*(f.compress_size+1): raise zipfile.BadZipFile(f'{f.filename} has a wrong size')
+        wrong = f.compress_size > len(data) or f.file_size > 1100*(f.compress_size+1)
+        if wrong: raise zipfile.BadZipFile(f'{f.filename} has a wrong size')
     if (size := sum(f.file_size for f in files)) > _MOST: _too_large(path, size, _MOST)
     if (size := sum(f.file_size for f in files if 'media/' not in f.filename)) > most: _too_large(path, size, most)
     return data
 
-def _not_too_large(path, most): # A damaged one is dealt with later
+def _not_too_large(path, most): # Of the workbook, or of the copy that takes its place
     import zipfile
     for f in (path, path.with_name(path.name+'.bak')):
-        with contextlib.suppress(zipfile.BadZipFile, FileNotFoundError): _book_bytes(f, most)
+        with contextlib.suppress(zipfile.BadZipFile, FileNotFoundError): return _book_bytes(f, most) and None
 
 def _too_large(path, size, most):
     raise Refusal(f'it unpacks to {size/2**20:,.0f} MiB, more than {most/2**20:,.0f} MiB', Path(path).name,
-                  fix='Move large sheets of your own into another workbook; up to 128 MiB `ck log sync` brings it up to date')
+                  fix='Move large sheets of your own elsewhere; up to 128 MiB `ck log sync` brings it up to date')
 
-# %% ../nbs/01_log.ipynb #fcb13d60
+# %% ../nbs/01_log.ipynb #64f24169
 def _plain(text): return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('_', ' ').casefold().split())
 
 def _our_sheets(titles): # Our name → its title in the workbook
@@ -395,7 +396,7 @@ def _header(row, sheet): # The names of a row's columns, ours as we write them
     ours = {_plain(c.name): c.name for c in _SHEETS[sheet] if c.name not in names}
     return [ours.get(_plain(n), n) for n in names]
 
-# %% ../nbs/01_log.ipynb #e58b5b59
+# %% ../nbs/01_log.ipynb #82dd8633
 _NO_VALUE, _CELLS = '(a formula without a value)', 2_000_000  # about 1 GB while it is read
 
 def _readable(xml): # A sheet's XML → the same for calamine, ((row, column) in use), merged ranges, has it formulas?
@@ -414,7 +415,7 @@ def _readable(xml): # A sheet's XML → the same for calamine, ((row, column) in
     merged = [m.get('ref') for m in root.iterfind('.//{*}mergeCell')]
     return ET.tostring(root) if edited else xml, used, merged, calc
 
-# %% ../nbs/01_log.ipynb #7da46ab2
+# %% ../nbs/01_log.ipynb #73c4246c
 def _sheet_parts(z): # Title of each sheet → its file in the zip
     import posixpath
     from xml.etree import ElementTree as ET
@@ -461,7 +462,7 @@ def _sheet(cells, key, name='runs'):
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
     return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k})
 
-# %% ../nbs/01_log.ipynb #6bfa362d
+# %% ../nbs/01_log.ipynb #d7c9ab95
 def _ranges(refs): # First row, first column, last row, last column, from 0
     from openpyxl.utils.cell import range_boundaries
     return [(r-1, c-1, r2-1, c2-1) for c, r, c2, r2 in map(range_boundaries, refs)]
@@ -470,9 +471,11 @@ def _bounded(name, used, merged):
     rows, cols = (max(n, default=0) for n in (zip(*used) if used else ((), ())))
     if rows*cols > _CELLS:
         far = max(used, key=lambda at: at[0]/2**20+at[1]/2**14)
-        raise Refusal('there is something far from the table', _where(name, far[0]-1, far[1]-1), fix='Delete that cell and save the workbook')
+        where = _where(name, far[0]-1, far[1]-1)
+        raise Refusal('there is something far from the table', where, fix='Delete that cell and save the workbook')
     for ref, (r, c, r2, c2) in zip(merged, _ranges(merged)):
-        if (r2-r+1)*(c2-c+1) > _CELLS: raise Refusal(f'the merged cell {ref} is too large', _where(name, r, c), fix='Unmerge it')
+        if (r2-r+1)*(c2-c+1) <= _CELLS: continue
+        raise Refusal(f'the merged cell {ref} is too large', _where(name, r, c), fix='Unmerge it')
 
 # %% ../nbs/01_log.ipynb #b25ddd34
 def _where(sheet, row, col):
@@ -483,7 +486,9 @@ def _where(sheet, row, col):
 def _held(path):
     for name, app in ((f'~${path.name}', 'Excel'), (f'.~lock.{path.name}#', 'LibreOffice')):
         f = path.with_name(name)
-        if f.exists() and time.time()-f.stat().st_mtime < 24*3600: return app
+        if not f.exists(): continue
+        old = time.time()-f.stat().st_mtime > 24*3600
+        return f'{app} (for more than a day; if nobody has it open, delete {name})' if old else app
 
 # %% ../nbs/01_log.ipynb #4f89f77e
 def _fault(path): # Why nobody can read it, or None
@@ -506,7 +511,8 @@ def _harvest(book, path, store):
         for key, i in sh.at.items():
             for col, j in sh.cols.items():
                 if col in _KIT[name] or sh.cells[i][j] == _NO_VALUE: continue
-                v, old, f = _json_value(sh.cells[i][j]), store.get(name, {}).get(key, {}).get(col), formulas.get((name, i, j))
+                v, f = _json_value(sh.cells[i][j]), formulas.get((name, i, j))
+                old = store.get(name, {}).get(key, {}).get(col)
                 if (v, f) == ((old['value'], old.get('formula')) if old else ('', None)): continue
                 new = dict(value=v, time=now(), **(dict(formula=f) if f else {}))
                 if old: new['before'] = [*old.get('before', []), dict(value=old['value'], time=old['time'])][-10:]
@@ -519,7 +525,8 @@ def _json_value(v): return v if isinstance(v, (str, bool, int, float)) else str(
 def _formulas(path): # (sheet, row, column) of each formula, from 0 → its text
     import openpyxl
     wb = openpyxl.load_workbook(io.BytesIO(_book_bytes(path)), read_only=True)
-    return {(name, c.row-1, c.column-1): str(getattr(c.value, 'text', c.value)) for name, title in _our_sheets(wb.sheetnames).items()
+    ours, text = _our_sheets(wb.sheetnames), lambda c: str(getattr(c.value, 'text', c.value))
+    return {(name, c.row-1, c.column-1): text(c) for name, title in ours.items()
             for row in wb[title].iter_rows() for c in row if c.data_type == 'f'}
 
 # %% ../nbs/01_log.ipynb #a341d389
@@ -560,7 +567,8 @@ def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is no
             if r <= i <= r2 and left <= j <= right and str(sh.cells[r][left]).strip():
                 raise Refusal(f'{c} is part of a merged cell', where, fix='Unmerge it and write a value for each run')
         if sh.cells[i][j] == _NO_VALUE and said.get(c, {}).get('formula') != _formulas(path).get((name, i, j)):
-            raise Refusal(f'{c} is a formula without a value', where, fix='Save the workbook once from Excel or LibreOffice, or write the value')
+            fix = 'Save the workbook once from Excel or LibreOffice, or write the value'
+            raise Refusal(f'{c} is a formula without a value', where, fix=fix)
 
 def _judge(col, v, where):
     text = f'{v:g}' if isinstance(v, float) else str(v).strip().lower()
@@ -590,7 +598,8 @@ def _plan_rows(sh):
 # %% ../nbs/01_log.ipynb #be497169
 def _plan(sh, i):
     def no(col, what, fix): raise Refusal(f'a planned run {what}', _where('runs', i, sh.cols[col]), fix=fix)
-    cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in ('stage', 'fold', 'data', 'mix', 'base', 'params')}
+    names = 'stage', 'fold', 'data', 'mix', 'base', 'params'
+    cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in names}
     text = {c: str(v).strip() for c, v in cell.items()}
     if not re.fullmatch(_STAGE, text['stage']): no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')
     if not isinstance(cell['params'], str): no('params', f"has the parameters {cell['params']!r}", 'Write name=value, name=value')
@@ -625,7 +634,7 @@ def _asked_row(r):
     try: return int(models_path(r['run_id'], '.planned').read_text())
     except (OSError, ValueError): return None
 
-# %% ../nbs/01_log.ipynb #f324f461
+# %% ../nbs/01_log.ipynb #0423ff0d
 def refuse_plan(
     row:int, # The planned row, as Excel counts
     why:str, # What was wrong with it
@@ -659,7 +668,8 @@ def _facts(r):
     best = lambda k, f: f((b[k] for b in base if isinstance(b.get(k), (int, float))), default=None)
     find = lambda k: next((d[k] for d in (r, m, r['params']) if d.get(k) is not None), None)
     words = lambda v: ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else params_text(v) if isinstance(v, dict) else v
-    return {**{k: find(k) for k in 'run_id stage fold status data mix base minutes peak_gib device git rule rows submission'.split()},
+    plain = 'run_id stage fold status data mix base minutes peak_gib device git rule rows submission'
+    return {**{k: find(k) for k in plain.split()},
         **{k: m.get(k) for k in ('log_loss', 'accuracy', 'ece')}, 'baseline log_loss': best('log_loss', min),
         'baseline accuracy': best('accuracy', max), 'started': _when(r.get('started')), 'params': params_text(r['params']),
         'inputs': params_text(r['inputs']), 'members': words(find('members')), 'weights': words(find('weights'))}
@@ -823,13 +833,14 @@ def _load_book(path):
     import openpyxl
     data = _book_bytes(path)
     _small_merges(data)
-    try: wb = openpyxl.load_workbook(io.BytesIO(_guarded(data)), rich_text=True)
+    macros = b'xl/vbaProject.bin' in data
+    try: wb = openpyxl.load_workbook(io.BytesIO(_guarded(data)), rich_text=True, keep_vba=macros)
     except Exception as e: raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
     for ws in wb.worksheets:
         if (name := ws.title.lower()) in _SHEETS and name != ws.title: ws.title = '_'; ws.title = name
     return wb
 
-# %% ../nbs/01_log.ipynb #53244beb
+# %% ../nbs/01_log.ipynb #55c3f772
 def _small_merges(data):
     import zipfile
     with zipfile.ZipFile(io.BytesIO(data)) as z:
@@ -887,7 +898,8 @@ def _sync(path):
         if s not in book: sh, (edits, new) = _new_sheet(wb, s, store.get(s, {})), ({}, list(want[s]))
         else: sh, (edits, new) = book[s], todo[s]
         ws = wb[_our_sheets(wb.sheetnames)[s]]
-        if (wider := _add_columns(wb, ws, s, sh)).cols != sh.cols: sh, (edits, new) = wider, _changes(wider, want[s], claims if s == 'runs' else {})
+        wider = _add_columns(wb, ws, s, sh)
+        if wider.cols != sh.cols: sh, (edits, new) = wider, _changes(wider, want[s], claims if s == 'runs' else {})
         if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
         cells, rows = cells+_apply(ws, sh, edits, new, want[s], store.get(s, {}), s), rows+len(new)
     if not (cells or rows or said) and len(book) == len(_SHEETS): return f'{LOG} is up to date'  # merged cells, which stay
@@ -911,7 +923,7 @@ def _new_sheet(wb, name, said): # A sheet of that name without a key column is s
     if name == 'mixes' and 'guide' not in wb.sheetnames: _add_guide(wb)
     return _sheet([[_shown(c.value) for c in ws[1]]], _SHEETS[name][0].name, name)
 
-# %% ../nbs/01_log.ipynb #1fc6aebb
+# %% ../nbs/01_log.ipynb #1d05b427
 def _add_columns(wb, ws, name, sh): # → the sheet with its new columns
     if 'guide' not in wb.sheetnames: return sh
     guide, cols = wb['guide'], dict(sh.cols)

@@ -296,7 +296,9 @@ def test_held_open(root, name, capsys):
     log._told.clear()
     run(1); run(2)
     assert (root/LOG).read_bytes() == before and capsys.readouterr().out.count('it is open in') == 1
-    os.utime(root/name, (time.time()-25*3600,)*2)  # left behind by a crash
+    os.utime(root/name, (time.time()-25*3600,)*2)  # open since yesterday, or left behind by a crash
+    assert f'delete {name}' in sync_log() and (root/LOG).read_bytes() == before
+    (root/name).unlink()
     assert '2 rows added' in sync_log() and len(ids(root)) == 3
 
 def test_deleted(root):
@@ -433,7 +435,10 @@ def test_an_unknown_error_in_a_note(root):
 
 def test_merged_cells_are_refused(root):
     made = [run(i) for i in range(3)]
-    edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.merge_cells(start_row=2, end_row=3, start_column=at['keep'], end_column=at['keep'])))
+    def merge(wb, ws, at):
+        ws.cell(2, at['keep'], 'x')
+        ws.merge_cells(start_row=2, end_row=3, start_column=at['keep'], end_column=at['keep'])
+    edit(root, merge)
     for id in made[:2]:
         with pytest.raises(Refusal, match='merged cell'): people(id)
     assert people(made[2])['keep'] is None and 'rows added' in (put(1) and sync_log())
@@ -462,14 +467,15 @@ def test_a_workbook_that_unpacks_to_gigabytes_is_put_off(root):
 
 def test_a_large_sheet_of_ones_own_waits_for_ck_log_sync(root):
     run()
-    with zipfile.ZipFile(root/LOG, 'a', zipfile.ZIP_STORED) as z: z.writestr('xl/worksheets/ours.xml', os.urandom(log._QUICK))
+    with zipfile.ZipFile(root/LOG, 'a') as z: z.writestr('xl/worksheets/ours.xml', os.urandom(log._QUICK))
     put(1)
     assert 'ck log sync' in sync_log() and 'rows added' in sync_log(wait=True)
 
 def test_names_written_a_little_differently(root):
     id = run()
     def rename(wb, ws, at):
-        for old, new in dict(keep='Keep', vote_weight='Vote\xa0weight', run_id='Run ID', log_loss='LOG_LOSS').items(): ws.cell(1, at[old], new)
+        names = dict(keep='Keep', vote_weight='Vote\xa0weight', run_id='Run ID', log_loss='LOG_LOSS')
+        for old, new in names.items(): ws.cell(1, at[old], new)
         ws.cell(2, at['keep'], 'x'); ws.cell(2, at['vote_weight'], 2)
         ws.title, wb['votes'].title = 'runs - Table 1', 'Votes'
     edit(root, rename)
@@ -478,13 +484,28 @@ def test_names_written_a_little_differently(root):
     assert len(sheet(root, 'runs - Table 1')) == 2 and 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
     assert sync_log() == f'{LOG} is up to date'
 
+def test_macros_stay(root):
+    run()
+    with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
+    n, kind = '[Content_Types].xml', b'application/vnd.ms-office.vbaProject'
+    macro = b'<Override PartName="/xl/vbaProject.bin" ContentType="'+kind+b'"/></Types>'
+    new = b'ms-excel.sheet.macroEnabled.main'
+    old = b'openxmlformats-officedocument.spreadsheetml.sheet.main'
+    parts[n] = parts[n].replace(old, new).replace(b'</Types>', macro)
+    with zipfile.ZipFile(root/LOG, 'w') as z:
+        for n, b in {**parts, 'xl/vbaProject.bin': b'macro'}.items(): z.writestr(n, b)
+    run(1); run(2)
+    with zipfile.ZipFile(root/LOG) as z: assert z.read('xl/vbaProject.bin') == b'macro'
+    assert len(ids(root)) == 3
+
 def test_a_huge_merged_cell_is_named(root):
     run()
     edit(root, lambda wb, ws, at: wb.create_sheet('ours').__setitem__('A1', 'title'))
     with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
     huge = b'</sheetData><mergeCells count="1"><mergeCell ref="A1:XFD1048576"/></mergeCells>'
     with zipfile.ZipFile(root/LOG, 'w') as z:
-        for n, b in parts.items(): z.writestr(n, b.replace(b'</sheetData>', huge) if n == 'xl/worksheets/sheet5.xml' else b)
+        parts['xl/worksheets/sheet5.xml'] = parts['xl/worksheets/sheet5.xml'].replace(b'</sheetData>', huge)
+        for n, b in parts.items(): z.writestr(n, b)
     put(1)
     assert 'sheet ours, cell A1' in sync_log()
 
@@ -496,7 +517,8 @@ def older(wb, ws, at):
 
 def test_a_new_column_is_added_once(root):
     id = run(base='smollm2')
-    edit(root, lambda wb, ws, at: (older(wb, ws, at), ws.cell(1, ws.max_column+1, 'who'), ws.cell(2, ws.max_column, 'Mei')))
+    edit(root, older)
+    edit(root, lambda wb, ws, at: (ws.cell(1, ws.max_column+1, 'who'), ws.cell(2, ws.max_column, 'Mei')))
     before = sheet(root)[0]
     run(1, base='qwen')
     rows = sheet(root)
