@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['common', 'collate', 'packed_attention', 'Judge', 'load_judge', 'add_lora', 'continue_from', 'option_mask',
-           'pack_loss', 'view_probs', 'predict', 'letter_mass']
+           'pack_loss', 'view_probs', 'predict', 'letter_mass', 'choose_letters']
 
 # %% ../nbs/03a_model.ipynb #70daee95
 from .adapter import check_adapter
@@ -438,3 +438,14 @@ def letter_mass(
     try: p = torch.cat([judge(**collate([ids], judge.device)).softmax(-1).cpu() for ids in prompt.encode(rows, 1).ids])
     finally: judge.letters = own
     return {name: float(p[:, ids].sum(1).mean()) for name, ids in (('letters', prompt.letters), ('others', prompt.others))}
+
+# %% ../nbs/03a_model.ipynb #9ac3c71e
+def choose_letters(
+    judge,   # A `Judge` of the answer route that has not been trained, changed in place
+    prompt,  # Its `Prompt`
+    rows,    # As for `letter_mass`
+) -> dict: # As of `letter_mass`
+    "Let a judge answer in the other spelling of the letters if the base gives it more than twice the probability"
+    mass = letter_mass(judge, prompt, rows)
+    if mass['others'] > 2*mass['letters']: judge.letters = list(prompt.others)
+    return mass

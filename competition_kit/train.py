@@ -17,7 +17,7 @@ from .base import base_hash, base_name, earlier_run, lineage, load_tokenizer, lo
 from .core import Refusal, hash_obj, models_path, project_root, read_json, seal, write_json
 from .fit import Steps, fit
 from .log import check_outputs, find_run, read_record, start_run
-from .model import add_lora, common, continue_from, load_judge, predict
+from .model import add_lora, choose_letters, common, continue_from, load_judge, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
 from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
@@ -105,12 +105,21 @@ def save_judge(
     seal(out)
 
 # %% ../nbs/04_train.ipynb #440e1c22
+def _spelling(judge, p, prompt, rows): # Token ids of the letters, and the base's probability of them; the earlier run's ids where there is one
+    if judge.letters is None: return {}
+    if p['start']: judge.letters = find_run(p['start']).get('letters', judge.letters)
+    own = p['start'] or p['sharded']  # a model whose weights are still in their files cannot be asked
+    mass = {} if own else dict(letter_mass=choose_letters(judge, prompt, rows[rows.fold != p['fold']].head(8)))
+    if judge.letters != prompt.letters and not rank(): print('the base answers in the other spelling of the letters (with a blank, or without): it is taken')
+    return dict(letters=list(map(int, judge.letters)), **mass)
+
 def _learn(folder, p, prompt, rows, enc): # The trained judge; the losses, and what the record is to say, are left in the folder
     enc, n, k = enc[(rows.fold != p['fold']).to_numpy()[enc.row]].reset_index(drop=True), ranks(), rank()
     if not k: print(length_report(enc).to_string(index=False), _foreseen(p, enc), sep='\n\n', end='\n\n', flush=True)
     steps = plan_steps(enc, p['batch'], p['epochs'], p['pack_tokens'], p['seed'], n, rows.phase.to_numpy())
     if not steps: raise Refusal(f"epochs={p['epochs']} of {len(enc)} prompts is no step", fix='Take more')
     judge, tokens = make_judge(p, prompt), int(enc.n.sum()*p['epochs'])
+    said = _spelling(judge, p, prompt, rows)
     if p['sharded'] and n > 1: shard(judge)
     _quicker(judge, p, tokens//n, int(enc.n.max()))
     t = time.perf_counter()
@@ -118,7 +127,7 @@ def _learn(folder, p, prompt, rows, enc): # The trained judge; the losses, and w
                **{o: p[o] for o in 'lr schedule warmup weight_decay clip save_every seed'.split()})
     if k: return judge
     write_json(folder/'loss.json', loss)
-    write_json(folder/'work.json', dict(tokens=tokens, steps=len(steps), tokens_s=round(tokens/(time.perf_counter()-t), 1)))
+    write_json(folder/'work.json', dict(said=said, tokens=tokens, steps=len(steps), tokens_s=round(tokens/(time.perf_counter()-t), 1)))
     return judge
 
 def work(
@@ -227,6 +236,7 @@ def _train(run, p, prompt, rows):
     ids, out = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok)), read_json(run.folder/'work.json')
     write_probs(run.folder/'probs.parquet', held, got, prompt.task, p['views'], seen=False, run=run.id, **ids)
     speed = out.pop('tokens_s')  # no metric: a repeated run must come out equal
+    ids.update(out.pop('said'))
     no_baseline = {}
     metrics = dict(scores(got, held.label.to_numpy()), baselines=baselines(train, held, prompt.task, no_baseline), **out)
     if no_baseline: ids['no_baseline'] = no_baseline

@@ -583,7 +583,7 @@ def predict_runs(
             judge = load_judge(like(r)[0], b, *like(r)[1:])
         if enc is None or b.hash != last[1]: enc = b.encode(rows, views)
         last = like(r), b.hash
-        if judge.letters is not None: judge.letters = b.letters
+        if judge.letters is not None: judge.letters = recs[r].get('letters', b.letters)
         if not full(r): wear(judge, models_path(r, 'adapter'))
         if judge.device.type == 'cuda': fuse(judge)
         if pays(judge, 2*int(enc.n.sum())*sum(q.numel() for q in judge.parameters())): compile_layers(judge)

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from competition_kit import train as T
-from competition_kit.base import base_path
+from competition_kit.base import base_path, load_tokenizer
 from competition_kit.core import Refusal, data_path, models_path, write_json
 from competition_kit.fit import last_checkpoint
 from competition_kit.prompt import Prompt
 from competition_kit.ranks import launch
 from competition_kit.split import load_rows, write_rows
-from competition_kit.train import fold_rows, plot_run, train_fold
+from competition_kit.train import fold_rows, held_out, plot_run, train_fold
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -302,3 +302,19 @@ def test_a_rank_says_why_it_failed(tiny, tmp_path):
 def _params(tiny):
     import inspect
     return {k: v.default for k, v in inspect.signature(train_fold).parameters.items()} | small | dict(base=tiny)
+
+def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_root, monkeypatch):
+    from competition_kit.vote import predict_runs
+    def other(judge, prompt, rows):
+        judge.letters = list(prompt.others)
+        return dict(letters=.1, others=.5)
+    prompt = Prompt(load_tokenizer(tiny), 'preference', 256)
+    assert prompt.others and prompt.others != prompt.letters
+    monkeypatch.setattr(T, 'choose_letters', other)
+    kw = dict(mix='sample_arena:60', base=tiny, max_len=256, lora_r=2)
+    run = train_fold(**kw)
+    assert run.record['letters'] == prompt.others and run.record['letter_mass'] == dict(letters=.1, others=.5)
+    rows, p = held_out(run)
+    got = predict_runs([run.id], rows, own_root/'predicted', progress=False)[run.id]
+    assert np.allclose(np.stack(got.p), p, atol=1e-4)
+    assert train_fold(**kw, epochs=.5, start=run.id).record['letters'] == prompt.others
