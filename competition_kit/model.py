@@ -439,13 +439,13 @@ def letter_mass(
     finally: judge.letters = own
     return {name: float(p[:, ids].sum(1).mean()) for name, ids in (('letters', prompt.letters), ('others', prompt.others))}
 
-# %% ../nbs/03a_model.ipynb #9ac3c71e
+# %% ../nbs/03a_model.ipynb #9ad9407f
 def choose_letters(
     judge,   # A `Judge` of the answer route that has not been trained, changed in place
     prompt,  # Its `Prompt`
     rows,    # As for `letter_mass`
 ) -> dict: # As of `letter_mass`
-    "Let a judge answer in the other spelling of the letters if the base gives it more than twice the probability"
+    "Let a judge answer in the other spelling of the letters if the base gives it more than twice the probability, and 1 % or more"
     mass = letter_mass(judge, prompt, rows)
-    if mass['others'] > 2*mass['letters']: judge.letters = list(prompt.others)
+    if mass['others'] > max(.01, 2*mass['letters']): judge.letters = list(prompt.others)
     return mass
