@@ -61,7 +61,7 @@ def one(setting, params):
 def guesses(table, fold):
     from competition_kit.probs import baselines
     from competition_kit.split import load_rows
-    from competition_kit.train import fold_rows
+    from competition_kit.split import fold_rows
     rows = load_rows(table)
     return len(rows[rows.fold == fold]), baselines(*fold_rows(rows, fold), rows.attrs['meta']['task'])
 

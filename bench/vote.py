@@ -1,7 +1,7 @@
 "Speed of combining votes: python bench/vote.py [rows] [voters]; 0.2 s is the aim for a million rows and nine voters"
 import sys, time
 import numpy as np
-from competition_kit.vote import combine
+from competition_kit.combine import combine
 
 def timed(f, times=5):
     def once():

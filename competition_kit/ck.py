@@ -279,7 +279,7 @@ def main(argv=None) -> int: # The exit code
             from competition_kit.plan import plan, plan_table
             return print(plan_table(plan(**{k: v for k, v in vars(a).items() if k != 'cmd'}))) or 0
         if a.cmd == 'check':
-            from competition_kit.vote import check_submission
+            from competition_kit.submission import check_submission
             return print(check_submission(a.submission, a.sample)) or 0
         if a.what == 'repro': return log_repro(a.run, a.go)
         if a.what == 'plan': return log_plan(a.go)

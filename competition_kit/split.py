@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_label', 'swap_probs', 'read_utf8', 'read_csv',
-           'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'make_folds', 'check_fold', 'leak_report',
-           'leak_text', 'leak_table', 'check_texts', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split',
-           'write_rows', 'publish', 'save_split', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes',
-           'plot_split', 'group_rows', 'group_text']
+           'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'make_folds', 'check_fold', 'is_held_out',
+           'fold_rows', 'leak_report', 'leak_text', 'leak_table', 'check_texts', 'table_name', 'make_raw',
+           'sample_files', 'raw_files', 'split', 'write_rows', 'publish', 'save_split', 'table_path', 'load_rows',
+           'parse_mix', 'load_mix', 'table_hashes', 'plot_split', 'group_rows', 'group_text']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
 import csv, gzip, inspect, io, json, os, re, shutil, tempfile, zipfile, zlib
@@ -591,6 +591,24 @@ def check_fold(
     "Refuse a fold that the table does not have"
     have = sorted(set(rows['fold'])-{-1})
     if fold not in have: raise Refusal(f'fold {fold} does not exist: the table has {have}', fix='Choose one of them, or split again with more folds')
+
+# %% ../nbs/02_split.ipynb #aedfb0bd
+def is_held_out(
+    rows,      # Table of rows
+    fold:int,  # Fold
+) -> np.ndarray: # [rows], bool
+    "Which rows a fold holds out"
+    return ((rows.fold == fold) & rows.main).to_numpy()
+
+def fold_rows(
+    rows,      # From `load_rows`
+    fold:int,  # That is held out; refused if the table does not have it
+) -> tuple: # Two tables, each numbered from 0
+    "The rows to train on, and the held-out rows"
+    check_fold(rows, fold)
+    parts = rows[rows.fold != fold].reset_index(drop=True), rows[is_held_out(rows, fold)].reset_index(drop=True)
+    for p in parts: p.attrs['meta'] = rows.attrs['meta']
+    return parts
 
 # %% ../nbs/02_split.ipynb #b58e90f8
 def _across(part, where): # rows whose part also has rows somewhere else

@@ -85,12 +85,12 @@ def test_table(root, capsys):
 
 def test_check_is_thin(root, tmp_path, monkeypatch, capsys):
     import types
-    fake = types.ModuleType('competition_kit.vote')
+    fake = types.ModuleType('competition_kit.submission')
     def check_submission(path, sample):
         if path == 'bad.csv': raise Refusal('rows are missing', path, [7])
         return f'{path} is valid'
     fake.check_submission = check_submission
-    monkeypatch.setitem(sys.modules, 'competition_kit.vote', fake)
+    monkeypatch.setitem(sys.modules, 'competition_kit.submission', fake)
     assert main(['check', 'good.csv', 'sample.csv']) == 0 and 'good.csv is valid' in capsys.readouterr().out
     assert main(['check', 'bad.csv', 'sample.csv']) == 2 and 'bad.csv: rows are missing. Rows (1): 7' in capsys.readouterr().err
 

@@ -133,7 +133,7 @@ def test_voters_are_compiled_once(monkeypatch, tmp_path):
     import torch._dynamo.utils as counted
     from competition_kit.split import load_rows
     from competition_kit.train import train_fold
-    from competition_kit.vote import predict_runs
+    from competition_kit.trained import predict_runs
     runs = [train_fold(**dict(small, fold=k)).id for k in (0, 1)]
     rows = load_rows('sample_arena_test')
     said = lambda name: [np.stack(t.p) for t in predict_runs(runs, rows, tmp_path/name).values()]

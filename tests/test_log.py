@@ -516,7 +516,7 @@ def older(wb, ws, at):
     guide.delete_rows(next(r[0].row for r in guide.iter_rows() if (r[0].value, r[1].value) == ('runs', 'base')))
 
 def test_a_new_column_is_added_once(root):
-    id = run(base='smollm2')
+    run(base='smollm2')
     edit(root, older)
     edit(root, lambda wb, ws, at: (ws.cell(1, ws.max_column+1, 'who'), ws.cell(2, ws.max_column, 'Mei')))
     before = sheet(root)[0]

@@ -53,7 +53,7 @@ print('graphs', early, counters['stats']['unique_graphs'])
 """
 
 VOTES = """
-from competition_kit.vote import wear
+from competition_kit.trained import load_adapter
 bare = lambda: M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
 for k in range(3):
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ judge, said, graphs = bare(), [], []
 for quick in (False, True):
     M.Judge.varlen = quick
     for k in range(3):
-        wear(judge, f'voter{k}')
+        load_adapter(judge, f'voter{k}')
         if quick: compile_layers(fuse(judge))
         with torch.no_grad(): said.append(torch.cat([judge(**b) for b in packs]))
         graphs.append(counters['stats']['unique_graphs'])

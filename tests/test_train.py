@@ -11,8 +11,8 @@ from competition_kit.core import Refusal, data_path, models_path, write_json
 from competition_kit.fit import last_checkpoint
 from competition_kit.prompt import Prompt
 from competition_kit.ranks import launch
-from competition_kit.split import load_rows, write_rows
-from competition_kit.train import fold_rows, held_out, plot_run, train_fold
+from competition_kit.split import fold_rows, load_rows, write_rows
+from competition_kit.train import held_out, plot_run, train_fold
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -181,7 +181,7 @@ def test_one_base_has_one_name(tiny, monkeypatch):
 def test_a_copied_model_keeps_its_history(tiny, tmp_path):
     "what it has learned from travels in its folder, also over two stages; without the tables nobody can tell"
     from competition_kit.base import earlier_run, lineage
-    from competition_kit.train import chain, learned
+    from competition_kit.trained import chain, learned
     small = dict(globals()['small'], mix='own', epochs=1., lr=0., method='full')
     write_rows(load_rows('sample_arena:40').drop(columns=['main', 'phase']), data_path('own.parquet'), task='preference')
     first = train_fold(base=tiny, **small)
@@ -203,7 +203,7 @@ def test_a_copied_model_keeps_its_history(tiny, tmp_path):
     with pytest.raises(Refusal, match='nobody can tell which rows.*no table called own'): train_fold(base=str(last), **dict(small, mix='other'))
 
 def test_folds_in_stages_are_one_voter(tiny):
-    from competition_kit.train import learned
+    from competition_kit.trained import learned
     from competition_kit.vote import voters
     small = dict(globals()['small'], mix='sample_arena:40', epochs=1., lr=0., base=tiny)
     first = [train_fold(**dict(small, fold=k)) for k in (0, 1)]
@@ -304,7 +304,7 @@ def _params(tiny):
     return {k: v.default for k, v in inspect.signature(train_fold).parameters.items()} | small | dict(base=tiny)
 
 def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_root, monkeypatch):
-    from competition_kit.vote import predict_runs
+    from competition_kit.trained import predict_runs
     def other(judge, prompt, rows):
         judge.letters = list(prompt.others)
         return dict(letters=.1, others=.5)

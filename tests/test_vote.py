@@ -8,8 +8,10 @@ from competition_kit.log import LOG, find_run, start_run, read_record, write_rec
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
 from competition_kit.sample import _write_arena, make_sample
 from competition_kit.split import load_rows, tasks, write_rows
-from competition_kit.vote import (_kept, agreement, check_submission, combine, entropy, find_sample, fit_weights, hold_vote, left_out, majority, make_submission, oof_probs, oof_vote,
-                                  practice_score, predict_runs, run_weights, score_vote, trusted_prompt, vote_inputs, voters, weigh)
+from competition_kit.combine import agreement, combine, entropy, fit_weights, majority
+from competition_kit.submission import check_submission, find_sample, make_submission, practice_score
+from competition_kit.trained import _kept, predict_runs, trusted_prompt
+from competition_kit.vote import hold_vote, left_out, oof_probs, oof_vote, run_weights, score_vote, vote_inputs, voters, weigh
 
 RULES = 'mean', 'logits', 'majority'
 
