@@ -27,7 +27,7 @@ if __name__ == '__main__':
     n = (np.random.default_rng(0).lognormal(6.2547, .7475, k).round().clip(16, 16384)+160).clip(max=2048).astype(int).repeat(2)
     enc, out = pd.DataFrame(dict(row=np.arange(k).repeat(2), n=n)), []
     for rows in (16, 32, 64, 128, 512):
-        t, steps = timed(lambda: plan_steps(enc, rows, 1, budget, 0))
+        t, steps = timed(lambda: [s for (s,) in plan_steps(enc, rows, 1, budget, 0)])
         some = steps[:6400//rows]
         sizes = [np.array([n[p].sum() for p in s]) for s in some]
         old, classic = timed(lambda: [first_fit(n[np.concatenate(s)], budget) for s in some], 1)

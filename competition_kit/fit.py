@@ -32,9 +32,10 @@ def targets(
 class Steps(torch.utils.data.Dataset):
     "A data set whose items are optimiser steps: packs of sequences with their targets and weights"
     def __init__(self, enc, rows, task,
-        steps,          # From `plan_steps`, for one rank or for several
-        rank:int=None,  # Which rank's part of each step; None: there is one rank
+        steps,          # From `plan_steps`
+        rank:int=0,     # Whose part of each step
         even:bool=False,# Give every rank as many packs as the one that has most, by repeating one with no weight
+        more:dict=None, # Further tensors for the loss, by name: [lines of `enc`, ...], such as teacher probabilities
     ):
         self.enc = enc
         n, y = n_options(rows, task), targets(rows, task)
@@ -42,16 +43,18 @@ class Steps(torch.utils.data.Dataset):
         y = np.where((view == 1)[:, None], swap_probs(y, n, task)[lines], y[lines])
         self.target, self.weight = torch.from_numpy(y), torch.from_numpy(rows.weight.to_numpy(np.float32)[lines])
         self.missing = option_mask(n[lines], len(task.options))
-        ranks = [[s] for s in steps] if rank is None else steps
-        self.total = [float(sum(self.weight[p].sum() for r in s for p in r)) for s in ranks]
-        self.steps, self.spare = [s[rank or 0] for s in ranks], [next(p for r in s for p in r) for s in ranks]
-        self.least = [max(map(len, s)) if even else 1 for s in ranks]  # the last step may have no row for a rank
+        self.more = more or {}
+        if no := [k for k, v in self.more.items() if len(v) != len(enc)]: raise Refusal(f'{no[0]} has {len(self.more[no[0]])} lines, the tokens have {len(enc)}')
+        self.total = [float(sum(self.weight[p].sum() for r in s for p in r)) for s in steps]
+        self.steps, self.spare = [s[rank] for s in steps], [next(p for r in s for p in r) for s in steps]
+        self.least = [max(map(len, s)) if even else 1 for s in steps]  # the last step may have no row for a rank
 
     def __len__(self): return len(self.steps)
 
     def __getitem__(self, k):
         fill = max(0, self.least[k]-len(self.steps[k]))
-        return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p]*real, missing=self.missing[p], total=self.total[k])
+        return [dict(collate(self.enc.ids.iloc[p]), target=self.target[p], weight=self.weight[p]*real, missing=self.missing[p], total=self.total[k],
+                     **{name: t[p] for name, t in self.more.items()})
                 for p, real in [*((p, 1.) for p in self.steps[k]), *[(self.spare[k], 0.)]*fill]]
 
 # %% ../nbs/03e_fit.ipynb #696995f2
@@ -164,6 +167,10 @@ def _load_optimizer(optimizer, schedule, folder):
 
 # %% ../nbs/03e_fit.ipynb #0e918d79
 class _PackTrainer(Trainer):
+    def __init__(self, *args, loss, **kw):
+        super().__init__(*args, **kw)
+        self.pack_loss = loss
+
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
     def _prepare_inputs(self, inputs): return inputs
 
@@ -174,7 +181,7 @@ class _PackTrainer(Trainer):
         times = ranks() if ranks() > 1 and is_sharded(model) else 1  # FSDP takes the mean of the ranks' gradients
         for p in inputs:
             p = {k: v.to(loss.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in p.items()}
-            part = pack_loss(model(p['input_ids'], p['position_ids'], p['bounds']), p['target'], p['weight'], p['missing'], p['total'])
+            part = self.pack_loss(model(*(p.pop(k) for k in ('input_ids', 'position_ids', 'bounds'))), **p)
             (part*times).backward()
             loss += part.detach()
         return add_up(model, loss)
@@ -226,13 +233,14 @@ def fit(
     clip:float=1.,           # Largest norm of the gradient; 0: no clipping
     save_every:int=20,       # Steps between checkpoints
     seed:int=0,              # Of dropout
+    loss=pack_loss,          # (logits, and by name what else `Steps` gives with a pack) → the pack's part of the step's loss
 ) -> list: # [step, loss] of every step; on a GPU of every tenth, the mean of ten
     "Train what learns in `judge`, from the newest whole checkpoint if there is one"
     learn = [p for p in judge.parameters() if p.requires_grad]
     args = _arguments(folder, len(data), judge.device.type == 'cuda', lr, schedule, warmup, weight_decay, clip, save_every, seed)
     narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in learn)
     opt = KahanAdamW(learn, lr, weight_decay=weight_decay) if narrow else None
-    trainer = _PackTrainer(model=judge, args=args, train_dataset=data, data_collator=lambda x: x[0], callbacks=[_Bar()], optimizers=(opt, None))
+    trainer = _PackTrainer(model=judge, args=args, train_dataset=data, data_collator=lambda x: x[0], callbacks=[_Bar()], optimizers=(opt, None), loss=loss)
     trainer.remove_callback(PrinterCallback)
     at = last_checkpoint(folder)
     if at and not rank(): print(f'going on from {at.name}')

@@ -608,7 +608,7 @@ def plan_steps(
     seed:int,        # Order of the rows
     ranks:int=1,     # Processes that share a step, each with as many of its rows
     phase=None,      # A number for each row; rows of the lowest come first, for all epochs, and no step mixes two
-) -> list: # For every step a list of packs (arrays of lines of `enc`); with more ranks, a list of such lists, one a rank
+) -> list: # [step][rank][pack]; a pack is an array of lines of `enc`
     "Which sequences go into which step, and into which pack of it"
     if rows_a_step % ranks: raise Refusal(f'{ranks} ranks cannot have equally many of {rows_a_step} rows a step', fix=f'Take a multiple of {ranks}')
     lines, n = _by_row(enc), enc.n.to_numpy(np.int64)
@@ -617,7 +617,7 @@ def plan_steps(
     if ranks > 1: order = _dealt(order, np.append(n[lines].sum(1), 0), ranks)
     keys = np.append(_keyed(n[lines].clip(max=budget), lines), np.full((1, lines.shape[1]), _none), 0)
     out = _cut(keys.take(order.ravel(), 0).reshape(-1, lines.shape[1]*rows_a_step//ranks), budget, ranks)
-    return out if ranks == 1 else [out[k:k+ranks] for k in range(0, len(out), ranks)]
+    return [out[k:k+ranks] for k in range(0, len(out), ranks)]
 
 # %% ../nbs/03_prompt.ipynb #e703f382
 def length_report(enc): # A DataFrame of one line

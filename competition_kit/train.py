@@ -111,7 +111,7 @@ def _learn(folder, p, prompt, rows, enc): # The trained judge; the losses, and w
     if p['sharded'] and n > 1: shard(judge)
     _quicker(judge, p, tokens//n, int(enc.n.max()))
     t = time.perf_counter()
-    loss = fit(judge, Steps(enc, rows, tasks[prompt.task], steps, k if n > 1 else None, p['sharded']), folder/'checkpoints',
+    loss = fit(judge, Steps(enc, rows, tasks[prompt.task], steps, k, p['sharded']), folder/'checkpoints',
                **{o: p[o] for o in 'lr schedule warmup weight_decay clip save_every seed'.split()})
     if k: return judge
     write_json(folder/'loss.json', loss)

@@ -13,7 +13,7 @@ def test_soft_targets_and_swaps():
     y = targets(rows, task)
     assert np.allclose(y[0], [.2, .5, .3]) and y[1].max() == 1
     enc = pd.DataFrame(dict(row=[0, 0, 1, 1], view=[0, 1, 0, 1], ids=[np.array([1, 2], np.int32)]*4, n=[2]*4))
-    s = Steps(enc, rows, task, [[np.arange(4)]])
+    s = Steps(enc, rows, task, [[[np.arange(4)]]])
     assert np.allclose(s.target[1], [.5, .2, .3]) and np.allclose(s.target[3], swap_probs(y[1:], np.array([3]), task))
 
 def test_a_rank_without_rows_repeats_a_pack_with_no_weight():

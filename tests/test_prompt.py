@@ -546,8 +546,8 @@ def lines(k, views=2, seed=0):
 @settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([.2, .5, 1, 1.5, 2, 3]), st.integers(1, 2), st.integers(0, 99))
 def test_plan(k, rows_a_step, epochs, views, seed):
-    enc = lines(k, views); steps = plan_steps(enc, rows_a_step, epochs, 512, seed)
-    again = plan_steps(enc, rows_a_step, epochs, 512, seed)
+    enc = lines(k, views)
+    steps, again = ([s for (s,) in plan_steps(enc, rows_a_step, epochs, 512, seed)] for _ in range(2))
     assert [[p.tolist() for p in s] for s in steps] == [[p.tolist() for p in s] for s in again]
     total = round(k*epochs); sizes = []
     for s in steps:
@@ -560,10 +560,10 @@ def test_plan(k, rows_a_step, epochs, views, seed):
 
 def test_plan_follows_its_seed():
     enc = lines(30)
-    rows = lambda **kw: [sorted(enc.row[np.concatenate(s)]) for s in plan_steps(enc, **dict(rows_a_step=4, epochs=2, budget=512, seed=0) | kw)]
+    rows = lambda **kw: [sorted(enc.row[np.concatenate(s)]) for (s,) in plan_steps(enc, **dict(rows_a_step=4, epochs=2, budget=512, seed=0) | kw)]
     assert rows() != rows(seed=1) and rows() == rows(budget=4096)[:15]  # the budget decides packs, not steps
     assert rows()[:7] == rows(epochs=1)[:7]  # a longer training begins like a shorter one
-    code = 'import pandas as pd, numpy as np; from competition_kit.prompt import plan_steps; e = pd.DataFrame(dict(row=np.arange(30).repeat(2), n=9)); print([p.tolist() for s in plan_steps(e, 4, 1, 99, 5) for p in s])'
+    code = 'import pandas as pd, numpy as np; from competition_kit.prompt import plan_steps; e = pd.DataFrame(dict(row=np.arange(30).repeat(2), n=9)); print([p.tolist() for (s,) in plan_steps(e, 4, 1, 99, 5) for p in s])'
     a, b = (subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
     assert a == b and a
 
@@ -572,10 +572,10 @@ def test_plan_of_nothing_and_of_odd_rows():
     with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(5).iloc[1:], 2, 1, 512, 0)
     with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(6).iloc[[0, 1, 2, 3, 4, 6]], 2, 1, 512, 0)
     some = lines(20); some = some[some.row % 3 > 0].reset_index(drop=True)  # a fold's part, with the table's own positions
-    steps = plan_steps(some, 4, 1, 512, 0, phase=np.arange(20) >= 10)
+    steps = [s for (s,) in plan_steps(some, 4, 1, 512, 0, phase=np.arange(20) >= 10)]
     assert sorted(np.concatenate([p for s in steps for p in s])) == list(range(len(some))) and set(some.row[np.concatenate(steps[0])]) <= set(range(10))
     mixed = lines(9).sample(frac=1, random_state=0)  # lines in any order
-    for s in plan_steps(mixed, 3, 1, 512, 0): assert mixed.row.iloc[np.concatenate(s)].value_counts().tolist() == [2, 2, 2]
+    for (s,) in plan_steps(mixed, 3, 1, 512, 0): assert mixed.row.iloc[np.concatenate(s)].value_counts().tolist() == [2, 2, 2]
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(2, 5), st.sampled_from([.5, 1, 2]), st.integers(1, 2), st.sampled_from([150, 512, 4096]), st.integers(0, 99))
@@ -583,7 +583,7 @@ def test_plan_for_ranks(k, rows_a_rank, ranks, epochs, views, budget, seed):
     enc, size = lines(k, views, seed), rows_a_rank*ranks
     one, many = (plan_steps(enc, size, epochs, budget, seed, ranks=r) for r in (1, ranks))
     at = lambda packs: sorted(np.concatenate([np.empty(0, int), *packs]).tolist())
-    assert len(one) == len(many) and all(at(a) == at([p for r in b for p in r]) for a, b in zip(one, many))  # the same rows in the same steps
+    assert len(one) == len(many) and all(at(a) == at([p for r in b for p in r]) for (a,), b in zip(one, many))  # the same rows in the same steps
     for k, step in enumerate(many):
         rows = [enc.row[at(r)] for r in step]
         assert len(step) == ranks and all((r.value_counts() % views == 0).all() for r in rows)  # both views on one rank
@@ -606,7 +606,7 @@ def test_ranks_have_equal_work():
 def test_packs_of_a_step_are_few_and_equal():
     enc = arena(16384); n = enc.n.to_numpy()
     for rows in (32, 128, 512):
-        sizes = [np.array([n[p].sum() for p in s]) for s in plan_steps(enc, rows, 1, 16384, 0)]
+        sizes = [np.array([n[p].sum() for p in s]) for (s,) in plan_steps(enc, rows, 1, 16384, 0)]
         assert sum(map(len, sizes)) <= 1.02*sum(-(-s.sum()//16384) for s in sizes)  # few: hardly more than the tokens ask for
         assert sum(s.sum() for s in sizes) >= .98*sum(len(s)*s.max() for s in sizes)  # equal
     assert n.sum() >= .97*16384*sum(map(len, sizes)) and n.sum() >= .97*16384*len(pack(n, 16384))
@@ -622,12 +622,12 @@ def test_phases():
     phase = np.random.default_rng(0).integers(0, 3, 50)*5-2
     enc = lines(50)
     for epochs, ranks in ((1, 1), (2, 1), (1.5, 2)):
-        steps = [sum(s, []) if ranks > 1 else s for s in plan_steps(enc, 4, epochs, 512, 3, ranks=ranks, phase=phase)]
+        steps = [sum(s, []) for s in plan_steps(enc, 4, epochs, 512, 3, ranks=ranks, phase=phase)]
         seen = [set(phase[enc.row[np.concatenate(s)]]) for s in steps]
         assert all(len(p) == 1 for p in seen) and [p.pop() for p in seen] == sorted(phase[enc.row[np.concatenate(s)]][0] for s in steps)
         rows = enc.row[np.concatenate([p for s in steps for p in s])]
         for p in set(phase): assert (phase[rows] == p).sum() == 2*round((phase == p).sum()*epochs)
-    same = lambda **kw: [[p.tolist() for p in s] for s in plan_steps(enc, 4, 1, 512, 3, **kw)]
+    same = lambda **kw: [[p.tolist() for p in s] for (s,) in plan_steps(enc, 4, 1, 512, 3, **kw)]
     assert same() == same(phase=np.zeros(50, int)) == same(phase=[7]*50)
 
 # ---- tokens, flat and kept
