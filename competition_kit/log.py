@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['LOG', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_record', 'Run', 'finish', 'check_outputs',
            'start_run', 'params_text', 'parse_params', 'clean_cell', 'records', 'find_run', 'people', 'planned',
-           'refuse_plan', 'sync_log', 'show_run']
+           'refuse_plan', 'sync_log', 'from_notebook', 'run_stage', 'show_run']
 
 # %% ../nbs/01_log.ipynb #c59eb740
 import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, unicodedata, warnings
 from collections import namedtuple
 from copy import copy
+from dataclasses import asdict, fields
 from datetime import date, datetime, timezone
 from pathlib import Path
+from . import core
 from .core import (Refusal, atomic, data_path, device_name, file_sums, hash_obj, models_path, now, peak_memory,
                                   project_root, read_json, sha256, to_json, versions, write_json)
 
@@ -969,6 +971,28 @@ def _tell(said):
     quiet = 'not updated' not in said and ';' not in said or 'is updating it' in said
     if not quiet and said not in _told: print(said)
     _told.add(said)
+
+# %% ../nbs/01_log.ipynb #3b1b7351
+def from_notebook(
+    kind,        # The dataclass of a stage's arguments
+    names:dict,  # `globals()` of its notebook
+):
+    "The arguments that stand in a notebook's parameters cell"
+    return kind(**{f.name: names[f.name] for f in fields(kind)})
+
+def _stage_notebook(stage): # Its name; None where there is none
+    for nbs in (project_root()/'nbs', Path(core.__file__).resolve().parents[1]/'nbs'):
+        if found := sorted(nbs.glob(f'[0-9]*_{stage}.ipynb')): return found[0].name
+
+def run_stage(
+    work,  # Called with the run and its arguments; finishes the run
+    args,  # A frozen dataclass such as `TrainArgs` for the stage `train`; `args.inputs()` gives name → hash, `args.fold` the held-out fold if it has one
+) -> Run:
+    "Do a stage's work, or return the run that has done it already"
+    stage = type(args).__name__.removesuffix('Args').lower()
+    with start_run(stage, asdict(args), args.inputs(), getattr(args, 'fold', None), _stage_notebook(stage)) as run:
+        if not run.done: work(run, args)
+    return run
 
 # %% ../nbs/01_log.ipynb #51023633
 def show_run(

@@ -7,13 +7,14 @@ __all__ = ['tasks', 'layouts', 'samples', 'Part', 'Task', 'n_options', 'swap_lab
            'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct', 'make_folds', 'check_fold', 'is_held_out',
            'fold_rows', 'leak_report', 'leak_text', 'leak_table', 'check_texts', 'table_name', 'make_raw',
            'sample_files', 'raw_files', 'split', 'write_rows', 'publish', 'save_split', 'table_path', 'load_rows',
-           'parse_mix', 'load_mix', 'table_hashes', 'plot_split', 'group_rows', 'group_text']
+           'parse_mix', 'load_mix', 'table_hashes', 'plot_split', 'SplitArgs', 'make_split', 'group_rows', 'group_text']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
 import csv, gzip, inspect, io, json, os, re, shutil, tempfile, zipfile, zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -1016,3 +1017,27 @@ def plot_split(
     c.set(title='lengths', xlabel='characters', ylabel='rows', xscale='log'); c.legend(fontsize=8)
     plt.close(fig)
     return fig
+
+# %% ../nbs/02_split.ipynb #e02652d4
+@dataclass(frozen=True)
+class SplitArgs:
+    "Arguments of `02_split`; wrong values raise a `Refusal`"
+    data:str='sample_arena'  # folder under data/ with the raw files, or path of a raw training file
+    train:str=''             # path of the training file, if it is not in that folder
+    test:str=''              # path of the test file, if it is not in that folder
+    corrections:str=''       # path of a list of corrections: id, field, old, new, why
+    folds:int=5              # number of folds
+    seed:int=0               # seed of the folds
+
+    def __post_init__(self): check_texts(type(self), vars(self))
+    @cached_property
+    def files(self): return raw_files(self.data, self.train, self.test, self.corrections)
+    def inputs(self): return {k: sha256(p) for k, p in self.files.items()}
+
+def make_split(
+    run,             # From `run_stage`
+    args:SplitArgs,
+):
+    "Split the raw files, report leaks, write both tables, and finish the run"
+    rows, test_rows = split(**asdict(args))
+    save_split(run, rows, test_rows, leak_report(rows, test_rows))

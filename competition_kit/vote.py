@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['voters', 'left_out', 'weigh', 'run_weights', 'oof_probs', 'oof_vote', 'fold_scores', 'verdict', 'vote_inputs',
-           'score_vote', 'hold_vote', 'write_votes', 'agreement', 'check_submission', 'combine', 'entropy',
-           'find_sample', 'fit_weights', 'load_adapter', 'majority', 'make_submission', 'practice_score',
+           'score_vote', 'hold_vote', 'write_votes', 'VoteArgs', 'vote', 'agreement', 'check_submission', 'combine',
+           'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority', 'make_submission', 'practice_score',
            'predict_runs', 'trusted_prompt']
 
 # %% ../nbs/10_vote.ipynb #aea0798b
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .base import earlier_run
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import Refusal, content_hash, hash_obj, models_path, project_root, sha256, write_table
+from .core import Refusal, at_least, content_hash, hash_obj, models_path, one_of, project_root, sha256, write_table
 from .log import find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
 from .split import check_texts, load_rows, n_options, parse_mix, read_meta, table_name, table_path, tasks
@@ -282,8 +284,6 @@ def hold_vote(
     pack_tokens:int=4096,     # As for `predict_runs`
 ):
     "Score, predict, combine, write and check a submission, and finish the run"
-    if views not in (1, 2): raise Refusal(f'views is {views}', fix='Take 1 or 2')
-    if rule not in ('mean', 'logits', 'majority'): raise Refusal(f'no rule named {rule!r}', fix='Take mean, logits or majority')
     sample, rows, s = find_sample(data, sample), load_rows(f'{table_name(data)}_test'), score_vote(ballot, data, weights, rule)
     task = rows.attrs['meta']['task'] = _test_task(rows, ballot)
     read_sample(sample, rows, task)
@@ -338,3 +338,31 @@ def write_votes(
     df = pd.DataFrame(dict(id=ids, p=own(vote), views=np.int32(views), seen=seen, agreement=agreement(p.values(), vote), entropy=entropy(vote),
                            **{v: own(a) for v, a in p.items()}))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), run=run, voters=list(p))
+
+# %% ../nbs/10_vote.ipynb #ae93bf53
+@dataclass(frozen=True)
+class VoteArgs:
+    "Arguments of `10_vote`; wrong values raise a `Refusal`"
+    data:str='sample_arena'  # name of the training table; its test table <data>_test is predicted
+    runs:str=''              # who votes: run ids or probability files, separated by spaces; empty: by the workbook's column keep
+    weights:str='log'        # log (the workbook's vote_weight), fit (on out-of-fold probabilities), or a number for each voter, such as 2 1 1
+    rule:str='mean'          # mean (of probabilities), logits (mean of their logarithms) or majority
+    views:int=2              # 1: rows as they are; 2: also with the answers swapped
+    sample:str=''            # path of the sample submission, if it is not in data/<data>/
+    pack_tokens:int=4096     # tokens in a pack
+
+    def __post_init__(self):
+        check_texts(type(self), vars(self))
+        one_of(self, rule=('mean', 'logits', 'majority'), views=(1, 2))
+        at_least(self, 1, 'pack_tokens')
+
+    @cached_property
+    def ballot(self): return voters(self.data, self.runs)
+    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample)
+
+def vote(
+    run,            # From `run_stage`
+    args:VoteArgs,
+):
+    "Vote on the test table, write and check a submission, and finish the run"
+    hold_vote(run, args.ballot, args.data, args.weights, args.rule, args.views, args.sample, args.pack_tokens)

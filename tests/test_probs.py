@@ -167,7 +167,7 @@ def test_scores_are_scikit_learns(k, n, seed, peak, dtype):
     s = scores(p, pd.Series(label, index=range(5, 5+n)))
     assert s['log_loss'] == round(log_loss(p, label), 5) and 0 <= s['ece'] <= 1 and all(type(v) is float for v in s.values())
 
-@settings(max_examples=80)
+@settings(max_examples=25)
 @given(st.integers(2, 5), st.integers(1, 80), st.integers(0, 10**6), st.integers(1, 20))
 def test_ece_bounds(k, n, seed, bins):
     rng = np.random.default_rng(seed)

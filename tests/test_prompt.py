@@ -458,23 +458,6 @@ def test_turns_stay_apart():
     assert fields(t, 'preference')[0][0] == '[1] a\n[2] b'
 
 # ---- time
-def best(f, n=3):
-    took = []
-    for _ in range(n): start = time.perf_counter(); f(); took.append(time.perf_counter()-start)
-    return min(took)
-
-def test_linear_time(tok):
-    pr = Prompt(tok, 'preference', 512)
-    text = 'the quick brown fox jumps over the lazy dog, '*9000
-    rows, bare = pair(([text], ['a'], ['b'])), lambda: tok.backend_tokenizer.encode(text, add_special_tokens=False)
-    assert len(text) > 400_000
-    for _ in range(3):  # a busy machine may spoil one try
-        whole, plain = best(lambda: pr.encode(rows)), best(bare)
-        if whole <= 3*plain: break
-    assert whole <= 3*plain
-    half = best(lambda: pr.encode(pair(([text[:len(text)//4]], ['a'], ['b']))))
-    assert whole < 12*half
-
 def test_every_text_is_encoded_once(tok, monkeypatch):
     pr = {t: Prompt(tok, t, 128) for t in ('preference', 'choice')}
     calls, real = [], P.encode_texts
@@ -610,13 +593,6 @@ def test_packs_of_a_step_are_few_and_equal():
         assert sum(map(len, sizes)) <= 1.02*sum(-(-s.sum()//16384) for s in sizes)  # few: hardly more than the tokens ask for
         assert sum(s.sum() for s in sizes) >= .98*sum(len(s)*s.max() for s in sizes)  # equal
     assert n.sum() >= .97*16384*sum(map(len, sizes)) and n.sum() >= .97*16384*len(pack(n, 16384))
-
-def test_planning_is_linear():
-    small, large = arena(20_000), arena(200_000)
-    for f in (lambda e: plan_steps(e, 64, 1, 16384, 0), lambda e: plan_steps(e, 64, 1, 16384, 0, ranks=8), lambda e: pack(e.n, 16384)):
-        for _ in range(3):  # a busy machine may spoil one try
-            if (ratio := best(lambda: f(large))/best(lambda: f(small))) <= 15: break
-        assert ratio <= 15
 
 def test_phases():
     phase = np.random.default_rng(0).integers(0, 3, 50)*5-2

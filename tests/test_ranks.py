@@ -31,7 +31,7 @@ def on_two(folder, work, **config):
     (folder/'job.py').write_text(f'import sys, torch\nimport competition_kit.ranks as r\n{work}\nr.as_rank(sys.argv[1], work)')
     launch(folder, config, 2, str(folder/'job.py'))
 
-@pytest.mark.parametrize('line,says', [('assert not p["on"]', 'AssertionError'), ('{}[p["x"]]', "KeyError: 'foo'"), ('torch.ones(2)@torch.ones(3)', 'RuntimeError: ')])
+@pytest.mark.parametrize('line,says', [('assert not p["on"]', 'AssertionError'), ('{}[p["x"]]', "KeyError: 'foo'")])
 def test_a_failure_has_type_and_place(tmp_path, line, says):
     with pytest.raises(RuntimeError) as e: on_two(tmp_path, f'def work(folder, p):\n    if r.rank(): {line}', on=True, x='foo')
     first, place, file = str(e.value).splitlines()

@@ -23,7 +23,7 @@ M._flex = lambda f=torch.compile(flex.flex_attention, backend='aot_eager'): f
 plain = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self, **kw: plain(self, backend='aot_eager_decomp_partition', **kw)
 M._register()
-kind, layers = sys.argv[1], 12
+kind, layers = sys.argv[1], 6
 more = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=64) if kind == 'gemma2' else {}
 cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
                            attn_implementation='packed', **more)
@@ -34,7 +34,7 @@ torch.manual_seed(0)
 judge = M.add_lora(M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
 for n, p in judge.named_parameters():
     if 'lora_B' in n: p.data.normal_(0, .05)
-packs = [M.collate([np.append(np.full(9, 1+(n%50 if k > 1 else 0), np.int32), np.random.default_rng([k, n]).integers(2, 64, n).astype(np.int32)) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(9))])]
+packs = [M.collate([np.append(np.full(9, 1+(n%50 if k > 1 else 0), np.int32), np.random.default_rng([k, n]).integers(2, 64, n).astype(np.int32)) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(3))])]
 def step(b):
     judge.zero_grad()
     out = judge(**b)
@@ -43,7 +43,7 @@ def step(b):
 M.Judge.varlen = False
 want = [step(b) for b in packs]
 M.Judge.varlen = True
-compile_layers(recompute(fuse(judge), 4))
+compile_layers(recompute(fuse(judge), 2))
 assert [p['bounds'][0] for p in packs[:4]] == [9, 9, 0, 0]  # the first two begin alike
 for k, (b, w) in enumerate(zip(packs, want)):
     gap = ((step(b)-w).norm()/w.norm()).item()

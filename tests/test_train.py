@@ -1,5 +1,6 @@
 "One fold: killed and continued, refused, both routes, stages, several processes"
 import json, os, shutil, signal, subprocess, sys, time
+from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -34,12 +35,11 @@ def test_killed_anywhere_ends_with_the_same_weights(tiny, tmp_path, monkeypatch)
     load_rows('sample_arena')
     start = lambda: subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     def checkpoints(): return list(models_path().glob('train-*/checkpoints/checkpoint-*'))
-    for at in (1, 2):    # kill when the first checkpoint is there, and again a little later
-        p, until = start(), time.time()+90
-        while len(checkpoints()) < at and p.poll() is None and time.time() < until: time.sleep(.01)
-        time.sleep(.05*at)
-        p.send_signal(signal.SIGKILL)
-        p.wait()
+    p, until = start(), time.time()+90
+    while not checkpoints() and p.poll() is None and time.time() < until: time.sleep(.01)
+    time.sleep(.05)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     assert checkpoints(), 'the training ended before it could be killed'
     newest = last_checkpoint(next(models_path().glob('train-*/checkpoints')))
     (newest/'optimizer.safetensors').write_bytes(b'cut')     # and the newest one is damaged on top
@@ -105,9 +105,9 @@ def test_rows_are_tokenised_once(tiny, monkeypatch):
     monkeypatch.setattr(Prompt, 'encode', lambda self, rows, views=2: calls.append(len(rows)) or real(self, rows, views))
     kw = dict(small, mix='sample_arena:24', epochs=1.)
     train_fold(base=tiny, **kw)
-    assert [n for n in calls if n > 3] == [24]  # a builder tries itself out on three rows
+    assert [n for n in calls if n > 8] == [24]  # a builder tries itself out on three rows, and eight choose the letters
     train_fold(base=tiny, fold=1, **kw)
-    assert [n for n in calls if n > 3] == [24]
+    assert [n for n in calls if n > 8] == [24]
 
 def test_losses_are_drawn_at_their_steps(tiny):
     run = train_fold(base=tiny, **dict(small, mix='sample_arena:24', epochs=1.))
@@ -278,30 +278,16 @@ def test_two_processes_share_a_packed_base(tiny, tmp_path):
     assert np.abs(a-b).max() < 1e-5
     with pytest.raises(Refusal, match='nf4 cannot be spread'): train_fold(**dict(kw, base=tiny, dtype='nf4', gpus=2, sharded=True))
 
-def test_two_processes_go_on_where_they_were_killed(tiny, tmp_path, monkeypatch):
-    kw = dict(small, base=tiny, mix='sample_arena:40', method='full', route='score2', dtype='bf16', lr=1e-4, gpus=2, sharded=True, epochs=1., save_every=2)
-    load_rows('sample_arena')
-    p, until = subprocess.Popen([sys.executable, '-c', f'from competition_kit.train import train_fold; train_fold(**{kw!r})'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()+120
-    while not (there := list(models_path().glob('train-*/checkpoints/checkpoint-*'))) and p.poll() is None and time.time() < until: time.sleep(.01)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
-    assert there, 'it ended before it could be killed'
-    again = train_fold(**kw)
-    monkeypatch.setenv('CK_ROOT', str(tmp_path/'undisturbed'))
-    whole = train_fold(**kw)
-    assert again.id == whole.id and (again.folder/'model/model.safetensors').read_bytes() == (whole.folder/'model/model.safetensors').read_bytes()
-
 def test_ranks_find_the_tokens_there(tiny, monkeypatch):
     def started(*args): raise RuntimeError(f"{len(list(models_path('.tokens').iterdir()))} tables are tokenised")
     monkeypatch.setattr(T, 'launch', started)
     with pytest.raises(RuntimeError, match='1 tables'): train_fold(base=tiny, **small, gpus=2)
 
 def test_a_rank_says_why_it_failed(tiny, tmp_path):
-    with pytest.raises(Refusal, match="rank .: .*no route named 'regress'"): launch(tmp_path, dict(_params(tiny), route='regress'), 1, '-m', 'competition_kit.train')
+    with pytest.raises(Refusal, match="rank .: route='regress'"): launch(tmp_path, dict(_params(tiny), route='regress'), 1, '-m', 'competition_kit.train')
 
 def _params(tiny):
-    import inspect
-    return {k: v.default for k, v in inspect.signature(train_fold).parameters.items()} | small | dict(base=tiny)
+    return asdict(T.TrainArgs(**small, base=tiny))
 
 def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_root, monkeypatch):
     from competition_kit.trained import predict_runs
