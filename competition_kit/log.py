@@ -9,6 +9,7 @@ __all__ = ['LOG', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_
 
 # %% ../nbs/01_log.ipynb #c59eb740
 import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, unicodedata, warnings
+from bisect import bisect_left, insort
 from collections import namedtuple
 from copy import copy
 from datetime import date, datetime, timezone
@@ -424,11 +425,12 @@ def _sheet_parts(z): # Title of each sheet → its file in the zip
     sheets = ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}sheet')
     return {s.get('name'): posixpath.normpath(posixpath.join('/xl', rels[id_of(s)])).lstrip('/') for s in sheets}
 
-def _repacked(data, new): # The same zip with other bytes for some files
+def _repacked(data, new, kind=0): # The same zip with other bytes for some files; `kind` as in zipfile: 0 is not compressed
     import zipfile
     if not new: return data
     with zipfile.ZipFile(io.BytesIO(data)) as z, zipfile.ZipFile(out := io.BytesIO(), 'w') as packed:
-        for n in z.namelist(): packed.writestr(n, new[n] if n in new else z.read(n))
+        for n in z.namelist():
+            packed.writestr(n, new[n] if n in new else z.read(n), 0 if 'media/' in n else kind)  # pictures are compressed already
     return out.getvalue()
 
 # %% ../nbs/01_log.ipynb #893a63ff
@@ -566,7 +568,9 @@ def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is no
         for r, left, r2, right in sh.merged:
             if r <= i <= r2 and left <= j <= right and str(sh.cells[r][left]).strip():
                 raise Refusal(f'{c} is part of a merged cell', where, fix='Unmerge it and write a value for each run')
-        if sh.cells[i][j] == _NO_VALUE and said.get(c, {}).get('formula') != _formulas(path).get((name, i, j)):
+        if sh.cells[i][j] != _NO_VALUE: continue
+        formula = _formulas(path).get((name, i, j))
+        if formula != said.get(c, {}).get('formula') or _areas(formula, name) != []:
             fix = 'Save the workbook once from Excel or LibreOffice, or write the value'
             raise Refusal(f'{c} is a formula without a value', where, fix=fix)
 
@@ -657,8 +661,9 @@ def _refuse_row(path, row, text):
     store = _people_file()
     if (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), heard)
     wb = _load_book(path)
+    before = _cell_values(wb)
     _put(wb[_our_sheets(wb.sheetnames)['runs']].cell(row, sh.cols['status']+1), text)
-    _swap(wb, path, seen, {s: sh.at for s, sh in book.items()})
+    _swap(wb, path, seen, {s: sh.at for s, sh in book.items()}, path, before)
     return f'row {row} of {LOG}: {text}'
 
 # %% ../nbs/01_log.ipynb #0b57f10c
@@ -856,6 +861,100 @@ def _guarded(data):
         texts = {n: z.read(n) for n in z.namelist() if re.fullmatch(r'xl/(sharedStrings|worksheets/[^/]+)\.xml', n)}
     return _repacked(data, {n: re.sub(rb'<t\b[^>]*>[^<]*</t>', guard, t) for n, t in texts.items() if b'x005F_' in t})
 
+# %% ../nbs/01_log.ipynb #9e8fd260
+_WORD = re.compile(r'''
+      "(?:[^"]|"")*"                                                            # a text
+    | (?<![\w.:\]!'$]) (?:(?P<sheet>'(?:[^']|'{2})+'|[\w.]+)!)?                   # cells, perhaps of another sheet
+      (?P<area>\$?[A-Z]{1,3}\$?\d+(?::\$?[A-Z]{1,3}\$?\d+)? | \$?[A-Z]{1,3}:\$?[A-Z]{1,3} | \$?\d+:\$?\d+) (?![\w.(\[!:\#])
+    | (?P<function>[A-Z_][\w.]*)\(
+    | (?<![\w.:\]!'$]) (?:\d+\.?\d*(?:E[+-]?\d+)?|TRUE|FALSE) (?![\w.(\[!:\#])  # a number, a truth value
+    ''', re.X | re.I)
+_REACHING = {'INDIRECT', 'OFFSET', 'SUMIF', 'AVERAGEIF', 'GETPIVOTDATA', 'CELL'}  # they read cells that their text does not name
+
+# %% ../nbs/01_log.ipynb #007c586f
+def _areas(formula, title): # [(sheet in small letters, left, top, right, bottom)], from 1; None where the text does not tell
+    from openpyxl.utils import FORMULAE
+    from openpyxl.utils.cell import range_boundaries
+    areas = []
+    for m in _WORD.finditer(formula):
+        f = (m['function'] or '').upper()
+        if f in _REACHING or f and f not in FORMULAE and not f.startswith('_XLFN.'): return None
+        if not m['area']: continue
+        left, top, right, bottom = range_boundaries(m['area'].upper())
+        sheet = (m['sheet'] or title).strip("'").replace("''", "'").lower()
+        areas.append((sheet, left or 1, top or 1, right or 2**14, bottom or 2**20))
+    return None if re.search(r"[\w!:#@'\[\]]", _WORD.sub('', formula)) else areas
+
+# %% ../nbs/01_log.ipynb #3b692903
+def _outdated(formulas, changed, cells): # Of (sheet, row, column) → formula: those that may give another value now; `cells`: sheet → its (row, column)
+    rows, areas, old, left = {}, {}, set(), list(formulas)
+    for title, row, col in sorted(changed): rows.setdefault(title, {}).setdefault(col, []).append(row)
+    for at, f in formulas.items():
+        areas[at] = _areas(text, at[0]) if isinstance(text := getattr(f, 'text', f), str) else None
+        if areas[at] and not cells.keys() >= {a[0] for a in areas[at]}: areas[at] = None
+    for _ in range(20):  # forwards and backwards, since formulas mostly follow each other down or up
+        for at in left:
+            if areas[at] is not None and not any(_touched(a, rows) for a in areas[at]): continue
+            old.add(at)
+            for row, col in _filled(formulas[at], at, cells[at[0]]): insort(rows.setdefault(at[0], {}).setdefault(col, []), row)
+        if not (still := [at for at in reversed(left) if at not in old]) or len(still) == len(left): return old
+        left = still
+    return set(formulas)
+
+def _touched(area, rows):
+    title, left, top, right, bottom = area
+    cols = rows.get(title, {})
+    return any(left <= c <= right and (i := bisect_left(cols[c], top)) < len(cols[c]) and cols[c][i] <= bottom for c in cols)
+
+def _filled(formula, at, cells): # Those of `cells` (row, column) that a formula fills: several for an array formula
+    from openpyxl.utils.cell import range_boundaries
+    ref = getattr(formula, 'ref', None) or ''
+    if ':' not in ref: return [at[1:]]
+    left, top, right, bottom = range_boundaries(ref)
+    return [(row, col) for row, col in cells if top <= row <= bottom and left <= col <= right]
+
+# %% ../nbs/01_log.ipynb #8a4654b2
+def _formula_values(xml): # Cell → (type, value) as they stand in a sheet's XML, for formulas that have one
+    from xml.etree import ElementTree as ET
+    out = {}
+    for c in ET.fromstring(xml).iterfind('.//{*}c') if re.search(rb'<(\w+:)?f[ />]', xml) else ():
+        f, v, kind = c.find('{*}f'), c.find('{*}v'), c.get('t', 'n')
+        if f is not None and v is not None and kind != 's' and (v.text or kind == 'str'): out[c.get('r')] = kind, v.text or ''
+    return out
+
+def _cell_values(wb): # (sheet in small letters, row, column) → value
+    return {(ws.title.lower(), *at): c.value for ws in wb.worksheets for at, c in ws._cells.items() if c.value is not None}
+
+# %% ../nbs/01_log.ipynb #de3029b5
+def _kept_values(wb, src, before): # Sheet → cell → (type, value) of formulas in `src` that are not out of date in `wb`; `before`: its values then
+    import zipfile
+    from openpyxl.utils.cell import coordinate_to_tuple
+    sheets, now = {ws.title.lower(): ws for ws in wb.worksheets}, _cell_values(wb)
+    formulas = {at: v for at, v in now.items() if sheets[at[0]].cell(*at[1:]).data_type == 'f'}
+    if not formulas or not src: return {}
+    changed = {at for at in now.keys() | before.keys() if now.get(at) != before.get(at)}
+    old = changed | _outdated(formulas, changed, {t: ws._cells for t, ws in sheets.items()})
+    for title, row, col in old & formulas.keys():  # what an array formula filled into other cells goes with its value
+        for at in _filled(formulas[title, row, col], (title, row, col), sheets[title]._cells):
+            if at != (row, col): sheets[title].cell(*at).value = None
+    with zipfile.ZipFile(io.BytesIO(_book_bytes(src))) as z: found = {t.lower(): _formula_values(z.read(p)) for t, p in _sheet_parts(z).items()}
+    fresh = lambda title, ref: (at := (title, *coordinate_to_tuple(ref))) in formulas and at not in old
+    return {title: {ref: v for ref, v in values.items() if ref and fresh(title, ref)} for title, values in found.items()}
+
+# %% ../nbs/01_log.ipynb #992bfaa1
+def _write_values(file, kept): # Put values of formulas into a workbook that openpyxl saved
+    import zipfile
+    from xml.sax.saxutils import escape
+    cell, new = re.compile(r'<c r="([A-Z]+\d+)"([^>]*)>(<f[^>]*/>|<f[^>]*>[^<]*</f>)<v(?: ?/>|></v>)'), {}
+    def put(m, values):
+        if m[1] not in values: return m[0]
+        kind, v = values[m[1]]
+        return f'<c r="{m[1]}"{m[2]} t="{kind}">{m[3]}<v>{escape(v)}</v>'
+    with zipfile.ZipFile(file) as z:
+        for title, part in _sheet_parts(z).items():
+            if values := kept.get(title.lower()): new[part] = cell.sub(lambda m: put(m, values), z.read(part).decode()).encode()
+    if new: file.write_bytes(_repacked(file.read_bytes(), new, zipfile.ZIP_DEFLATED))
+
 # %% ../nbs/01_log.ipynb #4a0c6a9b
 def _source(path): # What to start from (None: nothing), and what to tell people about it
     said, bak = '', path.with_name(path.name+'.bak')
@@ -869,9 +968,14 @@ def _source(path): # What to start from (None: nothing), and what to tell people
     return None, said and said+again
 
 # %% ../nbs/01_log.ipynb #c4b78de2
-def _swap(wb, path, seen, keys):
+def _swap(wb, path, seen, keys, src, before):
+    from openpyxl.workbook.properties import CalcProperties
     with atomic(path) as tmp:
+        kept = _kept_values(wb, src, before)
+        wb.calculation = wb.calculation or CalcProperties()
+        wb.calculation.fullCalcOnLoad = True
         wb.save(tmp)
+        _write_values(tmp, kept)
         book = _read_book(tmp)
         lost = {s: missing for s, want in keys.items() if (missing := set(want)-book[s].at.keys())}
         if lost: raise Refusal(f'the new workbook does not read back: {lost}', path.name)
@@ -893,6 +997,7 @@ def _sync(path):
     todo = {s: _changes(sh, want[s], claims if s == 'runs' else {}) for s, sh in book.items()}
     if src == path and len(book) == len(_SHEETS) and not any(c or n for c, n in todo.values()): return f'{LOG} is up to date'
     wb = _load_book(src) if src else _new_book()
+    before = _cell_values(wb)
     cells = rows = 0
     for s in _SHEETS:
         if s not in book: sh, (edits, new) = _new_sheet(wb, s, store.get(s, {})), ({}, list(want[s]))
@@ -903,7 +1008,7 @@ def _sync(path):
         if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
         cells, rows = cells+_apply(ws, sh, edits, new, want[s], store.get(s, {}), s), rows+len(new)
     if not (cells or rows or said) and len(book) == len(_SHEETS): return f'{LOG} is up to date'  # merged cells, which stay
-    _swap(wb, path, seen, want)
+    _swap(wb, path, seen, want, src, before)
     for r in claims.values(): models_path(r['run_id'], '.planned').unlink(missing_ok=True)
     return f"{LOG}: {rows} row{'s'*(rows != 1)} added, {cells} cell{'s'*(cells != 1)} changed{said}"
 

@@ -578,6 +578,74 @@ def test_strict_cells(root):
             with pytest.raises(Refusal, match=f'sheet runs, cell {cell}'): people()
         edit(root, lambda wb, ws, at: ws.cell(2, at[col]).__setattr__('value', None))
 
+# ---- formulas of people ----
+def computed(root, values):
+    "Formulas with their values, as Excel saves them: (sheet, cell) → (formula, type, value)"
+    edit(root, lambda wb, ws, at: [wb[s].__setitem__(ref, 12345+i) for i, (s, ref) in enumerate(values)])
+    with zipfile.ZipFile(root/LOG) as z:
+        parts, where = {n: z.read(n) for n in z.namelist()}, log._sheet_parts(z)
+    for i, ((s, ref), (f, kind, v)) in enumerate(values.items()):
+        f = f if f.startswith('<f') else f'<f>{f}</f>'
+        new = f'<c r="{ref}" t="{kind}">{f}<v>{v}</v></c>'
+        text, n = re.subn(rf'<c r="{ref}"[^>]*><v>{12345+i}</v></c>', lambda m: new, parts[where[s]].decode())
+        assert n == 1
+        parts[where[s]] = text.encode()
+    with zipfile.ZipFile(root/LOG, 'w') as z:
+        for n, b in parts.items(): z.writestr(n, b)
+
+def formulas(root):
+    "Sheet and cell of each formula → the value that a program reads which does not compute"
+    told, seen = openpyxl.load_workbook(root/LOG), openpyxl.load_workbook(root/LOG, data_only=True)
+    return {(ws.title, c.coordinate): seen[ws.title][c.coordinate].value
+            for ws in told for row in ws.iter_rows() for c in row if c.data_type == 'f'}
+
+def own(wb, ws, at):
+    for j in range(9): ws.cell(1, 40+j, f'own{j}')
+    wb.create_sheet('ours')['A1'] = 7
+
+def test_cached_values_of_formulas_stay(root):
+    run()
+    edit(root, own)
+    shared = '<f t="shared" ref="AS2" si="0">H2+1</f>'
+    computed(root, {('runs', 'AN2'): ('H2*2', 'n', '1.8000000000000003'), ('runs', 'AO2'): ('A2&amp;"&lt;"', 'str', 'a &lt;b&gt; _x000D_'),
+                    ('runs', 'AP2'): ('H2&lt;1', 'b', '1'), ('runs', 'AQ2'): ('1/0', 'e', '#DIV/0!'), ('runs', 'AR2'): ('IF(1,"","x")', 'str', ''),
+                    ('runs', 'AS2'): (shared, 'n', '1.9'), ('ours', 'B1'): ('A1*runs!H2', 'n', '6.3'), ('ours', 'B2'): ('B1+1', 'n', '7.3'),
+                    ('ours', 'B3'): ('1+1', 'e', '#SPILL!')})
+    want = formulas(root)
+    assert (want['runs', 'AN2'], want['runs', 'AP2'], want['runs', 'AQ2'], want['ours', 'B2']) == (1.8000000000000003, True, '#DIV/0!', 7.3)
+    run(1); put(7)
+    assert 'rows added' in sync_log()
+    assert {k: v for k, v in formulas(root).items() if k in want} == want
+    with zipfile.ZipFile(root/LOG) as z:
+        assert b'fullCalcOnLoad="1"' in z.read('xl/workbook.xml')
+        assert b'<v>1.8000000000000003</v>' in z.read('xl/worksheets/sheet1.xml')
+        assert b't="str"><f>A2&amp;"&lt;"</f><v>a &lt;b&gt; _x000D_</v>' in z.read('xl/worksheets/sheet1.xml')
+        assert b't="e"><f>1+1</f><v>#SPILL!</v>' in z.read('xl/worksheets/sheet5.xml')
+    assert sync_log() == f'{LOG} is up to date'
+
+def test_values_that_a_sync_makes_wrong_are_left_out(root):
+    for i in range(3): run(i)
+    edit(root, own)
+    fresh = {('runs', 'AN2'): 'H2*2', ('runs', 'AO2'): 'SUM(H2:H2,H4)', ('runs', 'AP2'): 'AN2+1', ('runs', 'AQ2'): '$H$4', ('ours', 'B1'): 'runs!H2'}
+    array = '<f t="array" ref="AT3:AT4">H2:H3</f>'
+    stale = {('runs', 'AN3'): 'H3*2', ('runs', 'AO3'): 'SUM(H:H)', ('runs', 'AP3'): 'AN3+1', ('runs', 'AQ3'): 'COUNTA(A2:A99)',
+             ('runs', 'AR3'): 'OFFSET(A1,1,1)', ('runs', 'AS3'): 'loss*1', ('runs', 'AT3'): array, ('ours', 'B2'): 'runs!AT4',
+             ('ours', 'B3'): 'B2+1', ('ours', 'B4'): "'runs'!AP3"}
+    edit(root, lambda wb, ws, at: (ws.cell(3, at['log_loss'], 77), ws.__setitem__('AT4', 77)))  # the kit puts the loss right
+    computed(root, {k: (f, 'n', '77') for k, f in {**fresh, **stale}.items()})
+    run(3)
+    got = formulas(root)
+    assert {k: got[k] for k in fresh} == dict.fromkeys(fresh, 77)
+    assert {k: got[k] for k in stale} == dict.fromkeys(stale)
+    assert openpyxl.load_workbook(root/LOG)['runs']['AT4'].value is None
+
+def test_a_weight_that_is_out_of_date_is_refused(root):
+    id = run()
+    computed(root, {('runs', 'W2'): ('1/COUNTA(A2:A99)', 'n', '1')})
+    assert people(id)['vote_weight'] == 1
+    run(1)
+    with pytest.raises(Refusal, match='cell W2, .*without a value'): people(id)
+
 # ---- plans ----
 def plan(root, row, **cells): return edit(root, lambda wb, ws, at: [ws.cell(row, at[k], v) for k, v in cells.items()] and at)
 
