@@ -874,16 +874,20 @@ _REACHING = {'INDIRECT', 'OFFSET', 'SUMIF', 'AVERAGEIF', 'GETPIVOTDATA', 'CELL'}
 # %% ../nbs/01_log.ipynb #007c586f
 def _areas(formula, title): # [(sheet in small letters, left, top, right, bottom)], from 1; None where the text does not tell
     from openpyxl.utils import FORMULAE
-    from openpyxl.utils.cell import range_boundaries
-    areas = []
+    areas, rest, at = [], '', 0
     for m in _WORD.finditer(formula):
-        f = (m['function'] or '').upper()
+        rest, at, area, f = rest+formula[at:m.start()], m.end(), m['area'], (m['function'] or '').upper()
         if f in _REACHING or f and f not in FORMULAE and not f.startswith('_XLFN.'): return None
-        if not m['area']: continue
-        left, top, right, bottom = range_boundaries(m['area'].upper())
-        sheet = (m['sheet'] or title).strip("'").replace("''", "'").lower()
-        areas.append((sheet, left or 1, top or 1, right or 2**14, bottom or 2**20))
-    return None if re.search(r"[\w!:#@'\[\]]", _WORD.sub('', formula)) else areas
+        if not area: continue
+        first, _, last = area.replace('$', '').upper().partition(':')
+        (left, top), (right, bottom) = _place(first, 1, 1), _place(last or first, 2**14, 2**20)
+        areas.append(((m['sheet'] or title).strip("'").replace("''", "'").lower(), left, top, right, bottom))
+    return None if re.search(r"[\w!:#@'\[\]]", rest+formula[at:]) else areas
+
+def _place(ref, col, row): # `B3`, `B` or `3` → (column, row), which are as given where `ref` does not say
+    from openpyxl.utils import column_index_from_string
+    letters = ref.rstrip('0123456789')
+    return column_index_from_string(letters) if letters else col, int(ref[len(letters):] or row)
 
 # %% ../nbs/01_log.ipynb #3b692903
 def _outdated(formulas, changed, cells): # Of (sheet, row, column) → formula: those that may give another value now; `cells`: sheet → its (row, column)
@@ -918,8 +922,8 @@ def _formula_values(xml): # Cell → (type, value) as they stand in a sheet's XM
     from xml.etree import ElementTree as ET
     out = {}
     for c in ET.fromstring(xml).iterfind('.//{*}c') if re.search(rb'<(\w+:)?f[ />]', xml) else ():
-        f, v, kind = c.find('{*}f'), c.find('{*}v'), c.get('t', 'n')
-        if f is not None and v is not None and kind != 's' and (v.text or kind == 'str'): out[c.get('r')] = kind, v.text or ''
+        text, kind = {o.tag.rpartition('}')[2]: o.text or '' for o in c}, c.get('t', 'n')
+        if 'f' in text and kind != 's' and (text.get('v') or 'v' in text and kind == 'str'): out[c.get('r')] = kind, text['v']
     return out
 
 def _cell_values(wb): # (sheet in small letters, row, column) → value
