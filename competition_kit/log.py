@@ -746,6 +746,9 @@ def _apply(ws, sh, cells, new, want, said, name):
         _put(c, v); n += 1
     row, width = max([i for k, i in sh.at.items() if k in want]+[i for i, _ in cells], default=sh.top)+1, ws.max_column
     styles = _styles(ws, name) if new else {}
+    begun = {i+1 for i, j in cells if j == sh.cols[_SHEETS[name][0].name]}  # rows of plans that have their run now
+    fill = _column_formulas(ws, sh, [i+1 for k, i in sh.at.items() if k in want], _KIT[name]) if new or begun else {}
+    for i in begun: _fill_row(ws, i, fill)
     for key in new:
         row += 1
         while any(isinstance(c := ws.cell(row, j), MergedCell) or c.value is not None for j in range(1, width+1)): row += 1
@@ -753,9 +756,34 @@ def _apply(ws, sh, cells, new, want, said, name):
         for col, j in sh.cols.items():
             c = ws.cell(row, j+1)
             if not c.has_style and col in styles: c._style = copy(styles[col])
-            if vals.get(col) not in (None, ''): _put(c, vals[col])
+            if vals.get(col) not in (None, '') and not (col in fill and said[key][col].get('formula')): _put(c, vals[col])
+        _fill_row(ws, row, fill)
     if ws.auto_filter.ref and new: ws.auto_filter.ref = re.sub(r'\d+$', lambda m: str(max(int(m[0]), row)), ws.auto_filter.ref)
     return n
+
+# %% ../nbs/01_log.ipynb #52c62d45
+def _column_formulas(ws, sh, rows, kit): # Column name → its last cell, where that and all filled cells above it hold one formula
+    from openpyxl.formula.tokenizer import TokenizerError
+    from openpyxl.formula.translate import Translator, TranslatorError
+    out = {}
+    for name, j in sh.cols.items():
+        cells = [c for i in sorted(rows) if (c := ws.cell(i, j+1)).value not in (None, '')]
+        if name in kit or not cells or cells[-1].row != max(rows): continue
+        last = cells[-1]
+        if any(c.data_type != 'f' or not isinstance(c.value, str) for c in cells): continue
+        with contextlib.suppress(TokenizerError, TranslatorError):
+            one = all(Translator(c.value, c.coordinate).translate_formula(last.coordinate) == last.value for c in cells)
+            if one and (len(cells) > 1 or _areas(last.value, ws.title) != []): out[name] = last
+    return out
+
+def _fill_row(ws, row, fill):
+    from openpyxl.cell.cell import MergedCell
+    from openpyxl.formula.translate import Translator
+    for last in fill.values():
+        c = ws.cell(row, last.column)
+        if isinstance(c, MergedCell) or c.value not in (None, ''): continue
+        c.value = Translator(last.value, last.coordinate).translate_formula(c.coordinate)
+        if not c.has_style: c._style = copy(last._style)
 
 # %% ../nbs/01_log.ipynb #74f967a7
 _COLOURS = dict(done='DDF2E1', failed='F9D5D3', running='DCE9FB', interrupted='FCE5CD', planned='EDE4F7')

@@ -639,6 +639,47 @@ def test_values_that_a_sync_makes_wrong_are_left_out(root):
     assert {k: got[k] for k in stale} == dict.fromkeys(stale)
     assert openpyxl.load_workbook(root/LOG)['runs']['AT4'].value is None
 
+def test_a_column_of_one_formula_is_filled_down(root):
+    for i in range(3): run(i)
+    def write(wb, ws, at):
+        for r in (2, 3, 4):
+            ws.cell(r, 40, f'=ROUND(H{r}*$H$2,3)').number_format = '0.0%'
+            ws.cell(r, 41, f'=H{r}' if r < 4 else '=H4*2')  # two formulas
+            ws.cell(r, 42, f'=H{r}' if r < 4 else 5)
+            ws.cell(r, 43, '=ROW()')
+            ws.cell(r, at['note'], f'=A{r}&"!"')
+            ws.cell(r, at['log_loss'], f'=I{r}')  # ours: put right
+        ws.cell(2, 45, '=H2')  # the last run has none
+        ws.cell(4, 46, '=1/3')  # a number
+        ws.cell(3, 47, '=H3'); ws.cell(4, 47, '=H4')  # a gap above
+        ws.cell(4, 48, '=$H$2')
+        for j in range(40, 49): ws.cell(1, j, f'own{j}')
+        ws.cell(9, 1, 'total'); ws.cell(9, 40, '=SUM(AN2:AN8)')
+        ws.cell(7, at['status'], 'planned'); ws.cell(7, at['stage'], 'train'); ws.cell(7, at['fold'], 5)
+    edit(root, write)
+    run(3); run(5)
+    ws = openpyxl.load_workbook(root/LOG)['runs']
+    at = {c.value: c.column for c in ws[1]}
+    for r in (5, 7):
+        assert ws.cell(r, at['run_id']).value.startswith(f'train-f{dict([(5, 3), (7, 5)])[r]}')
+        assert ws.cell(r, 40).value == f'=ROUND(H{r}*$H$2,3)' and ws.cell(r, at['note']).value == f'=A{r}&"!"'
+        assert [ws.cell(r, j).value for j in (41, 42, 43, 45, 46, 47, 48)] == [None, None, '=ROW()', None, None, f'=H{r}', '=$H$2']
+        assert ws.cell(r, 40).number_format == '0.0%' and ws.cell(r, at['log_loss']).value == .9
+    assert ws['AN9'].value == '=SUM(AN2:AN8)' and sync_log() == f'{LOG} is up to date'
+
+def test_a_row_that_comes_back_gets_the_formula_of_its_column(root):
+    ids_ = [run(i) for i in range(3)]
+    edit(root, lambda wb, ws, at: ws.cell(1, 40, 'own'))
+    computed(root, {('runs', f'AN{r}'): (f'H{r}+1', 'n', '1.9') for r in (2, 3, 4)})
+    sync_log()
+    run(3)
+    edit(root, lambda wb, ws, at: ws.delete_rows(5))
+    edit(root, lambda wb, ws, at: ws.delete_rows(4))
+    run(4)
+    assert sorted(ids(root)) == sorted(r['run_id'] for r in records())
+    ws = openpyxl.load_workbook(root/LOG)['runs']
+    assert [ws.cell(r, 40).value for r in range(2, 7)] == [f'=H{r}+1' for r in range(2, 7)]
+
 def test_a_weight_that_is_out_of_date_is_refused(root):
     id = run()
     computed(root, {('runs', 'W2'): ('1/COUNTA(A2:A99)', 'n', '1')})
