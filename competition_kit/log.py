@@ -382,20 +382,31 @@ def _too_large(path, size, most):
     raise Refusal(f'it unpacks to {size/2**20:,.0f} MiB, more than {most/2**20:,.0f} MiB', Path(path).name,
                   fix='Move large sheets of your own elsewhere; up to 128 MiB `ck log sync` brings it up to date')
 
-# %% ../nbs/01_log.ipynb #64f24169
+# %% ../nbs/01_log.ipynb #aa06e952
 def _plain(text): return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('_', ' ').casefold().split())
-
-def _our_sheets(titles): # Our name → its title in the workbook
-    found = {}
-    for title in sorted(titles, key=lambda s: (s not in _SHEETS, s.lower() not in _SHEETS)):
-        name = re.sub(r' ?[-–] ?table ?\d+$', '', _plain(title))
-        if name in _SHEETS: found.setdefault(name, title)
-    return found
 
 def _header(row, sheet): # The names of a row's columns, ours as we write them
     names = [str(v).strip() for v in row]
     ours = {_plain(c.name): c.name for c in _SHEETS[sheet] if c.name not in names}
     return [ours.get(_plain(n), n) for n in names]
+
+# %% ../nbs/01_log.ipynb #64f24169
+def _our_sheets(titles, marks=()): # Our name → its title in the workbook; `marks`: pairs of our name and a title
+    found, marked = {}, {title for _, title in marks}
+    for name in _SHEETS:
+        near = [t for t in titles if re.sub(r' ?[-–] ?table ?\d+$', '', _plain(t)) == name]
+        near = sorted(near, key=lambda t: (t != name, t.lower() != name))
+        ours = [t for n, t in marks if n == name]
+        named = [t for t in near if t in ours or not ours and t not in marked]
+        if len(ours) == 1 or named: found[name] = ours[0] if len(ours) == 1 else named[0]
+        elif ours:
+            fix = f'Give one of them the title {name}, or delete the others'
+            raise Refusal(f"the sheets {', '.join(map(repr, ours))} are all marked as the sheet {name} of the kit", LOG, fix=fix)
+    return found
+
+def _mark(ws, name):
+    from openpyxl.workbook.defined_name import DefinedName
+    ws.defined_names[f'_ck_{name}'] = DefinedName(f'_ck_{name}', attr_text=f'"{name}"')
 
 # %% ../nbs/01_log.ipynb #82dd8633
 _NO_VALUE, _CELLS = '(a formula without a value)', 2_000_000  # about 1 GB while it is read
@@ -425,6 +436,12 @@ def _sheet_parts(z): # Title of each sheet → its file in the zip
     sheets = ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}sheet')
     return {s.get('name'): posixpath.normpath(posixpath.join('/xl', rels[id_of(s)])).lstrip('/') for s in sheets}
 
+def _marks(z): # Pairs of our name and the title of a sheet with that mark
+    from xml.etree import ElementTree as ET
+    titles, names = list(_sheet_parts(z)), ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}definedName')
+    marks = [(n.get('name').lower(), n.get('localSheetId')) for n in names]
+    return [(n.removeprefix('_ck_'), titles[int(i)]) for n, i in marks if n.startswith('_ck_') and i and int(i) < len(titles)]
+
 def _repacked(data, new, kind=0): # The same zip with other bytes for some files; `kind` as in zipfile: 0 is not compressed
     import zipfile
     if not new: return data
@@ -434,8 +451,8 @@ def _repacked(data, new, kind=0): # The same zip with other bytes for some files
     return out.getvalue()
 
 # %% ../nbs/01_log.ipynb #893a63ff
-# values; row of the header; column name → index; key → row; merged ranges (all from 0); are there formulas?
-_Sheet = namedtuple('_Sheet', 'cells top cols at merged calc', defaults=((), False))
+# values; row of the header; column name → index; key → row (all from 0); title; merged ranges (from 0); are there formulas?
+_Sheet = namedtuple('_Sheet', 'cells top cols at title merged calc', defaults=((), False))
 
 def _read_book(path):
     import zipfile
@@ -443,16 +460,16 @@ def _read_book(path):
     data, new, about = _book_bytes(path), {}, {}
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         parts = _sheet_parts(z)
-        ours = _our_sheets(parts)
+        ours = _our_sheets(parts, _marks(z))
         for s, title in ours.items():
             xml = z.read(parts[title])
             readable, used, *about[s] = _readable(xml)
             if readable is not xml: new[parts[title]] = readable
-            _bounded(s, used, about[s][0])
+            _bounded(title, used, about[s][0])
     wb, read = CalamineWorkbook.from_filelike(io.BytesIO(_repacked(data, new))), {}
     for s, title in ours.items():
         sh = _sheet(wb.get_sheet_by_name(title).to_python(skip_empty_area=False), _SHEETS[s][0].name, s)
-        if sh: read[s] = sh._replace(merged=_ranges(about[s][0]), calc=about[s][1])
+        if sh: read[s] = sh._replace(title=title, merged=_ranges(about[s][0]), calc=about[s][1])
     return {s: read[s] for s in _SHEETS if s in read}
 
 def _sheet(cells, key, name='runs'):
@@ -462,22 +479,22 @@ def _sheet(cells, key, name='runs'):
     else: return None
     cols = {n: j for j, n in reversed(list(enumerate(names))) if n}
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
-    return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k})
+    return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k}, name)
 
 # %% ../nbs/01_log.ipynb #d7c9ab95
 def _ranges(refs): # First row, first column, last row, last column, from 0
     from openpyxl.utils.cell import range_boundaries
     return [(r-1, c-1, r2-1, c2-1) for c, r, c2, r2 in map(range_boundaries, refs)]
 
-def _bounded(name, used, merged):
+def _bounded(title, used, merged):
     rows, cols = (max(n, default=0) for n in (zip(*used) if used else ((), ())))
     if rows*cols > _CELLS:
         far = max(used, key=lambda at: at[0]/2**20+at[1]/2**14)
-        where = _where(name, far[0]-1, far[1]-1)
+        where = _where(title, far[0]-1, far[1]-1)
         raise Refusal('there is something far from the table', where, fix='Delete that cell and save the workbook')
     for ref, (r, c, r2, c2) in zip(merged, _ranges(merged)):
         if (r2-r+1)*(c2-c+1) <= _CELLS: continue
-        raise Refusal(f'the merged cell {ref} is too large', _where(name, r, c), fix='Unmerge it')
+        raise Refusal(f'the merged cell {ref} is too large', _where(title, r, c), fix='Unmerge it')
 
 # %% ../nbs/01_log.ipynb #b25ddd34
 def _where(sheet, row, col):
@@ -508,7 +525,7 @@ def _people_file():
     return read_json(f) if f.exists() else {}
 
 def _harvest(book, path, store):
-    store, formulas = json.loads(json.dumps(store)), _formulas(path) if any(sh.calc for sh in book.values()) else {}
+    store, formulas = json.loads(json.dumps(store)), _formulas(path, book) if any(sh.calc for sh in book.values()) else {}
     for name, sh in book.items():
         for key, i in sh.at.items():
             for col, j in sh.cols.items():
@@ -524,12 +541,12 @@ def _harvest(book, path, store):
 def _json_value(v): return v if isinstance(v, (str, bool, int, float)) else str(v)
 
 # %% ../nbs/01_log.ipynb #4db67cc5
-def _formulas(path): # (sheet, row, column) of each formula, from 0 → its text
+def _formulas(path, book): # (sheet, row, column) of each formula, from 0 → its text
     import openpyxl
     wb = openpyxl.load_workbook(io.BytesIO(_book_bytes(path)), read_only=True)
-    ours, text = _our_sheets(wb.sheetnames), lambda c: str(getattr(c.value, 'text', c.value))
-    return {(name, c.row-1, c.column-1): text(c) for name, title in ours.items()
-            for row in wb[title].iter_rows() for c in row if c.data_type == 'f'}
+    text = lambda c: str(getattr(c.value, 'text', c.value))
+    return {(name, c.row-1, c.column-1): text(c) for name, sh in book.items()
+            for row in wb[sh.title].iter_rows() for c in row if c.data_type == 'f'}
 
 # %% ../nbs/01_log.ipynb #a341d389
 _ID = re.compile(_STAGE+r'(-f-?\d+)?-[0-9a-f]{10}')
@@ -559,7 +576,7 @@ def people(
 # %% ../nbs/01_log.ipynb #ab416285
 def _cell_name(sh, name, key, col):
     if not sh or key not in sh.at or col not in sh.cols: return f'models/people.json, {key}, {col}'
-    return f'{_where(name, sh.at[key], sh.cols[col])}, run {key}'
+    return f'{_where(sh.title, sh.at[key], sh.cols[col])}, run {key}'
 
 def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is not
     for c in ('keep', 'vote_weight'):
@@ -569,7 +586,7 @@ def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is no
             if r <= i <= r2 and left <= j <= right and str(sh.cells[r][left]).strip():
                 raise Refusal(f'{c} is part of a merged cell', where, fix='Unmerge it and write a value for each run')
         if sh.cells[i][j] != _NO_VALUE: continue
-        formula = _formulas(path).get((name, i, j))
+        formula = _formulas(path, {name: sh}).get((name, i, j))
         if formula != said.get(c, {}).get('formula') or _areas(formula, name) != []:
             fix = 'Save the workbook once from Excel or LibreOffice, or write the value'
             raise Refusal(f'{c} is a formula without a value', where, fix=fix)
@@ -601,7 +618,7 @@ def _plan_rows(sh):
 
 # %% ../nbs/01_log.ipynb #be497169
 def _plan(sh, i):
-    def no(col, what, fix): raise Refusal(f'a planned run {what}', _where('runs', i, sh.cols[col]), fix=fix)
+    def no(col, what, fix): raise Refusal(f'a planned run {what}', _where(sh.title, i, sh.cols[col]), fix=fix)
     names = 'stage', 'fold', 'data', 'mix', 'base', 'params'
     cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in names}
     text = {c: str(v).strip() for c, v in cell.items()}
@@ -662,7 +679,7 @@ def _refuse_row(path, row, text):
     if (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), heard)
     wb = _load_book(path)
     before = _cell_values(wb)
-    _put(wb[_our_sheets(wb.sheetnames)['runs']].cell(row, sh.cols['status']+1), text)
+    _put(_sheet_of(wb, sh).cell(row, sh.cols['status']+1), text)
     _swap(wb, path, seen, {s: sh.at for s, sh in book.items()}, path, before)
     return f'row {row} of {LOG}: {text}'
 
@@ -832,6 +849,7 @@ The truth is in models/<run_id>/record.json; this workbook is a view of it. If i
 # What is yours
 The amber columns, any column, sheet, colour, comment or formula that you add, the order of rows and columns, hidden rows: all stay.
 The dark columns belong to the kit: what you type there is put right at the next run. Keep their headers; delete or hide those you do not need.
+Sheets may be renamed: the kit finds its own by defined names such as _ck_runs. A column of yours that is one formula is filled down to new rows.
 Each run's row comes back if you delete it while its folder in models/ exists. Hide it instead.
 Close the workbook when you can: while Excel or LibreOffice has it open, the kit waits and catches up later.
 Do not use sparklines, text boxes and 2010-style data bars: the library that writes this file cannot keep them.
@@ -1034,7 +1052,8 @@ def _sync(path):
     for s in _SHEETS:
         if s not in book: sh, (edits, new) = _new_sheet(wb, s, store.get(s, {})), ({}, list(want[s]))
         else: sh, (edits, new) = book[s], todo[s]
-        ws = wb[_our_sheets(wb.sheetnames)[s]]
+        ws = _sheet_of(wb, sh)
+        _mark(ws, s)
         wider = _add_columns(wb, ws, s, sh)
         if wider.cols != sh.cols: sh, (edits, new) = wider, _changes(wider, want[s], claims if s == 'runs' else {})
         if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
@@ -1045,6 +1064,13 @@ def _sync(path):
     return f"{LOG}: {rows} row{'s'*(rows != 1)} added, {cells} cell{'s'*(cells != 1)} changed{said}"
 
 # %% ../nbs/01_log.ipynb #0f63067c
+def _sheet_of(wb, sh): # A sheet that was read, in the workbook that openpyxl loaded
+    return next(ws for ws in wb.worksheets if ws.title.lower() == sh.title.lower())
+
+def _guide_of(wb):
+    found = [ws for ws in wb.worksheets if '_ck_guide' in ws.defined_names or ws.title == 'guide']
+    return found[0] if found else None
+
 def _new_book():
     import openpyxl
     wb = openpyxl.Workbook()
@@ -1052,18 +1078,21 @@ def _new_book():
     return wb
 
 def _new_sheet(wb, name, said): # A sheet of that name without a key column is someone's own: it is set aside under another name
-    if name in wb.sheetnames: wb[name].title = f'{name} (old)'
+    for ws in wb.worksheets:
+        ws.defined_names.pop(f'_ck_{name}', None)
+        if ws.title == name: ws.title = f'{name} (old)'
     ws = _add_sheet(wb, name)
     ours, theirs = {o.name for o in _SHEETS[name]}, dict.fromkeys(c for cols in said.values() for c in cols)
     for c in theirs:
         if c not in ours: _put(ws.cell(1, ws.max_column+1), clean_cell(c))
-    if name == 'mixes' and 'guide' not in wb.sheetnames: _add_guide(wb)
+    if name == 'mixes' and not _guide_of(wb): _add_guide(wb)
     return _sheet([[_shown(c.value) for c in ws[1]]], _SHEETS[name][0].name, name)
 
 # %% ../nbs/01_log.ipynb #1d05b427
 def _add_columns(wb, ws, name, sh): # → the sheet with its new columns
-    if 'guide' not in wb.sheetnames: return sh
-    guide, cols = wb['guide'], dict(sh.cols)
+    if not (guide := _guide_of(wb)): return sh
+    _mark(guide, 'guide')
+    cols = dict(sh.cols)
     known = {(r[0], r[1]) for r in guide.iter_rows(max_col=2, values_only=True)}
     if not any(s == name for s, _ in known): return sh
     for o in _SHEETS[name]:

@@ -484,6 +484,40 @@ def test_names_written_a_little_differently(root):
     assert len(sheet(root, 'runs - Table 1')) == 2 and 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
     assert sync_log() == f'{LOG} is up to date'
 
+def test_renamed_sheets_are_found_by_their_mark(root):
+    id = run()
+    with start_run('vote', {}, {}) as r: r.finish(dict(log_loss=.8))
+    def rename(wb, ws, at):
+        ws.cell(2, at['keep'], 'x'); wb['votes']['B9'] = 'mine'
+        for old, new in dict(runs="Mei's tries", votes='runs', mixes='blends', guide='help').items(): wb[old].title = f'{new}_'
+        for ws in wb: ws.title = ws.title[:-1]
+    edit(root, rename)
+    assert people(id)['keep'] is True
+    run(1)
+    wb = openpyxl.load_workbook(root/LOG)
+    assert wb.sheetnames == ["Mei's tries", 'runs', 'blends', 'help'] and wb['runs']['B9'].value == 'mine'
+    assert [r['status'] for r in sheet(root, "Mei's tries")] == ['done']*2 and len(sheet(root, 'runs')) == 8
+    edit(root, lambda wb, ws, at: ws.cell(2, at['keep'], 'perhaps'), "Mei's tries")
+    with pytest.raises(Refusal, match="sheet Mei's tries, cell V2"): people(id)
+    assert sync_log() == f'{LOG} is up to date'
+
+def test_a_copied_sheet_with_the_same_mark(root):
+    id = run()
+    def copied(wb, ws, at):
+        new = wb.copy_worksheet(ws)
+        new.title = 'runs (2)'
+        new.cell(2, at['keep'], 'x')
+        log._mark(new, 'runs')
+    edit(root, copied)
+    assert people(id)['keep'] is None
+    edit(root, lambda wb, ws, at: setattr(ws, 'title', 'tries'))
+    with pytest.raises(Refusal, match=r"'tries', 'runs \(2\)'.* the title runs"): people(id)
+    before = (root/LOG).read_bytes()
+    put(1)
+    assert "'tries', 'runs (2)'" in sync_log() and (root/LOG).read_bytes() == before
+    edit(root, lambda wb, ws, at: setattr(ws, 'title', 'runs'), 'runs (2)')
+    assert people(id)['keep'] is True and 'added' in sync_log()
+
 def test_macros_stay(root):
     run()
     with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
