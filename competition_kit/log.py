@@ -451,8 +451,9 @@ def _repacked(data, new, kind=0): # The same zip with other bytes for some files
     return out.getvalue()
 
 # %% ../nbs/01_log.ipynb #893a63ff
-# values; row of the header; column name → index; key → row (all from 0); title; merged ranges (from 0); are there formulas?
-_Sheet = namedtuple('_Sheet', 'cells top cols at title merged calc', defaults=((), False))
+# values; row of the header; column name → index; key → row (all from 0); title;
+# our column name → other columns with nearly the same header; merged ranges (from 0); are there formulas?
+_Sheet = namedtuple('_Sheet', 'cells top cols at title twice merged calc', defaults=((), False))
 
 def _read_book(path):
     import zipfile
@@ -469,7 +470,9 @@ def _read_book(path):
     wb, read = CalamineWorkbook.from_filelike(io.BytesIO(_repacked(data, new))), {}
     for s, title in ours.items():
         sh = _sheet(wb.get_sheet_by_name(title).to_python(skip_empty_area=False), _SHEETS[s][0].name, s)
-        if sh: read[s] = sh._replace(title=title, merged=_ranges(about[s][0]), calc=about[s][1])
+        if not sh: continue
+        read[s] = sh._replace(title=title, merged=_ranges(about[s][0]), calc=about[s][1])
+        for i in range(sh.top+1, len(sh.cells)): _not_twice(read[s], i, _SHEETS[s][0].name)
     return {s: read[s] for s in _SHEETS if s in read}
 
 def _sheet(cells, key, name='runs'):
@@ -479,7 +482,21 @@ def _sheet(cells, key, name='runs'):
     else: return None
     cols = {n: j for j, n in reversed(list(enumerate(names))) if n}
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
-    return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k}, name)
+    alike = {c.name: [j for j, n in enumerate(row) if j != cols[c.name] and _plain(n) == _plain(c.name)] for c in _SHEETS[name] if c.name in cols}
+    alike[key] = [j for j, n in enumerate(names) if n == key and j != cols[key]]
+    return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k}, name, {c: js for c, js in alike.items() if js})
+
+# %% ../nbs/01_log.ipynb #a93331d0
+def _differing(sh, i, col): # Where a second column of that name says something else in row i
+    text = lambda j: str(sh.cells[i][j]).strip()
+    return next((j for j in sh.twice.get(col, ()) if text(j) != text(sh.cols[col]) and (text(j) or col not in ('run_id', 'mix'))), None)
+
+def _not_twice(sh, i, col):
+    if (j := _differing(sh, i, col)) is None: return
+    from openpyxl.utils import get_column_letter
+    first, other = sh.cells[i][sh.cols[col]], sh.cells[i][j]
+    what = f'there are two columns {col}: here it is {first!r}, and {other!r} in cell {get_column_letter(j+1)}{i+1}'
+    raise Refusal(what, _where(sh.title, i, sh.cols[col]), fix='Give one of the two columns another header, or delete it')
 
 # %% ../nbs/01_log.ipynb #d7c9ab95
 def _ranges(refs): # First row, first column, last row, last column, from 0
@@ -529,7 +546,7 @@ def _harvest(book, path, store):
     for name, sh in book.items():
         for key, i in sh.at.items():
             for col, j in sh.cols.items():
-                if col in _KIT[name] or sh.cells[i][j] == _NO_VALUE: continue
+                if col in _KIT[name] or sh.cells[i][j] == _NO_VALUE or _differing(sh, i, col) is not None: continue
                 v, f = _json_value(sh.cells[i][j]), formulas.get((name, i, j))
                 old = store.get(name, {}).get(key, {}).get(col)
                 if (v, f) == ((old['value'], old.get('formula')) if old else ('', None)): continue
@@ -578,7 +595,8 @@ def _cell_name(sh, name, key, col):
     if not sh or key not in sh.at or col not in sh.cols: return f'models/people.json, {key}, {col}'
     return f'{_where(sh.title, sh.at[key], sh.cols[col])}, run {key}'
 
-def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is not
+def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is not, and one that another contradicts
+    for c in _PEOPLE: _not_twice(sh, sh.at[key], c)
     for c in ('keep', 'vote_weight'):
         if c not in sh.cols: continue
         i, j, where = sh.at[key], sh.cols[c], _cell_name(sh, name, key, c)
@@ -613,13 +631,14 @@ def planned() -> list: # One dict a row: `row` (as Excel counts), `stage`, `fold
 
 def _plan_rows(sh):
     if not sh or not {'status', 'stage'} <= sh.cols.keys(): return []
-    get = lambda i, c: str(sh.cells[i][sh.cols[c]]).strip()
-    return [i for i in range(sh.top+1, len(sh.cells)) if get(i, 'status').lower() == 'planned' and not get(i, 'run_id')]
+    get, status = lambda i, j: str(sh.cells[i][j]).strip().lower(), [sh.cols['status'], *sh.twice.get('status', ())]
+    return [i for i in range(sh.top+1, len(sh.cells)) if 'planned' in [get(i, j) for j in status] and not get(i, sh.cols['run_id'])]
 
 # %% ../nbs/01_log.ipynb #be497169
 def _plan(sh, i):
     def no(col, what, fix): raise Refusal(f'a planned run {what}', _where(sh.title, i, sh.cols[col]), fix=fix)
     names = 'stage', 'fold', 'data', 'mix', 'base', 'params'
+    for c in ('status', *names): _not_twice(sh, i, c)
     cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in names}
     text = {c: str(v).strip() for c, v in cell.items()}
     if not re.fullmatch(_STAGE, text['stage']): no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')

@@ -518,6 +518,44 @@ def test_a_copied_sheet_with_the_same_mark(root):
     edit(root, lambda wb, ws, at: setattr(ws, 'title', 'runs'), 'runs (2)')
     assert people(id)['keep'] is True and 'added' in sync_log()
 
+@pytest.mark.parametrize('col, near', [('keep', 'keep'), ('keep', 'Keep'), ('keep', 'keep '), ('vote_weight', 'Vote weight'), ('public_lb', 'public_lb')])
+@pytest.mark.parametrize('left', [True, False])
+def test_two_columns_of_one_name(root, col, near, left):
+    id, other = run(), run(1)
+    def second(wb, ws, at):
+        j = ws.max_column+1
+        if left: ws.insert_cols(2); j = 2
+        ws.cell(1, j, near); ws.cell(2, j, 1)
+        return f'{openpyxl.utils.get_column_letter(j)}2'
+    cell = edit(root, second)
+    with pytest.raises(Refusal, match=f'sheet runs, .*two columns {col}.*') as e: people(id)
+    assert cell in str(e.value)
+    with pytest.raises(Refusal, match='two columns'): people()
+    assert people(other)[col] is None
+    run(2)  # a run is not harmed, and what is not sure is not kept
+    assert col not in log._people_file().get('runs', {}).get(id, {})
+    edit(root, lambda wb, ws, at: [ws.cell(2, c.column, 1) for c in ws[1] if c.value and log._plain(c.value) == log._plain(col)])
+    assert people(id)[col] == 1  # both say the same
+
+def test_two_columns_of_run_ids(root):
+    id = run(); run(1)
+    edit(root, lambda wb, ws, at: (ws.cell(1, 40, 'run_id'), ws.cell(1, 41, 'Run ID'), ws.cell(2, 41, 'their own')))
+    assert people(id)['keep'] is None and 'added' in (put(1) and sync_log())
+    edit(root, lambda wb, ws, at: ws.cell(3, 40, 'train-f9-0123456789'))
+    with pytest.raises(Refusal, match='cell A3: there are two columns run_id.*AN3'): people(id)
+    before = (root/LOG).read_bytes()
+    put(2)
+    assert 'two columns run_id' in sync_log() and (root/LOG).read_bytes() == before
+
+@pytest.mark.parametrize('col, value', [('params', 'lr=0.5'), ('fold', 3), ('Status', 'planned')])
+def test_a_plan_with_two_columns_of_one_name(root, col, value):
+    sync_log()
+    edit(root, lambda wb, ws, at: (ws.cell(1, 40, col), ws.cell(3, 40, value)))
+    plan(root, 3, stage='train', **({} if col == 'Status' else dict(status='planned')))
+    with pytest.raises(Refusal, match=f'two columns {col.lower()}.*AN3'): planned()
+    run()
+    assert len(ids(root)) == 1
+
 def test_macros_stay(root):
     run()
     with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
