@@ -472,7 +472,7 @@ def _read_book(path):
         sh = _sheet(wb.get_sheet_by_name(title).to_python(skip_empty_area=False), _SHEETS[s][0].name, s)
         if not sh: continue
         read[s] = sh._replace(title=title, merged=_ranges(about[s][0]), calc=about[s][1])
-        for i in range(sh.top+1, len(sh.cells)): _not_twice(read[s], i, _SHEETS[s][0].name)
+        for i in range(sh.top+1, len(sh.cells)): _not_twice(read[s], i, _SHEETS[s][0].name, empty=True)
     return {s: read[s] for s in _SHEETS if s in read}
 
 def _sheet(cells, key, name='runs'):
@@ -482,17 +482,19 @@ def _sheet(cells, key, name='runs'):
     else: return None
     cols = {n: j for j, n in reversed(list(enumerate(names))) if n}
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
-    alike = {c.name: [j for j, n in enumerate(row) if j != cols[c.name] and _plain(n) == _plain(c.name)] for c in _SHEETS[name] if c.name in cols}
+    others = lambda c: [j for j, n in enumerate(row) if j != cols[c] and _plain(n) == _plain(c)]
+    alike = {c.name: others(c.name) for c in _SHEETS[name] if c.name in cols}
     alike[key] = [j for j, n in enumerate(names) if n == key and j != cols[key]]
     return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k}, name, {c: js for c, js in alike.items() if js})
 
 # %% ../nbs/01_log.ipynb #a93331d0
-def _differing(sh, i, col): # Where a second column of that name says something else in row i
+def _differing(sh, i, col, empty=False): # Where a second column of that name says something else in row i; may it be empty?
     text = lambda j: str(sh.cells[i][j]).strip()
-    return next((j for j in sh.twice.get(col, ()) if text(j) != text(sh.cols[col]) and (text(j) or col not in ('run_id', 'mix'))), None)
+    differ = [j for j in sh.twice.get(col, ()) if text(j) != text(sh.cols[col]) and (text(j) or not empty)]
+    return differ[0] if differ else None
 
-def _not_twice(sh, i, col):
-    if (j := _differing(sh, i, col)) is None: return
+def _not_twice(sh, i, col, empty=False):
+    if (j := _differing(sh, i, col, empty)) is None: return
     from openpyxl.utils import get_column_letter
     first, other = sh.cells[i][sh.cols[col]], sh.cells[i][j]
     what = f'there are two columns {col}: here it is {first!r}, and {other!r} in cell {get_column_letter(j+1)}{i+1}'
@@ -535,6 +537,110 @@ def _fault(path): # Why nobody can read it, or None
         return bad
     except Refusal: raise  # too large, or a cell too far away: it is put off, not put aside
     except Exception as e: return str(e) or type(e).__name__
+
+# %% ../nbs/01_log.ipynb #9e8fd260
+_WORD = re.compile(r"""
+      "(?:[^"]|"")*"                                                            # a text
+    | (?<![\w.:\]!'$]) (?:(?P<sheet>'(?:[^']|'')+'|(?:\[\d+\])?[\w.]+)!)?       # cells, perhaps of another sheet
+      (?P<area>\$?[A-Z]{1,3}\$?\d+(?::\$?[A-Z]{1,3}\$?\d+)?|\$?[A-Z]{1,3}:\$?[A-Z]{1,3}|\$?\d+:\$?\d+) (?![\w.(\[!:\#])
+    | (?P<function>[A-Z_][\w.]*)\(
+    | (?<![\w.:\]!'$]) (?:\d+\.?\d*(?:E[+-]?\d+)?|TRUE|FALSE) (?![\w.(\[!:\#])  # a number, a truth value
+    """, re.X | re.I)
+# Functions that read cells which the formula does not name
+_REACHING = {'INDIRECT', 'OFFSET', 'SUMIF', 'AVERAGEIF', 'GETPIVOTDATA', 'CELL'}
+
+# %% ../nbs/01_log.ipynb #007c586f
+def _areas(formula, title): # [(sheet in small letters, left, top, right, bottom)], from 1; None if nobody can tell
+    from openpyxl.utils import FORMULAE
+    areas, rest, at = [], '', 0
+    for m in _WORD.finditer(formula):
+        rest, at, area, f = rest+formula[at:m.start()], m.end(), m['area'], (m['function'] or '').upper()
+        if f in _REACHING or f and f not in FORMULAE and not f.startswith('_XLFN.'): return None
+        if not area: continue
+        first, _, last = area.replace('$', '').upper().partition(':')
+        (left, top), (right, bottom) = _place(first, 1, 1), _place(last or first, 2**14, 2**20)
+        areas.append(((m['sheet'] or title).strip("'").replace("''", "'").lower(), left, top, right, bottom))
+    return None if re.search(r"[\w!:#@'\[\]]", rest+formula[at:]) else areas
+
+def _place(ref, col, row): # `B3`, `B` or `3` → (column, row), which are as given where `ref` does not say
+    from openpyxl.utils import column_index_from_string
+    letters = ref.rstrip('0123456789')
+    return column_index_from_string(letters) if letters else col, int(ref[len(letters):] or row)
+
+# %% ../nbs/01_log.ipynb #3b692903
+def _outdated(formulas, changed, cells): # Those that may give another value now
+    # formulas: (sheet, row, column) → formula; changed: a set of (sheet, row, column); cells: sheet → (row, column) of its cells
+    rows, areas, old, left = {}, {}, set(), list(formulas)
+    for title, row, col in sorted(changed): rows.setdefault(title, {}).setdefault(col, []).append(row)
+    for at, f in formulas.items():
+        areas[at] = _areas(text, at[0]) if isinstance(text := getattr(f, 'text', f), str) else None
+        if any(a[0] not in cells and not a[0].startswith('[') for a in areas[at] or ()): areas[at] = None  # [ is another workbook
+    for _ in range(20):  # forwards and backwards, since formulas mostly follow each other down or up
+        for at in left:
+            if areas[at] is not None and not any(_touched(a, rows) for a in areas[at]): continue
+            old.add(at)
+            for row, col in _filled(formulas[at], at, cells[at[0]]):
+                insort(rows.setdefault(at[0], {}).setdefault(col, []), row)
+        before, left = len(left), [at for at in reversed(left) if at not in old]
+        if len(left) in (0, before): return old
+    return set(formulas)
+
+def _touched(area, rows):
+    title, left, top, right, bottom = area
+    cols = rows.get(title, {})
+    return any(left <= c <= right and (i := bisect_left(cols[c], top)) < len(cols[c]) and cols[c][i] <= bottom for c in cols)
+
+def _filled(formula, at, cells): # Those of `cells` (row, column) that a formula fills: several for an array formula
+    from openpyxl.utils.cell import range_boundaries
+    ref = getattr(formula, 'ref', None) or ''
+    if ':' not in ref: return [at[1:]]
+    left, top, right, bottom = range_boundaries(ref)
+    return [(row, col) for row, col in cells if top <= row <= bottom and left <= col <= right]
+
+# %% ../nbs/01_log.ipynb #8a4654b2
+def _formula_values(xml): # Cell → (type, value) as they stand in a sheet's XML, for formulas that have one
+    from xml.etree import ElementTree as ET
+    out = {}
+    for c in ET.fromstring(xml).iterfind('.//{*}c') if re.search(rb'<(\w+:)?f[ />]', xml) else ():
+        text, kind = {o.tag.rpartition('}')[2]: o.text or '' for o in c}, c.get('t', 'n')
+        has_value = text.get('v') or 'v' in text and kind == 'str'
+        if 'f' in text and has_value and kind != 's' and c.get('r'): out[c.get('r')] = kind, text['v']
+    return out
+
+def _cell_values(wb): # (sheet in small letters, row, column) → value
+    return {(ws.title.lower(), *at): c.value for ws in wb.worksheets for at, c in ws._cells.items() if c.value is not None}
+
+# %% ../nbs/01_log.ipynb #de3029b5
+def _kept_values(wb, src, before): # Sheet → cell → (type, value) of the formulas in the file `src` that are not out of date in `wb`
+    import zipfile
+    from openpyxl.utils.cell import coordinate_to_tuple
+    sheets, now = {ws.title.lower(): ws for ws in wb.worksheets}, _cell_values(wb)
+    formulas = {at: v for at, v in now.items() if sheets[at[0]].cell(*at[1:]).data_type == 'f'}
+    if not formulas or not src: return {}
+    changed = {at for at in now.keys() | before.keys() if now.get(at) != before.get(at)}
+    old = changed | _outdated(formulas, changed, {t: ws._cells for t, ws in sheets.items()})
+    for title, row, col in old & formulas.keys():  # what an array formula filled into other cells goes with its value
+        for at in _filled(formulas[title, row, col], (title, row, col), sheets[title]._cells):
+            if at != (row, col): sheets[title].cell(*at).value = None
+    with zipfile.ZipFile(io.BytesIO(_book_bytes(src))) as z:
+        found = {t.lower(): _formula_values(z.read(part)) for t, part in _sheet_parts(z).items()}
+    fresh = lambda title, ref: (at := (title, *coordinate_to_tuple(ref))) in formulas and at not in old
+    return {title: {ref: v for ref, v in values.items() if fresh(title, ref)} for title, values in found.items()}
+
+# %% ../nbs/01_log.ipynb #992bfaa1
+def _write_values(file, kept): # Put values of formulas into a workbook that openpyxl saved
+    import zipfile
+    from xml.sax.saxutils import escape
+    cell, new = re.compile(r'<c r="([A-Z]+\d+)"([^>]*)>(<f[^>]*/>|<f[^>]*>[^<]*</f>)<v(?: ?/>|></v>)'), {}
+    def put(m, values):
+        if m[1] not in values: return m[0]
+        kind, v = values[m[1]]
+        return f'<c r="{m[1]}"{m[2]} t="{kind}">{m[3]}<v>{escape(v)}</v>'
+    with zipfile.ZipFile(file) as z:
+        for title, part in _sheet_parts(z).items():
+            if not (values := kept.get(title.lower())): continue
+            new[part] = cell.sub(lambda m: put(m, values), z.read(part).decode()).encode()
+    if new: file.write_bytes(_repacked(file.read_bytes(), new, zipfile.ZIP_DEFLATED))
 
 # %% ../nbs/01_log.ipynb #aa830cee
 def _people_file():
@@ -783,7 +889,8 @@ def _apply(ws, sh, cells, new, want, said, name):
     row, width = max([i for k, i in sh.at.items() if k in want]+[i for i, _ in cells], default=sh.top)+1, ws.max_column
     styles = _styles(ws, name) if new else {}
     begun = {i+1 for i, j in cells if j == sh.cols[_SHEETS[name][0].name]}  # rows of plans that have their run now
-    fill = _column_formulas(ws, sh, [i+1 for k, i in sh.at.items() if k in want], _KIT[name]) if new or begun else {}
+    runs = [i+1 for k, i in sh.at.items() if k in want]
+    fill = _column_formulas(ws, sh, runs, _KIT[name]) if new or begun else {}
     for i in begun: _fill_row(ws, i, fill)
     for key in new:
         row += 1
@@ -807,6 +914,7 @@ def _column_formulas(ws, sh, rows, kit): # Column name → its last cell, where 
         if name in kit or not cells or cells[-1].row != max(rows): continue
         last = cells[-1]
         if any(c.data_type != 'f' or not isinstance(c.value, str) for c in cells): continue
+        if '[#This Row]' in last.value: continue  # it is an error below its table
         with contextlib.suppress(TokenizerError, TranslatorError):
             one = all(Translator(c.value, c.coordinate).translate_formula(last.coordinate) == last.value for c in cells)
             if one and (len(cells) > 1 or _areas(last.value, ws.title) != []): out[name] = last
@@ -925,104 +1033,6 @@ def _guarded(data):
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         texts = {n: z.read(n) for n in z.namelist() if re.fullmatch(r'xl/(sharedStrings|worksheets/[^/]+)\.xml', n)}
     return _repacked(data, {n: re.sub(rb'<t\b[^>]*>[^<]*</t>', guard, t) for n, t in texts.items() if b'x005F_' in t})
-
-# %% ../nbs/01_log.ipynb #9e8fd260
-_WORD = re.compile(r'''
-      "(?:[^"]|"")*"                                                            # a text
-    | (?<![\w.:\]!'$]) (?:(?P<sheet>'(?:[^']|'{2})+'|[\w.]+)!)?                   # cells, perhaps of another sheet
-      (?P<area>\$?[A-Z]{1,3}\$?\d+(?::\$?[A-Z]{1,3}\$?\d+)? | \$?[A-Z]{1,3}:\$?[A-Z]{1,3} | \$?\d+:\$?\d+) (?![\w.(\[!:\#])
-    | (?P<function>[A-Z_][\w.]*)\(
-    | (?<![\w.:\]!'$]) (?:\d+\.?\d*(?:E[+-]?\d+)?|TRUE|FALSE) (?![\w.(\[!:\#])  # a number, a truth value
-    ''', re.X | re.I)
-_REACHING = {'INDIRECT', 'OFFSET', 'SUMIF', 'AVERAGEIF', 'GETPIVOTDATA', 'CELL'}  # they read cells that their text does not name
-
-# %% ../nbs/01_log.ipynb #007c586f
-def _areas(formula, title): # [(sheet in small letters, left, top, right, bottom)], from 1; None where the text does not tell
-    from openpyxl.utils import FORMULAE
-    areas, rest, at = [], '', 0
-    for m in _WORD.finditer(formula):
-        rest, at, area, f = rest+formula[at:m.start()], m.end(), m['area'], (m['function'] or '').upper()
-        if f in _REACHING or f and f not in FORMULAE and not f.startswith('_XLFN.'): return None
-        if not area: continue
-        first, _, last = area.replace('$', '').upper().partition(':')
-        (left, top), (right, bottom) = _place(first, 1, 1), _place(last or first, 2**14, 2**20)
-        areas.append(((m['sheet'] or title).strip("'").replace("''", "'").lower(), left, top, right, bottom))
-    return None if re.search(r"[\w!:#@'\[\]]", rest+formula[at:]) else areas
-
-def _place(ref, col, row): # `B3`, `B` or `3` → (column, row), which are as given where `ref` does not say
-    from openpyxl.utils import column_index_from_string
-    letters = ref.rstrip('0123456789')
-    return column_index_from_string(letters) if letters else col, int(ref[len(letters):] or row)
-
-# %% ../nbs/01_log.ipynb #3b692903
-def _outdated(formulas, changed, cells): # Of (sheet, row, column) → formula: those that may give another value now; `cells`: sheet → its (row, column)
-    rows, areas, old, left = {}, {}, set(), list(formulas)
-    for title, row, col in sorted(changed): rows.setdefault(title, {}).setdefault(col, []).append(row)
-    for at, f in formulas.items():
-        areas[at] = _areas(text, at[0]) if isinstance(text := getattr(f, 'text', f), str) else None
-        if areas[at] and not cells.keys() >= {a[0] for a in areas[at]}: areas[at] = None
-    for _ in range(20):  # forwards and backwards, since formulas mostly follow each other down or up
-        for at in left:
-            if areas[at] is not None and not any(_touched(a, rows) for a in areas[at]): continue
-            old.add(at)
-            for row, col in _filled(formulas[at], at, cells[at[0]]): insort(rows.setdefault(at[0], {}).setdefault(col, []), row)
-        if not (still := [at for at in reversed(left) if at not in old]) or len(still) == len(left): return old
-        left = still
-    return set(formulas)
-
-def _touched(area, rows):
-    title, left, top, right, bottom = area
-    cols = rows.get(title, {})
-    return any(left <= c <= right and (i := bisect_left(cols[c], top)) < len(cols[c]) and cols[c][i] <= bottom for c in cols)
-
-def _filled(formula, at, cells): # Those of `cells` (row, column) that a formula fills: several for an array formula
-    from openpyxl.utils.cell import range_boundaries
-    ref = getattr(formula, 'ref', None) or ''
-    if ':' not in ref: return [at[1:]]
-    left, top, right, bottom = range_boundaries(ref)
-    return [(row, col) for row, col in cells if top <= row <= bottom and left <= col <= right]
-
-# %% ../nbs/01_log.ipynb #8a4654b2
-def _formula_values(xml): # Cell → (type, value) as they stand in a sheet's XML, for formulas that have one
-    from xml.etree import ElementTree as ET
-    out = {}
-    for c in ET.fromstring(xml).iterfind('.//{*}c') if re.search(rb'<(\w+:)?f[ />]', xml) else ():
-        text, kind = {o.tag.rpartition('}')[2]: o.text or '' for o in c}, c.get('t', 'n')
-        if 'f' in text and kind != 's' and (text.get('v') or 'v' in text and kind == 'str'): out[c.get('r')] = kind, text['v']
-    return out
-
-def _cell_values(wb): # (sheet in small letters, row, column) → value
-    return {(ws.title.lower(), *at): c.value for ws in wb.worksheets for at, c in ws._cells.items() if c.value is not None}
-
-# %% ../nbs/01_log.ipynb #de3029b5
-def _kept_values(wb, src, before): # Sheet → cell → (type, value) of formulas in `src` that are not out of date in `wb`; `before`: its values then
-    import zipfile
-    from openpyxl.utils.cell import coordinate_to_tuple
-    sheets, now = {ws.title.lower(): ws for ws in wb.worksheets}, _cell_values(wb)
-    formulas = {at: v for at, v in now.items() if sheets[at[0]].cell(*at[1:]).data_type == 'f'}
-    if not formulas or not src: return {}
-    changed = {at for at in now.keys() | before.keys() if now.get(at) != before.get(at)}
-    old = changed | _outdated(formulas, changed, {t: ws._cells for t, ws in sheets.items()})
-    for title, row, col in old & formulas.keys():  # what an array formula filled into other cells goes with its value
-        for at in _filled(formulas[title, row, col], (title, row, col), sheets[title]._cells):
-            if at != (row, col): sheets[title].cell(*at).value = None
-    with zipfile.ZipFile(io.BytesIO(_book_bytes(src))) as z: found = {t.lower(): _formula_values(z.read(p)) for t, p in _sheet_parts(z).items()}
-    fresh = lambda title, ref: (at := (title, *coordinate_to_tuple(ref))) in formulas and at not in old
-    return {title: {ref: v for ref, v in values.items() if ref and fresh(title, ref)} for title, values in found.items()}
-
-# %% ../nbs/01_log.ipynb #992bfaa1
-def _write_values(file, kept): # Put values of formulas into a workbook that openpyxl saved
-    import zipfile
-    from xml.sax.saxutils import escape
-    cell, new = re.compile(r'<c r="([A-Z]+\d+)"([^>]*)>(<f[^>]*/>|<f[^>]*>[^<]*</f>)<v(?: ?/>|></v>)'), {}
-    def put(m, values):
-        if m[1] not in values: return m[0]
-        kind, v = values[m[1]]
-        return f'<c r="{m[1]}"{m[2]} t="{kind}">{m[3]}<v>{escape(v)}</v>'
-    with zipfile.ZipFile(file) as z:
-        for title, part in _sheet_parts(z).items():
-            if values := kept.get(title.lower()): new[part] = cell.sub(lambda m: put(m, values), z.read(part).decode()).encode()
-    if new: file.write_bytes(_repacked(file.read_bytes(), new, zipfile.ZIP_DEFLATED))
 
 # %% ../nbs/01_log.ipynb #4a0c6a9b
 def _source(path): # What to start from (None: nothing), and what to tell people about it

@@ -539,7 +539,8 @@ def test_two_columns_of_one_name(root, col, near, left):
 
 def test_two_columns_of_run_ids(root):
     id = run(); run(1)
-    edit(root, lambda wb, ws, at: (ws.cell(1, 40, 'run_id'), ws.cell(1, 41, 'Run ID'), ws.cell(2, 41, 'their own')))
+    edit(root, lambda wb, ws, at: (ws.cell(1, 40, 'run_id'), ws.cell(1, 41, 'Run ID'), ws.cell(2, 41, 'their own'),
+                                    wb['mixes'].cell(1, 40, 'mix')))
     assert people(id)['keep'] is None and 'added' in (put(1) and sync_log())
     edit(root, lambda wb, ws, at: ws.cell(3, 40, 'train-f9-0123456789'))
     with pytest.raises(Refusal, match='cell A3: there are two columns run_id.*AN3'): people(id)
