@@ -9,7 +9,7 @@ __all__ = ['LOG', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_
 
 # %% ../nbs/01_log.ipynb #c59eb740
 import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, unicodedata, warnings
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import namedtuple
 from copy import copy
 from datetime import date, datetime, timezone
@@ -25,9 +25,11 @@ def run_id(
     fold=None,     # Held-out fold, shown in the id; its effect on the result belongs in `params` as well
 ) -> str:          # `<stage>[-f<fold>]-<10 hex>`
     "The id of a run: the same work has the same id on every machine"
-    if not re.fullmatch(_STAGE, stage): raise Refusal(f'{stage!r} is not the name of a stage', fix='Use small letters, digits and _')
+    if not re.fullmatch(_STAGE, stage):
+        raise Refusal(f'{stage!r} is not the name of a stage', fix='Use small letters, digits and _')
     _finite(dict(params=params, inputs=inputs), stage)
-    return f"{stage}{'' if fold is None else f'-f{int(fold)}'}-{hash_obj(dict(stage=stage, params=params, inputs=inputs))}"
+    held_out = '' if fold is None else f'-f{int(fold)}'
+    return f'{stage}{held_out}-{hash_obj(dict(stage=stage, params=params, inputs=inputs))}'
 
 _STAGE = '[a-z][a-z0-9_]*'
 
@@ -60,8 +62,9 @@ def _git():
 # %% ../nbs/01_log.ipynb #93321e76
 def module_hashes() -> dict: # Module of the kit → 10 hex digits, for those that are loaded
     "Hashes of the code that a run works with"
-    loaded = {n.partition('.')[2]: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if n.startswith('competition_kit.')}
-    return {n: sha256(f)[:10] for n, f in sorted(loaded.items()) if f and os.path.isfile(f)}
+    ours = [(n.partition('.')[2], m) for n, m in list(sys.modules.items()) if n.startswith('competition_kit.')]
+    files = {n: getattr(m, '__file__', None) for n, m in sorted(ours, key=lambda o: o[0])}
+    return {n: sha256(f)[:10] for n, f in files.items() if f and os.path.isfile(f)}
 
 # %% ../nbs/01_log.ipynb #92ef2fe0
 def write_record(file, record:dict):
@@ -75,9 +78,11 @@ def read_record(file) -> dict: # Without its seal
     rec, fix = read_json(file), 'Restore the file, or delete the folder and run it again'
     if not isinstance(rec, dict): raise Refusal('not the record of a run', file, fix=fix)
     seal = rec.pop('seal', None)
-    if seal is not None and seal != hash_obj(rec, 32): raise Refusal('the record is not as its run wrote it', file, fix=fix)
+    if seal is not None and seal != hash_obj(rec, 32):
+        raise Refusal('the record is not as its run wrote it', file, fix=fix)
     whole = all(isinstance(rec.get(k), dict) for k in ('params', 'inputs')) and 'stage' in rec
-    if not whole or rec.get('run_id') != Path(file).parent.name: raise Refusal('not the record of a run of that name', file, fix=fix)
+    if not whole or rec.get('run_id') != Path(file).parent.name:
+        raise Refusal('not the record of a run of that name', file, fix=fix)
     return rec
 
 # %% ../nbs/01_log.ipynb #164f5cea
@@ -93,7 +98,8 @@ class Run:
     def __enter__(self): return self
     def __exit__(self, kind, e, tb):
         if self.done: return
-        what = 'interrupted' if kind is KeyboardInterrupt else f'{kind.__name__}: {e}' if kind else 'ended without a result'
+        what = f'{kind.__name__}: {e}' if kind else 'ended without a result'
+        if kind is KeyboardInterrupt: what = 'interrupted'
         try: self._end(status='failed', error=what[-2000:])
         except OSError as err: print(f'{self.id}: the failure could not be recorded ({err})')
 
@@ -130,7 +136,7 @@ Run.finish = finish
 def check_outputs(
     rec:dict, # Record of a run that is done
 ):
-    "Refuse a run whose results are not those that its record names; files that have not changed since the last look are not read again"
+    "Refuse a run whose results are not those that its record names; unchanged files are read once"
     sums, folder = rec.get('outputs') or {}, models_path(rec['run_id'])
     lost = [n for n in sums if not (folder/n).is_file()]
     found = file_sums([folder/n for n in sums if n not in lost])
@@ -168,8 +174,9 @@ def start_run(
     for tmp in file.parent.glob('.record.json.*.tmp'): tmp.unlink()
     _sweep_temporary()
     t = now()
-    record = dict(run_id=id, stage=stage, fold=None if fold is None else int(fold), params=params, inputs=inputs, notebook=notebook,
-        code_hash=code, modules=module_hashes(), git=_git(), status='running', host=platform.node(), pid=os.getpid(),
+    record = dict(run_id=id, stage=stage, fold=None if fold is None else int(fold), params=params, inputs=inputs,
+        notebook=notebook, code_hash=code, modules=module_hashes(), git=_git(), status='running',
+        host=platform.node(), pid=os.getpid(),
         started=old.get('started', t), attempts=[*old.get('attempts', []), t])
     write_record(file, record)
     return Run(record, lock)
@@ -189,7 +196,9 @@ def _set_aside(id): # the folder of a run that is repeated
     print(f'{id} is repeated; its old folder is models/.old/{old.name}')
 
 def _done_already(rec, code): # What is said when a run that is done is asked for again
-    took = f" (it took {rec['minutes']:.1f} minutes, until {rec.get('ended')}, on {rec.get('device')})" if rec.get('minutes') is not None else ''
+    took = ''
+    if (m := rec.get('minutes')) is not None:
+        took = f" (it took {m:.1f} minutes, until {rec.get('ended')}, on {rec.get('device')})"
     then, today = rec.get('modules') or {}, module_hashes()
     changed = [rec['notebook']] if code and code != rec.get('code_hash') else []
     changed += [n for n in then if today.get(n, then[n]) != then[n]]
@@ -334,8 +343,8 @@ def records() -> list: # Dicts, by time of the first start
     return sorted(out, key=lambda r: (str(r.get('started')), r['run_id']))
 
 def _shown_status(r):
-    gone = r.get('status') == 'running' and r.get('host') == platform.node() and not _locked(models_path(r['run_id'], '.lock'))
-    return {**r, 'status': 'interrupted'} if gone else r
+    here = r.get('status') == 'running' and r.get('host') == platform.node()
+    return {**r, 'status': 'interrupted'} if here and not _locked(models_path(r['run_id'], '.lock')) else r
 
 def _locked(path): # Does a process hold this lock? Process ids are given to new processes, a lock is not
     import fcntl
@@ -356,7 +365,8 @@ def find_run(
     if len(hits) == 1: return _shown_status(read_record(models_path(hits[0], 'record.json')))
     near = hits or difflib.get_close_matches(text, names, 5, 0.4)
     why = f'{len(hits)} runs begin with {text!r}' if hits else f'no run {text!r}'
-    raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet')
+    there = f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet'
+    raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else there)
 
 # %% ../nbs/01_log.ipynb #7f4cfcd0
 _QUICK, _MOST = 8*2**20, 128*2**20
@@ -401,7 +411,8 @@ def _our_sheets(titles, marks=()): # Our name → its title in the workbook; `ma
         if len(ours) == 1 or named: found[name] = ours[0] if len(ours) == 1 else named[0]
         elif ours:
             fix = f'Give one of them the title {name}, or delete the others'
-            raise Refusal(f"the sheets {', '.join(map(repr, ours))} are all marked as the sheet {name} of the kit", LOG, fix=fix)
+            which = ', '.join(map(repr, ours))
+            raise Refusal(f'the sheets {which} are all marked as the sheet {name} of the kit', LOG, fix=fix)
     return found
 
 def _mark(ws, name):
@@ -440,14 +451,16 @@ def _marks(z): # Pairs of our name and the title of a sheet with that mark
     from xml.etree import ElementTree as ET
     titles, names = list(_sheet_parts(z)), ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}definedName')
     marks = [(n.get('name').lower(), n.get('localSheetId')) for n in names]
-    return [(n.removeprefix('_ck_'), titles[int(i)]) for n, i in marks if n.startswith('_ck_') and i and int(i) < len(titles)]
+    marks = [(n.removeprefix('_ck_'), int(i)) for n, i in marks if n.startswith('_ck_') and i]
+    return [(n, titles[i]) for n, i in marks if i < len(titles)]
 
-def _repacked(data, new, kind=0): # The same zip with other bytes for some files; `kind` as in zipfile: 0 is not compressed
+def _repacked(data, new, kind=0): # The same zip with other bytes for some files; kind 0 of zipfile is not compressed
     import zipfile
     if not new: return data
     with zipfile.ZipFile(io.BytesIO(data)) as z, zipfile.ZipFile(out := io.BytesIO(), 'w') as packed:
         for n in z.namelist():
-            packed.writestr(n, new[n] if n in new else z.read(n), 0 if 'media/' in n else kind)  # pictures are compressed already
+            how = 0 if 'media/' in n else kind  # pictures are compressed already
+            packed.writestr(n, new[n] if n in new else z.read(n), how)
     return out.getvalue()
 
 # %% ../nbs/01_log.ipynb #893a63ff
@@ -488,7 +501,7 @@ def _sheet(cells, key, name='runs'):
     return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k}, name, {c: js for c, js in alike.items() if js})
 
 # %% ../nbs/01_log.ipynb #a93331d0
-def _differing(sh, i, col, empty=False): # Where a second column of that name says something else in row i; may it be empty?
+def _differing(sh, i, col, empty=False): # A second column that says something else in row i; may it be empty?
     text = lambda j: str(sh.cells[i][j]).strip()
     differ = [j for j in sh.twice.get(col, ()) if text(j) != text(sh.cols[col]) and (text(j) or not empty)]
     return differ[0] if differ else None
@@ -498,7 +511,7 @@ def _not_twice(sh, i, col, empty=False):
     from openpyxl.utils import get_column_letter
     first, other = sh.cells[i][sh.cols[col]], sh.cells[i][j]
     what = f'there are two columns {col}: here it is {first!r}, and {other!r} in cell {get_column_letter(j+1)}{i+1}'
-    raise Refusal(what, _where(sh.title, i, sh.cols[col]), fix='Give one of the two columns another header, or delete it')
+    raise Refusal(what, _where(sh.title, i, sh.cols[col]), fix='Give one of them another header, or delete it')
 
 # %% ../nbs/01_log.ipynb #d7c9ab95
 def _ranges(refs): # First row, first column, last row, last column, from 0
@@ -569,12 +582,13 @@ def _place(ref, col, row): # `B3`, `B` or `3` → (column, row), which are as gi
 
 # %% ../nbs/01_log.ipynb #3b692903
 def _outdated(formulas, changed, cells): # Those that may give another value now
-    # formulas: (sheet, row, column) → formula; changed: a set of (sheet, row, column); cells: sheet → (row, column) of its cells
+    # formulas: (sheet, row, column) → formula; changed: set of (sheet, row, column); cells: sheet → its (row, column)
     rows, areas, old, left = {}, {}, set(), list(formulas)
     for title, row, col in sorted(changed): rows.setdefault(title, {}).setdefault(col, []).append(row)
     for at, f in formulas.items():
         areas[at] = _areas(text, at[0]) if isinstance(text := getattr(f, 'text', f), str) else None
-        if any(a[0] not in cells and not a[0].startswith('[') for a in areas[at] or ()): areas[at] = None  # [ is another workbook
+        sheets = {a[0] for a in areas[at] or () if not a[0].startswith('[')}  # [ is another workbook
+        if sheets-cells.keys(): areas[at] = None
     for _ in range(20):  # forwards and backwards, since formulas mostly follow each other down or up
         for at in left:
             if areas[at] is not None and not any(_touched(a, rows) for a in areas[at]): continue
@@ -587,8 +601,8 @@ def _outdated(formulas, changed, cells): # Those that may give another value now
 
 def _touched(area, rows):
     title, left, top, right, bottom = area
-    cols = rows.get(title, {})
-    return any(left <= c <= right and (i := bisect_left(cols[c], top)) < len(cols[c]) and cols[c][i] <= bottom for c in cols)
+    return any(left <= col <= right and bisect_left(at, top) < bisect_right(at, bottom)
+               for col, at in rows.get(title, {}).items())
 
 def _filled(formula, at, cells): # Those of `cells` (row, column) that a formula fills: several for an array formula
     from openpyxl.utils.cell import range_boundaries
@@ -608,10 +622,11 @@ def _formula_values(xml): # Cell → (type, value) as they stand in a sheet's XM
     return out
 
 def _cell_values(wb): # (sheet in small letters, row, column) → value
-    return {(ws.title.lower(), *at): c.value for ws in wb.worksheets for at, c in ws._cells.items() if c.value is not None}
+    return {(ws.title.lower(), *at): c.value for ws in wb.worksheets
+            for at, c in ws._cells.items() if c.value is not None}
 
 # %% ../nbs/01_log.ipynb #de3029b5
-def _kept_values(wb, src, before): # Sheet → cell → (type, value) of the formulas in the file `src` that are not out of date in `wb`
+def _kept_values(wb, src, before): # Sheet → cell → (type, value) of formulas in the file src, still true in wb
     import zipfile
     from openpyxl.utils.cell import coordinate_to_tuple
     sheets, now = {ws.title.lower(): ws for ws in wb.worksheets}, _cell_values(wb)
@@ -648,7 +663,8 @@ def _people_file():
     return read_json(f) if f.exists() else {}
 
 def _harvest(book, path, store):
-    store, formulas = json.loads(json.dumps(store)), _formulas(path, book) if any(sh.calc for sh in book.values()) else {}
+    store = json.loads(json.dumps(store))
+    formulas = _formulas(path, book) if any(sh.calc for sh in book.values()) else {}
     for name, sh in book.items():
         for key, i in sh.at.items():
             for col, j in sh.cols.items():
@@ -679,7 +695,7 @@ _YES, _NO = {'x', 'yes', 'y', '1', 'true', '是', '✓', '✔'}, {'no', 'n', '0'
 def people(
     run_id:str=None, # One run only
 ) -> dict:           # Run id → `keep` (bool or None), `vote_weight` (float or None), `public_lb`, `private_lb`, `note`
-    "What people wrote about the runs, read fresh from the workbook, with `models/people.json` for rows that are not in it"
+    "What people wrote about the runs, from the workbook, and from `models/people.json` for rows that are not in it"
     path, store, book = project_root()/LOG, _people_file(), {}
     if path.exists():
         if not (fault := _fault(path)): book = _read_book(path)
@@ -738,7 +754,8 @@ def planned() -> list: # One dict a row: `row` (as Excel counts), `stage`, `fold
 def _plan_rows(sh):
     if not sh or not {'status', 'stage'} <= sh.cols.keys(): return []
     get, status = lambda i, j: str(sh.cells[i][j]).strip().lower(), [sh.cols['status'], *sh.twice.get('status', ())]
-    return [i for i in range(sh.top+1, len(sh.cells)) if 'planned' in [get(i, j) for j in status] and not get(i, sh.cols['run_id'])]
+    free = [i for i in range(sh.top+1, len(sh.cells)) if not get(i, sh.cols['run_id'])]
+    return [i for i in free if 'planned' in [get(i, j) for j in status]]
 
 # %% ../nbs/01_log.ipynb #be497169
 def _plan(sh, i):
@@ -747,11 +764,14 @@ def _plan(sh, i):
     for c in ('status', *names): _not_twice(sh, i, c)
     cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in names}
     text = {c: str(v).strip() for c, v in cell.items()}
-    if not re.fullmatch(_STAGE, text['stage']): no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')
-    if not isinstance(cell['params'], str): no('params', f"has the parameters {cell['params']!r}", 'Write name=value, name=value')
+    if not re.fullmatch(_STAGE, text['stage']):
+        no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')
+    if not isinstance(cell['params'], str):
+        no('params', f"has the parameters {cell['params']!r}", 'Write name=value, name=value')
     try: params = parse_params(cell['params'])
     except ValueError as e: no('params', f'has parameters that cannot be read ({e})', 'Write name=value, name=value')
-    if not re.fullmatch(r'(-?\d+(\.0)?)?', text['fold']): no('fold', f"has the fold {cell['fold']!r}", 'Write a whole number')
+    if not re.fullmatch(r'(-?\d+(\.0)?)?', text['fold']):
+        no('fold', f"has the fold {cell['fold']!r}", 'Write a whole number')
     fold = int(float(text['fold'])) if text['fold'] else None
     for c, v in dict(fold=fold, **{c: text[c] for c in ('data', 'mix', 'base')}).items():
         if v in (None, ''): continue
@@ -814,12 +834,13 @@ def _facts(r):
     base = [b for b in (m['baselines'].values() if isinstance(m.get('baselines'), dict) else ()) if isinstance(b, dict)]
     best = lambda k, f: f((b[k] for b in base if isinstance(b.get(k), (int, float))), default=None)
     find = lambda k: next((d[k] for d in (r, m, r['params']) if d.get(k) is not None), None)
-    words = lambda v: ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else params_text(v) if isinstance(v, dict) else v
+    listed = lambda v: ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
+    words = lambda v: params_text(v) if isinstance(v, dict) else listed(v)
     plain = 'run_id stage fold status data mix base minutes peak_gib device git rule rows submission'
     return {**{k: find(k) for k in plain.split()},
         **{k: m.get(k) for k in ('log_loss', 'accuracy', 'ece')}, 'baseline log_loss': best('log_loss', min),
-        'baseline accuracy': best('accuracy', max), 'started': _when(r.get('started')), 'params': params_text(r['params']),
-        'inputs': params_text(r['inputs']), 'members': words(find('members')), 'weights': words(find('weights'))}
+        'baseline accuracy': best('accuracy', max), 'started': _when(r.get('started')),
+        'params': params_text(r['params']), 'inputs': params_text(r['inputs']), 'members': words(find('members')), 'weights': words(find('weights'))}
 
 def _when(text):
     try: return datetime.strptime(text, '%Y-%m-%dT%H:%M:%SZ')
@@ -832,7 +853,8 @@ def _mixes(facts):
     for mix in dict.fromkeys(f['mix'] for f in facts if f['mix'] and f['fold'] is not None):
         all_ = [f for f in facts if f['mix'] == mix and f['fold'] is not None]
         done = [f for f in all_ if f['status'] == 'done' and isinstance(f['log_loss'], (int, float))]
-        row = dict(mix=mix, runs=len(all_), rows=max((f['rows'] for f in all_ if isinstance(f['rows'], int)), default=None),
+        rows = [f['rows'] for f in all_ if isinstance(f['rows'], int)]
+        row = dict(mix=mix, runs=len(all_), rows=max(rows, default=None),
             folds=', '.join(map(str, sorted({f['fold'] for f in done}))),
             best=min(done, key=lambda f: f['log_loss'])['run_id'] if done else None)
         for k in ('log_loss', 'accuracy'):
@@ -869,12 +891,12 @@ def _changes(sh, want, claims): # {(row, column): value} for rows that are there
         if key in want and key not in at: at[key] = i
         else: cells[i, sh.cols['status']] = f'as {key}'
     for key, vals in want.items():
-        for c, v in vals.items():
-            if key in at and c in sh.cols and not _same(sh.cells[at[key]][sh.cols[c]], v): cells[at[key], sh.cols[c]] = v
+        for c in [c for c in vals if key in at and c in sh.cols]:
+            if not _same(sh.cells[at[key]][sh.cols[c]], vals[c]): cells[at[key], sh.cols[c]] = vals[c]
     return cells, [k for k in want if k not in at]
 
 # %% ../nbs/01_log.ipynb #c6438c56
-def _restored(ws, sh, said): # The same for what people wrote, when an old copy of the workbook takes the place of a lost one
+def _restored(ws, sh, said): # The same for what people wrote, when an old copy of the workbook replaces a lost one
     out = {(sh.at[k], sh.cols[c]): clean_cell(o['value']) for k, cols in said.items() for c, o in cols.items()
            if k in sh.at and c in sh.cols and not _same(sh.cells[sh.at[k]][sh.cols[c]], o['value'])}
     return {(i, j): v for (i, j), v in out.items() if ws.cell(i+1, j+1).data_type != 'f'}
@@ -894,18 +916,21 @@ def _apply(ws, sh, cells, new, want, said, name):
     for i in begun: _fill_row(ws, i, fill)
     for key in new:
         row += 1
-        while any(isinstance(c := ws.cell(row, j), MergedCell) or c.value is not None for j in range(1, width+1)): row += 1
+        taken = lambda c: isinstance(c, MergedCell) or c.value is not None
+        while any(taken(ws.cell(row, j)) for j in range(1, width+1)): row += 1
         vals = want[key] | {c: clean_cell(o['value']) for c, o in said.get(key, {}).items() if c not in want[key]}
         for col, j in sh.cols.items():
             c = ws.cell(row, j+1)
             if not c.has_style and col in styles: c._style = copy(styles[col])
-            if vals.get(col) not in (None, '') and not (col in fill and said[key][col].get('formula')): _put(c, vals[col])
+            filled = col in fill and said.get(key, {}).get(col, {}).get('formula')
+            if vals.get(col) not in (None, '') and not filled: _put(c, vals[col])
         _fill_row(ws, row, fill)
-    if ws.auto_filter.ref and new: ws.auto_filter.ref = re.sub(r'\d+$', lambda m: str(max(int(m[0]), row)), ws.auto_filter.ref)
+    if ws.auto_filter.ref and new:
+        ws.auto_filter.ref = re.sub(r'\d+$', lambda m: str(max(int(m[0]), row)), ws.auto_filter.ref)
     return n
 
 # %% ../nbs/01_log.ipynb #52c62d45
-def _column_formulas(ws, sh, rows, kit): # Column name → its last cell, where that and all filled cells above it hold one formula
+def _column_formulas(ws, sh, rows, kit): # Column name → its last cell, where all filled cells hold one formula
     from openpyxl.formula.tokenizer import TokenizerError
     from openpyxl.formula.translate import Translator, TranslatorError
     out = {}
@@ -931,7 +956,8 @@ def _fill_row(ws, row, fill):
 
 # %% ../nbs/01_log.ipynb #74f967a7
 _COLOURS = dict(done='DDF2E1', failed='F9D5D3', running='DCE9FB', interrupted='FCE5CD', planned='EDE4F7')
-_ALIGN = dict.fromkeys('fold status keep started runs folds'.split(), 'center') | dict.fromkeys('device params submission best'.split(), 'left')
+_ALIGN = dict.fromkeys(('fold', 'status', 'keep', 'started', 'runs', 'folds'), 'center')
+_ALIGN |= dict.fromkeys(('device', 'params', 'submission', 'best'), 'left')
 
 # %% ../nbs/01_log.ipynb #2ab05895
 def _styles(ws, name): # Column name → style of its cells, made once on a scratch cell
@@ -940,7 +966,8 @@ def _styles(ws, name): # Column name → style of its cells, made once on a scra
     for j, o in enumerate(_SHEETS[name], 1):
         c = scratch.cell(1, j)
         side = _ALIGN.get(o.name)
-        c.number_format, c.alignment = o.format or 'General', Alignment(vertical='top', horizontal=side, indent=side == 'left')
+        c.number_format = o.format or 'General'
+        c.alignment = Alignment(vertical='top', horizontal=side, indent=side == 'left')
         if o.owner == 'people': c.fill = PatternFill('solid', fgColor='FFF8E5')
         out[o.name] = copy(c._style)
     ws.parent.remove(scratch)
@@ -962,7 +989,8 @@ def _add_sheet(wb, name):
     ws.row_dimensions[1].height = 32
     ws.freeze_panes, ws.auto_filter.ref = 'B2', f'A1:{get_column_letter(j)}1'
     rule = lambda name, how: name in col and ws.conditional_formatting.add(f'{col[name]}2:{col[name]}5000', how)
-    for status, rgb in _COLOURS.items(): rule('status', CellIsRule('equal', [f'"{status}"'], fill=PatternFill(bgColor=rgb)))
+    for status, rgb in _COLOURS.items():
+        rule('status', CellIsRule('equal', [f'"{status}"'], fill=PatternFill(bgColor=rgb)))
     if 'baseline log_loss' in col:
         a, b = f"{col['log_loss']}2", f"{col['baseline log_loss']}2"
         rule('log_loss', FormulaRule([f'AND(ISNUMBER({a}),ISNUMBER({b}),{a}>={b})'], font=Font(color='B3261E')))
@@ -976,7 +1004,8 @@ The truth is in models/<run_id>/record.json; this workbook is a view of it. If i
 # What is yours
 The amber columns, any column, sheet, colour, comment or formula that you add, the order of rows and columns, hidden rows: all stay.
 The dark columns belong to the kit: what you type there is put right at the next run. Keep their headers; delete or hide those you do not need.
-Sheets may be renamed: the kit finds its own by defined names such as _ck_runs. A column of yours that is one formula is filled down to new rows.
+Sheets may be renamed: the kit finds its own by defined names such as _ck_runs.
+A column of yours that is one formula is filled down to new rows.
 Each run's row comes back if you delete it while its folder in models/ exists. Hide it instead.
 Close the workbook when you can: while Excel or LibreOffice has it open, the kit waits and catches up later.
 Do not use sparklines, text boxes and 2010-style data bars: the library that writes this file cannot keep them.
@@ -1013,7 +1042,8 @@ def _load_book(path):
     _small_merges(data)
     macros = b'xl/vbaProject.bin' in data
     try: wb = openpyxl.load_workbook(io.BytesIO(_guarded(data)), rich_text=True, keep_vba=macros)
-    except Exception as e: raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
+    except Exception as e:
+        raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
     for ws in wb.worksheets:
         if (name := ws.title.lower()) in _SHEETS and name != ws.title: ws.title = '_'; ws.title = name
     return wb
@@ -1068,13 +1098,15 @@ def _stat(path):
 
 # %% ../nbs/01_log.ipynb #0128bd1a
 def _sync(path):
-    for tmp in path.parent.glob(f'.{path.name}*.tmp'): tmp.unlink(missing_ok=True)  # left by killed processes; we hold the lock
+    for tmp in path.parent.glob(f'.{path.name}*.tmp'): tmp.unlink(missing_ok=True)  # of killed processes
     recs, (src, said) = records(), _source(path)
     seen, book, store = _stat(path), _read_book(src) if src else {}, _people_file()
-    if src == path and (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), store := heard)
+    if src == path and (heard := _harvest(book, path, store)) != store:
+        write_json(models_path('people.json'), store := heard)
     want, claims = _rows(recs), _claims(book.get('runs'), recs)
     todo = {s: _changes(sh, want[s], claims if s == 'runs' else {}) for s, sh in book.items()}
-    if src == path and len(book) == len(_SHEETS) and not any(c or n for c, n in todo.values()): return f'{LOG} is up to date'
+    nothing = not any(edits or new for edits, new in todo.values())
+    if src == path and len(book) == len(_SHEETS) and nothing: return f'{LOG} is up to date'
     wb = _load_book(src) if src else _new_book()
     before = _cell_values(wb)
     cells = rows = 0
@@ -1087,7 +1119,8 @@ def _sync(path):
         if wider.cols != sh.cols: sh, (edits, new) = wider, _changes(wider, want[s], claims if s == 'runs' else {})
         if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
         cells, rows = cells+_apply(ws, sh, edits, new, want[s], store.get(s, {}), s), rows+len(new)
-    if not (cells or rows or said) and len(book) == len(_SHEETS): return f'{LOG} is up to date'  # merged cells, which stay
+    if not (cells or rows or said) and len(book) == len(_SHEETS):
+        return f'{LOG} is up to date'  # merged cells, which stay
     _swap(wb, path, seen, want, src, before)
     for r in claims.values(): models_path(r['run_id'], '.planned').unlink(missing_ok=True)
     return f"{LOG}: {rows} row{'s'*(rows != 1)} added, {cells} cell{'s'*(cells != 1)} changed{said}"
@@ -1106,7 +1139,7 @@ def _new_book():
     wb.remove(wb.active)
     return wb
 
-def _new_sheet(wb, name, said): # A sheet of that name without a key column is someone's own: it is set aside under another name
+def _new_sheet(wb, name, said): # A sheet of that name without a key column is someone's own: it gets another name
     for ws in wb.worksheets:
         ws.defined_names.pop(f'_ck_{name}', None)
         if ws.title == name: ws.title = f'{name} (old)'
@@ -1152,7 +1185,9 @@ def sync_log(
             said = said or line
             if _stamps() == before: break
         return said
-    except Timeout: return said or f"{LOG} was not updated: another process {'has held it for 60 s' if wait else 'is updating it'}"
+    except Timeout:
+        busy = 'has held it for 60 s' if wait else 'is updating it'
+        return said or f'{LOG} was not updated: another process {busy}'
     except Refusal as e: return f'{LOG} was not updated: {e}'
     except Exception as e: return f'{LOG} was not updated: {type(e).__name__}: {e}'
 
@@ -1172,16 +1207,19 @@ def show_run(
     "One record to read: what was asked, what came out, beside its baselines, and what people said of it"
     r = find_run(text)
     m = r['metrics'] if isinstance(r.get('metrics'), dict) else {}
-    spent = [str(r.get('started')), f"{r['minutes']:.1f} min" if r.get('minutes') is not None else '', r.get('device') or '',
+    took = f"{r['minutes']:.1f} min" if r.get('minutes') is not None else ''
+    spent = [str(r.get('started')), took, r.get('device') or '',
         f"peak {r['peak_gib']:.1f} GiB" if r.get('peak_gib') else '']
     code = [r.get('notebook'), r.get('code_hash'), f"git {r['git']}" if r.get('git') else '']
     tries = r.get('attempts', [])
     said = {k: v for k, v in people(r['run_id']).items() if v is not None}
     parts = dict(code=', '.join(filter(None, code)), starts=', '.join(tries) if len(tries) > 1 else '',
-        error=r.get('error'), params=r['params'], inputs=r['inputs'], metrics=_beside(m), outputs=r.get('outputs'), people=said)
+        error=r.get('error'), params=r['params'], inputs=r['inputs'], metrics=_beside(m), outputs=r.get('outputs'),
+        people=said)
     lines = [f"{r['run_id']}  {r['status']}", ', '.join(filter(None, spent)), f"folder   models/{r['run_id']}"]
     for name, v in parts.items():
-        if isinstance(v, dict): v = [f'{k:<{max(map(len, v))}}  {x if isinstance(x, str) else to_json(x)}' for k, x in v.items()]
+        word = lambda x: x if isinstance(x, str) else to_json(x)
+        if isinstance(v, dict): v = [f'{k:<{max(map(len, v))}}  {word(x)}' for k, x in v.items()]
         elif isinstance(v, str): v = v.splitlines()
         lines += [f"{name if not i else '':<9}{line}" for i, line in enumerate(v or [])]
     return '\n'.join(lines)
@@ -1189,7 +1227,8 @@ def show_run(
 # %% ../nbs/01_log.ipynb #ef8009cc
 def _beside(m): # One line a metric, the baselines in columns
     base, num = m.get('baselines') or {}, lambda v: f'{v:.4f}' if isinstance(v, float) else '' if v is None else str(v)
-    rows = [[k, num(v), *(num(b.get(k)) for b in base.values())] for k, v in m.items() if not isinstance(v, (dict, list))]
+    single = {k: v for k, v in m.items() if not isinstance(v, (dict, list))}
+    rows = [[k, num(v), *(num(b.get(k)) for b in base.values())] for k, v in single.items()]
     table = [['', 'this run', *base], *rows] if rows else []
     wide = [max(map(len, c)) for c in zip(*table)]
     return ['   '.join(v.rjust(w) if j else v.ljust(w) for j, (v, w) in enumerate(zip(r, wide))) for r in table]
