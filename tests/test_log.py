@@ -613,7 +613,7 @@ def older(wb, ws, at):
     guide.delete_rows(next(r[0].row for r in guide.iter_rows() if (r[0].value, r[1].value) == ('runs', 'base')))
 
 def test_a_new_column_is_added_once(root):
-    id = run(base='smollm2')
+    run(base='smollm2')
     edit(root, older)
     edit(root, lambda wb, ws, at: (ws.cell(1, ws.max_column+1, 'who'), ws.cell(2, ws.max_column, 'Mei')))
     before = sheet(root)[0]
@@ -773,7 +773,7 @@ def test_a_column_of_one_formula_is_filled_down(root):
     assert ws['AN9'].value == '=SUM(AN2:AN8)' and sync_log() == f'{LOG} is up to date'
 
 def test_a_row_that_comes_back_gets_the_formula_of_its_column(root):
-    ids_ = [run(i) for i in range(3)]
+    for i in range(3): run(i)
     edit(root, lambda wb, ws, at: ws.cell(1, 40, 'own'))
     computed(root, {('runs', f'AN{r}'): (f'H{r}+1', 'n', '1.9') for r in (2, 3, 4)})
     sync_log()
