@@ -9,6 +9,7 @@ __all__ = ['LOG', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_
 
 # %% ../nbs/01_log.ipynb #c59eb740
 import contextlib, difflib, io, json, math, os, platform, re, shutil, subprocess, sys, time, unicodedata, warnings
+from bisect import bisect_left, bisect_right, insort
 from collections import namedtuple
 from copy import copy
 from dataclasses import asdict, fields
@@ -26,9 +27,11 @@ def run_id(
     fold=None,     # Held-out fold, shown in the id; its effect on the result belongs in `params` as well
 ) -> str:          # `<stage>[-f<fold>]-<10 hex>`
     "The id of a run: the same work has the same id on every machine"
-    if not re.fullmatch(_STAGE, stage): raise Refusal(f'{stage!r} is not the name of a stage', fix='Use small letters, digits and _')
+    if not re.fullmatch(_STAGE, stage):
+        raise Refusal(f'{stage!r} is not the name of a stage', fix='Use small letters, digits and _')
     _finite(dict(params=params, inputs=inputs), stage)
-    return f"{stage}{'' if fold is None else f'-f{int(fold)}'}-{hash_obj(dict(stage=stage, params=params, inputs=inputs))}"
+    held_out = '' if fold is None else f'-f{int(fold)}'
+    return f'{stage}{held_out}-{hash_obj(dict(stage=stage, params=params, inputs=inputs))}'
 
 _STAGE = '[a-z][a-z0-9_]*'
 
@@ -61,8 +64,9 @@ def _git():
 # %% ../nbs/01_log.ipynb #93321e76
 def module_hashes() -> dict: # Module of the kit → 10 hex digits, for those that are loaded
     "Hashes of the code that a run works with"
-    loaded = {n.partition('.')[2]: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if n.startswith('competition_kit.')}
-    return {n: sha256(f)[:10] for n, f in sorted(loaded.items()) if f and os.path.isfile(f)}
+    ours = [(n.partition('.')[2], m) for n, m in list(sys.modules.items()) if n.startswith('competition_kit.')]
+    files = {n: getattr(m, '__file__', None) for n, m in sorted(ours, key=lambda o: o[0])}
+    return {n: sha256(f)[:10] for n, f in files.items() if f and os.path.isfile(f)}
 
 # %% ../nbs/01_log.ipynb #92ef2fe0
 def write_record(file, record:dict):
@@ -76,9 +80,11 @@ def read_record(file) -> dict: # Without its seal
     rec, fix = read_json(file), 'Restore the file, or delete the folder and run it again'
     if not isinstance(rec, dict): raise Refusal('not the record of a run', file, fix=fix)
     seal = rec.pop('seal', None)
-    if seal is not None and seal != hash_obj(rec, 32): raise Refusal('the record is not as its run wrote it', file, fix=fix)
+    if seal is not None and seal != hash_obj(rec, 32):
+        raise Refusal('the record is not as its run wrote it', file, fix=fix)
     whole = all(isinstance(rec.get(k), dict) for k in ('params', 'inputs')) and 'stage' in rec
-    if not whole or rec.get('run_id') != Path(file).parent.name: raise Refusal('not the record of a run of that name', file, fix=fix)
+    if not whole or rec.get('run_id') != Path(file).parent.name:
+        raise Refusal('not the record of a run of that name', file, fix=fix)
     return rec
 
 # %% ../nbs/01_log.ipynb #164f5cea
@@ -94,7 +100,8 @@ class Run:
     def __enter__(self): return self
     def __exit__(self, kind, e, tb):
         if self.done: return
-        what = 'interrupted' if kind is KeyboardInterrupt else f'{kind.__name__}: {e}' if kind else 'ended without a result'
+        what = f'{kind.__name__}: {e}' if kind else 'ended without a result'
+        if kind is KeyboardInterrupt: what = 'interrupted'
         try: self._end(status='failed', error=what[-2000:])
         except OSError as err: print(f'{self.id}: the failure could not be recorded ({err})')
 
@@ -131,7 +138,7 @@ Run.finish = finish
 def check_outputs(
     rec:dict, # Record of a run that is done
 ):
-    "Refuse a run whose results are not those that its record names; files that have not changed since the last look are not read again"
+    "Refuse a run whose results are not those that its record names; unchanged files are read once"
     sums, folder = rec.get('outputs') or {}, models_path(rec['run_id'])
     lost = [n for n in sums if not (folder/n).is_file()]
     found = file_sums([folder/n for n in sums if n not in lost])
@@ -169,8 +176,9 @@ def start_run(
     for tmp in file.parent.glob('.record.json.*.tmp'): tmp.unlink()
     _sweep_temporary()
     t = now()
-    record = dict(run_id=id, stage=stage, fold=None if fold is None else int(fold), params=params, inputs=inputs, notebook=notebook,
-        code_hash=code, modules=module_hashes(), git=_git(), status='running', host=platform.node(), pid=os.getpid(),
+    record = dict(run_id=id, stage=stage, fold=None if fold is None else int(fold), params=params, inputs=inputs,
+        notebook=notebook, code_hash=code, modules=module_hashes(), git=_git(), status='running',
+        host=platform.node(), pid=os.getpid(),
         started=old.get('started', t), attempts=[*old.get('attempts', []), t])
     write_record(file, record)
     return Run(record, lock)
@@ -190,7 +198,9 @@ def _set_aside(id): # the folder of a run that is repeated
     print(f'{id} is repeated; its old folder is models/.old/{old.name}')
 
 def _done_already(rec, code): # What is said when a run that is done is asked for again
-    took = f" (it took {rec['minutes']:.1f} minutes, until {rec.get('ended')}, on {rec.get('device')})" if rec.get('minutes') is not None else ''
+    took = ''
+    if (m := rec.get('minutes')) is not None:
+        took = f" (it took {m:.1f} minutes, until {rec.get('ended')}, on {rec.get('device')})"
     then, today = rec.get('modules') or {}, module_hashes()
     changed = [rec['notebook']] if code and code != rec.get('code_hash') else []
     changed += [n for n in then if today.get(n, then[n]) != then[n]]
@@ -335,8 +345,8 @@ def records() -> list: # Dicts, by time of the first start
     return sorted(out, key=lambda r: (str(r.get('started')), r['run_id']))
 
 def _shown_status(r):
-    gone = r.get('status') == 'running' and r.get('host') == platform.node() and not _locked(models_path(r['run_id'], '.lock'))
-    return {**r, 'status': 'interrupted'} if gone else r
+    here = r.get('status') == 'running' and r.get('host') == platform.node()
+    return {**r, 'status': 'interrupted'} if here and not _locked(models_path(r['run_id'], '.lock')) else r
 
 def _locked(path): # Does a process hold this lock? Process ids are given to new processes, a lock is not
     import fcntl
@@ -357,7 +367,8 @@ def find_run(
     if len(hits) == 1: return _shown_status(read_record(models_path(hits[0], 'record.json')))
     near = hits or difflib.get_close_matches(text, names, 5, 0.4)
     why = f'{len(hits)} runs begin with {text!r}' if hits else f'no run {text!r}'
-    raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet')
+    there = f"There are: {', '.join(names[-10:])}" if names else 'There are no runs yet'
+    raise Refusal(why, fix=f"Did you mean: {', '.join(near[:10])}" if near else there)
 
 # %% ../nbs/01_log.ipynb #7f4cfcd0
 _QUICK, _MOST = 8*2**20, 128*2**20
@@ -383,20 +394,32 @@ def _too_large(path, size, most):
     raise Refusal(f'it unpacks to {size/2**20:,.0f} MiB, more than {most/2**20:,.0f} MiB', Path(path).name,
                   fix='Move large sheets of your own elsewhere; up to 128 MiB `ck log sync` brings it up to date')
 
-# %% ../nbs/01_log.ipynb #64f24169
+# %% ../nbs/01_log.ipynb #aa06e952
 def _plain(text): return ' '.join(unicodedata.normalize('NFKC', str(text)).replace('_', ' ').casefold().split())
-
-def _our_sheets(titles): # Our name → its title in the workbook
-    found = {}
-    for title in sorted(titles, key=lambda s: (s not in _SHEETS, s.lower() not in _SHEETS)):
-        name = re.sub(r' ?[-–] ?table ?\d+$', '', _plain(title))
-        if name in _SHEETS: found.setdefault(name, title)
-    return found
 
 def _header(row, sheet): # The names of a row's columns, ours as we write them
     names = [str(v).strip() for v in row]
     ours = {_plain(c.name): c.name for c in _SHEETS[sheet] if c.name not in names}
     return [ours.get(_plain(n), n) for n in names]
+
+# %% ../nbs/01_log.ipynb #64f24169
+def _our_sheets(titles, marks=()): # Our name → its title in the workbook; `marks`: pairs of our name and a title
+    found, marked = {}, {title for _, title in marks}
+    for name in _SHEETS:
+        near = [t for t in titles if re.sub(r' ?[-–] ?table ?\d+$', '', _plain(t)) == name]
+        near = sorted(near, key=lambda t: (t != name, t.lower() != name))
+        ours = [t for n, t in marks if n == name]
+        named = [t for t in near if t in ours or not ours and t not in marked]
+        if len(ours) == 1 or named: found[name] = ours[0] if len(ours) == 1 else named[0]
+        elif ours:
+            fix = f'Give one of them the title {name}, or delete the others'
+            which = ', '.join(map(repr, ours))
+            raise Refusal(f'the sheets {which} are all marked as the sheet {name} of the kit', LOG, fix=fix)
+    return found
+
+def _mark(ws, name):
+    from openpyxl.workbook.defined_name import DefinedName
+    ws.defined_names[f'_ck_{name}'] = DefinedName(f'_ck_{name}', attr_text=f'"{name}"')
 
 # %% ../nbs/01_log.ipynb #82dd8633
 _NO_VALUE, _CELLS = '(a formula without a value)', 2_000_000  # about 1 GB while it is read
@@ -426,16 +449,26 @@ def _sheet_parts(z): # Title of each sheet → its file in the zip
     sheets = ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}sheet')
     return {s.get('name'): posixpath.normpath(posixpath.join('/xl', rels[id_of(s)])).lstrip('/') for s in sheets}
 
-def _repacked(data, new): # The same zip with other bytes for some files
+def _marks(z): # Pairs of our name and the title of a sheet with that mark
+    from xml.etree import ElementTree as ET
+    titles, names = list(_sheet_parts(z)), ET.fromstring(z.read('xl/workbook.xml')).iterfind('.//{*}definedName')
+    marks = [(n.get('name').lower(), n.get('localSheetId')) for n in names]
+    marks = [(n.removeprefix('_ck_'), int(i)) for n, i in marks if n.startswith('_ck_') and i]
+    return [(n, titles[i]) for n, i in marks if i < len(titles)]
+
+def _repacked(data, new, kind=0): # The same zip with other bytes for some files; kind 0 of zipfile is not compressed
     import zipfile
     if not new: return data
     with zipfile.ZipFile(io.BytesIO(data)) as z, zipfile.ZipFile(out := io.BytesIO(), 'w') as packed:
-        for n in z.namelist(): packed.writestr(n, new[n] if n in new else z.read(n))
+        for n in z.namelist():
+            how = 0 if 'media/' in n else kind  # pictures are compressed already
+            packed.writestr(n, new[n] if n in new else z.read(n), how)
     return out.getvalue()
 
 # %% ../nbs/01_log.ipynb #893a63ff
-# values; row of the header; column name → index; key → row; merged ranges (all from 0); are there formulas?
-_Sheet = namedtuple('_Sheet', 'cells top cols at merged calc', defaults=((), False))
+# values; row of the header; column name → index; key → row (all from 0); title;
+# our column name → other columns with nearly the same header; merged ranges (from 0); are there formulas?
+_Sheet = namedtuple('_Sheet', 'cells top cols at title twice merged calc', defaults=((), False))
 
 def _read_book(path):
     import zipfile
@@ -443,16 +476,18 @@ def _read_book(path):
     data, new, about = _book_bytes(path), {}, {}
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         parts = _sheet_parts(z)
-        ours = _our_sheets(parts)
+        ours = _our_sheets(parts, _marks(z))
         for s, title in ours.items():
             xml = z.read(parts[title])
             readable, used, *about[s] = _readable(xml)
             if readable is not xml: new[parts[title]] = readable
-            _bounded(s, used, about[s][0])
+            _bounded(title, used, about[s][0])
     wb, read = CalamineWorkbook.from_filelike(io.BytesIO(_repacked(data, new))), {}
     for s, title in ours.items():
         sh = _sheet(wb.get_sheet_by_name(title).to_python(skip_empty_area=False), _SHEETS[s][0].name, s)
-        if sh: read[s] = sh._replace(merged=_ranges(about[s][0]), calc=about[s][1])
+        if not sh: continue
+        read[s] = sh._replace(title=title, merged=_ranges(about[s][0]), calc=about[s][1])
+        for i in range(sh.top+1, len(sh.cells)): _not_twice(read[s], i, _SHEETS[s][0].name, empty=True)
     return {s: read[s] for s in _SHEETS if s in read}
 
 def _sheet(cells, key, name='runs'):
@@ -462,22 +497,38 @@ def _sheet(cells, key, name='runs'):
     else: return None
     cols = {n: j for j, n in reversed(list(enumerate(names))) if n}
     at = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
-    return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k})
+    others = lambda c: [j for j, n in enumerate(row) if j != cols[c] and _plain(n) == _plain(c)]
+    alike = {c.name: others(c.name) for c in _SHEETS[name] if c.name in cols}
+    alike[key] = [j for j, n in enumerate(names) if n == key and j != cols[key]]
+    return _Sheet(cells, top, cols, {k: i for k, i in at.items() if k}, name, {c: js for c, js in alike.items() if js})
+
+# %% ../nbs/01_log.ipynb #a93331d0
+def _differing(sh, i, col, empty=False): # A second column that says something else in row i; may it be empty?
+    text = lambda j: str(sh.cells[i][j]).strip()
+    differ = [j for j in sh.twice.get(col, ()) if text(j) != text(sh.cols[col]) and (text(j) or not empty)]
+    return differ[0] if differ else None
+
+def _not_twice(sh, i, col, empty=False):
+    if (j := _differing(sh, i, col, empty)) is None: return
+    from openpyxl.utils import get_column_letter
+    first, other = sh.cells[i][sh.cols[col]], sh.cells[i][j]
+    what = f'there are two columns {col}: here it is {first!r}, and {other!r} in cell {get_column_letter(j+1)}{i+1}'
+    raise Refusal(what, _where(sh.title, i, sh.cols[col]), fix='Give one of them another header, or delete it')
 
 # %% ../nbs/01_log.ipynb #d7c9ab95
 def _ranges(refs): # First row, first column, last row, last column, from 0
     from openpyxl.utils.cell import range_boundaries
     return [(r-1, c-1, r2-1, c2-1) for c, r, c2, r2 in map(range_boundaries, refs)]
 
-def _bounded(name, used, merged):
+def _bounded(title, used, merged):
     rows, cols = (max(n, default=0) for n in (zip(*used) if used else ((), ())))
     if rows*cols > _CELLS:
         far = max(used, key=lambda at: at[0]/2**20+at[1]/2**14)
-        where = _where(name, far[0]-1, far[1]-1)
+        where = _where(title, far[0]-1, far[1]-1)
         raise Refusal('there is something far from the table', where, fix='Delete that cell and save the workbook')
     for ref, (r, c, r2, c2) in zip(merged, _ranges(merged)):
         if (r2-r+1)*(c2-c+1) <= _CELLS: continue
-        raise Refusal(f'the merged cell {ref} is too large', _where(name, r, c), fix='Unmerge it')
+        raise Refusal(f'the merged cell {ref} is too large', _where(title, r, c), fix='Unmerge it')
 
 # %% ../nbs/01_log.ipynb #b25ddd34
 def _where(sheet, row, col):
@@ -502,17 +553,124 @@ def _fault(path): # Why nobody can read it, or None
     except Refusal: raise  # too large, or a cell too far away: it is put off, not put aside
     except Exception as e: return str(e) or type(e).__name__
 
+# %% ../nbs/01_log.ipynb #9e8fd260
+_WORD = re.compile(r"""
+      "(?:[^"]|"")*"                                                            # a text
+    | (?<![\w.:\]!'$]) (?:(?P<sheet>'(?:[^']|'')+'|(?:\[\d+\])?[\w.]+)!)?       # cells, perhaps of another sheet
+      (?P<area>\$?[A-Z]{1,3}\$?\d+(?::\$?[A-Z]{1,3}\$?\d+)?|\$?[A-Z]{1,3}:\$?[A-Z]{1,3}|\$?\d+:\$?\d+) (?![\w.(\[!:\#])
+    | (?P<function>[A-Z_][\w.]*)\(
+    | (?<![\w.:\]!'$]) (?:\d+\.?\d*(?:E[+-]?\d+)?|TRUE|FALSE) (?![\w.(\[!:\#])  # a number, a truth value
+    """, re.X | re.I)
+# Functions that read cells which the formula does not name
+_REACHING = {'INDIRECT', 'OFFSET', 'SUMIF', 'AVERAGEIF', 'GETPIVOTDATA', 'CELL'}
+
+# %% ../nbs/01_log.ipynb #007c586f
+def _areas(formula, title): # [(sheet in small letters, left, top, right, bottom)], from 1; None if nobody can tell
+    from openpyxl.utils import FORMULAE
+    areas, rest, at = [], '', 0
+    for m in _WORD.finditer(formula):
+        rest, at, area, f = rest+formula[at:m.start()], m.end(), m['area'], (m['function'] or '').upper()
+        if f in _REACHING or f and f not in FORMULAE and not f.startswith('_XLFN.'): return None
+        if not area: continue
+        first, _, last = area.replace('$', '').upper().partition(':')
+        (left, top), (right, bottom) = _place(first, 1, 1), _place(last or first, 2**14, 2**20)
+        areas.append(((m['sheet'] or title).strip("'").replace("''", "'").lower(), left, top, right, bottom))
+    return None if re.search(r"[\w!:#@'\[\]]", rest+formula[at:]) else areas
+
+def _place(ref, col, row): # `B3`, `B` or `3` → (column, row), which are as given where `ref` does not say
+    from openpyxl.utils import column_index_from_string
+    letters = ref.rstrip('0123456789')
+    return column_index_from_string(letters) if letters else col, int(ref[len(letters):] or row)
+
+# %% ../nbs/01_log.ipynb #3b692903
+def _outdated(formulas, changed, cells): # Those that may give another value now
+    # formulas: (sheet, row, column) → formula; changed: set of (sheet, row, column); cells: sheet → its (row, column)
+    rows, areas, old, left = {}, {}, set(), list(formulas)
+    for title, row, col in sorted(changed): rows.setdefault(title, {}).setdefault(col, []).append(row)
+    for at, f in formulas.items():
+        areas[at] = _areas(text, at[0]) if isinstance(text := getattr(f, 'text', f), str) else None
+        sheets = {a[0] for a in areas[at] or () if not a[0].startswith('[')}  # [ is another workbook
+        if sheets-cells.keys(): areas[at] = None
+    for _ in range(20):  # forwards and backwards, since formulas mostly follow each other down or up
+        for at in left:
+            if areas[at] is not None and not any(_touched(a, rows) for a in areas[at]): continue
+            old.add(at)
+            for row, col in _filled(formulas[at], at, cells[at[0]]):
+                insort(rows.setdefault(at[0], {}).setdefault(col, []), row)
+        before, left = len(left), [at for at in reversed(left) if at not in old]
+        if len(left) in (0, before): return old
+    return set(formulas)
+
+def _touched(area, rows):
+    title, left, top, right, bottom = area
+    return any(left <= col <= right and bisect_left(at, top) < bisect_right(at, bottom)
+               for col, at in rows.get(title, {}).items())
+
+def _filled(formula, at, cells): # Those of `cells` (row, column) that a formula fills: several for an array formula
+    from openpyxl.utils.cell import range_boundaries
+    ref = getattr(formula, 'ref', None) or ''
+    if ':' not in ref: return [at[1:]]
+    left, top, right, bottom = range_boundaries(ref)
+    return [(row, col) for row, col in cells if top <= row <= bottom and left <= col <= right]
+
+# %% ../nbs/01_log.ipynb #8a4654b2
+def _formula_values(xml): # Cell → (type, value) as they stand in a sheet's XML, for formulas that have one
+    from xml.etree import ElementTree as ET
+    out = {}
+    for c in ET.fromstring(xml).iterfind('.//{*}c') if re.search(rb'<(\w+:)?f[ />]', xml) else ():
+        text, kind = {o.tag.rpartition('}')[2]: o.text or '' for o in c}, c.get('t', 'n')
+        has_value = text.get('v') or 'v' in text and kind == 'str'
+        if 'f' in text and has_value and kind != 's' and c.get('r'): out[c.get('r')] = kind, text['v']
+    return out
+
+def _cell_values(wb): # (sheet in small letters, row, column) → value
+    return {(ws.title.lower(), *at): c.value for ws in wb.worksheets
+            for at, c in ws._cells.items() if c.value is not None}
+
+# %% ../nbs/01_log.ipynb #de3029b5
+def _kept_values(wb, src, before): # Sheet → cell → (type, value) of formulas in the file src, still true in wb
+    import zipfile
+    from openpyxl.utils.cell import coordinate_to_tuple
+    sheets, now = {ws.title.lower(): ws for ws in wb.worksheets}, _cell_values(wb)
+    formulas = {at: v for at, v in now.items() if sheets[at[0]].cell(*at[1:]).data_type == 'f'}
+    if not formulas or not src: return {}
+    changed = {at for at in now.keys() | before.keys() if now.get(at) != before.get(at)}
+    old = changed | _outdated(formulas, changed, {t: ws._cells for t, ws in sheets.items()})
+    for title, row, col in old & formulas.keys():  # what an array formula filled into other cells goes with its value
+        for at in _filled(formulas[title, row, col], (title, row, col), sheets[title]._cells):
+            if at != (row, col): sheets[title].cell(*at).value = None
+    with zipfile.ZipFile(io.BytesIO(_book_bytes(src))) as z:
+        found = {t.lower(): _formula_values(z.read(part)) for t, part in _sheet_parts(z).items()}
+    fresh = lambda title, ref: (at := (title, *coordinate_to_tuple(ref))) in formulas and at not in old
+    return {title: {ref: v for ref, v in values.items() if fresh(title, ref)} for title, values in found.items()}
+
+# %% ../nbs/01_log.ipynb #992bfaa1
+def _write_values(file, kept): # Put values of formulas into a workbook that openpyxl saved
+    import zipfile
+    from xml.sax.saxutils import escape
+    cell, new = re.compile(r'<c r="([A-Z]+\d+)"([^>]*)>(<f[^>]*/>|<f[^>]*>[^<]*</f>)<v(?: ?/>|></v>)'), {}
+    def put(m, values):
+        if m[1] not in values: return m[0]
+        kind, v = values[m[1]]
+        return f'<c r="{m[1]}"{m[2]} t="{kind}">{m[3]}<v>{escape(v)}</v>'
+    with zipfile.ZipFile(file) as z:
+        for title, part in _sheet_parts(z).items():
+            if not (values := kept.get(title.lower())): continue
+            new[part] = cell.sub(lambda m: put(m, values), z.read(part).decode()).encode()
+    if new: file.write_bytes(_repacked(file.read_bytes(), new, zipfile.ZIP_DEFLATED))
+
 # %% ../nbs/01_log.ipynb #aa830cee
 def _people_file():
     f = models_path('people.json')
     return read_json(f) if f.exists() else {}
 
 def _harvest(book, path, store):
-    store, formulas = json.loads(json.dumps(store)), _formulas(path) if any(sh.calc for sh in book.values()) else {}
+    store = json.loads(json.dumps(store))
+    formulas = _formulas(path, book) if any(sh.calc for sh in book.values()) else {}
     for name, sh in book.items():
         for key, i in sh.at.items():
             for col, j in sh.cols.items():
-                if col in _KIT[name] or sh.cells[i][j] == _NO_VALUE: continue
+                if col in _KIT[name] or sh.cells[i][j] == _NO_VALUE or _differing(sh, i, col) is not None: continue
                 v, f = _json_value(sh.cells[i][j]), formulas.get((name, i, j))
                 old = store.get(name, {}).get(key, {}).get(col)
                 if (v, f) == ((old['value'], old.get('formula')) if old else ('', None)): continue
@@ -524,12 +682,12 @@ def _harvest(book, path, store):
 def _json_value(v): return v if isinstance(v, (str, bool, int, float)) else str(v)
 
 # %% ../nbs/01_log.ipynb #4db67cc5
-def _formulas(path): # (sheet, row, column) of each formula, from 0 → its text
+def _formulas(path, book): # (sheet, row, column) of each formula, from 0 → its text
     import openpyxl
     wb = openpyxl.load_workbook(io.BytesIO(_book_bytes(path)), read_only=True)
-    ours, text = _our_sheets(wb.sheetnames), lambda c: str(getattr(c.value, 'text', c.value))
-    return {(name, c.row-1, c.column-1): text(c) for name, title in ours.items()
-            for row in wb[title].iter_rows() for c in row if c.data_type == 'f'}
+    text = lambda c: str(getattr(c.value, 'text', c.value))
+    return {(name, c.row-1, c.column-1): text(c) for name, sh in book.items()
+            for row in wb[sh.title].iter_rows() for c in row if c.data_type == 'f'}
 
 # %% ../nbs/01_log.ipynb #a341d389
 _ID = re.compile(_STAGE+r'(-f-?\d+)?-[0-9a-f]{10}')
@@ -539,7 +697,7 @@ _YES, _NO = {'x', 'yes', 'y', '1', 'true', '是', '✓', '✔'}, {'no', 'n', '0'
 def people(
     run_id:str=None, # One run only
 ) -> dict:           # Run id → `keep` (bool or None), `vote_weight` (float or None), `public_lb`, `private_lb`, `note`
-    "What people wrote about the runs, read fresh from the workbook, with `models/people.json` for rows that are not in it"
+    "What people wrote about the runs, from the workbook, and from `models/people.json` for rows that are not in it"
     path, store, book = project_root()/LOG, _people_file(), {}
     if path.exists():
         if not (fault := _fault(path)): book = _read_book(path)
@@ -559,16 +717,19 @@ def people(
 # %% ../nbs/01_log.ipynb #ab416285
 def _cell_name(sh, name, key, col):
     if not sh or key not in sh.at or col not in sh.cols: return f'models/people.json, {key}, {col}'
-    return f'{_where(name, sh.at[key], sh.cols[col])}, run {key}'
+    return f'{_where(sh.title, sh.at[key], sh.cols[col])}, run {key}'
 
-def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is not
+def _sure(sh, name, key, said, path): # Refuse a cell that looks empty and is not, and one that another contradicts
+    for c in _PEOPLE: _not_twice(sh, sh.at[key], c)
     for c in ('keep', 'vote_weight'):
         if c not in sh.cols: continue
         i, j, where = sh.at[key], sh.cols[c], _cell_name(sh, name, key, c)
         for r, left, r2, right in sh.merged:
             if r <= i <= r2 and left <= j <= right and str(sh.cells[r][left]).strip():
                 raise Refusal(f'{c} is part of a merged cell', where, fix='Unmerge it and write a value for each run')
-        if sh.cells[i][j] == _NO_VALUE and said.get(c, {}).get('formula') != _formulas(path).get((name, i, j)):
+        if sh.cells[i][j] != _NO_VALUE: continue
+        formula = _formulas(path, {name: sh}).get((name, i, j))
+        if formula != said.get(c, {}).get('formula') or _areas(formula, name) != []:
             fix = 'Save the workbook once from Excel or LibreOffice, or write the value'
             raise Refusal(f'{c} is a formula without a value', where, fix=fix)
 
@@ -594,20 +755,25 @@ def planned() -> list: # One dict a row: `row` (as Excel counts), `stage`, `fold
 
 def _plan_rows(sh):
     if not sh or not {'status', 'stage'} <= sh.cols.keys(): return []
-    get = lambda i, c: str(sh.cells[i][sh.cols[c]]).strip()
-    return [i for i in range(sh.top+1, len(sh.cells)) if get(i, 'status').lower() == 'planned' and not get(i, 'run_id')]
+    get, status = lambda i, j: str(sh.cells[i][j]).strip().lower(), [sh.cols['status'], *sh.twice.get('status', ())]
+    free = [i for i in range(sh.top+1, len(sh.cells)) if not get(i, sh.cols['run_id'])]
+    return [i for i in free if 'planned' in [get(i, j) for j in status]]
 
 # %% ../nbs/01_log.ipynb #be497169
 def _plan(sh, i):
-    def no(col, what, fix): raise Refusal(f'a planned run {what}', _where('runs', i, sh.cols[col]), fix=fix)
+    def no(col, what, fix): raise Refusal(f'a planned run {what}', _where(sh.title, i, sh.cols[col]), fix=fix)
     names = 'stage', 'fold', 'data', 'mix', 'base', 'params'
+    for c in ('status', *names): _not_twice(sh, i, c)
     cell = {c: sh.cells[i][sh.cols[c]] if c in sh.cols else '' for c in names}
     text = {c: str(v).strip() for c, v in cell.items()}
-    if not re.fullmatch(_STAGE, text['stage']): no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')
-    if not isinstance(cell['params'], str): no('params', f"has the parameters {cell['params']!r}", 'Write name=value, name=value')
+    if not re.fullmatch(_STAGE, text['stage']):
+        no('stage', f"has the stage {text['stage']!r}", 'Write a stage, such as train')
+    if not isinstance(cell['params'], str):
+        no('params', f"has the parameters {cell['params']!r}", 'Write name=value, name=value')
     try: params = parse_params(cell['params'])
     except ValueError as e: no('params', f'has parameters that cannot be read ({e})', 'Write name=value, name=value')
-    if not re.fullmatch(r'(-?\d+(\.0)?)?', text['fold']): no('fold', f"has the fold {cell['fold']!r}", 'Write a whole number')
+    if not re.fullmatch(r'(-?\d+(\.0)?)?', text['fold']):
+        no('fold', f"has the fold {cell['fold']!r}", 'Write a whole number')
     fold = int(float(text['fold'])) if text['fold'] else None
     for c, v in dict(fold=fold, **{c: text[c] for c in ('data', 'mix', 'base')}).items():
         if v in (None, ''): continue
@@ -659,8 +825,9 @@ def _refuse_row(path, row, text):
     store = _people_file()
     if (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), heard)
     wb = _load_book(path)
-    _put(wb[_our_sheets(wb.sheetnames)['runs']].cell(row, sh.cols['status']+1), text)
-    _swap(wb, path, seen, {s: sh.at for s, sh in book.items()})
+    before = _cell_values(wb)
+    _put(_sheet_of(wb, sh).cell(row, sh.cols['status']+1), text)
+    _swap(wb, path, seen, {s: sh.at for s, sh in book.items()}, path, before)
     return f'row {row} of {LOG}: {text}'
 
 # %% ../nbs/01_log.ipynb #0b57f10c
@@ -669,12 +836,13 @@ def _facts(r):
     base = [b for b in (m['baselines'].values() if isinstance(m.get('baselines'), dict) else ()) if isinstance(b, dict)]
     best = lambda k, f: f((b[k] for b in base if isinstance(b.get(k), (int, float))), default=None)
     find = lambda k: next((d[k] for d in (r, m, r['params']) if d.get(k) is not None), None)
-    words = lambda v: ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else params_text(v) if isinstance(v, dict) else v
+    listed = lambda v: ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
+    words = lambda v: params_text(v) if isinstance(v, dict) else listed(v)
     plain = 'run_id stage fold status data mix base minutes peak_gib device git rule rows submission'
     return {**{k: find(k) for k in plain.split()},
         **{k: m.get(k) for k in ('log_loss', 'accuracy', 'ece')}, 'baseline log_loss': best('log_loss', min),
-        'baseline accuracy': best('accuracy', max), 'started': _when(r.get('started')), 'params': params_text(r['params']),
-        'inputs': params_text(r['inputs']), 'members': words(find('members')), 'weights': words(find('weights'))}
+        'baseline accuracy': best('accuracy', max), 'started': _when(r.get('started')),
+        'params': params_text(r['params']), 'inputs': params_text(r['inputs']), 'members': words(find('members')), 'weights': words(find('weights'))}
 
 def _when(text):
     try: return datetime.strptime(text, '%Y-%m-%dT%H:%M:%SZ')
@@ -687,7 +855,8 @@ def _mixes(facts):
     for mix in dict.fromkeys(f['mix'] for f in facts if f['mix'] and f['fold'] is not None):
         all_ = [f for f in facts if f['mix'] == mix and f['fold'] is not None]
         done = [f for f in all_ if f['status'] == 'done' and isinstance(f['log_loss'], (int, float))]
-        row = dict(mix=mix, runs=len(all_), rows=max((f['rows'] for f in all_ if isinstance(f['rows'], int)), default=None),
+        rows = [f['rows'] for f in all_ if isinstance(f['rows'], int)]
+        row = dict(mix=mix, runs=len(all_), rows=max(rows, default=None),
             folds=', '.join(map(str, sorted({f['fold'] for f in done}))),
             best=min(done, key=lambda f: f['log_loss'])['run_id'] if done else None)
         for k in ('log_loss', 'accuracy'):
@@ -724,12 +893,12 @@ def _changes(sh, want, claims): # {(row, column): value} for rows that are there
         if key in want and key not in at: at[key] = i
         else: cells[i, sh.cols['status']] = f'as {key}'
     for key, vals in want.items():
-        for c, v in vals.items():
-            if key in at and c in sh.cols and not _same(sh.cells[at[key]][sh.cols[c]], v): cells[at[key], sh.cols[c]] = v
+        for c in [c for c in vals if key in at and c in sh.cols]:
+            if not _same(sh.cells[at[key]][sh.cols[c]], vals[c]): cells[at[key], sh.cols[c]] = vals[c]
     return cells, [k for k in want if k not in at]
 
 # %% ../nbs/01_log.ipynb #c6438c56
-def _restored(ws, sh, said): # The same for what people wrote, when an old copy of the workbook takes the place of a lost one
+def _restored(ws, sh, said): # The same for what people wrote, when an old copy of the workbook replaces a lost one
     out = {(sh.at[k], sh.cols[c]): clean_cell(o['value']) for k, cols in said.items() for c, o in cols.items()
            if k in sh.at and c in sh.cols and not _same(sh.cells[sh.at[k]][sh.cols[c]], o['value'])}
     return {(i, j): v for (i, j), v in out.items() if ws.cell(i+1, j+1).data_type != 'f'}
@@ -743,20 +912,54 @@ def _apply(ws, sh, cells, new, want, said, name):
         _put(c, v); n += 1
     row, width = max([i for k, i in sh.at.items() if k in want]+[i for i, _ in cells], default=sh.top)+1, ws.max_column
     styles = _styles(ws, name) if new else {}
+    begun = {i+1 for i, j in cells if j == sh.cols[_SHEETS[name][0].name]}  # rows of plans that have their run now
+    runs = [i+1 for k, i in sh.at.items() if k in want]
+    fill = _column_formulas(ws, sh, runs, _KIT[name]) if new or begun else {}
+    for i in begun: _fill_row(ws, i, fill)
     for key in new:
         row += 1
-        while any(isinstance(c := ws.cell(row, j), MergedCell) or c.value is not None for j in range(1, width+1)): row += 1
+        taken = lambda c: isinstance(c, MergedCell) or c.value is not None
+        while any(taken(ws.cell(row, j)) for j in range(1, width+1)): row += 1
         vals = want[key] | {c: clean_cell(o['value']) for c, o in said.get(key, {}).items() if c not in want[key]}
         for col, j in sh.cols.items():
             c = ws.cell(row, j+1)
             if not c.has_style and col in styles: c._style = copy(styles[col])
-            if vals.get(col) not in (None, ''): _put(c, vals[col])
-    if ws.auto_filter.ref and new: ws.auto_filter.ref = re.sub(r'\d+$', lambda m: str(max(int(m[0]), row)), ws.auto_filter.ref)
+            filled = col in fill and said.get(key, {}).get(col, {}).get('formula')
+            if vals.get(col) not in (None, '') and not filled: _put(c, vals[col])
+        _fill_row(ws, row, fill)
+    if ws.auto_filter.ref and new:
+        ws.auto_filter.ref = re.sub(r'\d+$', lambda m: str(max(int(m[0]), row)), ws.auto_filter.ref)
     return n
+
+# %% ../nbs/01_log.ipynb #52c62d45
+def _column_formulas(ws, sh, rows, kit): # Column name → its last cell, where all filled cells hold one formula
+    from openpyxl.formula.tokenizer import TokenizerError
+    from openpyxl.formula.translate import Translator, TranslatorError
+    out = {}
+    for name, j in sh.cols.items():
+        cells = [c for i in sorted(rows) if (c := ws.cell(i, j+1)).value not in (None, '')]
+        if name in kit or not cells or cells[-1].row != max(rows): continue
+        last = cells[-1]
+        if any(c.data_type != 'f' or not isinstance(c.value, str) for c in cells): continue
+        if '[#This Row]' in last.value: continue  # it is an error below its table
+        with contextlib.suppress(TokenizerError, TranslatorError):
+            one = all(Translator(c.value, c.coordinate).translate_formula(last.coordinate) == last.value for c in cells)
+            if one and (len(cells) > 1 or _areas(last.value, ws.title) != []): out[name] = last
+    return out
+
+def _fill_row(ws, row, fill):
+    from openpyxl.cell.cell import MergedCell
+    from openpyxl.formula.translate import Translator
+    for last in fill.values():
+        c = ws.cell(row, last.column)
+        if isinstance(c, MergedCell) or c.value not in (None, ''): continue
+        c.value = Translator(last.value, last.coordinate).translate_formula(c.coordinate)
+        if not c.has_style: c._style = copy(last._style)
 
 # %% ../nbs/01_log.ipynb #74f967a7
 _COLOURS = dict(done='DDF2E1', failed='F9D5D3', running='DCE9FB', interrupted='FCE5CD', planned='EDE4F7')
-_ALIGN = dict.fromkeys('fold status keep started runs folds'.split(), 'center') | dict.fromkeys('device params submission best'.split(), 'left')
+_ALIGN = dict.fromkeys(('fold', 'status', 'keep', 'started', 'runs', 'folds'), 'center')
+_ALIGN |= dict.fromkeys(('device', 'params', 'submission', 'best'), 'left')
 
 # %% ../nbs/01_log.ipynb #2ab05895
 def _styles(ws, name): # Column name → style of its cells, made once on a scratch cell
@@ -765,7 +968,8 @@ def _styles(ws, name): # Column name → style of its cells, made once on a scra
     for j, o in enumerate(_SHEETS[name], 1):
         c = scratch.cell(1, j)
         side = _ALIGN.get(o.name)
-        c.number_format, c.alignment = o.format or 'General', Alignment(vertical='top', horizontal=side, indent=side == 'left')
+        c.number_format = o.format or 'General'
+        c.alignment = Alignment(vertical='top', horizontal=side, indent=side == 'left')
         if o.owner == 'people': c.fill = PatternFill('solid', fgColor='FFF8E5')
         out[o.name] = copy(c._style)
     ws.parent.remove(scratch)
@@ -787,7 +991,8 @@ def _add_sheet(wb, name):
     ws.row_dimensions[1].height = 32
     ws.freeze_panes, ws.auto_filter.ref = 'B2', f'A1:{get_column_letter(j)}1'
     rule = lambda name, how: name in col and ws.conditional_formatting.add(f'{col[name]}2:{col[name]}5000', how)
-    for status, rgb in _COLOURS.items(): rule('status', CellIsRule('equal', [f'"{status}"'], fill=PatternFill(bgColor=rgb)))
+    for status, rgb in _COLOURS.items():
+        rule('status', CellIsRule('equal', [f'"{status}"'], fill=PatternFill(bgColor=rgb)))
     if 'baseline log_loss' in col:
         a, b = f"{col['log_loss']}2", f"{col['baseline log_loss']}2"
         rule('log_loss', FormulaRule([f'AND(ISNUMBER({a}),ISNUMBER({b}),{a}>={b})'], font=Font(color='B3261E')))
@@ -801,6 +1006,8 @@ The truth is in models/<run_id>/record.json; this workbook is a view of it. If i
 # What is yours
 The amber columns, any column, sheet, colour, comment or formula that you add, the order of rows and columns, hidden rows: all stay.
 The dark columns belong to the kit: what you type there is put right at the next run. Keep their headers; delete or hide those you do not need.
+Sheets may be renamed: the kit finds its own by defined names such as _ck_runs.
+A column of yours that is one formula is filled down to new rows.
 Each run's row comes back if you delete it while its folder in models/ exists. Hide it instead.
 Close the workbook when you can: while Excel or LibreOffice has it open, the kit waits and catches up later.
 Do not use sparklines, text boxes and 2010-style data bars: the library that writes this file cannot keep them.
@@ -837,7 +1044,8 @@ def _load_book(path):
     _small_merges(data)
     macros = b'xl/vbaProject.bin' in data
     try: wb = openpyxl.load_workbook(io.BytesIO(_guarded(data)), rich_text=True, keep_vba=macros)
-    except Exception as e: raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
+    except Exception as e:
+        raise Refusal(f'openpyxl cannot load it ({e})', fix='Save it once from Excel or LibreOffice') from e
     for ws in wb.worksheets:
         if (name := ws.title.lower()) in _SHEETS and name != ws.title: ws.title = '_'; ws.title = name
     return wb
@@ -871,9 +1079,14 @@ def _source(path): # What to start from (None: nothing), and what to tell people
     return None, said and said+again
 
 # %% ../nbs/01_log.ipynb #c4b78de2
-def _swap(wb, path, seen, keys):
+def _swap(wb, path, seen, keys, src, before):
+    from openpyxl.workbook.properties import CalcProperties
     with atomic(path) as tmp:
+        kept = _kept_values(wb, src, before)
+        wb.calculation = wb.calculation or CalcProperties()
+        wb.calculation.fullCalcOnLoad = True
         wb.save(tmp)
+        _write_values(tmp, kept)
         book = _read_book(tmp)
         lost = {s: missing for s, want in keys.items() if (missing := set(want)-book[s].at.keys())}
         if lost: raise Refusal(f'the new workbook does not read back: {lost}', path.name)
@@ -887,48 +1100,63 @@ def _stat(path):
 
 # %% ../nbs/01_log.ipynb #0128bd1a
 def _sync(path):
-    for tmp in path.parent.glob(f'.{path.name}*.tmp'): tmp.unlink(missing_ok=True)  # left by killed processes; we hold the lock
+    for tmp in path.parent.glob(f'.{path.name}*.tmp'): tmp.unlink(missing_ok=True)  # of killed processes
     recs, (src, said) = records(), _source(path)
     seen, book, store = _stat(path), _read_book(src) if src else {}, _people_file()
-    if src == path and (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), store := heard)
+    if src == path and (heard := _harvest(book, path, store)) != store:
+        write_json(models_path('people.json'), store := heard)
     want, claims = _rows(recs), _claims(book.get('runs'), recs)
     todo = {s: _changes(sh, want[s], claims if s == 'runs' else {}) for s, sh in book.items()}
-    if src == path and len(book) == len(_SHEETS) and not any(c or n for c, n in todo.values()): return f'{LOG} is up to date'
+    nothing = not any(edits or new for edits, new in todo.values())
+    if src == path and len(book) == len(_SHEETS) and nothing: return f'{LOG} is up to date'
     wb = _load_book(src) if src else _new_book()
+    before = _cell_values(wb)
     cells = rows = 0
     for s in _SHEETS:
         if s not in book: sh, (edits, new) = _new_sheet(wb, s, store.get(s, {})), ({}, list(want[s]))
         else: sh, (edits, new) = book[s], todo[s]
-        ws = wb[_our_sheets(wb.sheetnames)[s]]
+        ws = _sheet_of(wb, sh)
+        _mark(ws, s)
         wider = _add_columns(wb, ws, s, sh)
         if wider.cols != sh.cols: sh, (edits, new) = wider, _changes(wider, want[s], claims if s == 'runs' else {})
         if src not in (None, path) and s in book: edits = _restored(ws, sh, store.get(s, {})) | edits
         cells, rows = cells+_apply(ws, sh, edits, new, want[s], store.get(s, {}), s), rows+len(new)
-    if not (cells or rows or said) and len(book) == len(_SHEETS): return f'{LOG} is up to date'  # merged cells, which stay
-    _swap(wb, path, seen, want)
+    if not (cells or rows or said) and len(book) == len(_SHEETS):
+        return f'{LOG} is up to date'  # merged cells, which stay
+    _swap(wb, path, seen, want, src, before)
     for r in claims.values(): models_path(r['run_id'], '.planned').unlink(missing_ok=True)
     return f"{LOG}: {rows} row{'s'*(rows != 1)} added, {cells} cell{'s'*(cells != 1)} changed{said}"
 
 # %% ../nbs/01_log.ipynb #0f63067c
+def _sheet_of(wb, sh): # A sheet that was read, in the workbook that openpyxl loaded
+    return next(ws for ws in wb.worksheets if ws.title.lower() == sh.title.lower())
+
+def _guide_of(wb):
+    found = [ws for ws in wb.worksheets if '_ck_guide' in ws.defined_names or ws.title == 'guide']
+    return found[0] if found else None
+
 def _new_book():
     import openpyxl
     wb = openpyxl.Workbook()
     wb.remove(wb.active)
     return wb
 
-def _new_sheet(wb, name, said): # A sheet of that name without a key column is someone's own: it is set aside under another name
-    if name in wb.sheetnames: wb[name].title = f'{name} (old)'
+def _new_sheet(wb, name, said): # A sheet of that name without a key column is someone's own: it gets another name
+    for ws in wb.worksheets:
+        ws.defined_names.pop(f'_ck_{name}', None)
+        if ws.title == name: ws.title = f'{name} (old)'
     ws = _add_sheet(wb, name)
     ours, theirs = {o.name for o in _SHEETS[name]}, dict.fromkeys(c for cols in said.values() for c in cols)
     for c in theirs:
         if c not in ours: _put(ws.cell(1, ws.max_column+1), clean_cell(c))
-    if name == 'mixes' and 'guide' not in wb.sheetnames: _add_guide(wb)
+    if name == 'mixes' and not _guide_of(wb): _add_guide(wb)
     return _sheet([[_shown(c.value) for c in ws[1]]], _SHEETS[name][0].name, name)
 
 # %% ../nbs/01_log.ipynb #1d05b427
 def _add_columns(wb, ws, name, sh): # → the sheet with its new columns
-    if 'guide' not in wb.sheetnames: return sh
-    guide, cols = wb['guide'], dict(sh.cols)
+    if not (guide := _guide_of(wb)): return sh
+    _mark(guide, 'guide')
+    cols = dict(sh.cols)
     known = {(r[0], r[1]) for r in guide.iter_rows(max_col=2, values_only=True)}
     if not any(s == name for s, _ in known): return sh
     for o in _SHEETS[name]:
@@ -959,7 +1187,9 @@ def sync_log(
             said = said or line
             if _stamps() == before: break
         return said
-    except Timeout: return said or f"{LOG} was not updated: another process {'has held it for 60 s' if wait else 'is updating it'}"
+    except Timeout:
+        busy = 'has held it for 60 s' if wait else 'is updating it'
+        return said or f'{LOG} was not updated: another process {busy}'
     except Refusal as e: return f'{LOG} was not updated: {e}'
     except Exception as e: return f'{LOG} was not updated: {type(e).__name__}: {e}'
 
@@ -1001,16 +1231,19 @@ def show_run(
     "One record to read: what was asked, what came out, beside its baselines, and what people said of it"
     r = find_run(text)
     m = r['metrics'] if isinstance(r.get('metrics'), dict) else {}
-    spent = [str(r.get('started')), f"{r['minutes']:.1f} min" if r.get('minutes') is not None else '', r.get('device') or '',
+    took = f"{r['minutes']:.1f} min" if r.get('minutes') is not None else ''
+    spent = [str(r.get('started')), took, r.get('device') or '',
         f"peak {r['peak_gib']:.1f} GiB" if r.get('peak_gib') else '']
     code = [r.get('notebook'), r.get('code_hash'), f"git {r['git']}" if r.get('git') else '']
     tries = r.get('attempts', [])
     said = {k: v for k, v in people(r['run_id']).items() if v is not None}
     parts = dict(code=', '.join(filter(None, code)), starts=', '.join(tries) if len(tries) > 1 else '',
-        error=r.get('error'), params=r['params'], inputs=r['inputs'], metrics=_beside(m), outputs=r.get('outputs'), people=said)
+        error=r.get('error'), params=r['params'], inputs=r['inputs'], metrics=_beside(m), outputs=r.get('outputs'),
+        people=said)
     lines = [f"{r['run_id']}  {r['status']}", ', '.join(filter(None, spent)), f"folder   models/{r['run_id']}"]
     for name, v in parts.items():
-        if isinstance(v, dict): v = [f'{k:<{max(map(len, v))}}  {x if isinstance(x, str) else to_json(x)}' for k, x in v.items()]
+        word = lambda x: x if isinstance(x, str) else to_json(x)
+        if isinstance(v, dict): v = [f'{k:<{max(map(len, v))}}  {word(x)}' for k, x in v.items()]
         elif isinstance(v, str): v = v.splitlines()
         lines += [f"{name if not i else '':<9}{line}" for i, line in enumerate(v or [])]
     return '\n'.join(lines)
@@ -1018,7 +1251,8 @@ def show_run(
 # %% ../nbs/01_log.ipynb #ef8009cc
 def _beside(m): # One line a metric, the baselines in columns
     base, num = m.get('baselines') or {}, lambda v: f'{v:.4f}' if isinstance(v, float) else '' if v is None else str(v)
-    rows = [[k, num(v), *(num(b.get(k)) for b in base.values())] for k, v in m.items() if not isinstance(v, (dict, list))]
+    single = {k: v for k, v in m.items() if not isinstance(v, (dict, list))}
+    rows = [[k, num(v), *(num(b.get(k)) for b in base.values())] for k, v in single.items()]
     table = [['', 'this run', *base], *rows] if rows else []
     wide = [max(map(len, c)) for c in zip(*table)]
     return ['   '.join(v.rjust(w) if j else v.ljust(w) for j, (v, w) in enumerate(zip(r, wide))) for r in table]

@@ -9,7 +9,8 @@ from openpyxl.worksheet.datavalidation import DataValidation
 from python_calamine import CalamineWorkbook
 from competition_kit import log
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
-from competition_kit.log import LOG, clean_cell, find_run, people, planned, records, run_id, show_run, start_run, sync_log
+from competition_kit.log import (LOG, clean_cell, find_run, people, planned, records, run_id, show_run, start_run,
+                                 sync_log)
 
 fork = multiprocessing.get_context('fork')
 
@@ -21,8 +22,10 @@ def put(i, stage='train', status='done', **more):
     "A record on disk, without a sync"
     params = dict(n=i, lr=1e-4, mix=f'train + more:{i%3}')
     id = run_id(stage, params, {}, i%5)
-    write_json(models_path(id, 'record.json'), dict(run_id=id, stage=stage, fold=i%5, params=params, inputs=dict(rows='9f2c'), status=status,
-        metrics=dict(log_loss=1-i/1000, accuracy=.5, ece=.01, baselines=dict(prior=dict(log_loss=1.09, accuracy=.34))), minutes=1.5,
+    baselines = dict(prior=dict(log_loss=1.09, accuracy=.34))
+    write_json(models_path(id, 'record.json'), dict(run_id=id, stage=stage, fold=i%5, params=params,
+        inputs=dict(rows='9f2c'), status=status, minutes=1.5,
+        metrics=dict(log_loss=1-i/1000, accuracy=.5, ece=.01, baselines=baselines),
         host='elsewhere', pid=1, started=f'2026-03-{1+i//1440:02}T{i//60%24:02}:{i%60:02}:00Z', **more))
     return id
 
@@ -55,10 +58,13 @@ def with_xml(root, col, xml):
     return ref
 
 # ---- values ----
-HOSTILE = ['\ud83d lone', 'nul\x00 bell\x07', '\ufffe\uffff', '=1+1', '+1', '-1', '@cmd', '\tx', '\rx', 'x'*40000, '😀'*40000, 'a'+'😀'*20000, float('nan'),
-    float('inf'), -float('inf'), datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=8))), [1, 'a'], {'a': [1]}, '_x0041_', '_x005F_x0041_',
-    '_x000D_', '#N/A', '#REF!', 2**53, -2**63, 2**53-1, True, None, '', ' lead ', 'a\r\nb', '&<>"\'', 'null', 'NA', '１２', '\u2028', b'bytes', {1, 2},
-    1e308, 5e-324, datetime(1800, 1, 1), '{=SUM(A1)}', "'quoted", 'http://x.y', '🇨🇳', [float('nan')], '_x005F_'*5000]
+HOSTILE = ['\ud83d lone', 'nul\x00 bell\x07', '\ufffe\uffff', '=1+1', '+1', '-1', '@cmd', '\tx', '\rx', 'x'*40000,
+    '😀'*40000, 'a'+'😀'*20000, float('nan'), float('inf'), -float('inf'),
+    datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=8))), [1, 'a'], {'a': [1]},
+    '_x0041_', '_x005F_x0041_',
+    '_x000D_', '#N/A', '#REF!', 2**53, -2**63, 2**53-1, True, None, '', ' lead ', 'a\r\nb', '&<>"\'', 'null', 'NA',
+    '１２', '\u2028', b'bytes', {1, 2}, 1e308, 5e-324, datetime(1800, 1, 1), '{=SUM(A1)}', "'quoted", 'http://x.y', '🇨🇳',
+    [float('nan')], '_x005F_'*5000]
 
 def test_hostile_values_survive_two_rounds(root):
     cleaned, f = [clean_cell(v) for v in HOSTILE], root/LOG
@@ -76,8 +82,9 @@ def test_hostile_values_survive_two_rounds(root):
     assert got[HOSTILE.index(2**53)] == str(2**53) and got[HOSTILE.index(2**53-1)] == 2**53-1
 
 def test_a_record_of_hostile_text(root):
-    params = {f'p{i}': v for i, v in enumerate(HOSTILE) if isinstance(v, (str, bool, list)) and v != [float('nan')] and str(v) != '[nan]'}
-    with start_run('train', params, {'in =1': '=cmd()', '\ud83d': '\x00'}) as r: r.finish(dict(log_loss=.5), note_='=1+1', mix='=HYPERLINK("x")')
+    params = {f'p{i}': v for i, v in enumerate(HOSTILE) if isinstance(v, (str, bool, list)) and str(v) != '[nan]'}
+    with start_run('train', params, {'in =1': '=cmd()', '\ud83d': '\x00'}) as r:
+        r.finish(dict(log_loss=.5), note_='=1+1', mix='=HYPERLINK("x")')
     assert ids(root) == [r.id] and sheet(root)[0]['mix'] == '=HYPERLINK("x")'
     assert sync_log() == f'{LOG} is up to date'
     run()
@@ -123,8 +130,8 @@ def test_a_done_run_is_checked_and_can_be_repeated(root, monkeypatch, capsys):
     assert len(list((root/'models/.old').glob(f'{r.id}-*'))) == 1
     assert [o['run_id'] for o in records()] == [r.id]
 
-@pytest.mark.parametrize('old, new', [('"log_loss": 0.9', '"log_loss": 0.1'), ('"fold": 3', '"fold": 1'), ('"status": "done"', '"status": "dond"'),
-                                      ('"seal": "', '"seal": "0'), ('"device"', '"devise"')])
+@pytest.mark.parametrize('old, new', [('"log_loss": 0.9', '"log_loss": 0.1'), ('"fold": 3', '"fold": 1'),
+    ('"status": "done"', '"status": "dond"'), ('"seal": "', '"seal": "0'), ('"device"', '"devise"')])
 def test_a_changed_record_is_refused(root, old, new):
     id = run(3)
     f = root/'models'/id/'record.json'
@@ -160,7 +167,8 @@ def test_what_killed_processes_left_is_swept(root):
 
 def test_endings(root, monkeypatch):
     monkeypatch.setenv('CK_RUN_FILE', str(root/'made'))
-    for error, text in ((KeyboardInterrupt, 'interrupted'), (ValueError('x'*5000), 'x'*2000), (SystemExit(0), 'SystemExit: 0')):
+    errors = (KeyboardInterrupt, 'interrupted'), (ValueError('x'*5000), 'x'*2000), (SystemExit(0), 'SystemExit: 0')
+    for error, text in errors:
         with pytest.raises(type(error) if isinstance(error, BaseException) else error):
             with start_run('train', {}, {}) as r: raise error
         assert (r.record['status'], r.record['error']) == ('failed', text) and sheet(root)[0]['status'] == 'failed'
@@ -195,7 +203,8 @@ def test_second_starter_is_refused_and_a_killed_run_continues(root):
 
 def test_broken_records_are_skipped(root):
     run()
-    for name, text in dict(a='{"run_id"', b='[]', c='{"run_id": "c", "params": 3}', d='{"run_id": "other"}', e='\xff').items():
+    broken = dict(a='{"run_id"', b='[]', c='{"run_id": "c", "params": 3}', d='{"run_id": "other"}', e='\xff')
+    for name, text in broken.items():
         models_path(name).mkdir(); models_path(name, 'record.json').write_text(text, encoding='latin-1')
     with pytest.warns(UserWarning, match='skipped'): assert len(records()) == 1
     with pytest.warns(UserWarning): assert 'not updated' not in sync_log()
@@ -216,7 +225,8 @@ for i in range(5):
     with start_run('train', dict(who=int(sys.argv[1]), i=i), {}, i) as r: r.finish(dict(log_loss=.5))
 '''
 def test_eight_writers(root):
-    ps = [subprocess.Popen([sys.executable, '-c', WRITER, str(i)], env=os.environ | dict(CK_ROOT=str(root))) for i in range(8)]
+    env = os.environ | dict(CK_ROOT=str(root))
+    ps = [subprocess.Popen([sys.executable, '-c', WRITER, str(i)], env=env) for i in range(8)]
     assert [p.wait() for p in ps] == [0]*8
     assert 'not updated' not in sync_log(wait=True)
     assert len(ids(root)) == len(set(ids(root))) == 40 and {r['status'] for r in sheet(root)} == {'done'}
@@ -236,7 +246,8 @@ def test_kill_in_mid_save(root):
         time.sleep(rnd.uniform(.05, .4))
         os.kill(p.pid, signal.SIGKILL); p.join()
         mid += bool(list(root.glob('.*.tmp')))
-        assert log._fault(root/LOG) is None and (not (root/f'{LOG}.bak').exists() or log._fault(root/f'{LOG}.bak') is None)
+        assert log._fault(root/LOG) is None
+        assert not (bak := root/f'{LOG}.bak').exists() or log._fault(bak) is None
         assert len(records()) == len(list(models_path().glob('*/record.json')))
     assert mid >= 1, 'no kill fell into a save'
     assert 'not updated' not in sync_log(wait=True)
@@ -303,11 +314,13 @@ def test_held_open(root, name, capsys):
 
 def test_deleted(root):
     id = run(); run(1)
-    edit(root, lambda wb, ws, at: (ws.cell(2, at['note'], 'mine'), setattr(ws.cell(2, 1), 'fill', PatternFill('solid', fgColor='FFFF00'))))
+    yellow = PatternFill('solid', fgColor='FFFF00')
+    edit(root, lambda wb, ws, at: (ws.cell(2, at['note'], 'mine'), setattr(ws.cell(2, 1), 'fill', yellow)))
     run(2); run(3)
     (root/LOG).unlink()
     assert 'missing' in sync_log() and len(ids(root)) == 4
-    assert people(id)['note'] == 'mine' and openpyxl.load_workbook(root/LOG)['runs']['A2'].fill.fgColor.rgb == '00FFFF00'
+    assert people(id)['note'] == 'mine'
+    assert openpyxl.load_workbook(root/LOG)['runs']['A2'].fill.fgColor.rgb == '00FFFF00'
     edit(root, lambda wb, ws, at: ws.cell(2, at['note'], 'newer'))
     sync_log()  # harvests, but leaves the older .bak
     (root/LOG).unlink(); sync_log()
@@ -329,7 +342,8 @@ def flipped(p):
 @pytest.mark.parametrize('bak', [True, False])
 def test_corrupted(root, harm, bak):
     id = run(); run(1)
-    edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.cell(1, ws.max_column+1, 'own'), ws.cell(2, ws.max_column, 'thing')))
+    edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.cell(1, ws.max_column+1, 'own'),
+                                   ws.cell(2, ws.max_column, 'thing')))
     run(2); run(3)
     harm(root/LOG)
     if not bak: (root/f'{LOG}.bak').unlink()
@@ -352,24 +366,31 @@ def test_peoples_own_things_stay(root):
         for r in range(6, 60): ws.cell(r, 4).fill = PatternFill('solid', fgColor='EEEEEE')
         dv = DataValidation('list', formula1='"x,no"'); dv.add('T2:T100'); ws.add_data_validation(dv)
         ws.conditional_formatting.add('H2:H99', CellIsRule('lessThan', ['0.5'], fill=PatternFill(bgColor='00FF00')))
-        ws.column_dimensions['B'].width = 33; ws.column_dimensions['C'].hidden = True; ws.row_dimensions[3].hidden = True
+        ws.column_dimensions['B'].width = 33
+        ws.column_dimensions['C'].hidden = ws.row_dimensions[3].hidden = True
         ws.freeze_panes = 'C2'
         ws.merge_cells('A40:C41'); ws['A40'] = 'our conclusions'
-        own = wb.create_sheet('budget', 0); own['A1'] = 5; own['A2'] = '=A1*runs!H2'; own['B7'].fill = PatternFill('solid', fgColor='123456')
+        own = wb.create_sheet('budget', 0)
+        own['A1'], own['A2'], own['B7'].fill = 5, '=A1*runs!H2', PatternFill('solid', fgColor='123456')
         wb.create_sheet('secret').sheet_state = 'hidden'; wb['secret']['A1'] = 'plans'
         wb.move_sheet('guide', -3)
         return at
     at = edit(root, dress)
     new = [run(4), run(5)]
     wb = openpyxl.load_workbook(root/LOG); ws = wb['runs']
-    assert wb.sheetnames.index('budget') == 0 and wb['budget']['A2'].value == '=A1*runs!H2' and wb['budget']['B7'].fill.fgColor.rgb == '00123456'
+    assert wb.sheetnames.index('budget') == 0 and wb['budget']['A2'].value == '=A1*runs!H2'
+    assert wb['budget']['B7'].fill.fgColor.rgb == '00123456'
     assert wb['secret'].sheet_state == 'hidden' and wb['secret']['A1'].value == 'plans'
-    assert [c.value for c in ws['A'][1:7]] == first+new and [c.value for c in ws['D'][:7]] == ['who', 'Mei', 'Bo', 'Al', 'Cy', None, None]
+    assert [c.value for c in ws['A'][1:7]] == first+new
+    assert [c.value for c in ws['D'][:7]] == ['who', 'Mei', 'Bo', 'Al', 'Cy', None, None]
     assert ws.cell(2, at['log_loss']).fill.fgColor.rgb == '00FF8800' and ws.cell(3, at['note']).comment.text == 'why?'
     assert ws.cell(4, at['vote_weight']).value == '=0.5*2' and ws.cell(30, at['log_loss']).value == '=AVERAGE(H2:H20)'
-    assert ws['D50'].fill.fgColor.rgb == '00EEEEEE' and ws['A40'].value == 'our conclusions' and 'A40:C41' in map(str, ws.merged_cells.ranges)
-    assert ws.data_validations.dataValidation[0].formula1 == '"x,no"' and any('H2:H99' in str(r.sqref) for r in ws.conditional_formatting)
-    assert ws.column_dimensions['B'].width == 33 and ws.column_dimensions['C'].hidden and ws.row_dimensions[3].hidden and ws.freeze_panes == 'C2'
+    assert ws['D50'].fill.fgColor.rgb == '00EEEEEE' and ws['A40'].value == 'our conclusions'
+    assert 'A40:C41' in map(str, ws.merged_cells.ranges)
+    assert ws.data_validations.dataValidation[0].formula1 == '"x,no"'
+    assert any('H2:H99' in str(r.sqref) for r in ws.conditional_formatting)
+    assert ws.column_dimensions['B'].width == 33 and ws.column_dimensions['C'].hidden
+    assert ws.row_dimensions[3].hidden and ws.freeze_panes == 'C2'
     assert (people(first[0])['keep'], people(first[0])['vote_weight'], people(first[1])['note']) == (True, 2., 'look')
     assert sync_log() == f'{LOG} is up to date'
 
@@ -388,7 +409,8 @@ def test_columns_and_rows_in_another_order(root):
     last = run(9)
     ws = openpyxl.load_workbook(root/LOG)['runs']
     at = {c.value: c.column for c in reversed(ws[3]) if c.value}
-    assert [ws.cell(r, at['run_id']).value for r in range(4, 9)] == made[::-1]+[last] and ws['B1'].value == 'Our log' and 'ece' not in at
+    assert [ws.cell(r, at['run_id']).value for r in range(4, 9)] == made[::-1]+[last]
+    assert ws['B1'].value == 'Our log' and 'ece' not in at
     assert [ws.cell(r, at['log_loss']).value for r in range(4, 9)] == [.9]*5
     edit(root, lambda wb, ws, at: ws.cell(4, 2, 'first'))  # the note column is now the second
     assert people(made[-1])['note'] == 'first'
@@ -484,6 +506,81 @@ def test_names_written_a_little_differently(root):
     assert len(sheet(root, 'runs - Table 1')) == 2 and 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
     assert sync_log() == f'{LOG} is up to date'
 
+def test_renamed_sheets_are_found_by_their_mark(root):
+    id = run()
+    with start_run('vote', {}, {}) as r: r.finish(dict(log_loss=.8))
+    def rename(wb, ws, at):
+        ws.cell(2, at['keep'], 'x'); wb['votes']['B9'] = 'mine'
+        names = dict(runs="Mei's tries", votes='runs', mixes='blends', guide='help')
+        for old, new in names.items(): wb[old].title = f'{new}_'
+        for ws in wb: ws.title = ws.title[:-1]
+    edit(root, rename)
+    assert people(id)['keep'] is True
+    run(1)
+    wb = openpyxl.load_workbook(root/LOG)
+    assert wb.sheetnames == ["Mei's tries", 'runs', 'blends', 'help'] and wb['runs']['B9'].value == 'mine'
+    assert [r['status'] for r in sheet(root, "Mei's tries")] == ['done']*2 and len(sheet(root, 'runs')) == 8
+    edit(root, lambda wb, ws, at: ws.cell(2, at['keep'], 'perhaps'), "Mei's tries")
+    with pytest.raises(Refusal, match="sheet Mei's tries, cell V2"): people(id)
+    assert sync_log() == f'{LOG} is up to date'
+
+def test_a_copied_sheet_with_the_same_mark(root):
+    id = run()
+    def copied(wb, ws, at):
+        new = wb.copy_worksheet(ws)
+        new.title = 'runs (2)'
+        new.cell(2, at['keep'], 'x')
+        log._mark(new, 'runs')
+    edit(root, copied)
+    assert people(id)['keep'] is None
+    edit(root, lambda wb, ws, at: setattr(ws, 'title', 'tries'))
+    with pytest.raises(Refusal, match=r"'tries', 'runs \(2\)'.* the title runs"): people(id)
+    before = (root/LOG).read_bytes()
+    put(1)
+    assert "'tries', 'runs (2)'" in sync_log() and (root/LOG).read_bytes() == before
+    edit(root, lambda wb, ws, at: setattr(ws, 'title', 'runs'), 'runs (2)')
+    assert people(id)['keep'] is True and 'added' in sync_log()
+
+@pytest.mark.parametrize('col, near', [('keep', 'keep'), ('keep', 'Keep'), ('keep', 'keep '),
+    ('vote_weight', 'Vote weight'), ('public_lb', 'public_lb')])
+@pytest.mark.parametrize('left', [True, False])
+def test_two_columns_of_one_name(root, col, near, left):
+    id, other = run(), run(1)
+    def second(wb, ws, at):
+        j = ws.max_column+1
+        if left: ws.insert_cols(2); j = 2
+        ws.cell(1, j, near); ws.cell(2, j, 1)
+        return f'{openpyxl.utils.get_column_letter(j)}2'
+    cell = edit(root, second)
+    with pytest.raises(Refusal, match=f'sheet runs, .*two columns {col}.*') as e: people(id)
+    assert cell in str(e.value)
+    with pytest.raises(Refusal, match='two columns'): people()
+    assert people(other)[col] is None
+    run(2)  # a run is not harmed, and what is not sure is not kept
+    assert col not in log._people_file().get('runs', {}).get(id, {})
+    edit(root, lambda wb, ws, at: [ws.cell(2, c.column, 1) for c in ws[1] if log._plain(c.value) == log._plain(col)])
+    assert people(id)[col] == 1  # both say the same
+
+def test_two_columns_of_run_ids(root):
+    id = run(); run(1)
+    edit(root, lambda wb, ws, at: (ws.cell(1, 40, 'run_id'), ws.cell(1, 41, 'Run ID'), ws.cell(2, 41, 'their own'),
+                                    wb['mixes'].cell(1, 40, 'mix')))
+    assert people(id)['keep'] is None and 'added' in (put(1) and sync_log())
+    edit(root, lambda wb, ws, at: ws.cell(3, 40, 'train-f9-0123456789'))
+    with pytest.raises(Refusal, match='cell A3: there are two columns run_id.*AN3'): people(id)
+    before = (root/LOG).read_bytes()
+    put(2)
+    assert 'two columns run_id' in sync_log() and (root/LOG).read_bytes() == before
+
+@pytest.mark.parametrize('col, value', [('params', 'lr=0.5'), ('fold', 3), ('Status', 'planned')])
+def test_a_plan_with_two_columns_of_one_name(root, col, value):
+    sync_log()
+    edit(root, lambda wb, ws, at: (ws.cell(1, 40, col), ws.cell(3, 40, value)))
+    plan(root, 3, stage='train', **({} if col == 'Status' else dict(status='planned')))
+    with pytest.raises(Refusal, match=f'two columns {col.lower()}.*AN3'): planned()
+    run()
+    assert len(ids(root)) == 1
+
 def test_macros_stay(root):
     run()
     with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
@@ -553,14 +650,16 @@ def test_rows_that_come_and_go(root):
     edit(root, lambda wb, ws, at: ws.delete_rows(2))
     shutil.rmtree(models_path(ids_[1]))
     assert '1 row added' in sync_log()  # the deleted row is back, with its note; the row of the deleted run stays
-    assert {r['run_id']: (r['note'], r['status']) for r in sheet(root)} == {i: (f'n{r}', 'done') for i, r in zip(ids_, (2, 3, 4))}
+    want = {i: (f'n{r}', 'done') for i, r in zip(ids_, (2, 3, 4))}
+    assert {r['run_id']: (r['note'], r['status']) for r in sheet(root)} == want
     edit(root, lambda wb, ws, at: ws.cell(3, at['log_loss'], 77))
     assert '1 cell changed' in sync_log()
     assert {r['log_loss'] for r in sheet(root)} == {.9}
 
 def test_sheets_that_are_gone_or_someone_elses(root):
     run()
-    edit(root, lambda wb, ws, at: (wb.remove(wb['votes']), setattr(wb['guide'], 'title', 'help'), ws.delete_cols(1), ws.cell(2, 1, 'theirs')))
+    edit(root, lambda wb, ws, at: (wb.remove(wb['votes']), setattr(wb['guide'], 'title', 'help'),
+                                   ws.delete_cols(1), ws.cell(2, 1, 'theirs')))
     assert 'not updated' not in sync_log() and len(ids(root)) == 1
     assert openpyxl.load_workbook(root/LOG)['runs (old)']['A2'].value == 'theirs'
     edit(root, lambda wb, ws, at: setattr(ws, 'title', 'tmp') or setattr(ws, 'title', 'Runs'))
@@ -569,17 +668,133 @@ def test_sheets_that_are_gone_or_someone_elses(root):
 
 def test_strict_cells(root):
     run()
-    for col, v, ok in (('keep', 'maybe', False), ('vote_weight', 'a lot', False), ('vote_weight', -1, False), ('vote_weight', True, False),
-                       ('vote_weight', '0.25', True), ('keep', 1, True), ('keep', True, True), ('keep', '✓', True)):
+    bad = ('keep', 'maybe'), ('vote_weight', 'a lot'), ('vote_weight', -1), ('vote_weight', True)
+    good = ('vote_weight', '0.25'), ('keep', 1), ('keep', True), ('keep', '✓')
+    for col, v in bad+good:
         at = edit(root, lambda wb, ws, at: (ws.cell(2, at[col], v), at)[1])
-        if ok: people()
+        if (col, v) in good: people()
         else:
             cell = f"{openpyxl.utils.get_column_letter(at[col])}2"
             with pytest.raises(Refusal, match=f'sheet runs, cell {cell}'): people()
         edit(root, lambda wb, ws, at: ws.cell(2, at[col]).__setattr__('value', None))
 
+# ---- formulas of people ----
+def computed(root, values):
+    "Formulas with their values, as Excel saves them: (sheet, cell) → (formula, type, value)"
+    edit(root, lambda wb, ws, at: [wb[s].__setitem__(ref, 12345+i) for i, (s, ref) in enumerate(values)])
+    with zipfile.ZipFile(root/LOG) as z:
+        parts, where = {n: z.read(n) for n in z.namelist()}, log._sheet_parts(z)
+    for i, ((s, ref), (f, kind, v)) in enumerate(values.items()):
+        f = f if f.startswith('<f') else f'<f>{f}</f>'
+        new = f'<c r="{ref}" t="{kind}">{f}<v>{v}</v></c>'
+        text, n = re.subn(rf'<c r="{ref}"[^>]*><v>{12345+i}</v></c>', lambda m: new, parts[where[s]].decode())
+        assert n == 1
+        parts[where[s]] = text.encode()
+    with zipfile.ZipFile(root/LOG, 'w') as z:
+        for n, b in parts.items(): z.writestr(n, b)
+
+def formulas(root):
+    "Sheet and cell of each formula → the value that a program reads which does not compute"
+    told, seen = openpyxl.load_workbook(root/LOG), openpyxl.load_workbook(root/LOG, data_only=True)
+    return {(ws.title, c.coordinate): seen[ws.title][c.coordinate].value
+            for ws in told for row in ws.iter_rows() for c in row if c.data_type == 'f'}
+
+def own(wb, ws, at):
+    for j in range(9): ws.cell(1, 40+j, f'own{j}')
+    wb.create_sheet('ours')['A1'] = 7
+
+def test_cached_values_of_formulas_stay(root):
+    run()
+    edit(root, own)
+    shared = '<f t="shared" ref="AS2" si="0">H2+1</f>'
+    computed(root, {('runs', 'AN2'): ('H2*2', 'n', '1.8000000000000003'),
+                    ('runs', 'AO2'): ('A2&amp;"&lt;"', 'str', 'a &lt;b&gt; _x000D_'),
+                    ('runs', 'AP2'): ('H2&lt;1', 'b', '1'), ('runs', 'AQ2'): ('1/0', 'e', '#DIV/0!'),
+                    ('runs', 'AR2'): ('IF(1,"","x")', 'str', ''), ('runs', 'AS2'): (shared, 'n', '1.9'),
+                    ('ours', 'B1'): ('A1*runs!H2', 'n', '6.3'), ('ours', 'B2'): ('B1+1', 'n', '7.3'),
+                    ('ours', 'B3'): ('1+1', 'e', '#SPILL!')})
+    want = formulas(root)
+    assert (want['runs', 'AN2'], want['runs', 'AP2']) == (1.8000000000000003, True)
+    assert (want['runs', 'AQ2'], want['ours', 'B2']) == ('#DIV/0!', 7.3)
+    run(1); put(7)
+    assert 'rows added' in sync_log()
+    assert {k: v for k, v in formulas(root).items() if k in want} == want
+    with zipfile.ZipFile(root/LOG) as z:
+        assert b'fullCalcOnLoad="1"' in z.read('xl/workbook.xml')
+        assert b'<v>1.8000000000000003</v>' in z.read('xl/worksheets/sheet1.xml')
+        assert b't="str"><f>A2&amp;"&lt;"</f><v>a &lt;b&gt; _x000D_</v>' in z.read('xl/worksheets/sheet1.xml')
+        assert b't="e"><f>1+1</f><v>#SPILL!</v>' in z.read('xl/worksheets/sheet5.xml')
+    assert sync_log() == f'{LOG} is up to date'
+
+def test_values_that_a_sync_makes_wrong_are_left_out(root):
+    for i in range(3): run(i)
+    edit(root, own)
+    fresh = {('runs', 'AN2'): 'H2*2', ('runs', 'AO2'): 'SUM(H2:H2,H4)', ('runs', 'AP2'): 'AN2+1',
+             ('runs', 'AQ2'): '$H$4', ('ours', 'B1'): 'runs!H2'}
+    array = '<f t="array" ref="AT3:AT4">H2:H3</f>'
+    stale = {('runs', 'AN3'): 'H3*2', ('runs', 'AO3'): 'SUM(H:H)', ('runs', 'AP3'): 'AN3+1',
+             ('runs', 'AQ3'): 'COUNTA(A2:A99)', ('runs', 'AR3'): 'OFFSET(A1,1,1)', ('runs', 'AS3'): 'loss*1',
+             ('runs', 'AT3'): array, ('ours', 'B2'): 'runs!AT4', ('ours', 'B3'): 'B2+1', ('ours', 'B4'): "'runs'!AP3"}
+    edit(root, lambda wb, ws, at: (ws.cell(3, at['log_loss'], 77), ws.__setitem__('AT4', 77)))  # the loss is put right
+    computed(root, {k: (f, 'n', '77') for k, f in {**fresh, **stale}.items()})
+    run(3)
+    got = formulas(root)
+    assert {k: got[k] for k in fresh} == dict.fromkeys(fresh, 77)
+    assert {k: got[k] for k in stale} == dict.fromkeys(stale)
+    assert openpyxl.load_workbook(root/LOG)['runs']['AT4'].value is None
+
+def test_a_column_of_one_formula_is_filled_down(root):
+    for i in range(3): run(i)
+    def write(wb, ws, at):
+        for r in (2, 3, 4):
+            ws.cell(r, 40, f'=ROUND(H{r}*$H$2,3)').number_format = '0.0%'
+            ws.cell(r, 41, f'=H{r}' if r < 4 else '=H4*2')  # two formulas
+            ws.cell(r, 42, f'=H{r}' if r < 4 else 5)
+            ws.cell(r, 43, '=ROW()')
+            ws.cell(r, at['note'], f'=A{r}&"!"')
+            ws.cell(r, at['log_loss'], f'=I{r}')  # ours: put right
+        ws.cell(2, 45, '=H2')  # the last run has none
+        ws.cell(4, 46, '=1/3')  # a number
+        ws.cell(3, 47, '=H3'); ws.cell(4, 47, '=H4')  # a gap above
+        ws.cell(4, 48, '=$H$2')
+        for j in range(40, 49): ws.cell(1, j, f'own{j}')
+        ws.cell(9, 1, 'total'); ws.cell(9, 40, '=SUM(AN2:AN8)')
+        for c, v in dict(status='planned', stage='train', fold=5).items(): ws.cell(7, at[c], v)
+    edit(root, write)
+    run(3); run(5)
+    ws = openpyxl.load_workbook(root/LOG)['runs']
+    at = {c.value: c.column for c in ws[1]}
+    for r in (5, 7):
+        assert ws.cell(r, at['run_id']).value.startswith(f'train-f{dict([(5, 3), (7, 5)])[r]}')
+        assert ws.cell(r, 40).value == f'=ROUND(H{r}*$H$2,3)' and ws.cell(r, at['note']).value == f'=A{r}&"!"'
+        filled = [ws.cell(r, j).value for j in (41, 42, 43, 45, 46, 47, 48)]
+        assert filled == [None, None, '=ROW()', None, None, f'=H{r}', '=$H$2']
+        assert ws.cell(r, 40).number_format == '0.0%' and ws.cell(r, at['log_loss']).value == .9
+    assert ws['AN9'].value == '=SUM(AN2:AN8)' and sync_log() == f'{LOG} is up to date'
+
+def test_a_row_that_comes_back_gets_the_formula_of_its_column(root):
+    for i in range(3): run(i)
+    edit(root, lambda wb, ws, at: ws.cell(1, 40, 'own'))
+    computed(root, {('runs', f'AN{r}'): (f'H{r}+1', 'n', '1.9') for r in (2, 3, 4)})
+    sync_log()
+    run(3)
+    edit(root, lambda wb, ws, at: ws.delete_rows(5))
+    edit(root, lambda wb, ws, at: ws.delete_rows(4))
+    run(4)
+    assert sorted(ids(root)) == sorted(r['run_id'] for r in records())
+    ws = openpyxl.load_workbook(root/LOG)['runs']
+    assert [ws.cell(r, 40).value for r in range(2, 7)] == [f'=H{r}+1' for r in range(2, 7)]
+
+def test_a_weight_that_is_out_of_date_is_refused(root):
+    id = run()
+    computed(root, {('runs', 'W2'): ('1/COUNTA(A2:A99)', 'n', '1')})
+    assert people(id)['vote_weight'] == 1
+    run(1)
+    with pytest.raises(Refusal, match='cell W2, .*without a value'): people(id)
+
 # ---- plans ----
-def plan(root, row, **cells): return edit(root, lambda wb, ws, at: [ws.cell(row, at[k], v) for k, v in cells.items()] and at)
+def plan(root, row, **cells):
+    return edit(root, lambda wb, ws, at: [ws.cell(row, at[k], v) for k, v in cells.items()] and at)
 
 def test_planned_rows(root, monkeypatch):
     assert planned() == []
@@ -600,17 +815,20 @@ def test_planned_rows(root, monkeypatch):
     assert [p['row'] for p in planned()] == [5] and sheet(root)[7]['status'] == f'as {done}' and len(ids(root)) == 3
     monkeypatch.delenv('CK_PLANNED_ROW')
     b = run(2, lr=.5)
-    assert planned() == [] and sheet(root)[3]['run_id'] == b and people(b)['keep'] is True and sheet(root)[3]['status'] == 'done'
+    assert planned() == [] and people(b)['keep'] is True
+    assert (sheet(root)[3]['run_id'], sheet(root)[3]['status']) == (b, 'done')
     assert sync_log() == f'{LOG} is up to date' and len(ids(root)) == 4
 
 def test_a_row_of_totals_is_no_run(root):
     id = run()
-    edit(root, lambda wb, ws, at: [ws.cell(12, at[k], v) for k, v in dict(run_id='total', keep='n=1', vote_weight='all', note='sum').items()])
+    plan(root, 12, run_id='total', keep='n=1', vote_weight='all', note='sum')
     run(1); run(2)
-    assert set(people()) <= {id} and [r['run_id'] for r in sheet(root)][:3] == ids(root)[:3] and sheet(root)[10]['note'] == 'sum'
+    assert set(people()) <= {id} and sheet(root)[10]['note'] == 'sum'
+    assert [r['run_id'] for r in sheet(root)][:3] == ids(root)[:3]
 
-@pytest.mark.parametrize('cells,col', [(dict(stage=''), 'stage'), (dict(stage='Train it'), 'stage'), (dict(params='lr'), 'params'), (dict(params=5), 'params'),
-    (dict(params='{"a"'), 'params'), (dict(fold='two'), 'fold'), (dict(fold=1.5), 'fold'), (dict(fold=1, params='fold=2'), 'fold')])
+@pytest.mark.parametrize('cells,col', [(dict(stage=''), 'stage'), (dict(stage='Train it'), 'stage'),
+    (dict(params='lr'), 'params'), (dict(params=5), 'params'), (dict(params='{"a"'), 'params'),
+    (dict(fold='two'), 'fold'), (dict(fold=1.5), 'fold'), (dict(fold=1, params='fold=2'), 'fold')])
 def test_plans_that_cannot_be_read(root, cells, col):
     sync_log()
     at = plan(root, 3, **dict(dict(status='planned', stage='train'), **cells))
@@ -622,9 +840,11 @@ def test_plans_that_cannot_be_read(root, cells, col):
 # ---- the whole of it ----
 def test_mixes_and_votes(root):
     for i in range(6): put(i)
-    with start_run('vote', dict(rule='mean'), {}) as r: r.finish(dict(log_loss=.8), members=['a', 'b'], weights={'a': 1., 'b': .5}, submission=root/'s.csv')
+    with start_run('vote', dict(rule='mean'), {}) as r:
+        r.finish(dict(log_loss=.8), members=['a', 'b'], weights={'a': 1., 'b': .5}, submission=root/'s.csv')
     m = {r['mix']: r for r in sheet(root, 'mixes')}['train + more:1']
-    assert (m['runs'], m['folds'], m['best']) == (2, '1, 4', [r['run_id'] for r in records() if r['params'].get('n') == 4][0])
+    best, = [r['run_id'] for r in records() if r['params'].get('n') == 4]
+    assert (m['runs'], m['folds'], m['best']) == (2, '1, 4', best)
     assert m['log_loss'] == pytest.approx(.9975) and m['log_loss spread'] == pytest.approx(.0015)
     v, = sheet(root, 'votes')
     assert v['run_id'] == r.id and v['weights'] == 'a=1.0, b=0.5' and v['members'] == 'a, b' and r.id not in ids(root)
@@ -642,7 +862,8 @@ def test_a_thousand_records(root, capsys):
 def test_an_empty_root_gets_the_template(root):
     assert 'not updated' not in sync_log() and sync_log() == f'{LOG} is up to date'
     wb = openpyxl.load_workbook(root/LOG)
-    assert wb.sheetnames == ['runs', 'votes', 'mixes', 'guide'] and wb['runs'].freeze_panes == 'B2' and wb['runs'].auto_filter.ref
+    assert wb.sheetnames == ['runs', 'votes', 'mixes', 'guide']
+    assert wb['runs'].freeze_panes == 'B2' and wb['runs'].auto_filter.ref
     assert [c.value for c in wb['runs'][1]] == [c.name for c in log._SHEETS['runs']] and wb['runs'].max_row == 1
 
 @pytest.mark.skipif(not shutil.which('soffice'), reason='LibreOffice is not installed')
@@ -650,7 +871,8 @@ def test_libreoffice_reads_and_saves_it(root):
     id = run(mix='=1+1')
     edit(root, lambda wb, ws, at: ws.cell(2, at['note'], 'seen'))
     out = root/'lo'
-    subprocess.run(['soffice', '--headless', f'-env:UserInstallation=file://{root}/profile', '--convert-to', 'xlsx', '--outdir', out, root/LOG],
+    office = ['soffice', '--headless', f'-env:UserInstallation=file://{root}/profile']
+    subprocess.run([*office, '--convert-to', 'xlsx', '--outdir', out, root/LOG],
         check=True, capture_output=True, timeout=120)
     shutil.copy(out/LOG, root/LOG)
     assert sheet(root)[0]['mix'] == '=1+1'
