@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config
 from competition_kit.core import Refusal
-from competition_kit.quant import GPTQLinear, dense_weight, load_mapped, load_nf4
+from competition_kit.quant import GPTQLinear, dense_weight, load_mapped, load_nf4, text_config
 from gptq_writer import checkpoint, quantise, read
 
 KINDS = [dict(bits=b, group=g, act=a, sym=s, v1=v) for b, g, a, s, v in itertools.product((4, 8), (32, 64, -1), (False, True), (True, False), (True, False))]
@@ -168,17 +169,95 @@ def test_score_route(tiny, tmp_path, model):
     save_file({k: v for k, v in load_file(f).items() if k != 'lm_head.weight'} | {'score.weight': torch.full((4, 64), .5)}, f)
     assert (load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight == .5).all(), 'a head that is there is kept'
 
-def test_mixed_bits(tiny, tmp_path):
-    "GPTQModel's `dynamic` gives layers bits and groups of their own"
-    four, eight = checkpoint(tiny('llama'), tmp_path/'4', 4, 32), checkpoint(tiny('llama'), tmp_path/'8', 8, 64)
-    t = {k: v for d, keep in (('4', lambda k: 'down_proj' not in k), ('8', lambda k: 'down_proj' in k)) for k, v in load_file(tmp_path/d/'model.safetensors').items() if keep(k)}
-    save_file(t, tmp_path/'4/model.safetensors')
-    with pytest.raises(Refusal, match='group size 32'): load_mapped(str(tmp_path/'4'), AutoModelForCausalLM)
+def mixed(tiny, tmp_path, rules=None):
+    "4 bits, `down_proj` in 8, and the first `o_proj` plain"
+    own = lambda k: 8 if 'down_proj' in k else 0 if 'layers.0.self_attn.o_proj' in k else 4
+    meant = {4: checkpoint(tiny('llama'), tmp_path/'4', 4, 32), 8: checkpoint(tiny('llama'), tmp_path/'8', 8, 64)}
+    plain = load_file(Path(tiny('llama'))/'model.safetensors')
+    files = {4: load_file(tmp_path/'4/model.safetensors'), 8: load_file(tmp_path/'8/model.safetensors'), 0: plain}
+    save_file({k: v for bits, t in files.items() for k, v in t.items() if own(k) == bits}, tmp_path/'4/model.safetensors')
     c = json.loads((tmp_path/'4/config.json').read_text())
-    c['quantization_config']['dynamic'] = {'.*down_proj': dict(bits=8, group_size=64)}
+    if rules: c['quantization_config']['dynamic'] = rules
     (tmp_path/'4/config.json').write_text(json.dumps(c))
-    want = meant_model(tiny('llama'), four | {k: v for k, v in eight.items() if 'down_proj' in k})
-    torch.testing.assert_close(logits(load_mapped(str(tmp_path/'4'), AutoModelForCausalLM, torch.float32, 'cpu')), logits(want), rtol=1e-4, atol=1e-4)
+    return {k: w for bits in (4, 8) for k, w in meant[bits].items() if own(k) == bits}
+
+@pytest.mark.parametrize('rules', [{'-:.*layers.0.*o_proj': {}, '.*down_proj': dict(bits=8, group_size=64)},
+                                   {'+:.*down_proj': dict(bits=8, group_size=64, desc_act=False), '.*proj': dict(bits=4)}], ids=str)
+def test_mixed_bits(tiny, tmp_path, rules):
+    "GPTQModel's `dynamic` gives layers bits and groups of their own, or leaves them plain; the first rule that fits counts"
+    want = meant_model(tiny('llama'), mixed(tiny, tmp_path, rules))
+    got = load_mapped(str(tmp_path/'4'), AutoModelForCausalLM, torch.float32, 'cpu')
+    torch.testing.assert_close(logits(got), logits(want), rtol=1e-4, atol=1e-4)
+    assert {m.bits for m in got.modules() if isinstance(m, GPTQLinear)} == {4, 8}
+
+def test_mixed_bits_without_a_rule(tiny, tmp_path):
+    mixed(tiny, tmp_path)
+    with pytest.raises(Refusal, match='group size 32'): load_mapped(str(tmp_path/'4'), AutoModelForCausalLM)
+
+EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
+               n_shared_experts=1, shared_expert_intermediate_size=32, first_k_dense_replace=1)
+LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)
+
+def experts(folder, kind, **kw):
+    torch.manual_seed(0)
+    m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | EXPERTS | kw), dtype=torch.float32)
+    for n, t in m.named_buffers():
+        if 'bias' in n: t.normal_()  # DeepSeek's correction of the router, which stays in fp32
+    m.save_pretrained(folder)
+    return str(folder)
+
+@pytest.mark.parametrize('kind, kw', [('mixtral', {}), ('qwen3_moe', {}), ('qwen2_moe', {}), ('olmoe', {}), ('granitemoe', {}), ('gpt_oss', {}),
+                                      ('deepseek_v3', LATENT), ('phimoe', {})], ids=str)
+def test_experts_that_files_hold_one_by_one(kind, kw, tmp_path):
+    "the same numbers in the same formats as transformers' own loading"
+    base = experts(tmp_path/'b', kind, **kw)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = load_mapped(base, AutoModelForCausalLM, dtype, 'cpu').state_dict()
+        want = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).state_dict()
+        assert got.keys() == want.keys()
+        for k in want: assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]), k
+
+@pytest.mark.parametrize('drop, says', [('experts.3.', 'another shape.*mlp.experts'), ('experts.1.w1', 'missing: .*experts.gate_up_proj'),
+                                        ('experts', 'missing: .*experts.down_proj')])
+def test_experts_are_missing(drop, says, tmp_path):
+    base = experts(tmp_path/'b', 'mixtral')
+    f = tmp_path/'b/model.safetensors'
+    save_file({k: v for k, v in load_file(f).items() if drop not in k}, f)
+    with pytest.raises(Refusal, match=says): load_mapped(base, AutoModelForCausalLM, torch.float32, 'cpu')
+
+def test_quantised_experts_are_refused(tmp_path):
+    experts(tmp_path/'b', 'qwen3_moe')
+    checkpoint(tmp_path/'b', tmp_path/'q', group=32)
+    with pytest.raises(Refusal, match='experts are quantised one by one'): load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu')
+
+def test_a_plain_base_stays_in_its_file(tiny):
+    m = load_mapped(str(tiny('llama')), AutoModelForCausalLM, torch.float32, 'cpu')
+    where = open('/proc/self/maps').read().splitlines()
+    spans = [[int(x, 16) for x in line.split()[0].split('-')] for line in where if str(tiny('llama')) in line]
+    assert all(any(a <= p.data_ptr() < b for a, b in spans) for p in m.parameters())
+
+CLIP = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+
+@pytest.mark.parametrize('inner', [True, False])
+@pytest.mark.parametrize('outer', [True, False])
+@pytest.mark.parametrize('kind, text, sight', [('mistral3', 'mistral', 'pixtral'), ('gemma3', 'gemma3_text', 'siglip_vision_model')])
+def test_the_outer_configuration_says_what_is_tied(kind, text, sight, outer, inner, tmp_path):
+    c = AutoConfig.for_model(kind, text_config=dict(SHAPE, model_type=text, tie_word_embeddings=inner), vision_config=dict(CLIP, model_type=sight),
+                             tie_word_embeddings=outer)
+    torch.manual_seed(0)
+    m = AutoModelForImageTextToText.from_config(c, dtype=torch.float32, attn_implementation='eager').eval()
+    m.save_pretrained(tmp_path)
+    want, (config, renamed) = logits(m), text_config(str(tmp_path))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, key_mapping=renamed, dtype=torch.float32, attn_implementation='eager')
+    mapped = load_mapped(str(tmp_path), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='eager')
+    for got in (plain, mapped): torch.testing.assert_close(logits(got), want, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('rules, says', [({'.*down_proj': dict(bits=8)}, 'group size 32'), ({'.*down_proj': dict(group_size=64)}, '4 bits'),
+    ({'.*down_proj': dict(bits=8, group_size=64), '-:.*1.mlp.up_proj': {}}, r'layers.1.mlp.up_proj is quantised'),
+    ({'.*mlp': dict(bits=8, group_size=64), '.*up_proj|.*gate_proj': dict(bits=4, group_size=32)}, '8 bits')], ids=str)
+def test_rules_and_file_disagree(tiny, tmp_path, rules, says):
+    mixed(tiny, tmp_path, rules)
+    with pytest.raises(Refusal, match=says): load_mapped(str(tmp_path/'4'), AutoModelForCausalLM, device='cpu')
 
 @pytest.mark.parametrize('change, says', [
     (dict(drop='model.layers.1.mlp.up_proj.scales'), 'missing: model.layers.1.mlp.up_proj.scales'),
