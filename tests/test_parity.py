@@ -1,5 +1,6 @@
 "Bases whose packed forward is not their own are refused by name, and others are right; rows longer than a base can place"
 import shutil
+from pathlib import Path
 import pandas as pd, pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from competition_kit import model, parity
@@ -7,6 +8,7 @@ from competition_kit.base import load_tokenizer
 from competition_kit.core import Refusal, models_path
 from competition_kit.model import load_judge, view_probs
 from competition_kit.prompt import Prompt
+from gptq_writer import checkpoint
 from test_model import save, sequences, one, packed, reference
 
 SMALL = dict(vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -40,6 +42,36 @@ def test_state_sinks_and_attention_of_its_own_are_refused(kind, base, prompt):
     for route, dtype in (('answer', 'bf16'), ('score', 'fp32')) if kind in ('qwen3_5_text', 'stablelm') else (('answer', 'bf16'),):
         with pytest.raises(Refusal, match='elsewhere'): load_judge(b, prompt, route, dtype)
     assert not list(models_path('.parity').glob('*'))
+
+@pytest.mark.parametrize('kind, kw', [('openai-gpt', dict(n_embd=64, n_layer=2, n_head=4)), ('mimo_v2_flash', EXPERTS)], ids=str)
+def test_a_difference_that_rounding_would_hide(kind, kw, base, prompt):
+    "of a hundredth of the spread, which bf16 itself may cost: the same weights in fp32 tell"
+    with pytest.raises(Refusal, match='rounding allows 0.0002'): load_judge(base(kind, **kw), prompt, 'answer', 'bf16')
+
+@pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
+@pytest.mark.parametrize('kind', ['granitemoe', 'qwen3_moe', 'opt'])
+def test_weights_are_what_they_were(kind, dtype, base, prompt):
+    "right bases pass in 16 bits, experts that change their tokens for a rounding too; nothing stays in fp32"
+    b = base(kind, **EXPERTS, ffn_dim=96, word_embed_proj_dim=64)
+    got = load_judge(b, prompt, 'answer', dtype).base.state_dict()
+    want = AutoModelForCausalLM.from_pretrained(b, dtype=torch.float16 if dtype == 'fp16' else torch.bfloat16).state_dict()
+    for k in want: assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]), k
+
+@pytest.mark.parametrize('kind', ['gptq', 'nf4', 'mapped'])
+def test_quantised_and_mapped_bases_are_compared(kind, base, prompt, tmp_path, monkeypatch):
+    "a right one passes, a planted fault of a fiftieth does not"
+    if kind == 'nf4': pytest.importorskip('bitsandbytes')
+    b, kw = base('qwen3'), dict(dtype='nf4') if kind == 'nf4' else dict(dtype='bf16', mapped=kind == 'mapped')
+    if kind == 'gptq':
+        checkpoint(b, tmp_path/'q', group=32)
+        for f in Path(b).iterdir():
+            if 'token' in f.name: shutil.copy(f, tmp_path/'q')
+        b = str(tmp_path/'q')
+    for k in (1, 2): load_judge(b, prompt, 'answer', **kw)
+    assert len(list(models_path('.parity').glob('*'))) == 1
+    shutil.rmtree(models_path('.parity'))
+    monkeypatch.setattr(model, '_one', lambda q, k, v, *a, was=model._one: was(q, k, v, *a)*1.02)
+    with pytest.raises(Refusal, match='computes what the packed forward does not'): load_judge(b, prompt, 'answer', **kw)
 
 @pytest.mark.parametrize('dtype, kind', [('fp32', 'gemma2'), ('fp16', 'gemma2'), ('bf16', 'gemma2'), ('bf16', 'llama'), ('bf16', 'granitemoe')])
 def test_a_small_fault_shows_in_every_format(dtype, kind, base, prompt, monkeypatch):
