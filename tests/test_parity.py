@@ -1,7 +1,7 @@
 "Bases whose packed forward is not their own are refused by name, and others are right; rows longer than a base can place"
 import shutil
 from pathlib import Path
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from competition_kit import model, parity
 from competition_kit.base import load_tokenizer
@@ -33,6 +33,20 @@ def agrees(base, prompt, dtype='fp32', eps=1e-5, lengths=(1, 5, 40, 90, 3), **kw
 def test_scales_chunks_and_others_are_right(kind, kw, base, prompt):
     assert agrees(base(kind, **kw), prompt)
 
+LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, num_hidden_layers=4)
+
+def test_llama4_scales_queries_by_their_place_in_the_row(base, prompt):
+    "its class goes by the place in the pack, which is the same in a pack of one row only"
+    b = base('llama4_text', **LLAMA4, attention_chunk_size=16, floor_scale=8)
+    judge, ids, head = load_judge(b, prompt, dtype='fp32'), sequences((30, 5, 40)), sequences((9,), 3)[0]
+    for rows in (ids, [np.append(head, i) for i in ids]):
+        want = torch.stack([reference(b)(one(i)).logits[0, -1, judge.letters] for i in rows])
+        assert (packed(judge, rows)-want).abs().max() < 1e-4
+
+@pytest.mark.parametrize('kind', ['gpt_oss', 'mimo_v2_flash'])
+def test_sinks_are_named(kind, base, prompt):
+    with pytest.raises(Refusal, match='attention has sinks'): load_judge(base(kind, **EXPERTS), prompt, 'answer', 'bf16')
+
 REFUSED = dict(qwen3_5_text=LINEAR, lfm2=dict(layer_types=['conv', 'full_attention']), mamba2=dict(num_heads=8, state_size=8, n_groups=1), stablelm={}, bloom=dict(n_layer=2, n_head=4),
                doge={}, gpt_oss=EXPERTS, qwen2=dict(is_causal=False), gptj=dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8))
 
@@ -43,10 +57,10 @@ def test_state_sinks_and_attention_of_its_own_are_refused(kind, base, prompt):
         with pytest.raises(Refusal, match='elsewhere'): load_judge(b, prompt, route, dtype)
     assert not list(models_path('.parity').glob('*'))
 
-@pytest.mark.parametrize('kind, kw', [('openai-gpt', dict(n_embd=64, n_layer=2, n_head=4)), ('mimo_v2_flash', EXPERTS)], ids=str)
-def test_a_difference_that_rounding_would_hide(kind, kw, base, prompt):
+def test_a_difference_that_rounding_would_hide(base, prompt):
     "of a hundredth of the spread, which bf16 itself may cost: the same weights in fp32 tell"
-    with pytest.raises(Refusal, match='rounding allows 0.0002'): load_judge(base(kind, **kw), prompt, 'answer', 'bf16')
+    with pytest.raises(Refusal, match='rounding allows 0.0002'):
+        load_judge(base('openai-gpt', n_embd=64, n_layer=2, n_head=4), prompt, 'answer', 'bf16')
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
 @pytest.mark.parametrize('kind', ['granitemoe', 'qwen3_moe', 'opt'])
