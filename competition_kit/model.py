@@ -7,7 +7,7 @@ __all__ = ['common', 'collate', 'packed_attention', 'Judge', 'load_judge', 'add_
            'pack_loss', 'view_probs', 'predict', 'letter_mass']
 
 # %% ../nbs/03a_model.ipynb #70daee95
-from .adapter import check_adapter
+from .adapter import check_adapter, lora_scale
 from .base import base_path, pick_dtype
 from .core import Refusal, read_json
 from .parity import check_forward, check_length
@@ -370,10 +370,9 @@ def continue_from(
     bad = [k for k in {*saved, *mine} if k not in saved or k not in mine or saved[k].shape != mine[k].shape]
     if bad:
         raise Refusal(f'{len(bad)} tensors do not fit, such as {sorted(bad)[0]}', adapter, fix='Give the rank, modules and route of the run that is continued, or keep_head=False')
-    old, new = (c['lora_alpha']/c['r']**(.5 if c['use_rslora'] else 1)
-                for c in (read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()))
+    old, new = read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()
     with torch.no_grad():
-        for k, p in mine.items(): p.copy_(saved[k]*(old/new) if 'lora_B' in k else saved[k])
+        for k, p in mine.items(): p.copy_(saved[k]*(lora_scale(old, k)/lora_scale(new, k)) if 'lora_B' in k else saved[k])
     return judge
 
 # %% ../nbs/03a_model.ipynb #f8d4893a

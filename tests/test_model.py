@@ -3,13 +3,13 @@ import json, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage, models_path
 from competition_kit.model import Judge, add_lora, collate, continue_from, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
 from competition_kit.prompt import Prompt
-from competition_kit.speed import layers
+from competition_kit.speed import fuse, layers
 from competition_kit.split import swap_probs, tasks
 
 # ---- tiny models in folders. Wide initial weights, so that attention looks at something
@@ -448,6 +448,22 @@ def test_going_on_says_what_the_earlier_one_said(tiny, prompt, tmp_path, old, ne
     judge.model.save_pretrained(tmp_path/'a'); after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
     close(packed(after, ids), packed(judge, ids), 2e-5)
     if old == new: assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), after.parameters()))
+
+@pytest.mark.parametrize('rslora', [False, True])
+def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, prompt, tmp_path, rslora):
+    "are what they are in plain peft, also in one pass, and to go on from"
+    ids, own = sequences(), dict(alpha_pattern={'layers.0.self_attn.v_proj': 3, 'q_proj': 40})
+    for name, more in (('ranks', dict(own, rank_pattern={'q_proj': 2, r'layers\.1\.mlp\.up_proj': 8})), ('alphas', own)):
+        torch.manual_seed(1)
+        there = get_peft_model(reference(tiny('llama')), LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, init_lora_weights=False, task_type='CAUSAL_LM',
+                               target_modules=['q_proj', 'v_proj', 'up_proj'], **more)).eval()
+        there.save_pretrained(tmp_path/name)
+        with torch.no_grad(): want = torch.stack([there(one(i)).logits[0, -1, prompt.letters] for i in ids])
+        judge = judge_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
+        close(packed(judge, ids), want, 2e-5)
+        close(packed(fuse(judge), ids), want, 2e-5)
+    after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, alpha=5, modules='q_proj,v_proj,up_proj'), tmp_path/'alphas')
+    close(packed(after, ids), want, 2e-5)
 
 def test_going_on_with_another_rank(tiny, prompt, tmp_path):
     with pytest.raises(Refusal, match='do not fit'): continue_from(add_lora(judge_of(tiny('llama'), prompt), r=8), saved(tiny, prompt, tmp_path/'a'))
