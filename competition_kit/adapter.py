@@ -37,8 +37,9 @@ def _check_config(c, where):
 
 # %% ../nbs/02d_adapter.ipynb #0222a763
 def _of_layer(c, field, tensor): # `r` or `lora_alpha` of the layer that a tensor belongs to
+    own = c.get(_patterns[field])
+    if not own: return c[field]
     from peft.utils.other import get_pattern_key
-    own = c.get(_patterns[field]) or {}
     layer = tensor.removeprefix('base_model.model.').split('.lora_')[0]
     return own.get(get_pattern_key(own, layer), c[field])
 
@@ -65,7 +66,8 @@ def _check_tensors(f, c):
             if not lora and '.score.' not in k: no(f'a tensor that is neither LoRA nor score head: {k}')
             if t.dtype not in (torch.float32, torch.float16, torch.bfloat16): no(f'numbers of type {t.dtype} in {k}')
             if not t.isfinite().all(): no(f'numbers in {k} that are not finite')
-            if lora and t.shape[0 if part[0] == 'lora_A' else -1] != (r := _of_layer(c, 'r', k)): no(f'another rank in {k} than its configuration says ({r})')
+            if lora and t.shape[0 if part[0] == 'lora_A' else -1] != (r := _of_layer(c, 'r', k)):
+                no(f'another rank in {k} than its configuration says ({r})')
             if lora and k.replace(part[0], 'lora_B' if part[0] == 'lora_A' else 'lora_A') not in names: no(f'half of a pair: {k}')
 
 # %% ../nbs/02d_adapter.ipynb #23d7eb7a

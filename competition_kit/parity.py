@@ -99,7 +99,8 @@ def gap(
 
 # %% ../nbs/02e_parity.ipynb #e38e923a
 def _raise(modules): # Weights of 16 bits become fp32; what they were
-    was = [(t, t.data) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)) if t.dtype in (torch.float16, torch.bfloat16)]
+    tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    was = [(t, t.data) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
     for t, data in was: t.data = data.float()
     return was
 
