@@ -11,24 +11,30 @@ from competition_kit.prompt import Prompt
 from gptq_writer import checkpoint
 from test_model import save, sequences, one, packed, reference
 
-SMALL = dict(vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+SMALL = dict(vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16,
              max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.25)
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-LINEAR = dict(layer_types=['linear_attention', 'full_attention'], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+LINEAR = dict(layer_types=['linear_attention', 'full_attention'], linear_num_key_heads=2, linear_num_value_heads=2,
+              linear_key_head_dim=16, linear_value_head_dim=16)
 
 @pytest.fixture(scope='module')
 def prompt(tok): return Prompt(tok, 'preference', 128)
 @pytest.fixture
-def base(tmp_path, smollm2): return lambda kind, **kw: str(save(tmp_path/kind, AutoConfig.for_model(kind, **SMALL | kw), smollm2))
+def base(tmp_path, smollm2):
+    return lambda kind, **kw: str(save(tmp_path/kind, AutoConfig.for_model(kind, **SMALL | kw), smollm2))
 
 def agrees(base, prompt, dtype='fp32', eps=1e-5, lengths=(1, 5, 40, 90, 3), **kw):
     ref, judge, ids = reference(base), load_judge(base, prompt, 'answer', dtype, **kw), sequences(lengths)
     with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
     return (packed(judge, ids)-want).abs().max() < eps*max(1, want.abs().max())
 
-@pytest.mark.parametrize('kind, kw', [('granite', dict(logits_scaling=7.)), ('cohere', dict(logit_scale=.3)), ('hyperclovax', dict(logits_scaling=.5)),
-    ('minicpm3', dict(dim_model_base=16, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4)),
-    ('llama4_text', dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, attention_chunk_size=16)),
+@pytest.mark.parametrize('kind, kw', [('granite', dict(logits_scaling=7.)), ('cohere', dict(logit_scale=.3)),
+                                      ('hyperclovax', dict(logits_scaling=.5)),
+    ('minicpm3', dict(dim_model_base=16, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=8,
+                      v_head_dim=16, num_key_value_heads=4)),
+    ('llama4_text', dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96,
+                         attention_chunk_size=16)),
     ('phi', {}), ('olmo2', {}), ('gpt_neox', {}), ('qwen3_moe', EXPERTS)], ids=str)
 def test_scales_chunks_and_others_are_right(kind, kw, base, prompt):
     assert agrees(base(kind, **kw), prompt)
@@ -45,10 +51,13 @@ def test_llama4_scales_queries_by_their_place_in_the_row(base, prompt):
 
 @pytest.mark.parametrize('kind', ['gpt_oss', 'mimo_v2_flash'])
 def test_sinks_are_named(kind, base, prompt):
-    with pytest.raises(Refusal, match='attention has sinks'): load_judge(base(kind, **EXPERTS), prompt, 'answer', 'bf16')
+    with pytest.raises(Refusal, match='attention has sinks'):
+        load_judge(base(kind, **EXPERTS), prompt, 'answer', 'bf16')
 
-REFUSED = dict(qwen3_5_text=LINEAR, lfm2=dict(layer_types=['conv', 'full_attention']), mamba2=dict(num_heads=8, state_size=8, n_groups=1), stablelm={}, bloom=dict(n_layer=2, n_head=4),
-               doge={}, gpt_oss=EXPERTS, qwen2=dict(is_causal=False), gptj=dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8))
+REFUSED = dict(qwen3_5_text=LINEAR, lfm2=dict(layer_types=['conv', 'full_attention']),
+               mamba2=dict(num_heads=8, state_size=8, n_groups=1), stablelm={}, bloom=dict(n_layer=2, n_head=4),
+               doge={}, gpt_oss=EXPERTS, qwen2=dict(is_causal=False),
+               gptj=dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8))
 
 @pytest.mark.parametrize('kind', REFUSED)
 def test_state_sinks_and_attention_of_its_own_are_refused(kind, base, prompt):
@@ -85,9 +94,11 @@ def test_quantised_and_mapped_bases_are_compared(kind, base, prompt, tmp_path, m
     assert len(list(models_path('.parity').glob('*'))) == 1
     shutil.rmtree(models_path('.parity'))
     monkeypatch.setattr(model, '_one', lambda q, k, v, *a, was=model._one: was(q, k, v, *a)*1.02)
-    with pytest.raises(Refusal, match='computes what the packed forward does not'): load_judge(b, prompt, 'answer', **kw)
+    with pytest.raises(Refusal, match='computes what the packed forward does not'):
+        load_judge(b, prompt, 'answer', **kw)
 
-@pytest.mark.parametrize('dtype, kind', [('fp32', 'gemma2'), ('fp16', 'gemma2'), ('bf16', 'gemma2'), ('bf16', 'llama'), ('bf16', 'granitemoe')])
+@pytest.mark.parametrize('dtype, kind', [('fp32', 'gemma2'), ('fp16', 'gemma2'), ('bf16', 'gemma2'), ('bf16', 'llama'),
+                                         ('bf16', 'granitemoe')])
 def test_a_small_fault_shows_in_every_format(dtype, kind, base, prompt, monkeypatch):
     "a right base passes; one with logits a tenth too large, or with a window that its layers forget, does not"
     b = base(kind, **EXPERTS, sliding_window=24)
@@ -96,10 +107,13 @@ def test_a_small_fault_shows_in_every_format(dtype, kind, base, prompt, monkeypa
     shutil.rmtree(models_path('.parity'))
     with monkeypatch.context() as m:
         m.setattr(model, '_logit_scale', lambda config, was=model._logit_scale: 1.1*was(config))
-        with pytest.raises(Refusal, match='computes what the packed forward does not'): load_judge(b, prompt, 'answer', dtype)
+        with pytest.raises(Refusal, match='computes what the packed forward does not'):
+            load_judge(b, prompt, 'answer', dtype)
     if kind != 'gemma2': return
-    monkeypatch.setattr(model, '_one', lambda q, k, v, scaling, softcap, window, chunk, was=model._one: was(q, k, v, scaling, softcap, None, chunk))
-    with pytest.raises(Refusal, match='computes what the packed forward does not'): load_judge(b, prompt, 'answer', dtype)
+    monkeypatch.setattr(model, '_one', lambda q, k, v, scaling, softcap, window, chunk,
+                        was=model._one: was(q, k, v, scaling, softcap, None, chunk))
+    with pytest.raises(Refusal, match='computes what the packed forward does not'):
+        load_judge(b, prompt, 'answer', dtype)
 
 def test_an_agreement_is_kept_for_these_weights(base, prompt, monkeypatch):
     b, asked = base('llama'), []
@@ -128,8 +142,11 @@ def test_a_new_head_is_the_same_as_without_a_check(base, prompt):
         heads.append(load_judge(b, prompt, 'score', 'fp32').base.score.weight.detach())
     assert torch.equal(*heads)
 
-@pytest.mark.parametrize('kind, kw, limit', [('llama', {}, 512), ('gpt2', dict(max_position_embeddings=100), 100), ('opt', dict(max_position_embeddings=100, ffn_dim=96, word_embed_proj_dim=64), 100),
-    ('llama', dict(max_position_embeddings=100, rope_parameters=dict(rope_type='dynamic', factor=9., rope_theta=1e4)), 100),
+@pytest.mark.parametrize('kind, kw, limit',
+                         [('llama', {}, 512), ('gpt2', dict(max_position_embeddings=100), 100),
+                          ('opt', dict(max_position_embeddings=100, ffn_dim=96, word_embed_proj_dim=64), 100),
+    ('llama', dict(max_position_embeddings=100, rope_parameters=dict(rope_type='dynamic', factor=9., rope_theta=1e4)),
+     100),
     ('qwen2', dict(max_position_embeddings=100, rope_parameters=dict(rope_type='yarn', factor=4., original_max_position_embeddings=100, rope_theta=1e4)), 400)], ids=str)
 def test_rows_longer_than_a_base_can_place(kind, kw, limit, base, tok):
     b, refused = base(kind, **kw), f'can place {limit}'
@@ -145,4 +162,5 @@ def test_a_special_token_without_an_embedding(base, smollm2):
     t.add_special_tokens(dict(extra_special_tokens=['<image_soft_token>']))
     load_judge(base('gemma3_text', sliding_window=16), Prompt(t, 'preference', 128), dtype='fp32')
     t.add_tokens(['flibbertigibbet'])
-    with pytest.raises(Refusal, match='1 more that a text can hold'): load_judge(base('qwen3'), Prompt(t, 'preference', 128), dtype='fp32')
+    with pytest.raises(Refusal, match='1 more that a text can hold'):
+        load_judge(base('qwen3'), Prompt(t, 'preference', 128), dtype='fp32')

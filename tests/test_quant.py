@@ -28,7 +28,8 @@ def test_round_trip(kind):
     assert (m.in_features, m.out_features) == (128, 40)
     assert (m.g_idx is None) == (not kind['act'] or kind['group'] == -1), 'an order that is trivial is dropped'
     assert np.array_equal(m.dense().numpy(), meant), 'exact in fp32'
-    for d in (torch.bfloat16, torch.float16): assert torch.equal(m.dense(d), torch.from_numpy(meant).to(d)), 'rounded once'
+    for d in (torch.bfloat16, torch.float16):
+        assert torch.equal(m.dense(d), torch.from_numpy(meant).to(d)), 'rounded once'
 
 @pytest.mark.parametrize('kind', [k for k in KINDS if k['group'] == 32], ids=name)
 def test_gradient(kind):
@@ -38,7 +39,8 @@ def test_gradient(kind):
     y, want = m(x), F.linear(x, torch.from_numpy(meant), m.bias)
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(*(torch.autograd.grad(o.sin().sum(), x)[0] for o in (y, want)))
-    assert torch.autograd.gradcheck(lambda x: m(x), torch.randn(2, 64, dtype=torch.float64, requires_grad=True), atol=1e-4, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: m(x), torch.randn(2, 64, dtype=torch.float64, requires_grad=True),
+                                    atol=1e-4, fast_mode=True)
 
 def test_zero_of_zero_in_the_first_dialect():
     "GPTQModel subtracts from whole integers, so a borrow out of a zero of 0 has to be carried back"
@@ -50,7 +52,8 @@ def test_zero_of_zero_in_the_first_dialect():
 
 def test_nothing_dense_is_kept():
     m, kept = GPTQLinear(**tensors(quantise(weight(256, 512))[0])), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t): y = m(torch.randn(1, 512, requires_grad=True))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = m(torch.randn(1, 512, requires_grad=True))
     assert sum(kept) < 256*512 and y.requires_grad
     assert not any(p.requires_grad for p in m.parameters()) and m.weight is None
     assert sum(p.nbytes for p in m.parameters()) < .6*256*512
@@ -67,7 +70,8 @@ def test_under_checkpointing_and_autocast():
 def test_triton_on_a_gpu(kind):
     t, meant = quantise(weight(1160, 1152), **kind)
     m = GPTQLinear(**tensors(t), bits=kind['bits'], v1=kind.get('v1', True)).cuda()
-    for d in (torch.float32, torch.bfloat16, torch.float16): assert torch.equal(m.dense(d).cpu(), torch.from_numpy(meant).to(d))
+    for d in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(m.dense(d).cpu(), torch.from_numpy(meant).to(d))
 
 def test_triton_interpreted():
     "The GPU kernel, run step by step on the CPU"
@@ -104,11 +108,17 @@ assert kept(True) == 64*64*4 and kept(False) == 64*64/2
     run(code, TORCHDYNAMO_DISABLE='0')
 
 # ---- whole models
-SHAPE = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=.25,
+SHAPE = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16, initializer_range=.25,
              max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-MODELS = dict(llama=lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False, rope_parameters=dict(rope_type='llama3', rope_theta=1e4, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=32)),
-              llama_tied=lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True), qwen2=lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False),
-              gemma2=lambda: Gemma2Config(**SHAPE, sliding_window=8), gemma3=lambda: Gemma3TextConfig(**SHAPE, sliding_window=8))
+MODELS = dict(llama=lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False,
+                                        rope_parameters=dict(rope_type='llama3', rope_theta=1e4, factor=8.,
+                                                             low_freq_factor=1., high_freq_factor=4.,
+                                                             original_max_position_embeddings=32)),
+              llama_tied=lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+              qwen2=lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False),
+              gemma2=lambda: Gemma2Config(**SHAPE, sliding_window=8),
+              gemma3=lambda: Gemma3TextConfig(**SHAPE, sliding_window=8))
 IDS = torch.arange(3, 40)[None]
 
 @pytest.fixture(scope='module')
@@ -132,27 +142,32 @@ def meant_model(src, meant, cls=AutoModelForCausalLM, **kw):
     return m.eval()
 
 @pytest.mark.parametrize('model', MODELS)
-@pytest.mark.parametrize('kind', [dict(bits=4, group=32), dict(bits=8, group=-1, act=True, sym=False, v1=False)], ids=name)
+@pytest.mark.parametrize('kind', [dict(bits=4, group=32), dict(bits=8, group=-1, act=True, sym=False, v1=False)],
+                         ids=name)
 def test_model(tiny, tmp_path, model, kind):
     meant = checkpoint(tiny(model), tmp_path/'q', **kind, shards=3)
     got, want = load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='sdpa'), meant_model(tiny(model), meant)
     assert sum(isinstance(m, GPTQLinear) for m in got.modules()) == len(meant) == 14
     torch.testing.assert_close(logits(got), logits(want), rtol=1e-4, atol=1e-4)
-    for (n, b), (_, c) in zip(got.named_buffers(), want.named_buffers()): assert torch.equal(b, c) and b.dtype == c.dtype, n
+    for (n, b), (_, c) in zip(got.named_buffers(), want.named_buffers()):
+        assert torch.equal(b, c) and b.dtype == c.dtype, n
     assert got.config._attn_implementation == 'sdpa' and not got.training
     assert (got.lm_head.weight is got.model.embed_tokens.weight) == got.config.tie_word_embeddings
     half = load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.bfloat16, 'cpu')
     want = AutoModelForCausalLM.from_pretrained(tiny(model), dtype=torch.bfloat16)
-    for (n, b), (_, c) in zip(half.named_buffers(), want.named_buffers()): assert torch.equal(b, c) and b.dtype == c.dtype, n
+    for (n, b), (_, c) in zip(half.named_buffers(), want.named_buffers()):
+        assert torch.equal(b, c) and b.dtype == c.dtype, n
     assert {p.dtype for n, p in half.named_parameters() if 'scales' in n} == {torch.float16}
 
 def test_old_checkpoints(tiny, tmp_path):
     "auto-gptq writes biases of zeros, and old files hold rotary frequencies and any file name"
     meant = checkpoint(tiny('llama'), tmp_path/'q', bias=True)
     f = tmp_path/'q/model.safetensors'
-    save_file(load_file(f) | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(8)}, tmp_path/'q/gptq_model-4bit-64g.safetensors')
+    save_file(load_file(f) | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(8)},
+              tmp_path/'q/gptq_model-4bit-64g.safetensors')
     f.unlink()
-    torch.testing.assert_close(logits(load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu')), logits(meant_model(tiny('llama'), meant)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu')),
+                               logits(meant_model(tiny('llama'), meant)), rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('model', ['llama', 'llama_tied', 'qwen2'])
 def test_score_route(tiny, tmp_path, model):
@@ -162,8 +177,10 @@ def test_score_route(tiny, tmp_path, model):
     want = meant_model(tiny(model), meant, AutoModelForSequenceClassification, num_labels=4)
     want.score.weight.data.copy_(m.score.weight)
     torch.testing.assert_close(logits(m), logits(want), rtol=1e-4, atol=1e-4)
-    torch.manual_seed(0); a = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
-    torch.manual_seed(0); b = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
+    torch.manual_seed(0)
+    a = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
+    torch.manual_seed(0)
+    b = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
     assert torch.equal(a, b)
     f = tmp_path/'q/model.safetensors'
     save_file({k: v for k, v in load_file(f).items() if k != 'lm_head.weight'} | {'score.weight': torch.full((4, 64), .5)}, f)
@@ -175,7 +192,8 @@ def mixed(tiny, tmp_path, rules=None):
     meant = {4: checkpoint(tiny('llama'), tmp_path/'4', 4, 32), 8: checkpoint(tiny('llama'), tmp_path/'8', 8, 64)}
     plain = load_file(Path(tiny('llama'))/'model.safetensors')
     files = {4: load_file(tmp_path/'4/model.safetensors'), 8: load_file(tmp_path/'8/model.safetensors'), 0: plain}
-    save_file({k: v for bits, t in files.items() for k, v in t.items() if own(k) == bits}, tmp_path/'4/model.safetensors')
+    save_file({k: v for bits, t in files.items() for k, v in t.items() if own(k) == bits},
+              tmp_path/'4/model.safetensors')
     c = json.loads((tmp_path/'4/config.json').read_text())
     if rules: c['quantization_config']['dynamic'] = rules
     (tmp_path/'4/config.json').write_text(json.dumps(c))
@@ -194,9 +212,11 @@ def test_mixed_bits_without_a_rule(tiny, tmp_path):
     mixed(tiny, tmp_path)
     with pytest.raises(Refusal, match='group size 32'): load_mapped(str(tmp_path/'4'), AutoModelForCausalLM)
 
-EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
+EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+               n_group=1, topk_group=1,
                n_shared_experts=1, shared_expert_intermediate_size=32, first_k_dense_replace=1)
-LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)
+LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+              num_key_value_heads=4)
 
 def experts(folder, kind, **kw):
     torch.manual_seed(0)
@@ -206,7 +226,8 @@ def experts(folder, kind, **kw):
     m.save_pretrained(folder)
     return str(folder)
 
-@pytest.mark.parametrize('kind, kw', [('mixtral', {}), ('qwen3_moe', {}), ('qwen2_moe', {}), ('olmoe', {}), ('granitemoe', {}), ('gpt_oss', {}),
+@pytest.mark.parametrize('kind, kw', [('mixtral', {}), ('qwen3_moe', {}), ('qwen2_moe', {}), ('olmoe', {}),
+                                      ('granitemoe', {}), ('gpt_oss', {}),
                                       ('deepseek_v3', LATENT), ('phimoe', {})], ids=str)
 def test_experts_that_files_hold_one_by_one(kind, kw, tmp_path):
     "the same numbers in the same formats as transformers' own loading"
@@ -217,7 +238,8 @@ def test_experts_that_files_hold_one_by_one(kind, kw, tmp_path):
         assert got.keys() == want.keys()
         for k in want: assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]), k
 
-@pytest.mark.parametrize('drop, says', [('experts.3.', 'another shape.*mlp.experts'), ('experts.1.w1', 'missing: .*experts.gate_up_proj'),
+@pytest.mark.parametrize('drop, says', [('experts.3.', 'another shape.*mlp.experts'),
+                                        ('experts.1.w1', 'missing: .*experts.gate_up_proj'),
                                         ('experts', 'missing: .*experts.down_proj')])
 def test_experts_are_missing(drop, says, tmp_path):
     base = experts(tmp_path/'b', 'mixtral')
@@ -228,7 +250,8 @@ def test_experts_are_missing(drop, says, tmp_path):
 def test_quantised_experts_are_refused(tmp_path):
     experts(tmp_path/'b', 'qwen3_moe')
     checkpoint(tmp_path/'b', tmp_path/'q', group=32)
-    with pytest.raises(Refusal, match='experts are quantised one by one'): load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu')
+    with pytest.raises(Refusal, match='experts are quantised one by one'):
+        load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, device='cpu')
 
 def test_a_plain_base_stays_in_its_file(tiny):
     m = load_mapped(str(tiny('llama')), AutoModelForCausalLM, torch.float32, 'cpu')
@@ -236,23 +259,28 @@ def test_a_plain_base_stays_in_its_file(tiny):
     spans = [[int(x, 16) for x in line.split()[0].split('-')] for line in where if str(tiny('llama')) in line]
     assert all(any(a <= p.data_ptr() < b for a, b in spans) for p in m.parameters())
 
-CLIP = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+CLIP = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+            patch_size=14)
 
 @pytest.mark.parametrize('inner', [True, False])
 @pytest.mark.parametrize('outer', [True, False])
-@pytest.mark.parametrize('kind, text, sight', [('mistral3', 'mistral', 'pixtral'), ('gemma3', 'gemma3_text', 'siglip_vision_model')])
+@pytest.mark.parametrize('kind, text, sight',
+                         [('mistral3', 'mistral', 'pixtral'), ('gemma3', 'gemma3_text', 'siglip_vision_model')])
 def test_the_outer_configuration_says_what_is_tied(kind, text, sight, outer, inner, tmp_path):
-    c = AutoConfig.for_model(kind, text_config=dict(SHAPE, model_type=text, tie_word_embeddings=inner), vision_config=dict(CLIP, model_type=sight),
+    c = AutoConfig.for_model(kind, text_config=dict(SHAPE, model_type=text, tie_word_embeddings=inner),
+                             vision_config=dict(CLIP, model_type=sight),
                              tie_word_embeddings=outer)
     torch.manual_seed(0)
     m = AutoModelForImageTextToText.from_config(c, dtype=torch.float32, attn_implementation='eager').eval()
     m.save_pretrained(tmp_path)
     want, (config, renamed) = logits(m), text_config(str(tmp_path))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, key_mapping=renamed, dtype=torch.float32, attn_implementation='eager')
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, key_mapping=renamed, dtype=torch.float32,
+                                                 attn_implementation='eager')
     mapped = load_mapped(str(tmp_path), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='eager')
     for got in (plain, mapped): torch.testing.assert_close(logits(got), want, rtol=1e-5, atol=1e-5)
 
-@pytest.mark.parametrize('rules, says', [({'.*down_proj': dict(bits=8)}, 'group size 32'), ({'.*down_proj': dict(group_size=64)}, '4 bits'),
+@pytest.mark.parametrize('rules, says', [({'.*down_proj': dict(bits=8)}, 'group size 32'),
+                                         ({'.*down_proj': dict(group_size=64)}, '4 bits'),
     ({'.*down_proj': dict(bits=8, group_size=64), '-:.*1.mlp.up_proj': {}}, r'layers.1.mlp.up_proj is quantised'),
     ({'.*mlp': dict(bits=8, group_size=64), '.*up_proj|.*gate_proj': dict(bits=4, group_size=32)}, '8 bits')], ids=str)
 def test_rules_and_file_disagree(tiny, tmp_path, rules, says):
@@ -267,10 +295,13 @@ def test_rules_and_file_disagree(tiny, tmp_path, rules, says):
     (dict(add={'score.weight': torch.zeros(3, 64)}), None),
     (dict(add={'lm_head.qweight': torch.zeros(8, 256)}, drop='lm_head.weight'), 'lm_head.weight'),
     (dict(add={'model.embed_tokens.weight': torch.zeros(250, 64)}), 'another shape'),
-    (dict(add={'model.layers.0.mlp.up_proj.qweight': torch.zeros(9, 128, dtype=torch.int32)}), 'shapes of model.layers.0.mlp.up_proj'),
-    (dict(add={'model.layers.0.mlp.up_proj.qzeros': torch.zeros(1, 15, dtype=torch.int32)}), 'shapes of model.layers.0.mlp.up_proj'),
+    (dict(add={'model.layers.0.mlp.up_proj.qweight': torch.zeros(9, 128, dtype=torch.int32)}),
+     'shapes of model.layers.0.mlp.up_proj'),
+    (dict(add={'model.layers.0.mlp.up_proj.qzeros': torch.zeros(1, 15, dtype=torch.int32)}),
+     'shapes of model.layers.0.mlp.up_proj'),
     (dict(config=dict(group_size=48)), '48 does not divide the 64'),
-    (dict(config=dict(bits=2)), '2 bits'), (dict(config=dict(quant_method='awq')), 'quantised by awq'), (dict(config=dict(checkpoint_format='gptq_p')), 'gptq_p')])
+    (dict(config=dict(bits=2)), '2 bits'), (dict(config=dict(quant_method='awq')), 'quantised by awq'),
+                                          (dict(config=dict(checkpoint_format='gptq_p')), 'gptq_p')])
 def test_refusals(tiny, tmp_path, change, says):
     checkpoint(tiny('llama'), tmp_path/'q')
     f, c = tmp_path/'q/model.safetensors', json.loads((tmp_path/'q/config.json').read_text())
@@ -288,7 +319,8 @@ def test_a_shard_is_missing(tiny, tmp_path):
 # ---- adapters
 def adapted(m, r=4, targets=('q_proj', 'v_proj', 'up_proj', 'down_proj')):
     torch.manual_seed(1)
-    m = get_peft_model(m, LoraConfig(r=r, target_modules=targets if isinstance(targets, str) else list(targets), task_type='CAUSAL_LM', init_lora_weights=False))
+    m = get_peft_model(m, LoraConfig(r=r, target_modules=targets if isinstance(targets, str) else list(targets),
+                                     task_type='CAUSAL_LM', init_lora_weights=False))
     return m
 
 def grads(m):
@@ -319,7 +351,8 @@ def test_gptqmodel_reads_the_same(kind):
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
     t, _ = quantise(weight(64, 128), **kind)
-    m = TorchLinear(bits=kind['bits'], group_size=kind['group'], sym=kind['sym'], desc_act=kind['act'], in_features=128, out_features=64, bias=False, pack_dtype=torch.int32)
+    m = TorchLinear(bits=kind['bits'], group_size=kind['group'], sym=kind['sym'], desc_act=kind['act'],
+                    in_features=128, out_features=64, bias=False, pack_dtype=torch.int32)
     m.load_state_dict(tensors(t), strict=False)
     if kind['v1']: m = convert_gptq_v1_to_v2_format_module(m, kind['bits'], torch.int32) or m
     m.post_init()
@@ -362,6 +395,9 @@ def test_nf4_on_a_gpu(shape):
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_4bit
     w = bnb.nn.Params4bit((torch.randn(*shape)*.02).bfloat16(), requires_grad=False, quant_type='nf4', compress_statistics=True).cuda()
-    m = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type='nf4', compress_statistics=True)
+    m = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type='nf4',
+                          compress_statistics=True)
     m.weight = w
-    for dtype in (torch.bfloat16, torch.float16): torch.testing.assert_close(dense_weight(m, dtype), dequantize_4bit(w.data, w.quant_state).to(dtype), rtol=1e-2, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(dense_weight(m, dtype), dequantize_4bit(w.data, w.quant_state).to(dtype), rtol=1e-2,
+                                   atol=1e-6)
