@@ -1,4 +1,4 @@
-"Bases whose packed forward is not their own are refused by name, and others are right; rows longer than a base can place"
+"Bases whose packed forward is not their own are refused by name, others are right; rows longer than a base can place"
 import shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -62,7 +62,7 @@ REFUSED = dict(qwen3_5_text=LINEAR, lfm2=dict(layer_types=['conv', 'full_attenti
 @pytest.mark.parametrize('kind', REFUSED)
 def test_state_sinks_and_attention_of_its_own_are_refused(kind, base, prompt):
     b = base(kind, **REFUSED[kind])
-    for route, dtype in (('answer', 'bf16'), ('score', 'fp32')) if kind in ('qwen3_5_text', 'stablelm') else (('answer', 'bf16'),):
+    for route, dtype in (('answer', 'bf16'), ('score', 'fp32'))[:2 if kind in ('qwen3_5_text', 'stablelm') else 1]:
         with pytest.raises(Refusal, match='elsewhere'): load_judge(b, prompt, route, dtype)
     assert not list(models_path('.parity').glob('*'))
 
@@ -77,7 +77,8 @@ def test_weights_are_what_they_were(kind, dtype, base, prompt):
     "right bases pass in 16 bits, experts that change their tokens for a rounding too; nothing stays in fp32"
     b = base(kind, **EXPERTS, ffn_dim=96, word_embed_proj_dim=64)
     got = load_judge(b, prompt, 'answer', dtype).base.state_dict()
-    want = AutoModelForCausalLM.from_pretrained(b, dtype=torch.float16 if dtype == 'fp16' else torch.bfloat16).state_dict()
+    same = dict(bf16=torch.bfloat16, fp16=torch.float16)[dtype]
+    want = AutoModelForCausalLM.from_pretrained(b, dtype=same).state_dict()
     for k in want: assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]), k
 
 @pytest.mark.parametrize('kind', ['gptq', 'nf4', 'mapped'])
@@ -128,7 +129,9 @@ def test_an_agreement_is_kept_for_these_weights(base, prompt, monkeypatch):
     load_judge(b, prompt, 'answer', 'fp32')
     assert len(asked) == 3
 
-@pytest.mark.parametrize('kind, kw', [('qwen3_next', dict(LINEAR, num_hidden_layers=6, layer_types=['full_attention']*3+['linear_attention']*3, **EXPERTS)), ('granite', dict(num_hidden_layers=6))])
+LATE = LINEAR | EXPERTS | dict(num_hidden_layers=6, layer_types=['full_attention']*3+['linear_attention']*3)
+
+@pytest.mark.parametrize('kind, kw', [('qwen3_next', LATE), ('granite', dict(num_hidden_layers=6))])
 def test_a_mapped_base_is_compared_on_its_first_layers(kind, kw, base, prompt):
     b = base(kind, **kw)
     if kind == 'granite': assert agrees(b, prompt, eps=1e-4, mapped=True)
@@ -147,13 +150,16 @@ def test_a_new_head_is_the_same_as_without_a_check(base, prompt):
                           ('opt', dict(max_position_embeddings=100, ffn_dim=96, word_embed_proj_dim=64), 100),
     ('llama', dict(max_position_embeddings=100, rope_parameters=dict(rope_type='dynamic', factor=9., rope_theta=1e4)),
      100),
-    ('qwen2', dict(max_position_embeddings=100, rope_parameters=dict(rope_type='yarn', factor=4., original_max_position_embeddings=100, rope_theta=1e4)), 400)], ids=str)
+    ('qwen2', dict(max_position_embeddings=100,
+                   rope_parameters=dict(rope_type='yarn', factor=4., original_max_position_embeddings=100,
+                                        rope_theta=1e4)), 400)], ids=str)
 def test_rows_longer_than_a_base_can_place(kind, kw, limit, base, tok):
     b, refused = base(kind, **kw), f'can place {limit}'
     with pytest.raises(Refusal, match=refused): load_judge(b, Prompt(tok, 'preference', limit+1), dtype='fp32')
     judge = load_judge(b, Prompt(tok, 'preference', limit), dtype='fp32')
     text = 'the quick brown fox '*300
-    longer = Prompt(tok, 'preference', limit+50).encode(pd.DataFrame([dict(id='a', prompt=[text], response_a=[text], response_b=[text])]))
+    rows = pd.DataFrame([dict(id='a', prompt=[text], response_a=[text], response_b=[text])])
+    longer = Prompt(tok, 'preference', limit+50).encode(rows)
     with pytest.raises(Refusal, match=refused): view_probs(judge, longer, [3], progress=False)
 
 def test_a_special_token_without_an_embedding(base, smollm2):

@@ -4,13 +4,15 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForSequenceClassification
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config
 from competition_kit.core import Refusal
 from competition_kit.quant import GPTQLinear, dense_weight, load_mapped, load_nf4, text_config
 from gptq_writer import checkpoint, quantise, read
 
-KINDS = [dict(bits=b, group=g, act=a, sym=s, v1=v) for b, g, a, s, v in itertools.product((4, 8), (32, 64, -1), (False, True), (True, False), (True, False))]
+KINDS = [dict(bits=b, group=g, act=a, sym=s, v1=v)
+         for b, g, a, s, v in itertools.product((4, 8), (32, 64, -1), (False, True), (True, False), (True, False))]
 name = lambda k: '-'.join(f'{a}{b}' for a, b in k.items())
 weight = lambda out, inp, seed=0: (np.random.default_rng(seed).normal(size=(out, inp))/8).astype(np.float32)
 tensors = lambda t: {k: torch.from_numpy(v) for k, v in t.items()}
@@ -65,7 +67,8 @@ def test_under_checkpointing_and_autocast():
     assert torch.equal(one, two)
     assert m(x.bfloat16()).dtype == torch.bfloat16
 
-@pytest.mark.parametrize('kind', [dict(bits=4, group=32), dict(bits=8, group=-1), dict(bits=4, group=64, act=True), dict(bits=8, group=32, act=True, sym=False, v1=False)], ids=name)
+@pytest.mark.parametrize('kind', [dict(bits=4, group=32), dict(bits=8, group=-1), dict(bits=4, group=64, act=True),
+                                  dict(bits=8, group=32, act=True, sym=False, v1=False)], ids=name)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_triton_on_a_gpu(kind):
     t, meant = quantise(weight(1160, 1152), **kind)
@@ -146,7 +149,8 @@ def meant_model(src, meant, cls=AutoModelForCausalLM, **kw):
                          ids=name)
 def test_model(tiny, tmp_path, model, kind):
     meant = checkpoint(tiny(model), tmp_path/'q', **kind, shards=3)
-    got, want = load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='sdpa'), meant_model(tiny(model), meant)
+    got = load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu', attn_implementation='sdpa')
+    want = meant_model(tiny(model), meant)
     assert sum(isinstance(m, GPTQLinear) for m in got.modules()) == len(meant) == 14
     torch.testing.assert_close(logits(got), logits(want), rtol=1e-4, atol=1e-4)
     for (n, b), (_, c) in zip(got.named_buffers(), want.named_buffers()):
@@ -183,8 +187,10 @@ def test_score_route(tiny, tmp_path, model):
     b = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
     assert torch.equal(a, b)
     f = tmp_path/'q/model.safetensors'
-    save_file({k: v for k, v in load_file(f).items() if k != 'lm_head.weight'} | {'score.weight': torch.full((4, 64), .5)}, f)
-    assert (load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight == .5).all(), 'a head that is there is kept'
+    rest = {k: v for k, v in load_file(f).items() if k != 'lm_head.weight'}
+    save_file(rest | {'score.weight': torch.full((4, 64), .5)}, f)
+    kept = load_mapped(str(tmp_path/'q'), AutoModelForSequenceClassification, num_labels=4).score.weight
+    assert (kept == .5).all(), 'a head that is there is kept'
 
 def mixed(tiny, tmp_path, rules=None):
     "4 bits, `down_proj` in 8, and the first `o_proj` plain"
@@ -200,9 +206,9 @@ def mixed(tiny, tmp_path, rules=None):
     return {k: w for bits in (4, 8) for k, w in meant[bits].items() if own(k) == bits}
 
 @pytest.mark.parametrize('rules', [{'-:.*layers.0.*o_proj': {}, '.*down_proj': dict(bits=8, group_size=64)},
-                                   {'+:.*down_proj': dict(bits=8, group_size=64, desc_act=False), '.*proj': dict(bits=4)}], ids=str)
+                                   {'+:.*down_proj': dict(bits=8, group_size=64), '.*proj': dict(bits=4)}], ids=str)
 def test_mixed_bits(tiny, tmp_path, rules):
-    "GPTQModel's `dynamic` gives layers bits and groups of their own, or leaves them plain; the first rule that fits counts"
+    "GPTQModel's `dynamic` gives layers bits and groups of their own, or leaves them plain; the first that fits counts"
     want = meant_model(tiny('llama'), mixed(tiny, tmp_path, rules))
     got = load_mapped(str(tmp_path/'4'), AutoModelForCausalLM, torch.float32, 'cpu')
     torch.testing.assert_close(logits(got), logits(want), rtol=1e-4, atol=1e-4)
@@ -332,7 +338,8 @@ def grads(m):
 @pytest.mark.parametrize('bits', [4, 8])
 def test_lora_learns_as_over_the_dense_base(tiny, tmp_path, bits, targets):
     meant = checkpoint(tiny('llama'), tmp_path/'q', bits)
-    got, want = adapted(load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu'), targets=targets), adapted(meant_model(tiny('llama'), meant), targets=targets)
+    got = adapted(load_mapped(str(tmp_path/'q'), AutoModelForCausalLM, torch.float32, 'cpu'), targets=targets)
+    want = adapted(meant_model(tiny('llama'), meant), targets=targets)
     g, w = grads(got), grads(want)
     assert g.keys() == w.keys() and len(g) == (28 if targets == 'all-linear' else 16)
     for k in g: torch.testing.assert_close(g[k], w[k], rtol=1e-3, atol=1e-5)
@@ -368,7 +375,8 @@ def test_nf4(tiny, tmp_path):
     bnb = pytest.importorskip('bitsandbytes')
     m = load_nf4(str(tiny('llama')), AutoModelForCausalLM, torch.float32)
     packed = [o for o in m.modules() if isinstance(o, bnb.nn.Linear4bit)]
-    assert len(packed) == 14 and all(o.weight.quant_state.nested and o.weight.quant_state.quant_type == 'nf4' for o in packed)
+    states = [o.weight.quant_state for o in packed]
+    assert len(packed) == 14 and all(s.nested and s.quant_type == 'nf4' for s in states)
     assert not any(getattr(o, 'support_avx512bf16_for_cpu', False) for o in packed) or m.device.type == 'cuda'
     x = torch.randn(3, 64, device=m.device)
     o = m.model.layers[0].self_attn.q_proj
@@ -394,7 +402,8 @@ def test_dense_weight():
 def test_nf4_on_a_gpu(shape):
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_4bit
-    w = bnb.nn.Params4bit((torch.randn(*shape)*.02).bfloat16(), requires_grad=False, quant_type='nf4', compress_statistics=True).cuda()
+    w = (torch.randn(*shape)*.02).bfloat16()
+    w = bnb.nn.Params4bit(w, requires_grad=False, quant_type='nf4', compress_statistics=True).cuda()
     m = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type='nf4',
                           compress_statistics=True)
     m.weight = w
