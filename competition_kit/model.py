@@ -7,7 +7,7 @@ __all__ = ['common', 'collate', 'packed_attention', 'Judge', 'load_judge', 'add_
            'pack_loss', 'view_probs', 'predict', 'letter_mass', 'choose_letters']
 
 # %% ../nbs/03a_model.ipynb #70daee95
-from .adapter import check_adapter
+from .adapter import check_adapter, lora_scale
 from .base import base_path, pick_dtype
 from .core import Refusal, read_json
 from .parity import check_forward, check_length
@@ -121,17 +121,26 @@ def _chunk(module): # Tokens of a chunk, where a layer attends in chunks
     if not getattr(config, 'attention_chunk_size', None): return None  # before the layer's number, on which compiled code would depend
     return config.attention_chunk_size if config.layer_types[module.layer_idx] == 'chunked_attention' else None
 
+def _tempered(module, query, bounds): # Queries scaled by their place in the row, where Llama 4 has scaled them by their place in the pack
+    config = getattr(module, 'config', None)
+    if not getattr(config, 'attn_temperature_tuning', None) or module.use_rope: return query
+    def scale(place): return torch.log1p(torch.floor((place+1.)/config.floor_scale))*config.attn_scale+1
+    p, at = bounds[0], torch.arange(query.shape[2], device=query.device)
+    place = torch.cat([at[:p], *(at[p:p+e-s] for s, e in zip(bounds, bounds[1:]))])
+    return (query*(scale(place)/scale(at))[:, None]).to(query.dtype)
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., bounds=None, ends=None, longest=0, shared=None,
                      softcap=None, sliding_window=None, **kw):
     """Attention within `bounds`: `query`, `key`, `value` are [1, heads, tokens, head size]; `ends` says the same to the GPU's kernels,
     and `shared` where keys are that all see (`_places`)"""
     scaling = scaling or query.shape[-1]**-.5
+    if kw.get('s_aux') is not None: raise NotImplementedError('its attention has sinks, which packs leave out')
     chunk = _chunk(module)
     window = sliding_window if sliding_window and sliding_window < (longest or query.shape[2]) else None
     if ends is not None and softcap: return _capped(query, key, value, scaling, ends, window, softcap, bool(shared)), None
     if ends is not None: return _varlen(query, key, value, scaling, ends, longest, window, shared), None
     bounds = bounds or [0, query.shape[2]]
-    p = bounds[0]
+    query, p = _tempered(module, query, bounds), bounds[0]
     out = [_one(*(x[:, :, :p] for x in (query, key, value)), scaling, softcap, window, chunk)] if p else []
     for s, e in zip(bounds, bounds[1:]):
         k, v = (torch.cat([x[:, :, :p], x[:, :, s:e]], 2) if p else x[:, :, s:e] for x in (key, value))
@@ -185,7 +194,8 @@ class Judge(torch.nn.Module):
 
     @property
     def varlen(self): # May the GPU's attention for packs be used? It computes in 16 bits, on cards from Ampere on
-        return (self.device.type == 'cuda' and self.base.dtype != torch.float32 and not getattr(self.base.config, 'attention_chunk_size', None)
+        llama4 = any(getattr(self.base.config, k, None) for k in ('attention_chunk_size', 'attn_temperature_tuning'))
+        return (self.device.type == 'cuda' and self.base.dtype != torch.float32 and not llama4
                 and torch.cuda.get_device_capability(self.device) >= (8, 0))
 
     def forward(self, input_ids, position_ids, bounds):
@@ -360,10 +370,9 @@ def continue_from(
     bad = [k for k in {*saved, *mine} if k not in saved or k not in mine or saved[k].shape != mine[k].shape]
     if bad:
         raise Refusal(f'{len(bad)} tensors do not fit, such as {sorted(bad)[0]}', adapter, fix='Give the rank, modules and route of the run that is continued, or keep_head=False')
-    old, new = (c['lora_alpha']/c['r']**(.5 if c['use_rslora'] else 1)
-                for c in (read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()))
+    old, new = read_json(Path(adapter)/'adapter_config.json'), judge.model.peft_config['default'].to_dict()
     with torch.no_grad():
-        for k, p in mine.items(): p.copy_(saved[k]*(old/new) if 'lora_B' in k else saved[k])
+        for k, p in mine.items(): p.copy_(saved[k]*(lora_scale(old, k)/lora_scale(new, k)) if 'lora_B' in k else saved[k])
     return judge
 
 # %% ../nbs/03a_model.ipynb #f8d4893a

@@ -25,13 +25,22 @@ _gptq_fields |= set('''static_groups true_sequential damp_percent damp_auto_incr
     model_name_or_path model_file_base_name use_cuda_fp16 use_exllama disable_exllama exllama_config max_input_length cache_block_outputs pad_token_id
     module_name_preceding_first_block block_name_to_quantize modules_in_block_to_quantize backend'''.split())  # how it was rounded, or how others run it
 
+def _unread_rule(rules): # The first rule of `dynamic` that cannot be followed, if there is one
+    own = _gptq_fields-{'quant_method', 'checkpoint_format', 'format', 'pack_dtype', 'dynamic'}
+    if not isinstance(rules, dict): return repr(rules)
+    for pattern, says in rules.items():
+        try: re.compile(pattern[2:])
+        except re.error: return repr(pattern)
+        if not isinstance(says, dict) or says.get('bits', 4) not in (4, 8) or {k for k, v in says.items() if v}-own: return repr({pattern: says})
+
 def quant_kind(
     base:str, # `smollm2`, a folder or a Hub id
 ) -> Optional[dict]: # None, or `bits`, `group_size` (-1: a whole column), `sym`, `desc_act` and `checkpoint_format` (`gptq` or `gptq_v2`)
     "How a base is quantised; anything but GPTQ in 4 or 8 bits is refused"
     from transformers.utils import cached_file
     config = Path(cached_file(base_path(base), 'config.json'))
-    q, older = json.loads(config.read_text(encoding='utf-8')).get('quantization_config'), config.with_name('quantize_config.json')
+    whole, older = json.loads(config.read_text(encoding='utf-8')), config.with_name('quantize_config.json')
+    q = whole.get('quantization_config') or (whole.get('text_config') or {}).get('quantization_config')
     if q is None and older.exists(): q = dict(quant_method='gptq') | json.loads(older.read_text(encoding='utf-8'))
     if q is None: return None
     form, method, bits = q.get('checkpoint_format') or q.get('format') or 'gptq', q.get('quant_method', 'an unknown method'), q.get('bits')
@@ -40,8 +49,15 @@ def quant_kind(
     if method != 'gptq': no(method)
     if bits not in (4, 8) or form not in ('gptq', 'gptq_v2') or q.get('pack_dtype', 'int32') != 'int32': no(f'{method} in {bits} bits, format {form}')
     if other := sorted(k for k, v in q.items() if k not in _gptq_fields and v): no(f"{method} with {', '.join(f'{k}={q[k]!r}' for k in other)}")
+    if rule := _unread_rule(q.get('dynamic') or {}): no(f'{method} with the rule {rule} in `dynamic`')
     return dict(bits=bits, group_size=q.get('group_size', -1), sym=q.get('sym', True), desc_act=bool(q.get('desc_act')), checkpoint_format=form,
                 dynamic=q.get('dynamic'))
+
+# %% ../nbs/02c_quant.ipynb #8e261b74
+def _rule(name, kind): # What holds for one layer; None where it stays plain
+    for pattern, says in (kind['dynamic'] or {}).items():
+        if re.match(pattern[2:] if pattern[:2] in ('-:', '+:') else pattern, name): return None if pattern[:2] == '-:' else kind | says
+    return kind
 
 # %% ../nbs/02c_quant.ipynb #f626248e
 def text_config(
@@ -137,7 +153,7 @@ class GPTQLinear(torch.nn.Linear): # a Linear for isinstance, so that peft, and 
 # %% ../nbs/02c_quant.ipynb #27cb2d65
 def _device(): return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
 
-def _files(path, device, renamed): # name of each tensor: the open file it is in, and its name there
+def _files(path, renamed): # name of each tensor: where its numbers lie, to be read when `[...]` asks for them
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
     folder = Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=['*.safetensors', '*.json']))
@@ -145,38 +161,49 @@ def _files(path, device, renamed): # name of each tensor: the open file it is in
     names = set(json.loads(index.read_text())['weight_map'].values()) if index.exists() else [f.name for f in folder.glob('*.safetensors')]
     if 'model.safetensors' in names and not index.exists(): names = ['model.safetensors']
     if gone := sorted(n for n in names if not (folder/n).exists()): raise Refusal(f'files are missing: {gone}', folder)
-    have = {functools.reduce(lambda k, r: re.sub(*r, k), renamed.items(), old): (o, old)
-            for n in sorted(names) for o in [safe_open(folder/n, 'pt', device=str(device))] for old in o.keys()}
-    return {k: v for k, v in have.items() if not renamed or k != v[1] or k.startswith(('lm_head.', 'score.'))}  # not the eyes
+    have = {functools.reduce(lambda k, r: re.sub(*r, k), renamed.items(), old): (old, o.get_slice(old))
+            for n in sorted(names) for o in [safe_open(folder/n, 'pt')] for old in o.keys()}
+    return {k: at for k, (old, at) in have.items() if not renamed or k != old or k.startswith(('lm_head.', 'score.'))}  # not the eyes
 
-def _get(at): return at[0].get_tensor(at[1])
+def _place(model, have, dtype, device): # Fill a model as `from_pretrained` does; what did not fit
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    how = LoadStateDictConfig(device_map={'': device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=get_model_conversion_mapping(model))
+    return convert_and_load_state_dict_in_model(model=model, state_dict=have, load_config=how, disk_offload_index=None)[0]
 
-def _check(model, have, packed, where):
-    "Every tensor has a place and every place a tensor; returns the names of the plain ones"
-    empty = {k: list(v.shape) for k, v in model.state_dict().items()}
-    plain = {k for k in empty if k.rpartition('.')[0] not in packed}
-    want = plain | {f'{n}.{k}' for n in packed for k in ('qweight', 'qzeros', 'scales')}
-    other = {'score', *{'lm_head'}-{n for n, _ in model.named_children()}}  # the head of the other route; one of two layers is read elsewhere
-    spare = {f'{n}.{k}' for n in packed for k in ('g_idx', 'bias')} | {k for k in have if k.endswith('rotary_emb.inv_freq') or k.split('.')[0] in other}
-    missing = {k for k in want-have.keys()-set(model.all_tied_weights_keys) if not k.startswith('score.')}
-    if missing or (extra := have.keys()-want-spare):
-        names = sorted(missing or extra)
-        raise Refusal(f"{len(names)} tensors {'of the quantised layers ' if any(k.rpartition('.')[0] in packed for k in names) else ''}{'are missing' if missing else 'have no place in the model'}: {', '.join(names[:10])}", where)
-    bad = sorted(k for k in plain & have.keys() if have[k][0].get_slice(have[k][1]).get_shape() != empty[k])
-    if bad: raise Refusal(f"tensors of another shape than the configuration says: {', '.join(bad[:10])}", where)
-    return plain & have.keys()
+def _check(model, info, have, packed, where):
+    "Every tensor has a place and every place a tensor"
+    others = ('score.', *(f'{n}.' for n in ('lm_head', 'embed_out') if not hasattr(model, n)))  # the head of the other route; one of two layers is read elsewhere
+    known = {f'{n}.{k}' for n in packed for k in ('weight', 'bias')} | set(model.all_tied_weights_keys)
+    missing = {k for k in info.missing_keys-known if not k.startswith('score.')}
+    missing |= {f'{n}.{k}' for n in packed for k in ('qweight', 'qzeros', 'scales')}-have.keys()
+    unread = model._keys_to_ignore_on_load_unexpected or []  # such as layers for guessing several tokens at once
+    extra = {k for k in info.unexpected_keys if not k.startswith(others) and not k.endswith('rotary_emb.inv_freq') and not any(re.search(p, k) for p in unread)}
+    if single := sorted(k for k in extra if '.experts.' in k and k.endswith('.qweight')):
+        raise Refusal(f'experts are quantised one by one ({single[0]}), and transformers holds them in one tensor', where, fix='Take the base in 16 bits')
+    if names := sorted(missing or extra):
+        packs = 'of the quantised layers ' if any(k.rpartition('.')[0] in packed or k.endswith('.qweight') for k in names) else ''
+        raise Refusal(f"{len(names)} tensors {packs}{'are missing' if missing else 'have no place in the model'}: {', '.join(names[:10])}", where)
+    if bad := sorted({k for k, *_ in info.mismatched_keys} | info.conversion_errors.keys()):
+        raise Refusal(f"tensors of another shape than the configuration says: {', '.join(bad[:10])}", where)
 
 # %% ../nbs/02c_quant.ipynb #1ec367d7
-def _packed_layer(name, linear, have, kind, where):
-    "One `GPTQLinear`, from the shapes in the file: layers may differ in bits and group size"
-    t = {k: _get(have[f'{name}.{k}']) for k in ('qweight', 'qzeros', 'scales', 'g_idx', 'bias') if f'{name}.{k}' in have}
+def _packed_layer(name, linear, have, kind, device, where):
+    "One `GPTQLinear`, from the shapes in the file; the configuration has to say the same"
+    rule = _rule(name, kind)
+    if not rule: raise Refusal(f'{name} is quantised, and `dynamic` says that it is not', where)
+    t = {k: have[f'{name}.{k}'][...].to(device) for k in ('qweight', 'qzeros', 'scales', 'g_idx', 'bias') if f'{name}.{k}' in have}
     n, bits, groups = linear.in_features, len(t['qweight'])*32//linear.in_features, len(t['scales'])
     fits = bits in (4, 8) and [*t['qweight'].shape, *t['qzeros'].shape, *t['scales'].shape] == [
         n*bits//32, linear.out_features, groups, linear.out_features*bits//32, groups, linear.out_features]
     if not fits: raise Refusal(f'the shapes of {name}, a quantised layer, are not those of 4 or 8 bits for {n} inputs and {linear.out_features} outputs', where)
-    if n % groups or (kind['group_size'] not in (-1, n//groups) and not kind['dynamic']):
-        raise Refusal(f"the group size {kind['group_size']} does not divide the {n} inputs of {name}", where,
+    group, want = n//groups, rule['group_size']
+    if n % groups or (want > 0 and n % want):
+        raise Refusal(f"the group size {want} does not divide the {n} inputs of {name}", where,
                       fix='Quantise again with 64 or 32; other readers fail on this too')
+    if (bits, group) != (rule['bits'], group if want == -1 else want):
+        raise Refusal(f"{name} is in {bits} bits, in groups of {group}, and the configuration says {rule['bits']} bits and group size {want}", where)
     return GPTQLinear(**t, bits=bits, v1=kind['checkpoint_format'] == 'gptq')
 
 def load_mapped(
@@ -194,12 +221,13 @@ def load_mapped(
     config, renamed = text_config(path, num_labels)
     vars(config).pop('quantization_config', None)
     with init_empty_weights(include_buffers=False): model = cls.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    have = _files(path, device, renamed)
+    have = _files(path, renamed)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f'{n}.qweight' in have and m is not model.get_output_embeddings()}
-    plain = _check(model, have, linears, base)
-    for n, m in linears.items(): model.set_submodule(n, _packed_layer(n, m, have, kind, base))
-    model.load_state_dict({k: _get(have[k]).to(dtype) for k in plain}, strict=False, assign=True)
-    model.tie_weights(missing_keys=set(model.state_dict())-plain, recompute_mapping=False)  # a matrix that is in the file stays
+    plain = {k: v for k, v in have.items() if k.rpartition('.')[0] not in linears}
+    _check(model, _place(model, plain, dtype, 'meta'), have, linears, base)
+    for n, m in linears.items(): model.set_submodule(n, _packed_layer(n, m, have, kind, device, base))
+    missing = _place(model, plain, dtype, device).missing_keys
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # a matrix that is in the file stays
     if hasattr(model, 'score') and model.score.weight.is_meta:
         model.score.to_empty(device=device)
         torch.nn.init.normal_(model.score.weight, std=config.initializer_range)

@@ -3,27 +3,32 @@ import json, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from peft import PeftModel, get_peft_model
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3Config,
+                          Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage, models_path
 from competition_kit.model import Judge, add_lora, collate, continue_from, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
 from competition_kit.prompt import Prompt
-from competition_kit.speed import layers
+from competition_kit.speed import fuse, layers
 from competition_kit.split import swap_probs, tasks
 
 # ---- tiny models in folders. Wide initial weights, so that attention looks at something
-SHAPE = dict(vocab_size=49152, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=.25,
+SHAPE = dict(vocab_size=49152, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16, initializer_range=.25,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 def config(cls, **kw): return cls(**SHAPE | kw)
 CONFIGS = dict(
     llama=lambda: config(LlamaConfig, tie_word_embeddings=False),
     llama_tied=lambda: config(LlamaConfig, tie_word_embeddings=True, num_key_value_heads=1, head_dim=32),
-    qwen2=lambda: config(Qwen2Config, tie_word_embeddings=True, num_hidden_layers=3, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    qwen2=lambda: config(Qwen2Config, tie_word_embeddings=True, num_hidden_layers=3, use_sliding_window=True,
+                         sliding_window=9, max_window_layers=1),
     qwen3=lambda: config(Qwen3Config, tie_word_embeddings=False),
     mistral=lambda: config(MistralConfig, sliding_window=8, tie_word_embeddings=False),
-    gemma2=lambda: config(Gemma2Config, sliding_window=8, attn_logit_softcapping=3., final_logit_softcapping=2., query_pre_attn_scalar=24, num_hidden_layers=4, pad_token_id=0),
-    gemma3=lambda: config(Gemma3TextConfig, sliding_window=8, num_hidden_layers=4, layer_types=['sliding_attention', 'full_attention']*2, query_pre_attn_scalar=24))
+    gemma2=lambda: config(Gemma2Config, sliding_window=8, attn_logit_softcapping=3., final_logit_softcapping=2.,
+                          query_pre_attn_scalar=24, num_hidden_layers=4, pad_token_id=0),
+    gemma3=lambda: config(Gemma3TextConfig, sliding_window=8, num_hidden_layers=4,
+                          layer_types=['sliding_attention', 'full_attention']*2, query_pre_attn_scalar=24))
 
 def save(folder, cfg, tokenizer, seed=0):
     torch.manual_seed(seed)
@@ -117,7 +122,8 @@ def padded(ids, side, pad):
 @pytest.mark.parametrize('side', ['right', 'left'])
 def test_pooled_position_beside_padded_batches(tiny, prompt, side):
     "pad = eos, and eos inside the text: transformers' padded batches and our packs read the same token, the last real one"
-    base = tiny('llama'); judge = judge_of(base, prompt, 'score'); ref = classifier(base, judge); eos = ref.config.eos_token_id
+    base = tiny('llama')
+    judge = judge_of(base, prompt, 'score'); ref = classifier(base, judge); eos = ref.config.eos_token_id
     assert eos == ref.config.pad_token_id == judge.base.config.pad_token_id
     ids = sequences((5, 9, 17, 30)); ids[1][3] = ids[2][:2] = ids[3][15] = eos
     x, m = padded(ids, side, eos)
@@ -166,7 +172,8 @@ def test_attention_alone():
 
 @given(st.lists(st.lists(st.sampled_from([3, 3, 3, 4]), min_size=1, max_size=9), min_size=1, max_size=6))
 def test_collate(rows):
-    ids = pd.Series([np.array(r, np.int32) for r in rows], index=range(len(rows))[::-1])  # labels in another order than the places
+    ids = pd.Series([np.array(r, np.int32) for r in rows],
+                    index=range(len(rows))[::-1])  # labels in another order than the places
     c = collate(ids)
     p, n = c['bounds'][0], sum(map(len, rows))
     assert c['input_ids'].shape == c['position_ids'].shape == (1, n-p*(len(rows)-1)) and c['input_ids'].dtype == torch.int64
@@ -176,15 +183,23 @@ def test_collate(rows):
     assert p == (0 if len(rows) == 1 else max(k for k in range(min(map(len, rows))) if len({tuple(r[:k]) for r in rows}) == 1))  # the last token stays each one's own
 
 # ---- shapes in the proportions of real bases: rope scaled, queries wider than the model, seven of them a key, windows shorter than the text
-B = dict(vocab_size=49152, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=.2)
+B = dict(vocab_size=49152, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+         initializer_range=.2)
 REAL = dict(
-    llama3=lambda: LlamaConfig(**B, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
-                               rope_parameters=dict(rope_type='llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)),
-    qwen2=lambda: Qwen2Config(**B, hidden_size=112, intermediate_size=592, num_hidden_layers=3, num_attention_heads=28, num_key_value_heads=4),
-    gemma2=lambda: Gemma2Config(**B, hidden_size=112, intermediate_size=448, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8, head_dim=8, sliding_window=16,
+    llama3=lambda: LlamaConfig(**B, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=8,
+                               num_key_value_heads=2,
+                               rope_parameters=dict(rope_type='llama3', rope_theta=5e5, factor=8., low_freq_factor=1.,
+                                                    high_freq_factor=4., original_max_position_embeddings=64)),
+    qwen2=lambda: Qwen2Config(**B, hidden_size=112, intermediate_size=592, num_hidden_layers=3, num_attention_heads=28,
+                              num_key_value_heads=4),
+    gemma2=lambda: Gemma2Config(**B, hidden_size=112, intermediate_size=448, num_hidden_layers=4,
+                                num_attention_heads=16, num_key_value_heads=8, head_dim=8, sliding_window=16,
                                 query_pre_attn_scalar=8, attn_logit_softcapping=50., final_logit_softcapping=30.),
-    gemma3=lambda: Gemma3TextConfig(**B, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=8, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
-    mistral=lambda: MistralConfig(**B, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, sliding_window=16))
+    gemma3=lambda: Gemma3TextConfig(**B, hidden_size=128, intermediate_size=512, num_hidden_layers=6,
+                                    num_attention_heads=16, num_key_value_heads=8, head_dim=8, sliding_window=16,
+                                    query_pre_attn_scalar=8),
+    mistral=lambda: MistralConfig(**B, hidden_size=128, intermediate_size=448, num_hidden_layers=3,
+                                  num_attention_heads=8, num_key_value_heads=2, sliding_window=16))
 
 @pytest.mark.parametrize('real', REAL)
 @pytest.mark.parametrize('common', [0, 18])
@@ -206,14 +221,18 @@ def test_real_proportions(real, common, smollm2, prompt, tmp_path):
 @pytest.fixture(scope='session', params=['old names', 'new names'])
 def seeing(request, tmp_path_factory, smollm2):
     "A tiny Gemma 3 with eyes, its tensors named as in the first checkpoints and as its classes name them now"
-    text = dict(SHAPE, num_hidden_layers=4, sliding_window=8, layer_types=['sliding_attention', 'full_attention']*2, query_pre_attn_scalar=24, initializer_range=.25)
-    cfg = Gemma3Config(text_config=text, vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
+    text = dict(SHAPE, num_hidden_layers=4, sliding_window=8, layer_types=['sliding_attention', 'full_attention']*2,
+                query_pre_attn_scalar=24, initializer_range=.25)
+    cfg = Gemma3Config(text_config=text,
+                       vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                          num_attention_heads=2, image_size=28, patch_size=14),
                        mm_tokens_per_image=4, image_token_index=49000, boi_token_index=49001, eoi_token_index=49002)
     folder = save(tmp_path_factory.mktemp('seeing')/'gemma3', cfg, smollm2)
     from safetensors.torch import load_file, save_file
     if request.param == 'new names':
         t = {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(folder).state_dict().items() if k != 'lm_head.weight'}
-        assert any(k.startswith('model.language_model.layers') for k in t); save_file(t, folder/'model.safetensors', metadata=dict(format='pt'))
+        assert any(k.startswith('model.language_model.layers') for k in t)
+        save_file(t, folder/'model.safetensors', metadata=dict(format='pt'))
     else: assert any(k.startswith('language_model.model.layers') for k in load_file(folder/'model.safetensors'))
     return str(folder)
 
@@ -231,14 +250,16 @@ def test_a_base_that_also_sees_is_its_text_model(seeing, how, prompt, tmp_path):
     judge = randomise(add_lora(judge, r=4)); got = packed(judge, ids)
     assert on(judge) == ALL and sum(hasattr(m, 'lora_A') for m in judge.modules()) == 28
     judge.model.save_pretrained(tmp_path/'a')
-    close(packed(judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', adapter=str(tmp_path/'a')), ids), got)
+    close(packed(judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', adapter=str(tmp_path/'a')), ids),
+          got)
 
 @pytest.mark.parametrize('route', ['score', 'score2'])
 def test_a_base_that_also_sees_gets_a_head(seeing, route, prompt, tmp_path):
     ids, ref = sequences(), reference(seeing)
     for mapped in (False, True):
         judge = judge_of(seeing, prompt, route, mapped=mapped)
-        with torch.no_grad(): want = torch.cat([judge.base.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
+        with torch.no_grad():
+            want = torch.cat([judge.base.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
         close(packed(judge, ids), want)
         judge.model.save_pretrained(tmp_path/'b')
         close(packed(judge_of(str(tmp_path/'b'), prompt, route), ids), want)
@@ -247,7 +268,8 @@ def test_a_gptq_base_that_also_sees(seeing, prompt, tmp_path):
     from gptq_writer import checkpoint
     from safetensors.torch import load_file, save_file
     meant, dense = checkpoint(seeing, tmp_path/'q', group=32), tmp_path/'dense'; shutil.copytree(seeing, dense)
-    save_file(load_file(dense/'model.safetensors') | {k: torch.from_numpy(w).contiguous() for k, w in meant.items()}, dense/'model.safetensors', metadata=dict(format='pt'))
+    save_file(load_file(dense/'model.safetensors') | {k: torch.from_numpy(w).contiguous() for k, w in meant.items()},
+              dense/'model.safetensors', metadata=dict(format='pt'))
     judge, ids = judge_of(str(tmp_path/'q'), prompt), sequences()
     assert sum(type(m).__name__ == 'GPTQLinear' for m in judge.modules()) == 28
     close(packed(judge, ids), packed(judge_of(str(dense), prompt), ids), 1e-4)
@@ -263,7 +285,8 @@ def randomise(judge, seed=0, scale=.1):
 def step(judge, ids, y, packs, w=None):
     judge.zero_grad(); w, total = (torch.ones(len(ids)) if w is None else torch.tensor(w)), 0.
     for p in packs:
-        loss = pack_loss(judge(**collate([ids[i] for i in p])), y[p], w[p], option_mask([y.shape[1]]*len(p), y.shape[1]), float(w.sum()))
+        loss = pack_loss(judge(**collate([ids[i] for i in p])), y[p], w[p],
+                         option_mask([y.shape[1]]*len(p), y.shape[1]), float(w.sum()))
         loss.backward(); total += loss.item()
     return total, {n: p.grad.clone() for n, p in judge.named_parameters() if p.requires_grad}
 
@@ -334,7 +357,8 @@ def test_loss_is_the_weighted_mean_over_the_rows_own_options(n, seed):
 def test_weight_two_is_the_row_twice(tiny, prompt):
     judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
     ids, y = sequences((3, 12, 9)), torch.tensor([[1., 0, 0], [.5, .5, 0], [.2, .3, .5]])
-    alike(step(judge, ids, y, [[0, 1, 2]], [1., 2., 1.]), step(judge, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
+    alike(step(judge, ids, y, [[0, 1, 2]], [1., 2., 1.]),
+          step(judge, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
     alike(step(judge, ids, y, [[0, 1, 2]], [1., 0., 1.]), step(judge, [ids[0], ids[2]], y[[0, 2]], [[0, 1]]))
 
 def test_a_step_that_weighs_nothing(tiny, prompt):
@@ -345,7 +369,8 @@ def test_a_step_that_weighs_nothing(tiny, prompt):
 def test_soft_target_is_the_mixture(tiny, prompt):
     judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
     [i] = sequences((9,))
-    alike(step(judge, [i], torch.tensor([[.25, .75, 0]]), [[0]]), step(judge, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]]))
+    alike(step(judge, [i], torch.tensor([[.25, .75, 0]]), [[0]]),
+          step(judge, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]]))
 
 # ---- LoRA
 ALL = {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
@@ -385,8 +410,10 @@ def test_scale(tiny, prompt, rslora, scale):
     mods = [m for m in judge.model.modules() if hasattr(m, 'lora_A')]
     assert all(m.scaling == {'default': scale} for m in mods)
     ref, ids = reference(tiny('llama')), sequences((3, 12))
-    for layer, m in zip(ref.model.layers, mods): layer.self_attn.q_proj.weight.data += scale*m.lora_B['default'].weight.data@m.lora_A['default'].weight.data
-    with torch.no_grad(): close(packed(judge, ids), torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids]))
+    for layer, m in zip(ref.model.layers, mods):
+        layer.self_attn.q_proj.weight.data += scale*m.lora_B['default'].weight.data@m.lora_A['default'].weight.data
+    with torch.no_grad():
+        close(packed(judge, ids), torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids]))
 
 def test_seed_decides_a(tiny, prompt):
     a = lambda s: torch.cat([p.flatten() for n, p in add_lora(judge_of(tiny('llama'), prompt), r=4, seed=s).named_parameters() if 'lora_A' in n])
@@ -432,7 +459,8 @@ def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
     attempt('a score adapter on the answer route', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(s))
     attempt('an adapter of a shallower base', tiny('qwen2'), prompt, 'answer', 'fp32', adapter=str(a))
     attempt('an adapter of another shape', tiny('llama_tied'), prompt, 'answer', 'fp32', adapter=str(a))
-    t = load_file(a/'adapter_model.safetensors'); t.pop(next(k for k in t if 'lora_B' in k)); save_file(t, a/'adapter_model.safetensors')
+    t = load_file(a/'adapter_model.safetensors')
+    t.pop(next(k for k in t if 'lora_B' in k)); save_file(t, a/'adapter_model.safetensors')
     attempt('an adapter that lost a tensor', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(a))
     attempt('no adapter', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(tmp_path/'none'))
     assert not {k: repr(e) for k, e in faults.items() if not isinstance(e, Refusal)}
@@ -445,12 +473,34 @@ def test_missing_adapter_is_refused_by_name(tiny, prompt, tmp_path):
 def test_going_on_says_what_the_earlier_one_said(tiny, prompt, tmp_path, old, new):
     "whatever either is scaled by"
     judge, ids = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4, **old)), sequences()
-    judge.model.save_pretrained(tmp_path/'a'); after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
+    judge.model.save_pretrained(tmp_path/'a')
+    after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
     close(packed(after, ids), packed(judge, ids), 2e-5)
     if old == new: assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), after.parameters()))
 
+@pytest.mark.parametrize('rslora', [False, True])
+def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, prompt, tmp_path, rslora):
+    "are what they are in plain peft, also in one pass, and to go on from"
+    ids, own = sequences(), dict(alpha_pattern={'layers.0.self_attn.v_proj': 3, 'q_proj': 40})
+    for name, more in (('ranks', dict(own, rank_pattern={'q_proj': 2, r'layers\.1\.mlp\.up_proj': 8})),
+                       ('alphas', own)):
+        torch.manual_seed(1)
+        there = get_peft_model(reference(tiny('llama')),
+                               LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, init_lora_weights=False,
+                                          task_type='CAUSAL_LM',
+                               target_modules=['q_proj', 'v_proj', 'up_proj'], **more)).eval()
+        there.save_pretrained(tmp_path/name)
+        with torch.no_grad(): want = torch.stack([there(one(i)).logits[0, -1, prompt.letters] for i in ids])
+        judge = judge_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
+        close(packed(judge, ids), want, 2e-5)
+        close(packed(fuse(judge), ids), want, 2e-5)
+    after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, alpha=5, modules='q_proj,v_proj,up_proj'),
+                          tmp_path/'alphas')
+    close(packed(after, ids), want, 2e-5)
+
 def test_going_on_with_another_rank(tiny, prompt, tmp_path):
-    with pytest.raises(Refusal, match='do not fit'): continue_from(add_lora(judge_of(tiny('llama'), prompt), r=8), saved(tiny, prompt, tmp_path/'a'))
+    with pytest.raises(Refusal, match='do not fit'):
+        continue_from(add_lora(judge_of(tiny('llama'), prompt), r=8), saved(tiny, prompt, tmp_path/'a'))
 
 # ---- heads of earlier full runs
 def run_of(tiny, prompt, folder, route, dtype='fp32'):
@@ -470,10 +520,13 @@ def test_a_full_run_keeps_its_head(tiny, prompt, tmp_path, route, dtype, mapped)
     assert torch.equal(packed(again, sequences()), want) and {p.dtype for p in again.base.score.parameters()} == {torch.float32}
 
 @pytest.mark.parametrize('mapped', [False, True])
-@pytest.mark.parametrize('route, asked, task', [('score2', 'score', 'preference'), ('score', 'score2', 'preference'), ('score', 'score', 'choice'), ('score2', 'score2', 'choice')])
+@pytest.mark.parametrize('route, asked, task',
+                         [('score2', 'score', 'preference'), ('score', 'score2', 'preference'),
+                          ('score', 'score', 'choice'), ('score2', 'score2', 'choice')])
 def test_another_head_is_refused(tiny, prompt, tok, tmp_path, route, asked, task, mapped):
     folder, _ = run_of(tiny, prompt, tmp_path/'m', route)
-    with pytest.raises(Refusal, match=f"a head of {{'{route}': 3}}"): load_judge(folder, Prompt(tok, task, 128), asked, 'fp32', mapped=mapped)
+    with pytest.raises(Refusal, match=f"a head of {{'{route}': 3}}"):
+        load_judge(folder, Prompt(tok, task, 128), asked, 'fp32', mapped=mapped)
 
 class Evil:
     def __init__(self, mark): self.mark = mark
@@ -487,7 +540,8 @@ def test_no_pickle_is_loaded(tiny, prompt, tmp_path):
     loaded = []
     for evil in (True, False):
         torch.save(Evil(mark) if evil else {'base_model.model.x': torch.zeros(1)}, a/'adapter_model.bin')
-        torch.save(Evil(mark) if evil else AutoModelForCausalLM.from_pretrained(tiny('llama')).state_dict(), b/'pytorch_model.bin')
+        torch.save(Evil(mark) if evil else AutoModelForCausalLM.from_pretrained(tiny('llama')).state_dict(),
+                   b/'pytorch_model.bin')
         for base, kw in ((tiny('llama'), dict(adapter=str(a))), (str(b), {})):
             try: load_judge(base, prompt, **kw)
             except Exception: pass
@@ -501,7 +555,8 @@ def test_no_code_of_a_base_runs(tiny, prompt, tmp_path, known):
     c = json.loads((b/'config.json').read_text())
     c['auto_map'] = dict(AutoConfig='evil.C', AutoModelForCausalLM='evil.M')
     if not known: c['model_type'] = 'evil'
-    (b/'config.json').write_text(json.dumps(c)); (b/'evil.py').write_text(f'open({str(mark)!r}, "w")\nclass C: pass\nclass M: pass\n')
+    (b/'config.json').write_text(json.dumps(c))
+    (b/'evil.py').write_text(f'open({str(mark)!r}, "w")\nclass C: pass\nclass M: pass\n')
     try: load_judge(str(b), prompt)
     except Exception: assert not known
     assert not mark.exists()
@@ -521,7 +576,8 @@ def test_route_is_refused(tiny, prompt):
     with pytest.raises(Refusal, match='route'): load_judge(tiny('llama'), prompt, 'logits')
 
 # ---- bases
-@pytest.mark.parametrize('base', ['', ' ', '.', './no/such', '/no/such', '~/no_such_base', 'smolm2', 'a/b/c', 'SmolLM2', '../x', 'tests', 'a\nb'])
+@pytest.mark.parametrize('base', ['', ' ', '.', './no/such', '/no/such', '~/no_such_base', 'smolm2', 'a/b/c',
+                                  'SmolLM2', '../x', 'tests', 'a\nb'])
 def test_no_such_base(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match='no base'): base_path(base)
@@ -547,7 +603,8 @@ def test_pick_dtype(monkeypatch):
         monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx); assert pick_dtype() == want
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     for ok, want in ((True, 'bf16'), (False, 'fp16')):
-        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: ok); assert pick_dtype() == want
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: ok)
+        assert pick_dtype() == want
     for bad in ('fp64', 'float32', '', None, torch.float32):
         with pytest.raises(Refusal): pick_dtype(bad)
 
@@ -560,15 +617,19 @@ def test_base_hash(tiny, tmp_path):
         w.write_bytes(raw[:at]+bytes([raw[at]^1])+raw[at+1:]); hashes.append(base_hash(str(b)))
     w.write_bytes(raw+b'\0'); hashes.append(base_hash(str(b)))
     w.write_bytes(raw[:2**20]+raw[2**20+4:]); hashes.append(base_hash(str(b)))
-    w.write_bytes(raw); (b/'manifest.json').write_text('{}'); (b/'README.md').write_text('x'); assert base_hash(str(b)) == hashes[0]
-    (b/'config.json').write_text((b/'config.json').read_text()+' '); assert base_hash(str(b)) == hashes[0]  # it says the same
-    (b/'config.json').write_text((b/'config.json').read_text().replace('silu', 'gelu')); hashes.append(base_hash(str(b)))
+    w.write_bytes(raw)
+    (b/'manifest.json').write_text('{}'); (b/'README.md').write_text('x'); assert base_hash(str(b)) == hashes[0]
+    (b/'config.json').write_text((b/'config.json').read_text()+' ')
+    assert base_hash(str(b)) == hashes[0]  # it says the same
+    (b/'config.json').write_text((b/'config.json').read_text().replace('silu', 'gelu'))
+    hashes.append(base_hash(str(b)))
     w.rename(b/'model-00001-of-00001.safetensors'); hashes.append(base_hash(str(b)))
     assert len(set(hashes)) == len(hashes) and base_hash('a/b') != base_hash('a/c')
 
 # ---- probabilities
 TEXTS = ['one', 'two three', '', 'the quick brown fox '*30, 'no', '骑士']
-def pairs(): return pd.DataFrame([dict(id=str(i), prompt=[a], response_a=[b], response_b=[c]) for i, (a, b, c) in enumerate(zip(TEXTS, TEXTS[1:]+TEXTS[:1], TEXTS[::-1]))])
+def pairs():
+    return pd.DataFrame([dict(id=str(i), prompt=[a], response_a=[b], response_b=[c]) for i, (a, b, c) in enumerate(zip(TEXTS, TEXTS[1:]+TEXTS[:1], TEXTS[::-1]))])
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 @pytest.mark.parametrize('task', ['preference', 'preference2', 'choice'])
@@ -582,11 +643,15 @@ def test_predict(tiny, tok, route, task):
     for p in (one, two):
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
         for k, o in zip(n, p): assert (o[k:] == 0).all() and (o >= 0).all()
-    for budget in (1, 64, 10_000): np.testing.assert_allclose(predict(judge, pr, rows, budget=budget, progress=False), two, atol=1e-5)
-    order = [3, 0, 4, 1, 2]; np.testing.assert_allclose(predict(judge, pr, rows.iloc[order], progress=False), two[order], atol=1e-5)
+    for budget in (1, 64, 10_000):
+        np.testing.assert_allclose(predict(judge, pr, rows, budget=budget, progress=False), two, atol=1e-5)
+    order = [3, 0, 4, 1, 2]
+    np.testing.assert_allclose(predict(judge, pr, rows.iloc[order], progress=False), two[order], atol=1e-5)
     other = rows.assign(options=[o[::-1] for o in rows.options]) if task == 'choice' else rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
-    np.testing.assert_allclose(swap_probs(predict(judge, pr, other, progress=False), n, task), two, atol=1e-5)  # the order shown means nothing any more
-    np.testing.assert_allclose((one+swap_probs(predict(judge, pr, other, 1, progress=False), n, task))/2, two, atol=1e-5)
+    np.testing.assert_allclose(swap_probs(predict(judge, pr, other, progress=False), n, task), two,
+                               atol=1e-5)  # the order shown means nothing any more
+    np.testing.assert_allclose((one+swap_probs(predict(judge, pr, other, 1, progress=False), n, task))/2, two,
+                               atol=1e-5)
     assert np.abs(one-two).max() > 1e-3
 
 def test_view_probs_are_the_letters_of_the_row(tiny, tok):
@@ -595,7 +660,8 @@ def test_view_probs_are_the_letters_of_the_row(tiny, tok):
     enc = pr.encode(rows); got = view_probs(judge, enc, [2, 5], progress=False)
     for p, i, r in zip(got, enc.ids, enc.row):
         k = [2, 5][r]
-        with torch.no_grad(): np.testing.assert_allclose(p[:k], ref(one(i)).logits[0, -1, pr.letters[:k]].softmax(-1), atol=1e-5)
+        with torch.no_grad():
+            np.testing.assert_allclose(p[:k], ref(one(i)).logits[0, -1, pr.letters[:k]].softmax(-1), atol=1e-5)
 
 def test_no_rows(tiny, tok):
     pr = Prompt(tok, 'preference', 128)
@@ -605,7 +671,8 @@ def test_the_embedded_base(smollm2, tok):
     "Real weights, both routes, packed against one at a time"
     pr = Prompt(tok, 'preference', 96); enc = pr.encode(pairs().iloc[:3])
     ref, judge = reference(smollm2), judge_of('smollm2', pr)
-    with torch.no_grad(): close(packed(judge, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)
+    with torch.no_grad():
+        close(packed(judge, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)
 
 @pytest.mark.parametrize('dtype', ['fp32', 'nf4'])
 def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
@@ -617,7 +684,8 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
     del t['model.layers.1.mlp.up_proj.weight']
     save_file(t, tmp_path/'b/model.safetensors', metadata=dict(format='pt'))
     for route in ('answer', 'score'):
-        with pytest.raises(Refusal, match='1 tensors are missing, such as model.layers.1.mlp.up_proj.weight'): load_judge(str(tmp_path/'b'), prompt, route, dtype)
+        with pytest.raises(Refusal, match='1 tensors are missing, such as model.layers.1.mlp.up_proj.weight'):
+            load_judge(str(tmp_path/'b'), prompt, route, dtype)
 
 # ---- what a GPU is told of a pack whose sequences begin alike; its kernel in plain operations
 def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
@@ -646,7 +714,8 @@ def test_keys_that_all_sequences_see(kind, monkeypatch):
         judge.zero_grad()
         with torch.set_grad_enabled(kind != 'gemma2'): out = judge(**pack)  # FlexAttention has no gradients on a CPU
         if kind != 'gemma2': out.square().sum().backward()
-        return out.detach(), torch.cat([torch.zeros(1), *(p.grad.flatten() for p in judge.parameters() if p.grad is not None)])
+        return out.detach(), torch.cat([torch.zeros(1),
+                                        *(p.grad.flatten() for p in judge.parameters() if p.grad is not None)])
     want = [said(p) for p in packs]
     monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', _varlen_attn)
     monkeypatch.setattr(Judge, 'varlen', True)
