@@ -203,14 +203,14 @@ def _look(t, k, count, limit):
 
 def _strange(x, y, count, limit): # [two sets of runs] do the runs of one side belong to the table, and those of the other not?
     most = sorted(max((int(count[k]) for k in v), default=0) for v in (x, y))
-    return most[1] > limit and 8*most[0] < most[1]
+    return most[1] > limit/2 and 5*most[0] < most[1]
 
 def _other_problem(a, b, edits, share, count, limit): # two looks: do they differ as two puzzles of one form do?
     x, y = a.three-b.three, b.three-a.three
     in_form = [len(v & s.form)/max(1, len(v)) for v, s in ((x, a), (y, b))]
     if min(in_form) >= .5: return True                            # both put words of the form there
     puzzle = min(a.covered, b.covered) >= .5
-    if puzzle and _strange(x, y, count, limit): return False       # one word is a filler of its slot, the other is not
+    if max(a.covered, b.covered) >= .25 and _strange(x, y, count, limit): return False       # one word is a filler of its slot, the other is not
     if max(in_form) >= .5+puzzle/2 and min(in_form) == 0: return False  # the form itself was changed in one
     return edits > _allowed(min(a.own, b.own)-2*puzzle, share)
 

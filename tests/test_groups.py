@@ -128,5 +128,5 @@ def test_a_strange_word_in_the_slot_of_a_puzzle_is_a_copy():
 
 def test_a_text_that_is_only_the_form_joins_nothing():
     form = 'Spell this word backward (example: sun -> nus):'
-    texts = [f'{form} {w}' for w in VOCAB[:500]]
+    texts = [f'{form} {w}' for w in list(dict.fromkeys(VOCAB))[:500]]
     assert len(set(group_rows([*texts, form]))) == 501
