@@ -201,11 +201,16 @@ def _look(t, k, count, limit):
     number = np.array([bool(_number.match(w)) for w in t.text[k].split(' ')])
     return _Look(frozenset(three.tolist()), frozenset(three[form].tolist()), int((~cover & ~number).sum()), cover.mean())
 
-def _other_problem(a, b, edits, share): # two looks: do they differ as two puzzles of one form do?
+def _strange(x, y, count, limit): # [two sets of runs] do the runs of one side belong to the table, and those of the other not?
+    most = sorted(max((int(count[k]) for k in v), default=0) for v in (x, y))
+    return most[1] > limit/2 and 5*most[0] < most[1]
+
+def _other_problem(a, b, edits, share, count, limit): # two looks: do they differ as two puzzles of one form do?
     x, y = a.three-b.three, b.three-a.three
     in_form = [len(v & s.form)/max(1, len(v)) for v, s in ((x, a), (y, b))]
     if min(in_form) >= .5: return True                            # both put words of the form there
     puzzle = min(a.covered, b.covered) >= .5
+    if max(a.covered, b.covered) >= .25 and _strange(x, y, count, limit): return False       # one word is a filler of its slot, the other is not
     if max(in_form) >= .5+puzzle/2 and min(in_form) == 0: return False  # the form itself was changed in one
     return edits > _allowed(min(a.own, b.own)-2*puzzle, share)
 
@@ -229,10 +234,11 @@ def _copies(t, share, check=()): # [pairs, 2] text numbers
     count, limit = _counts(t, who, counted), max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
     looks = {k: _look(t, k, count, limit) for k in who}
     out = [(a, b) for a, b, d in zip(*(v.tolist() for v in (i[near], j[near], edits[near])))
-           if not _other_problem(looks[a], looks[b], d, share) and _same_numbers(t.text[a], t.text[b])]
+           if not _other_problem(looks[a], looks[b], d, share, count, limit) and _same_numbers(t.text[a], t.text[b])]
     one = ~near & (edits == 1)
     out += [(a, b) for a, b in zip(i[one].tolist(), j[one].tolist()) if _typo(t.text[a], t.text[b])]
-    out += [(a, b) for a, b in held if _added(t.text[a], t.text[b], looks[a], looks[b])]
+    longer = Counter(b for _, b in held)
+    out += [(a, b) for a, b in held if _added(t.text[a], t.text[b], looks[a], looks[b]) and (looks[b].own or longer[b] <= 5)]
     return np.array([*out, *_same_letters(t.text)], int).reshape(-1, 2)
 
 # %% ../nbs/01c_groups.ipynb #b561bc72

@@ -111,3 +111,22 @@ def test_any_text_is_grouped(texts):
 def test_giant_rows_and_lone_surrogates():
     g = group_rows(['word '*200_000, 'word '*200_001, 'w\ud800', 'w\udc00', ' '.join(f'x{i}' for i in range(200_000))])
     assert len(g) == 5 and g[0] != g[4]
+
+# -- one word of a puzzle changed by hand --------------------------------------------------------------------------
+def syllogisms(n):
+    import reasoning_gym
+    return list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset('syllogism', size=n, seed=3)))
+
+def test_a_strange_word_in_the_slot_of_a_puzzle_is_a_copy():
+    texts, rng = syllogisms(1000), random.Random(1)
+    def changed(t):
+        w = t.split(' ')
+        w[rng.choice([k for k, v in enumerate(w) if v.isalpha()])] = ''.join(rng.choices('bcdfghklmnp', k=7))
+        return ' '.join(w)
+    g = group_rows(texts + [changed(t) for t in texts[:200]])
+    assert (g[:200] == g[len(texts):]).mean() >= .8 and len(set(g[:len(texts)])) == len(texts)
+
+def test_a_text_that_is_only_the_form_joins_nothing():
+    form = 'Spell this word backward (example: sun -> nus):'
+    texts = [f'{form} {w}' for w in list(dict.fromkeys(VOCAB))[:500]]
+    assert len(set(group_rows([*texts, form]))) == 501
