@@ -191,7 +191,7 @@ def _counted(t, line, i, j, share, rounds=8): # [texts] True: counts; in each ro
     return counted
 
 # %% ../nbs/01c_groups.ipynb #20001a8d
-_Look = namedtuple('_Look', 'three form own covered')
+_Look = namedtuple('_Look', 'words three form own covered')
 
 def _look(t, k, count, limit):
     h = t.hash[t.start[k]:t.start[k]+t.n[k]]
@@ -199,7 +199,7 @@ def _look(t, k, count, limit):
     form = count[three] > limit
     for o in range(3): cover[o:o+len(form)] |= form
     number = np.array([bool(_number.match(w)) for w in t.text[k].split(' ')])
-    return _Look(frozenset(three.tolist()), frozenset(three[form].tolist()), int((~cover & ~number).sum()), cover.mean())
+    return _Look(frozenset(h.tolist()), frozenset(three.tolist()), frozenset(three[form].tolist()), int((~cover & ~number).sum()), cover.mean())
 
 def _strange(x, y, count, limit): # [two sets of runs] do the runs of one side belong to the table, and those of the other not?
     most = sorted(max((int(count[k]) for k in v), default=0) for v in (x, y))
@@ -210,7 +210,8 @@ def _other_problem(a, b, edits, share, count, limit): # two looks: do they diffe
     in_form = [len(v & s.form)/max(1, len(v)) for v, s in ((x, a), (y, b))]
     if min(in_form) >= .5: return True                            # both put words of the form there
     puzzle = min(a.covered, b.covered) >= .5
-    if max(a.covered, b.covered) >= .25 and _strange(x, y, count, limit): return False       # one word is a filler of its slot, the other is not
+    foreign = a.words != b.words and _strange(x, y, count, limit)
+    if max(a.covered, b.covered) >= .25 and foreign: return False       # one word is a filler of its slot, the other is not
     if max(in_form) >= .5+puzzle/2 and min(in_form) == 0: return False  # the form itself was changed in one
     return edits > _allowed(min(a.own, b.own)-2*puzzle, share)
 

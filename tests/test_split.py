@@ -631,27 +631,19 @@ PARAMS = dict(data='sample_arena', train='', test='', corrections='', folds=5, s
 def notebook():
     return json.loads((Path(__file__).parents[1]/'nbs/02_split.ipynb').read_text(encoding='utf-8'))
 
-def test_defaults_agree_with_the_parameters_cell():
-    import inspect
-    [cell] = [c for c in notebook()['cells'] if 'parameters' in c['metadata'].get('tags', [])]
-    ns = {}
-    exec(''.join(cell['source']), ns)
-    assert {k: ns[k] for k in PARAMS} == PARAMS == {k: p.default for k, p in inspect.signature(split).parameters.items()}
-    for f in (raw_files,): assert all(PARAMS[k] == p.default for k, p in inspect.signature(f).parameters.items())
-
 def run_driver(**kw):
     "The notebook's driver cell, with other parameters"
-    from competition_kit.log import start_run
-    [cell] = [''.join(c['source']) for c in notebook()['cells'] if c['cell_type'] == 'code' and "with start_run('split'" in ''.join(c['source'])]
-    assert 'import' not in cell
-    ns = dict(vars(S), start_run=start_run) | PARAMS | kw
+    from competition_kit.log import from_notebook, run_stage
+    [cell] = [''.join(c['source']) for c in notebook()['cells'] if 'run_stage(make_split' in ''.join(c['source'])]
+    ns = dict(vars(S), from_notebook=from_notebook, run_stage=run_stage, globals=lambda: ns) | PARAMS | kw
     exec(cell, ns)
     return ns['run']
 
 def test_stage(root, monkeypatch):
-    pytest.importorskip('competition_kit.log')
-    put(data_path('l/train.csv'), lmsys()); put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(4), *hot[6:])])
-    (root/'elsewhere').mkdir(); monkeypatch.chdir(root/'elsewhere')
+    put(data_path('l/train.csv'), lmsys())
+    put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(4), *hot[6:])])
+    (root/'elsewhere').mkdir()
+    monkeypatch.chdir(root/'elsewhere')
     run = run_driver(data='l')
     rows, first = load_rows('l'), data_path('l.parquet').read_bytes()
     assert rows.attrs['meta']['run'] == run.id and load_rows('l_test').attrs['meta']['part'] == 'test'
@@ -667,7 +659,6 @@ def test_stage(root, monkeypatch):
     assert not list((root/'elsewhere').iterdir())
 
 def test_a_refused_stage_publishes_nothing(root):
-    pytest.importorskip('competition_kit.log')
     put(data_path('l/train.csv'), lmsys()); run_driver(data='l')
     old = data_path('l.parquet').read_bytes()
     put(data_path('l/train.csv'), changed(lmsys(), 5, winner_tie=0))
