@@ -210,7 +210,7 @@ def _done_already(rec, code): # What is said when a run that is done is asked fo
 def _sweep_temporary(day=86400): # What killed processes left in `models/` and `data/` more than a day ago
     ours = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp|\.sample_\w+\.[a-z0-9_]{8}')  # as `atomic` and `make_raw` name them
     left = [p for folder in (models_path(), data_path()) for p in folder.glob('.*') if ours.fullmatch(p.name)]
-    for p in [*left, *models_path('.tokens').glob('.*')]:
+    for p in [*left, *models_path('.tokens').glob('.*'), *models_path('.repro').glob('*')]:
         with contextlib.suppress(OSError):
             if time.time()-p.stat().st_mtime < day: continue
             shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink()
@@ -345,8 +345,8 @@ def records() -> list: # Dicts, by time of the first start
     return sorted(out, key=lambda r: (str(r.get('started')), r['run_id']))
 
 def _shown_status(r):
-    here = r.get('status') == 'running' and r.get('host') == platform.node()
-    return {**r, 'status': 'interrupted'} if here and not _locked(models_path(r['run_id'], '.lock')) else r
+    running = r.get('status') == 'running'
+    return {**r, 'status': 'interrupted'} if running and not _locked(models_path(r['run_id'], '.lock')) else r
 
 def _locked(path): # Does a process hold this lock? Process ids are given to new processes, a lock is not
     import fcntl
@@ -662,7 +662,12 @@ def _write_values(file, kept): # Put values of formulas into a workbook that ope
 # %% ../nbs/01_log.ipynb #aa830cee
 def _people_file():
     f = models_path('people.json')
-    return read_json(f) if f.exists() else {}
+    store = read_json(f) if f.exists() else {}
+    if (seal := store.pop('seal', None)) not in (None, hash_obj(store, 32)):
+        raise Refusal('what people wrote is not as the kit kept it', f, fix='Restore the file from a copy; or delete it, if the workbook has everything')
+    return store
+
+def _keep_people(store): write_json(models_path('people.json'), dict(store, seal=hash_obj(store, 32)))
 
 def _harvest(book, path, store):
     store = json.loads(json.dumps(store))
@@ -823,7 +828,7 @@ def _refuse_row(path, row, text):
     seen, book = _stat(path), _read_book(path)
     if (sh := book.get('runs')) is None or row-1 not in _plan_rows(sh): return
     store = _people_file()
-    if (heard := _harvest(book, path, store)) != store: write_json(models_path('people.json'), heard)
+    if (heard := _harvest(book, path, store)) != store: _keep_people(heard)
     wb = _load_book(path)
     before = _cell_values(wb)
     _put(_sheet_of(wb, sh).cell(row, sh.cols['status']+1), text)
@@ -1104,7 +1109,7 @@ def _sync(path):
     recs, (src, said) = records(), _source(path)
     seen, book, store = _stat(path), _read_book(src) if src else {}, _people_file()
     if src == path and (heard := _harvest(book, path, store)) != store:
-        write_json(models_path('people.json'), store := heard)
+        _keep_people(store := heard)
     want, claims = _rows(recs), _claims(book.get('runs'), recs)
     todo = {s: _changes(sh, want[s], claims if s == 'runs' else {}) for s, sh in book.items()}
     nothing = not any(edits or new for edits, new in todo.values())

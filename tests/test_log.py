@@ -878,3 +878,17 @@ def test_libreoffice_reads_and_saves_it(root):
     assert sheet(root)[0]['mix'] == '=1+1'
     run(1)
     assert len(ids(root)) == 2 and people(id)['note'] == 'seen' and sync_log() == f'{LOG} is up to date'
+
+def test_a_flipped_bit_in_what_people_wrote_is_refused(root):
+    id = run()
+    edit(root, lambda wb, ws, at: ws.cell(2, at['vote_weight'], 3))
+    sync_log()
+    f = models_path('people.json')
+    text = f.read_bytes()
+    f.write_bytes(text.replace(b'"value": 3', b'"value": 7').replace(b'"value":3', b'"value":7'))
+    assert f.read_bytes() != text
+    (root/LOG).unlink()
+    with pytest.raises(Refusal, match='people.json.*not as the kit kept it'): people(id)
+    assert 'not as the kit kept it' in sync_log()
+    f.write_bytes(text)
+    assert people(id)['vote_weight'] == 3
