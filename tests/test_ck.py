@@ -1,6 +1,7 @@
 "The command: light, self-explanatory, refusing cleanly, repeating runs."
-import os, re, shlex, subprocess, sys
-import nbformat, pytest
+import json, os, re, shlex, subprocess, sys
+from pathlib import Path
+import nbformat, openpyxl, pytest
 from competition_kit.ck import _ancestors, _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main, uncommitted
 from competition_kit.core import Refusal, root_at
 from competition_kit.log import find_run, start_run, sync_log, write_record
@@ -177,3 +178,25 @@ def test_plan_passes_every_option_on():
     sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['plan']
     assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(plan).parameters) - {'compiled'}
     assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan')
+
+def test_a_stage_is_added_as_contributing_says(root, capsys):
+    text = (Path(__file__).parents[1]/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```python\n(.*?)```', text, re.S)
+    exported = '\n'.join(b for b in blocks if b.startswith('#| export'))
+    ruff = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F', '-'], input=exported, capture_output=True, text=True)
+    assert ruff.returncode == 0, ruff.stdout
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(b) for b in blocks])
+    for c in nb.cells:
+        if c.source.startswith('data: str'): c.metadata.tags = ['parameters']
+        if 'nbdev_export()' in c.source: c.metadata.tags = ['skip-execution']
+    (root/'nbs').mkdir()
+    nbformat.write(nb, root/'nbs/06_count.ipynb')
+    assert main(['run', 'count', '-p', 'least', '2']) == 0
+    folder, = (root/'models').glob('count-*')
+    record = json.loads((folder/'record.json').read_text())
+    assert record['notebook'] == '06_count.ipynb' and record['metrics'] == dict(labels=3) and (folder/'labels.txt').exists()
+    assert main(['run', 'count', '-p', 'least', '2']) == 0 and 'is done already' in capsys.readouterr().out
+    assert main(['run', 'count', '-p', 'least', '0']) == 2 and 'least=0. Take 1 or more' in capsys.readouterr().err
+    assert main(['log']) == 0 and folder.name in capsys.readouterr().out
+    sheet = openpyxl.load_workbook(root/'experiments_log.xlsx')['runs']
+    assert folder.name in [row[0].value for row in sheet.iter_rows()]
