@@ -32,7 +32,7 @@ else: passed += 1
 step('ruff F', 'ruff', 'check', '--select', 'F', 'competition_kit', 'tests', 'bench', '.ci', 'setup.py')
 step('README is of the index', sys.executable, '.ci/readme.py', '--check')
 step('the embedded base', sys.executable, '-c', 'from competition_kit.base import base_path; base_path()')
-for nb in sorted((root/'nbs').glob('*.ipynb')): step(f'nbdev_test {nb.name}', 'nbdev_test', '--path', nb, '--n_workers', '0')
+for nb in sorted((root/'nbs').rglob('*.ipynb')): step(f'nbdev_test {nb.name}', 'nbdev_test', '--path', nb, '--n_workers', '0')
 
 out = step('pytest', sys.executable, '-m', 'pytest', '-q', '-x' if '--fast' in sys.argv else '--durations=15', 'tests')
 counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|error|errors|skipped)\b', out.splitlines()[-1] if out else '')}

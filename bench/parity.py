@@ -8,7 +8,7 @@ from competition_kit.base import base_path, load_tokenizer, pick_dtype
 from competition_kit.core import device_name
 from competition_kit.model import _dtypes, load_judge, view_probs
 from competition_kit.prompt import Prompt
-from competition_kit.split import load_rows
+from competition_kit.tables import load_rows
 from transformers import AutoModelForCausalLM
 
 base = sys.argv[1] if len(sys.argv) > 1 else 'smollm2'

@@ -60,8 +60,8 @@ def one(setting, params):
 
 def guesses(table, fold):
     from competition_kit.probs import baselines
-    from competition_kit.split import load_rows
-    from competition_kit.split import fold_rows
+    from competition_kit.tables import load_rows
+    from competition_kit.folds import fold_rows
     rows = load_rows(table)
     return len(rows[rows.fold == fold]), baselines(*fold_rows(rows, fold), rows.attrs['meta']['task'])
 
@@ -113,7 +113,7 @@ if __name__ == '__main__':
     began, folder = time.time(), Path(a.out)
     folder.mkdir(parents=True, exist_ok=True)
     from competition_kit.core import bases_path, data_path
-    from competition_kit.split import split, write_rows
+    from competition_kit.tables import split, write_rows
     os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=tempfile.mkdtemp())
     data_path().mkdir(parents=True)
     names = []

@@ -1,7 +1,8 @@
 "Grouping (recall by family of copies, false merges by table, speed) and folding: python bench/split.py [rows]"
 import random, resource, sys, time
 import numpy as np, pandas as pd
-from competition_kit.split import group_rows, make_folds
+from competition_kit.folds import make_folds
+from competition_kit.groups import group_rows
 
 def timed(f, *args, **kw):
     t = time.perf_counter()

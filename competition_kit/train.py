@@ -24,7 +24,9 @@ from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps,
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .speed import compile_layers, fuse, layers, pays, recompute
-from .split import check_texts, fold_rows, is_held_out, load_rows, table_hashes, tasks
+from .folds import fold_rows, is_held_out
+from .rows import tasks
+from .tables import check_texts, load_rows, table_hashes
 from .trained import chain, has_seen, learned, learned_rows, lineage_of, parents
 _all_ = ['chain', 'fold_rows', 'learned']  # of the notebooks below
 from dataclasses import asdict, dataclass

@@ -19,7 +19,8 @@ from .combine import agreement, combine, entropy, fit_weights, majority
 from .core import Refusal, at_least, content_hash, hash_obj, models_path, one_of, project_root, sha256, write_table
 from .log import find_run, people, records
 from .probs import align, baselines, read_probs, scores, write_probs
-from .split import check_texts, load_rows, n_options, parse_mix, read_meta, table_name, table_path, tasks
+from .rows import n_options, read_meta, tasks
+from .tables import check_texts, load_rows, parse_mix, table_name, table_path
 from .submission import check_submission, find_sample, make_submission, practice_score, read_sample
 from .trained import load_adapter, predict_runs, trusted_prompt
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority', 'make_submission',

@@ -4,7 +4,8 @@ import pandas as pd
 import torch
 from competition_kit.core import seal
 from competition_kit.fit import KahanAdamW, Steps, last_checkpoint, targets
-from competition_kit.split import load_rows, swap_probs, tasks
+from competition_kit.rows import swap_probs, tasks
+from competition_kit.tables import load_rows
 
 def test_soft_targets_and_swaps():
     rows = load_rows('sample_arena').head(2).reset_index(drop=True)

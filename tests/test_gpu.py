@@ -131,7 +131,7 @@ def test_it_learns(kw):
 def test_voters_are_compiled_once(monkeypatch, tmp_path):
     "two adapters on one base say the same in compiled layers, and the second takes the first one's graphs"
     import torch._dynamo.utils as counted
-    from competition_kit.split import load_rows
+    from competition_kit.tables import load_rows
     from competition_kit.train import train_fold
     from competition_kit.trained import predict_runs
     runs = [train_fold(**dict(small, fold=k)).id for k in (0, 1)]

@@ -11,7 +11,7 @@ from competition_kit.core import Refusal, damage, models_path
 from competition_kit.model import Judge, add_lora, collate, continue_from, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
 from competition_kit.prompt import Prompt
 from competition_kit.speed import fuse, layers
-from competition_kit.split import swap_probs, tasks
+from competition_kit.rows import swap_probs, tasks
 
 # ---- tiny models in folders. Wide initial weights, so that attention looks at something
 SHAPE = dict(vocab_size=49152, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,

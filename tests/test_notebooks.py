@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parents[1]
-notebooks = sorted((root/'nbs').glob('*.ipynb'))
+notebooks = sorted((root/'nbs').rglob('*.ipynb'))
 stages = {'02_split': 'split', '04_train': 'train', '10_vote': 'vote'}
 cells = lambda nb: json.loads(nb.read_text(encoding='utf-8'))['cells']
 text = lambda c: ''.join(c['source'])
@@ -28,15 +28,20 @@ def test_one_notebook_a_module():
     made = [text(c).split()[2] for nb in notebooks for c in cells(nb) if text(c).startswith('#| default_exp')]
     assert len(made) == len(set(made))
 
-def test_imports_only_from_lower_numbers():
-    number = {text(cells(nb)[0]).split()[2]: nb.stem for nb in notebooks if nb.stem != 'index'}
-    for nb in notebooks:
-        if nb.stem == 'index': continue
-        for c in cells(nb):
-            if c['cell_type'] != 'code' or not text(c).startswith('#| export'): continue
-            for node in ast.walk(ast.parse(text(c))):
-                if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('competition_kit.'):
-                    assert number[node.module.split('.')[1]] < nb.stem, f'{nb.stem} imports {node.module}'
+def imported(nb): # modules of the kit that its exported cells import
+    code = [text(c) for c in cells(nb) if c['cell_type'] == 'code' and text(c).startswith('#| export')]
+    nodes = [node for c in code for node in ast.walk(ast.parse(c)) if isinstance(node, ast.ImportFrom)]
+    return {n.module.split('.')[1] for n in nodes if (n.module or '').startswith('competition_kit.')}
+
+def test_imports_only_downward():
+    "the library imports lower library notebooks; a stage imports the library and lower stages"
+    books = [nb for nb in notebooks if nb.stem != 'index']
+    place = {text(cells(nb)[0]).split()[2]: (nb.parent.name != 'lib', nb.stem) for nb in books}
+    for nb in books:
+        for module in imported(nb): assert place[module] < (nb.parent.name != 'lib', nb.stem), f'{nb.stem} imports {module}'
+
+def test_stages_and_library_are_apart():
+    assert {nb.stem for nb in (root/'nbs').glob('[0-9]*.ipynb')} == set(stages)
 
 @pytest.mark.parametrize('stem', stages)
 def test_every_parameter_reaches_the_arguments(stem):

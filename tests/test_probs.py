@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from competition_kit.core import Refusal, read_table, write_table
 from competition_kit.probs import accuracy, align, baselines, ece, log_loss, plot_confusion, plot_reliability, read_probs, reliability, scores, write_probs
 from competition_kit.sample import arena_rows
-from competition_kit.split import tasks
+from competition_kit.rows import tasks
 
 def table(ids, task='preference', n=None):
     rows = pd.DataFrame(dict(id=pd.Series(list(ids), dtype=str)))

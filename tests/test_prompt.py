@@ -9,7 +9,7 @@ from competition_kit import prompt as P
 from competition_kit.core import Refusal, damage, root_at
 from competition_kit.prompt import (Prompt, Tokens, ask, control_tokens, cut, encode_cached, encode_texts, fields, frame, labels, length_report, load_encoded, pack, pick_rows,
                                     plan_steps, save_encoded, shares, swapped, tokenizer_hash, whole_share)
-from competition_kit.split import tasks
+from competition_kit.rows import tasks
 
 # ---- tokenizers, trained here on a few lines
 LINES = [*ask.values(), 'Answer: A B C D E F G', 'the quick brown fox jumps over the lazy dog one two three four five six word0 word1 word2 user assistant system',

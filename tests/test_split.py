@@ -6,8 +6,12 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
 from competition_kit.core import Refusal, data_path, models_path, root_at, sha256
-from competition_kit import split as S
-from competition_kit.split import (check_fold, correct, group_rows, group_text, leak_report, load_rows, make_folds, n_options, parse_mix, raw_files, read_meta, read_raw, split, swap_label, swap_probs, table_hashes, tasks, write_rows)
+from competition_kit import rows as R, split as S
+from competition_kit.folds import check_fold, make_folds
+from competition_kit.groups import group_rows, group_text
+from competition_kit.rows import correct, n_options, read_meta, read_raw, swap_label, swap_probs, tasks
+from competition_kit.split import leak_report
+from competition_kit.tables import load_rows, parse_mix, raw_files, split, table_hashes, write_rows
 
 @pytest.fixture
 def root(tmp_path):
@@ -214,9 +218,9 @@ def test_one_hot_is_exactly_one(bits):
     cols = dict(zip(hot[6:], map(list, zip(*bits))))
     ids = [f'r{i}' for i in range(len(bits))]
     bad = [i for i, b in zip(ids, bits) if b.count('1') != 1]
-    if not bad: assert list(S._winner(cols, ids, 'f')) == [b.index('1') for b in bits]
+    if not bad: assert list(R._winner(cols, ids, 'f')) == [b.index('1') for b in bits]
     else:
-        with pytest.raises(Refusal) as e: S._winner(cols, ids, 'f')
+        with pytest.raises(Refusal) as e: R._winner(cols, ids, 'f')
         assert any(i in str(e.value) for i in bad)
 
 def test_refused_files(root):
@@ -307,13 +311,13 @@ def test_archives_refused(tmp_path):
     assert time.time()-start < 1
 
 def test_one_line_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(S, '_longest', 1000)
+    monkeypatch.setattr(R, '_longest', 1000)
     f = tmp_path/'a.csv'; f.write_text('id,prompt\n1,' + 'x'*2000 + '\n')
-    with pytest.raises(Refusal, match='a line of more than'): S.read_csv(f)
+    with pytest.raises(Refusal, match='a line of more than'): R.read_csv(f)
     f.write_text('id,prompt\n1,"' + 'x\n'*2000 + '"\n')
-    with pytest.raises(Refusal, match='line'): S.read_csv(f)
+    with pytest.raises(Refusal, match='line'): R.read_csv(f)
     (tmp_path/'a.json').write_text(json.dumps([dict(id='1', prompt='x'*2000)]))
-    with pytest.raises(Refusal, match='JSON Lines'): S._columns(tmp_path/'a.json')
+    with pytest.raises(Refusal, match='JSON Lines'): R._columns(tmp_path/'a.json')
 
 @pytest.mark.parametrize('orient', ['records', 'columns', 'list'])
 def test_json_as_pandas_writes_it(tmp_path, orient):
@@ -327,7 +331,7 @@ def test_json_that_holds_no_rows(tmp_path):
     for text, match in [('3', 'it holds 3'), ('[]', 'no rows'), ('[{"id": 1}, 7]', 'a list with 7 in it'), ('{"id": 3}', r"an object with the keys \['id'\]"),
                         ('{"id": [1, 2], "t": [1]}', 'and no rows'), ('[{"id": 1, "id": 2}]', 'a key occurs twice'), ('[{"id": 1', 'not valid JSON'), ('['*10**6, 'not valid JSON')]:
         f.write_text(text)
-        with pytest.raises(Refusal, match=match): S._columns(f)
+        with pytest.raises(Refusal, match=match): R._columns(f)
     f.write_text(jsonl_text(tianchi(3)))                                    # JSON Lines under another name
     assert len(read_raw(f)[0]) == 6
     f.rename(tmp_path/'a.jsonl').write_text(json.dumps(tianchi(3), indent=1))
@@ -373,10 +377,10 @@ def test_names_that_papermill_made_values(root, value):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.text(max_size=12), st.sampled_from(["it's", '"', '\'"', '\\', '\\n', '\n', ', ', ']', "['a', 'b']", '\U0001f600', '\x00']))), st.booleans())
 def test_lists_written_by_python(turns, numpy):
-    said = S.Counter()
+    said = R.Counter()
     if numpy: cell = '[' + ' '.join(map(repr, turns)) + ']'
     else: cell = repr(turns)
-    assert S._turns(cell, said, True) == ([S._text(t, S.Counter()) for t in turns] or [''])
+    assert R._turns(cell, said, True) == ([R._text(t, R.Counter()) for t in turns] or [''])
 
 def test_lists_in_a_csv_are_counted(tmp_path):
     base = [dict(r, prompt=json.dumps(['x', 'y'])) for r in lmsys(6)]
@@ -386,7 +390,7 @@ def test_lists_in_a_csv_are_counted(tmp_path):
     rows, info = read_raw(put(tmp_path/'b.csv', changed([dict(r, model_a='m') for r in wsdm(6)], 3, prompt='["x"]')))
     assert rows.prompt[3] == ['["x"]'] and info['lists_kept_as_text'] == 1
     start = time.time()
-    assert S._as_list("['a', "*50_000) is None and S._as_list('["'+'\\'*10**6) is None and S._as_list("['"+"a"*10**6) is None and time.time()-start < 5
+    assert R._as_list("['a', "*50_000) is None and R._as_list('["'+'\\'*10**6) is None and R._as_list("['"+"a"*10**6) is None and time.time()-start < 5
 
 # -- ids and labels in two ways ------------------------------------------------------------------------------------
 @pytest.mark.parametrize('train,test,sample,shown', [('12', ['7.0', '8.0'], '78', ('7.0', '1')), (['1.0', '2.0'], '78', '78', ('7', '1.0')), (['a', 'b'], ['7.0', '8.0'], '78', ('7.0', '7')),

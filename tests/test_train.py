@@ -12,7 +12,8 @@ from competition_kit.core import Refusal, data_path, models_path, write_json
 from competition_kit.fit import last_checkpoint
 from competition_kit.prompt import Prompt
 from competition_kit.ranks import launch
-from competition_kit.split import fold_rows, load_rows, write_rows
+from competition_kit.folds import fold_rows
+from competition_kit.tables import load_rows, write_rows
 from competition_kit.train import held_out, plot_run, train_fold
 
 @pytest.fixture(scope='module')

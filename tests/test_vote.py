@@ -7,7 +7,8 @@ from competition_kit.core import Refusal, data_path, models_path, read_json, roo
 from competition_kit.log import LOG, find_run, read_record, run_stage, write_record
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
 from competition_kit.sample import _write_arena, make_sample
-from competition_kit.split import load_rows, tasks, write_rows
+from competition_kit.rows import tasks
+from competition_kit.tables import load_rows, write_rows
 from competition_kit.combine import agreement, combine, entropy, fit_weights, majority
 from competition_kit.submission import check_submission, find_sample, make_submission, practice_score
 from competition_kit.trained import _kept, predict_runs, trusted_prompt
