@@ -400,7 +400,7 @@ def test_dense_weight():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('shape', [(64, 64), (192, 640), (5120, 1024)])
 def test_nf4_on_a_gpu(shape):
-    import bitsandbytes as bnb
+    bnb = pytest.importorskip('bitsandbytes')
     from bitsandbytes.functional import dequantize_4bit
     w = (torch.randn(*shape)*.02).bfloat16()
     w = bnb.nn.Params4bit(w, requires_grad=False, quant_type='nf4', compress_statistics=True).cuda()
