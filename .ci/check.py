@@ -7,13 +7,13 @@ bin = Path(sys.executable).parent
 os.chdir(root)
 os.environ.update(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='agg', PATH=f'{bin}:{os.environ["PATH"]}',
                   CK_BASES=os.environ.get('CK_BASES') or str(root/'models/bases'))
-passed, failed = 0, []
+passed, failed, seconds = 0, [], {}
 
 def step(what, *cmd, cwd=root, **env):
     global passed
     t = time.time()
     p = subprocess.run([str(c) for c in cmd], cwd=cwd, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors='replace')
-    ok = p.returncode == 0
+    ok, seconds[what] = p.returncode == 0, time.time()-t
     print(f"{'ok    ' if ok else 'FAILED'} {time.time()-t:6.1f} s  {what}", flush=True)
     if ok: passed += 1
     else:
@@ -48,8 +48,9 @@ with tempfile.TemporaryDirectory() as d:
         nb = lambda name: os.path.relpath(root/'nbs'/name, cwd)
         where = 'the root' if cwd == root else 'nbs/'
         step(f'ck run 02_split from {where}', 'ck', 'run', nb('02_split.ipynb'), cwd=cwd)
-        step(f'ck run 04_train from {where}', 'ck', 'run', nb('04_train.ipynb'), *tiny, '-p', 'fold', int(cwd != root), cwd=cwd)
+        said = step(f'ck run 04_train from {where}', 'ck', 'run', nb('04_train.ipynb'), *tiny, cwd=cwd)
         if cwd == root: step(f'ck run 10_vote from {where}', 'ck', 'run', nb('10_vote.ipynb'), cwd=cwd)
+    if 'is done already' not in said: failed.append('the run that the root made is done already from nbs/')
     step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', Path(d)/'04_train.ipynb', '-p', 'fold', 0, '-p', 'mix', 'sample_arena:40', '-p', 'lora_r', 4)
     found = list(Path(d).glob('models/vote-*/submission.csv'))
     step('ck check of the submission', 'ck', 'check', found[0] if found else 'no submission', Path(d)/'data/sample_arena/sample_submission.csv')
@@ -57,6 +58,7 @@ with tempfile.TemporaryDirectory() as d:
 
 if (root/'experiments_log.xlsx').read_bytes() != book: failed.append('the committed workbook is untouched')
 else: passed += 1
+print('slowest:', ', '.join(f'{k} {v:.0f} s' for k, v in sorted(seconds.items(), key=lambda o: -o[1])[:5]))
 for f in failed: print('failed:', f)
 print(f'{passed} passed, {len(failed)} failed')
 sys.exit(bool(failed))
