@@ -1,6 +1,7 @@
 # make run   set up, then the main job on the embedded default
 # make test  set up, then every test
 # make run DATA=sample_logic   the same job on the other sample
+# make outputs   store the outputs of the newest runs in the stage notebooks
 # make setup   set up, and say how to activate   make lab   the notebooks in JupyterLab
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test setup readme lab
+.PHONY: run test setup readme lab outputs
 
 setup: $(VENV)/.done
 	@echo "activate it: source $(VENV)/bin/activate"
@@ -35,6 +36,9 @@ test: $(VENV)/.done
 
 readme: $(VENV)/.done
 	$(BIN)/python .ci/readme.py
+
+outputs: $(VENV)/.done
+	$(BIN)/python .ci/outputs.py
 
 lab: $(VENV)/.done
 	$(BIN)/jupyter lab nbs

@@ -86,3 +86,8 @@ def test_every_torch_bound_excludes_the_next_build():
     ini.read(root/'settings.ini', encoding='utf-8')
     bounds = [l.strip() for l in ini['DEFAULT']['requirements'].splitlines() if l.strip().startswith('torch')]
     assert bounds == ['torch>=2.11,<2.14']
+
+def test_the_stored_run_beats_its_baselines():
+    shown = [''.join(o.get('text', [])) for c in cells(root/'nbs/04_train.ipynb') for o in c.get('outputs', [])]
+    table = next(t for t in shown if 'held-out rows' in t and 'this run' in t).splitlines()
+    assert table[2].startswith('this run'), 'best first: a baseline is better than the stored run'

@@ -1,0 +1,23 @@
+"Store the outputs of the newest real runs in the stage notebooks: what `make run` has left in models/."
+import json, sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+models = Path(sys.argv[1]) if len(sys.argv) > 1 else root/'models'
+
+def after_parameters(nb):
+    at = next(i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', []))
+    return [c for c in nb['cells'][at+1:] if c['cell_type'] == 'code']
+
+for path in sorted((root/'nbs').glob('[0-9]*.ipynb')):
+    runs = sorted(models.glob(f'*-*/{path.name}'), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        print(f'{path.name}: no run in {models.name}')
+        continue
+    real = {c['id']: c for c in after_parameters(json.loads(runs[-1].read_text(encoding='utf-8')))}
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    for c in after_parameters(nb):
+        made = real.get(c['id'], {}).get('outputs', [])
+        c['outputs'] = [o for o in made if o.get('name') != 'stderr']  # progress bars
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
+    print(f'{path.name}: outputs of {runs[-1].parent.name}')
