@@ -180,7 +180,7 @@ def test_held_open(root, name, capsys):
     run()
     (root/name).touch()
     before = (root/LOG).read_bytes()
-    log._told.clear()
+    log._printed.clear()
     run(1); run(2)
     assert (root/LOG).read_bytes() == before and capsys.readouterr().out.count('it is open in') == 1
     os.utime(root/name, (time.time()-25*3600,)*2)  # open since yesterday, or left behind by a crash
@@ -434,7 +434,7 @@ def test_two_columns_of_one_name(root, col, near, left):
     assert people(other)[col] is None
     run(2)  # a run is not harmed, and what is not sure is not kept
     assert col not in log._people_file().get('runs', {}).get(id, {})
-    edit(root, lambda wb, ws, at: [ws.cell(2, c.column, 1) for c in ws[1] if log._plain(c.value) == log._plain(col)])
+    edit(root, lambda wb, ws, at: [ws.cell(2, c.column, 1) for c in ws[1] if log._folded(c.value) == log._folded(col)])
     assert people(id)[col] == 1  # both say the same
 
 def test_two_columns_of_run_ids(root):
