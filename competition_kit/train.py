@@ -18,7 +18,6 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json
 from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
-from .log import find_run, run_stage
 from .model import add_lora, choose_letters, common, continue_from, load_judge, pack_loss, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
@@ -26,6 +25,7 @@ from .probs import (align, baselines, plot_confusion, plot_reliability, read_pro
 from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
+from .record import find_run, run_stage
 from .rows import tasks
 from .speed import compile_layers, fuse, layers, pays, recompute
 from .tables import check_texts, load_rows, table_hashes
