@@ -336,6 +336,7 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
 def train(
     run,             # From `run_stage`
     args:TrainArgs,
+    **more,          # Further facts for the record
 ):
     "Fine-tune on all folds but one, predict that one, and finish the run"
     prompt, (rows, held) = args.prompt, (rows_at(args.rows, at) for at in args.fold_at)
@@ -351,7 +352,7 @@ def train(
     if no_baseline: facts['no_baseline'] = no_baseline
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
     run.finish(metrics, ['probs.parquet', 'loss.json', *_weights(run.folder)], rows=len(rows), held_out=len(held),
-               task=prompt.task, base=base_hash(args.base), **hashes, **facts)
+               task=prompt.task, base=base_hash(args.base), **hashes, **facts, **more)
 
 def _weights(folder): # names of the files of an adapter or a model, below the run's folder
     files = [*sorted((folder/'adapter').glob('*')), *sorted((folder/'model').glob('*'))]
