@@ -144,7 +144,8 @@ def plan_steps(
 ) -> list: # [step][rank][pack]; a pack is an array of lines of `enc`
     "Plan which sequences go into which step, rank and pack"
     if rows_a_step % ranks:
-        raise Refusal(f'{ranks} ranks cannot have equally many of {rows_a_step} rows a step', fix=f'Take a multiple of {ranks}')
+        raise Refusal(f'{ranks} ranks cannot have equally many of {rows_a_step} rows a step',
+                      fix=f'Take a multiple of {ranks}')
     lines, n = by_row(enc), enc.n.to_numpy(np.int64)
     views = lines.shape[1]
     rows = enc.row.to_numpy()[lines[:, 0]]
