@@ -20,9 +20,10 @@ from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
 from .model import add_lora, choose_letters, common, continue_from, load_judge, pack_loss, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
+from .pack import plan_steps
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
                                    write_probs)
-from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
+from .prompt import Prompt, encode_cached, length_report, pick_rows, tokenizer_hash
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .record import find_run, run_stage
