@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 import competition_kit.model as M
+from competition_kit.attention import register_attention
 from competition_kit.base import base_path
-from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
+from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
 from competition_kit.plan import lengths
 from competition_kit.prompt import pack
 
@@ -17,7 +18,7 @@ p.add_argument('--layers', type=int, default=4); p.add_argument('--rows', type=i
 p.add_argument('--batch', type=int, default=8); p.add_argument('--budget', type=int, default=1024); p.add_argument('--repeat', type=int, default=5); p.add_argument('--template', type=int, default=160)
 a = p.parse_args()
 
-_register()
+register_attention()
 def judge_of(attention):
     cfg = AutoConfig.from_pretrained(base_path(), num_hidden_layers=a.layers, num_labels=3, pad_token_id=2, attn_implementation=attention)
     torch.manual_seed(0)

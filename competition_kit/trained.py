@@ -99,10 +99,10 @@ def load_adapter(
     folder,  # Of an adapter
 ):
     "Replace a judge's adapter, in place"
-    from competition_kit.model import _adapted
+    from competition_kit.model import with_adapter
     from peft import PeftModel
     if isinstance(judge.model, PeftModel): judge.model = judge.model.unload()
-    judge.model = _adapted(judge.model, folder)
+    judge.model = with_adapter(judge.model, folder)
     return judge.eval()
 
 # %% ../nbs/lib/03h_trained.ipynb #0c24c99f
