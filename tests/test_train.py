@@ -89,7 +89,7 @@ def test_choice_rows(tiny):
                                          (dict(route='regress'), 'route'), (dict(truncation='centre'), 'truncation'), (dict(dtype='fp8'), 'fp8'), (dict(lora_modules='q_prj'), 'q_prj'), (dict(max_len=20), 'max_len'),
     (dict(method='qlora'), 'method'), (dict(gpus=3), 'shared by 3'), (dict(start='train-f0-0000000000'), 'train-f0-0000000000'), (dict(mix='sample_arena >'), 'mix'),
     *((d, next(iter(d))) for d in (dict(views=3), dict(epochs=-1.), dict(epochs=.001), dict(batch=0), dict(pack_tokens=0), dict(lora_r=0), dict(gpus=0), dict(warmup=5.), dict(lora_dropout=1.), dict(save_every=0), dict(compiled='maybe'))),
-    (dict(sharded=True), 'sharded'), (dict(method='full', dtype='nf4'), 'cannot learn'), (dict(method='full', dtype='fp16'), 'fp16')])
+    (dict(sharded=True), 'sharded'), (dict(method='full', dtype='nf4'), 'cannot be trained'), (dict(method='full', dtype='fp16'), 'fp16')])
 def test_refused(tiny, wrong, says):
     with pytest.raises(Refusal, match=says): train_fold(**(dict(small, base=tiny) | wrong))
     assert not list(models_path().glob('train-*/adapter'))
@@ -181,21 +181,20 @@ def test_one_base_has_one_name(tiny, monkeypatch):
 
 def test_a_copied_model_keeps_its_history(tiny, tmp_path):
     "what it has learned from travels in its folder, also over two stages; without the tables nobody can tell"
-    from competition_kit.base import earlier_run, lineage
-    from competition_kit.trained import chain, learned
+    from competition_kit.trained import ancestors, parent_run, read_lineage, rows_seen
     small = dict(globals()['small'], mix='own', epochs=1., lr=0., method='full')
     write_rows(load_rows('sample_arena:40').drop(columns=['main', 'phase']), data_path('own.parquet'), task='preference')
     first = train_fold(base=tiny, **small)
     copy = shutil.copytree(first.folder/'model', tmp_path/'copy')
     second = train_fold(base=str(copy), **dict(small, seed=1))
     last = shutil.copytree(second.folder/'model', tmp_path/'last')
-    seen = set(learned(second.id).id)
+    seen = set(rows_seen(second.id).id)
     shutil.rmtree(first.folder)
     shutil.rmtree(second.folder)
-    assert [r['run_id'] for r in lineage(str(last))] == [second.id, first.id] and earlier_run(dict(base=str(last))) == second.id
-    with pytest.raises(Refusal, match=f'{second.id} has learned from .* out-of-fold'): train_fold(base=str(last), **dict(small, fold=1))
+    assert [r['run_id'] for r in read_lineage(str(last))] == [second.id, first.id] and parent_run(dict(base=str(last))) == second.id
+    with pytest.raises(Refusal, match=f'{second.id} was trained on .* out-of-fold'): train_fold(base=str(last), **dict(small, fold=1))
     third = train_fold(base=str(last), **dict(small, method='lora'))
-    assert len(chain(third.id)) == 3 and set(learned(third.id).id) == seen
+    assert len(ancestors(third.id)) == 3 and set(rows_seen(third.id).id) == seen
     weights = copy/'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1]+b'!')
     with pytest.raises(Refusal, match='not as it was trained.*model.safetensors'): train_fold(base=str(copy), **dict(small, seed=2))
@@ -204,7 +203,7 @@ def test_a_copied_model_keeps_its_history(tiny, tmp_path):
     with pytest.raises(Refusal, match='nobody can tell which rows.*no table called own'): train_fold(base=str(last), **dict(small, mix='other'))
 
 def test_folds_in_stages_are_one_voter(tiny):
-    from competition_kit.trained import learned
+    from competition_kit.trained import rows_seen
     from competition_kit.vote import voters
     small = dict(globals()['small'], mix='sample_arena:40', epochs=1., lr=0., base=tiny)
     first = [train_fold(**dict(small, fold=k)) for k in (0, 1)]
@@ -213,7 +212,7 @@ def test_folds_in_stages_are_one_voter(tiny):
     over = [train_fold(**dict(small, fold=k, base=f'models/{r.id}/model')) for k, r in enumerate(full)]
     for runs in (first, second, over): assert voters('sample_arena', ' '.join(r.id for r in runs)).voter.nunique() == 1
     assert voters('sample_arena', f'{first[0].id} {second[1].id}').voter.nunique() == 2
-    assert set(learned(second[0].id).id) == set(learned(over[0].id).id) and len(learned(second[0].id)) == 2*len(learned(first[0].id))
+    assert set(rows_seen(second[0].id).id) == set(rows_seen(over[0].id).id) and len(rows_seen(second[0].id)) == 2*len(rows_seen(first[0].id))
     shutil.rmtree(first[0].folder)
     assert voters('sample_arena', ' '.join(r.id for r in second)).voter.nunique() == 2
 
@@ -285,7 +284,7 @@ def test_ranks_find_the_tokens_there(tiny, monkeypatch):
     with pytest.raises(RuntimeError, match='1 tables'): train_fold(base=tiny, **small, gpus=2)
 
 def test_a_rank_says_why_it_failed(tiny, tmp_path):
-    with pytest.raises(Refusal, match="rank .: route='regress'"): launch(tmp_path, dict(_params(tiny), route='regress'), 1, '-m', 'competition_kit.train')
+    with pytest.raises(Refusal, match="rank .: route='regress'"): launch(tmp_path, dict(kind='TrainArgs', fields=dict(_params(tiny), route='regress')), 1, '-m', 'competition_kit.train')
 
 def _params(tiny):
     return asdict(T.TrainArgs(**small, base=tiny))

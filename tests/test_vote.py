@@ -12,7 +12,7 @@ from competition_kit.tables import load_rows, write_rows
 from competition_kit.combine import agreement, combine, entropy, fit_weights, majority
 from competition_kit.submission import check_submission, find_sample, make_submission, practice_score
 from competition_kit.trained import _kept, predict_runs, trusted_prompt
-from competition_kit.vote import VoteArgs, left_out, oof_probs, oof_vote, run_weights, score_vote, vote, voters, weigh
+from competition_kit.vote import VoteArgs, left_out, oof_probs, oof_vote, run_weights, score_vote, vote, voter_weights, voters
 
 RULES = 'mean', 'logits', 'majority'
 
@@ -345,8 +345,8 @@ def test_who_votes(runs, own_root):
     mark(own_root, {runs[0]: dict(keep='x', vote_weight=3), runs[1]: dict(keep='yes'), runs[2]: dict(keep='no'), runs[4]: dict(keep=1)})
     kept = voters()
     assert set(kept.run) == {runs[0], runs[1], runs[4]}
-    np.testing.assert_allclose(weigh(kept), [2/3, 1/3])                       # a voter counts as the mean of its runs
-    np.testing.assert_allclose(run_weights(kept, weigh(kept)), [1/3, 1/3, 1/3])
+    np.testing.assert_allclose(voter_weights(kept), [2/3, 1/3])                       # a voter counts as the mean of its runs
+    np.testing.assert_allclose(run_weights(kept, voter_weights(kept)), [1/3, 1/3, 1/3])
     assert list(voters(runs=f'{runs[2]} {runs[2]}').run) == [runs[2]]         # named is named
     mark(own_root, {r: dict(keep='') for r in runs[:2]+runs[4:]})
     assert set(voters().run) == set(runs)-{runs[2]}
@@ -396,13 +396,13 @@ def test_weights_of_one_fold_are_scored_on_rows_that_they_were_not_fitted_on():
 
 def test_weights(runs):
     b = voters()
-    np.testing.assert_allclose(weigh(b, '2 1 1'), [.5, .25, .25])
-    np.testing.assert_allclose(run_weights(b, weigh(b, '2 1 1')), [.25, .25, .125, .125, .25])
+    np.testing.assert_allclose(voter_weights(b, '2 1 1'), [.5, .25, .25])
+    np.testing.assert_allclose(run_weights(b, voter_weights(b, '2 1 1')), [.25, .25, .125, .125, .25])
     for bad in ('2 1', 'a b c', '', '0 0 0', '1 1 -1', 'nan 1 1'):
-        with pytest.raises(Refusal): weigh(b, bad)
+        with pytest.raises(Refusal): voter_weights(b, bad)
     p, y = noisy([.6, .1, .3], 200)
-    assert weigh(b, 'fit', p, y)[0] > .4
-    with pytest.raises(Refusal, match='59 out-of-fold rows in common, and 60'): weigh(b, 'fit', p[:, :59], y[:59])
+    assert voter_weights(b, 'fit', p, y)[0] > .4
+    with pytest.raises(Refusal, match='59 out-of-fold rows in common, and 60'): voter_weights(b, 'fit', p[:, :59], y[:59])
     with pytest.raises(Refusal, match='cannot be fitted'): score_vote(b, weights='fit')  # 12 rows
 
 def test_seen_rows_never_score(runs):
@@ -577,7 +577,7 @@ def flip(f):
     ('other content', lambda d, r: flip(d/'adapter/adapter_model.safetensors')),
     ('is missing', lambda d, r: (d/'adapter/adapter_config.json').unlink()),
     ('never finished', lambda d, r: (d/'adapter/manifest.json').unlink()),
-    ('not the file that the run left', lambda d, r: flip(d/'probs.parquet')),
+    ('not the file that the run wrote', lambda d, r: flip(d/'probs.parquet')),
     ('base .* is not the one', lambda d, r: r.update(base='0')),
     ('tokenizer is not the one', lambda d, r: r.update(tokenizer='0')),
     ('prompts are not built', lambda d, r: r.update(prompt='0')),
