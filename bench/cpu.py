@@ -10,7 +10,7 @@ import competition_kit.model as M
 from competition_kit.attention import register_attention
 from competition_kit.base import base_path
 from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
-from competition_kit.plan import lengths
+from competition_kit.cost import contest_lengths
 from competition_kit.prompt import pack
 
 p = argparse.ArgumentParser(description=__doc__)
@@ -27,7 +27,7 @@ def judge_of(attention):
         if 'lora_B' in n: q.data.normal_(0, .02)
     return judge.train()
 
-rng, ns = np.random.default_rng(0), lengths('lmsys', a.rows, a.max_len)
+rng, ns = np.random.default_rng(0), contest_lengths('lmsys', a.rows, a.max_len)
 ids = [rng.integers(3, 49152, n).astype(np.int32) for n in ns]
 for i in ids: i[:a.template] = ids[0][:a.template][:len(i)]
 label = torch.from_numpy(rng.integers(0, 3, a.rows))

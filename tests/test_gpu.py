@@ -6,7 +6,7 @@ import pytest
 import torch
 from competition_kit.attention import Layout, packed_attention, register_attention
 from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
-from competition_kit.speed import compile_layers, fuse, recompute
+from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
         return j.to('cuda').train()
     rng = np.random.default_rng(0)
     packs = [collate([rng.integers(1, 512, n).astype(np.int32) for n in ns], 'cuda') for ns in ((300, 40, 7), (500, 100), (33,), (48, 48), (128, 128))]
-    plain, quick = judge(), compile_layers(recompute(fuse(judge()), 4))
+    plain, quick = judge(), compile_layers(checkpoint_activations(fuse(judge()), 4))
     for pack in packs:
         for a, b in zip(_step(quick, pack), _step(plain, pack)): assert gap(a, b) < .05
     graphs = counted.counters['stats']['unique_graphs']

@@ -8,7 +8,7 @@ import numpy as np, torch, torch.nn.functional as F
 import torch.nn.attention.flex_attention as flex, torch.nn.attention.varlen
 import competition_kit.attention as A
 import competition_kit.model as M
-from competition_kit.speed import compile_layers, fuse, recompute
+from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,7 +44,7 @@ def step(b):
 M.Judge.varlen = False
 want = [step(b) for b in packs]
 M.Judge.varlen = True
-compile_layers(recompute(fuse(judge), 2))
+compile_layers(checkpoint_activations(fuse(judge), 2))
 assert [p['bounds'][0] for p in packs[:4]] == [9, 9, 0, 0]  # the first two begin alike
 for k, (b, w) in enumerate(zip(packs, want)):
     gap = ((step(b)-w).norm()/w.norm()).item()
