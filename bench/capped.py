@@ -5,7 +5,7 @@ Says of each form its milliseconds, what a plain varlen call without the cap tak
 import argparse, time
 import numpy as np
 import torch
-from competition_kit.model import _blocks, _flex, _varlen, _wide, _within
+from competition_kit.attention import Layout, block_mask, compiled_flex, launch_options, mask_mod, varlen_attention
 from torch.nn.attention.flex_attention import BlockMask
 from train import lengths, packs_of  # beside this file
 
@@ -19,7 +19,7 @@ def with_full(ends, n, size=128): # blocks of which everything is seen need no m
     first, last, behind = doc[start], doc[stop], start[:, None]-start
     some, every = (behind >= 0) & (last >= first[:, None]), (behind > 0) & (first == last[:, None]) & (start[:, None]+size <= n)
     def listed(x): return x.sum(1, dtype=torch.int32)[None, None], x.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=size, mask_mod=_within(doc, None), seq_lengths=(n, n))
+    return BlockMask.from_kvblock_mask(*listed(some & ~every), *listed(every), BLOCK_SIZE=size, mask_mod=mask_mod(doc, None), seq_lengths=(n, n))
 
 def ms(f, k=20):
     for _ in range(3): f()
@@ -39,18 +39,18 @@ if __name__ == '__main__':
     rows = packs_of(lengths(4000, 2048), a.budget)[5]
     n, ends = sum(rows), torch.tensor(np.r_[0, np.cumsum(rows)], dtype=torch.int32, device='cuda')
     q, k, v = (torch.randn(1, h, n, a.size, device='cuda', dtype=torch.bfloat16, requires_grad=True) for h in (16, 8, 8))
-    dy, plain, full = torch.randn_like(q), _blocks(ends, n, None), with_full(ends, n)
+    dy, plain, full = torch.randn_like(q), block_mask(ends, n, None), with_full(ends, n)
     print(f'{len(rows)} rows, {n} tokens, {torch.cuda.get_device_name()}; the blocks take {ms(lambda: with_full(ends, n)):.2f} ms a pack')
-    f = lambda: _varlen(q, k, v, .0625, ends, max(rows), None).transpose(1, 2)
+    f = lambda: varlen_attention(q, k, v, .0625, Layout(ends, max(rows))).transpose(1, 2)
     print(f'{"varlen, no cap":40s} forward {ms(lambda: f().detach()):6.2f}  with backward {ms(lambda: torch.autograd.grad(f(), (q, k, v), dy)):6.2f} ms', flush=True)
-    first, ours = None, _wide[torch.cuda.get_device_capability() == (9, 0)] if a.size > 128 else {}
+    first, ours = None, launch_options[torch.cuda.get_device_capability() == (9, 0)] if a.size > 128 else {}
     forms = [('as torch would', tanh, plain, {}), ('the kit', sigmoid, plain, ours), ('with tanh', tanh, plain, ours), ('with full blocks', sigmoid, full, ours)]
     forms += [(f'forward {c}', sigmoid, plain, ours | fwd(*c)) for c in ((8, 3, 128, 32), (8, 2, 64, 64))]
     forms += [(f'backward {c}', sigmoid, plain, ours | bwd(*c)) for c in ((8, 2, 32, 64, 64, 32), (8, 2, 32, 32, 32, 32), (8, 2, 16, 64, 64, 16), (8, 2, 32, 128, 128, 32))]
     for name, score, mask, options in forms:
         try:
             torch._dynamo.reset()
-            f = lambda: _flex()(q, k, v, score_mod=score, block_mask=mask, scale=.0625, enable_gqa=True, kernel_options=dict(options, BACKEND='TRITON'))
+            f = lambda: compiled_flex()(q, k, v, score_mod=score, block_mask=mask, scale=.0625, enable_gqa=True, kernel_options=dict(options, BACKEND='TRITON'))
             got = [f(), *torch.autograd.grad(f(), (q, k, v), dy)]
             first = first or got
             gaps = ' '.join(f'{((x-y).float().norm()/y.float().norm()).item():.1e}' for x, y in zip(got, first))

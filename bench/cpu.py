@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 import competition_kit.model as M
+from competition_kit.attention import register_attention
 from competition_kit.base import base_path
-from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss
-from competition_kit.plan import lengths
-from competition_kit.pack import pack
+from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
+from competition_kit.pack import contest_lengths, pack
 
 p = argparse.ArgumentParser(description=__doc__)
 p.add_argument('--layers', type=int, default=4); p.add_argument('--rows', type=int, default=32); p.add_argument('--max-len', type=int, default=1024)
 p.add_argument('--batch', type=int, default=8); p.add_argument('--budget', type=int, default=1024); p.add_argument('--repeat', type=int, default=5); p.add_argument('--template', type=int, default=160)
 a = p.parse_args()
 
-_register()
+register_attention()
 def judge_of(attention):
     cfg = AutoConfig.from_pretrained(base_path(), num_hidden_layers=a.layers, num_labels=3, pad_token_id=2, attn_implementation=attention)
     torch.manual_seed(0)
@@ -26,7 +26,7 @@ def judge_of(attention):
         if 'lora_B' in n: q.data.normal_(0, .02)
     return judge.train()
 
-rng, ns = np.random.default_rng(0), lengths('lmsys', a.rows, a.max_len)
+rng, ns = np.random.default_rng(0), contest_lengths('lmsys', a.rows, a.max_len)
 ids = [rng.integers(3, 49152, n).astype(np.int32) for n in ns]
 for i in ids: i[:a.template] = ids[0][:a.template][:len(i)]
 label = torch.from_numpy(rng.integers(0, 3, a.rows))

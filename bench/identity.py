@@ -1,13 +1,13 @@
 """What does it cost to know a base: the hash of its content, and the comparison of its packed forward with its own? The first time, and when nothing has changed.
 
-usage: python bench/identity.py [shape] [--tokenizer FOLDER]     (shape: a name that `ck plan` knows, with random weights; makes a base of its size on disk)"""
+usage: python bench/identity.py [shape] [--tokenizer FOLDER]     (shape: a name that `ck cost` knows, with random weights; makes a base of its size on disk)"""
 import argparse, tempfile, time
 from pathlib import Path
 import torch
 from competition_kit.base import base_hash, load_tokenizer
 from competition_kit.core import device_name, root_at
 from competition_kit.model import load_judge
-from competition_kit.plan import base_config
+from competition_kit.cost import base_config
 from competition_kit.prompt import Prompt
 from transformers import AutoModelForCausalLM
 

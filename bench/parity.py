@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from competition_kit.base import base_path, load_tokenizer, pick_dtype
 from competition_kit.core import device_name
-from competition_kit.model import _dtypes, load_judge, view_probs
+from competition_kit.model import dtypes, load_judge, view_probs
 from competition_kit.prompt import Prompt
 from competition_kit.tables import load_rows
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ enc = prompt.encode(rows)
 out = []
 for dtype in dict.fromkeys(('fp32', pick_dtype())):
     judge = load_judge(base, prompt, dtype=dtype)
-    plain = AutoModelForCausalLM.from_pretrained(base_path(base), dtype=_dtypes[dtype], attn_implementation='eager').to(judge.device).eval()
+    plain = AutoModelForCausalLM.from_pretrained(base_path(base), dtype=dtypes[dtype], attn_implementation='eager').to(judge.device).eval()
     with torch.no_grad(): want = torch.stack([plain(torch.tensor(i, device=judge.device)[None].long()).logits[0, -1, prompt.letters].float().softmax(-1) for i in enc.ids]).cpu()
     got = {b: torch.from_numpy(view_probs(judge, enc, [3]*len(rows), b, progress=False)) for b in (1, 512, 8192)}
     out.append(dict(device=device_name(), dtype=dtype, **{f'pack {b}' if b > 1 else 'one a pack': float((g-want).abs().max()) for b, g in got.items()}))

@@ -99,9 +99,10 @@ def kit_judge(a, shape, layers, what):
     """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
     compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
-    from competition_kit.model import Judge, _register, add_lora
-    from competition_kit.speed import compile_layers, fuse, recompute
-    _register()
+    from competition_kit.attention import register_attention
+    from competition_kit.model import Judge, add_lora
+    from competition_kit.speed import checkpoint_activations, compile_layers, fuse
+    register_attention()
     if what == 'kit-liger': liger(shape)
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
     if format in ('nf4', 'gptq'): packed_base(model, format)
@@ -111,7 +112,7 @@ def kit_judge(a, shape, layers, what):
     for n, p in judge.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .01)
     if what == 'frozen': judge.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.requires_grad_(True))
-    recompute(judge, a.recompute if layers == SHAPES[shape]['num_hidden_layers'] else 0)
+    checkpoint_activations(judge, a.recompute if layers == SHAPES[shape]['num_hidden_layers'] else 0)
     judge.to('cuda').train(not teacher)
     if what not in ('kit-eager', 'kit-liger'): compile_layers(judge)
     if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True

@@ -200,7 +200,7 @@ def doctor() -> str:
     return '\n'.join(f'{k:<11}{v}' for k, v in lines)
 
 # %% ../nbs/lib/12a_ck.ipynb #ff6676cd
-def _plan_options(p): # One option an argument of `plan`
+def _plan_options(p): # One option an argument of `cost`
     o = p.add_argument
     o('--base', help='a well-known name (qwen2.5-7b, llama-3.1-70b, gemma-2-9b ...), a folder, a Hub id, or smollm2 (default)')
     o('--gpu', metavar='NAME', help='T4, V100, L4, A10, "RTX 4090", A100-40, A100-80, H100 or H200; without it, this machine')
@@ -227,7 +227,7 @@ def _parser():
 examples:
   ck run 04_train -p fold 2 -p lr 2e-4     run a notebook with two parameters
   ck log                                   all runs and their scores
-  ck plan --base qwen2.5-14b --gpu H100    what will a training cost?
+  ck cost --base qwen2.5-14b --gpu H100    what will a training cost?
   ck check submission.csv sample.csv       is this file valid?
   ck doctor                                what can this machine run?
 exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143 stopped by a signal''')
@@ -252,7 +252,7 @@ exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143
     p.add_argument('submission')
     p.add_argument('sample')
     add(sub, 'doctor', 'say what this machine can run', 'ck doctor')
-    _plan_options(add(sub, 'plan', 'say what a training will cost: memory, speed, hours', 'ck plan --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8',
+    _plan_options(add(sub, 'cost', 'say what a training will cost: memory, speed, hours', 'ck cost --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8',
                       argument_default=argparse.SUPPRESS))
     return top
 
@@ -275,9 +275,9 @@ def main(argv=None) -> int: # The exit code
         a = _parser().parse_args(argv)
         if a.cmd == 'run': return run(a.notebook, params, a.gpus, a.again)
         if a.cmd == 'doctor': return print(doctor()) or 0
-        if a.cmd == 'plan':
-            from competition_kit.plan import plan, plan_table
-            return print(plan_table(plan(**{k: v for k, v in vars(a).items() if k != 'cmd'}))) or 0
+        if a.cmd == 'cost':
+            from competition_kit.cost import cost, cost_table
+            return print(cost_table(cost(**{k: v for k, v in vars(a).items() if k != 'cmd'}))) or 0
         if a.cmd == 'check':
             from competition_kit.submission import check_submission
             return print(check_submission(a.submission, a.sample)) or 0

@@ -19,7 +19,7 @@ from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, s
 from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
 from .model import add_lora, choose_letters, common, continue_from, load_judge, pack_loss, predict
-from .plan import checkpoint_layers, plan, plan_table, shape
+from .cost import Job, cost, cost_table, layers_to_checkpoint, shape
 from .pack import plan_steps
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
                                    write_probs)
@@ -28,7 +28,7 @@ from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .record import find_run, run_stage
 from .rows import tasks
-from .speed import compile_layers, fuse, layers, pays, recompute
+from .speed import checkpoint_activations, compile_layers, fuse, layers, pays
 from .tables import check_texts, load_rows, table_hashes
 from .trained import (ancestors as chain, check_run, has_seen, lineage_of, parents,
                                      rows_seen as learned, same_tables, training_rows)
@@ -208,7 +208,7 @@ def _cost(a, enc): # what the planner expects of a run, as text
     template = common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
     same = {k: getattr(a, k) for k in 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'.split()}
     try:
-        return plan_table(plan(a.base, format='auto' if quant_kind(a.base) else a.dtype,
+        return cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype,
                                route='answer' if a.route == 'answer' else 'score', lengths=enc.n[enc.view == 0],
                                template=template, gpus=ranks(), sharded=a.sharded and ranks() > 1,
                                compiled=a.compiled != 'no', **same))
@@ -228,7 +228,7 @@ def _speed_up(model, a,
     compiled = model.varlen and (a.compiled == 'yes' or a.compiled == 'auto' and _pays(model, tokens))
     n = a.recompute if a.recompute >= 0 else _layers_to_checkpoint(model, a, longest, compiled)
     if a.method == 'lora': fuse(model)
-    recompute(model, n)
+    checkpoint_activations(model, n)
     if compiled: compile_layers(model)
     if not rank():
         print(f"{n} of {len(layers(model))} layers use activation checkpointing; "
@@ -238,9 +238,9 @@ def _pays(model, tokens): return pays(model, 4*tokens*shape(model.base.config)['
 
 def _layers_to_checkpoint(model, a, longest, compiled): # as few as the free memory allows
     kind, memory = quant_kind(a.base), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
-    return checkpoint_layers(model.base.config, a.method, f"gptq{kind['bits']}" if kind else a.dtype,
-                             max(a.pack_tokens, longest), memory, a.route, a.lora_r, a.lora_modules, a.lora_dropout,
-                             compiled, ranks() if a.sharded else 1, ranks())
+    job = Job(shape(model.base.config), a.method, f"gptq{kind['bits']}" if kind else a.dtype, a.route, a.lora_r,
+              a.lora_modules, a.lora_dropout, compiled, ranks() if a.sharded else 1)
+    return layers_to_checkpoint(job, max(a.pack_tokens, longest), memory, ranks())
 
 # %% ../nbs/04_train.ipynb #209c8ba2
 def save_model(

@@ -178,10 +178,10 @@ def load_adapter(
     folder,  # Of an adapter
 ):
     "Replace a model's adapter, in place"
-    from competition_kit.model import _adapted
+    from competition_kit.model import with_adapter
     from peft import PeftModel
     if isinstance(model.model, PeftModel): model.model = model.model.unload()
-    model.model = _adapted(model.model, folder)
+    model.model = with_adapter(model.model, folder)
     return model.eval()
 
 def load_run(

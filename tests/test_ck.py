@@ -13,13 +13,13 @@ def root(tmp_path):
     with root_at(tmp_path/'project') as r: yield r
 
 @pytest.mark.parametrize('code', ['import competition_kit', 'import competition_kit.ck as k\ntry: k.main(["--help"])\nexcept SystemExit: pass',
-                                  'import competition_kit.ck as k\ntry: k.main(["plan", "--help"])\nexcept SystemExit: pass',
+                                  'import competition_kit.ck as k\ntry: k.main(["cost", "--help"])\nexcept SystemExit: pass',
                                   'import competition_kit.ck as k\nassert k.main(["log"]) == 0'])
 def test_light(root, code):
     out = subprocess.run([sys.executable, '-c', f'{code}\nimport sys; print("\\n"+" ".join(sys.modules))'], capture_output=True, text=True, check=True).stdout
     assert not HEAVY & {o.split('.')[0] for o in out.splitlines()[-1].split()}
 
-@pytest.mark.parametrize('argv', [[], ['run'], ['log'], ['log', 'sync'], ['log', 'show'], ['log', 'plan'], ['log', 'repro'], ['check'], ['doctor'], ['plan']])
+@pytest.mark.parametrize('argv', [[], ['run'], ['log'], ['log', 'sync'], ['log', 'show'], ['log', 'plan'], ['log', 'repro'], ['check'], ['doctor'], ['cost']])
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as e: main([*argv, '--help'])
     said = capsys.readouterr().out
@@ -165,19 +165,19 @@ def test_plan(project, capsys):
     sync_log(wait=True)
     assert openpyxl.load_workbook(project/'experiments_log.xlsx')['runs'].cell(5, cols['run_id']).value.startswith('demo-f1-')
 
-def test_plan_of_a_training(root, capsys):
-    assert main('plan --base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'.split()) == 0
+def test_cost_of_a_training(root, capsys):
+    assert main('cost --base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'.split()) == 0
     said = capsys.readouterr().out
     assert '7.62 B' in said and 'none of 28' in said and 'GPU-hours' in said and 'extrapolated' not in said
-    assert main('plan --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
+    assert main('cost --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
     assert 'such GPUs' in capsys.readouterr().err
 
-def test_plan_passes_every_option_on():
+def test_cost_passes_every_option_on():
     import inspect
-    from competition_kit.plan import plan
-    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['plan']
-    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(plan).parameters) - {'compiled'}
-    assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan')
+    from competition_kit.cost import cost
+    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['cost']
+    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(cost).parameters) - {'compiled'}
+    assert vars(_parser().parse_args(['cost'])) == dict(cmd='cost')
 
 def test_a_stage_is_added_as_contributing_says(root, capsys):
     text = (Path(__file__).parents[1]/'CONTRIBUTING.md').read_text(encoding='utf-8')

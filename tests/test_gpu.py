@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss, packed_attention
-from competition_kit.speed import compile_layers, fuse, recompute
+from competition_kit.attention import Layout, packed_attention, register_attention
+from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
+from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def test_attention(cap, window, heads, kv, size):
     for bounds in ([0, 100, 130, 131, 400, 700], [0, 1024], [0, 5, 3000], [0, 48, 96], [0, 7]):
         q, k, v = (torch.randn(1, h, bounds[-1], size, device='cuda', dtype=torch.bfloat16, requires_grad=True) for h in (heads, kv, kv))
         ends = torch.tensor(bounds, dtype=torch.int32, device='cuda')
-        got = packed_attention(None, q, k, v, None, ends=ends, longest=int(max(np.diff(bounds))), softcap=cap, sliding_window=window)[0]
+        got = packed_attention(None, q, k, v, None, layout=Layout(ends, int(max(np.diff(bounds)))), softcap=cap, sliding_window=window)[0]
         want = packed_attention(None, *(x.float() for x in (q, k, v)), None, bounds=bounds, softcap=cap, sliding_window=window)[0]
         dy = torch.randn_like(want)
         assert gap(got, want) < .01
@@ -35,7 +36,7 @@ def test_attention(cap, window, heads, kv, size):
 # ---- layers
 def _model(kind, layers=12, **kw):
     from transformers import AutoConfig, AutoModelForCausalLM
-    _register()
+    register_attention()
     more = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=64) if kind == 'gemma2' else {}
     cfg = AutoConfig.for_model(model_type=kind, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, pad_token_id=0, max_position_embeddings=4096,
                                attn_implementation='packed', **more)
@@ -61,7 +62,7 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
         return j.to('cuda').train()
     rng = np.random.default_rng(0)
     packs = [collate([rng.integers(1, 512, n).astype(np.int32) for n in ns], 'cuda') for ns in ((300, 40, 7), (500, 100), (33,), (48, 48), (128, 128))]
-    plain, quick = judge(), compile_layers(recompute(fuse(judge()), 4))
+    plain, quick = judge(), compile_layers(checkpoint_activations(fuse(judge()), 4))
     for pack in packs:
         for a, b in zip(_step(quick, pack), _step(plain, pack)): assert gap(a, b) < .05
     graphs = counted.counters['stats']['unique_graphs']
@@ -171,11 +172,11 @@ def test_a_base_is_checked_through_the_gpus_kernels(kind, dtype, tmp_path, tok, 
     more = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=32) if kind == 'gemma2' else {}
     cfg = AutoConfig.for_model(kind, vocab_size=49152, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, initializer_range=.08,
                                max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
-    base, prompt, places = str(save(tmp_path/kind, cfg, smollm2)), Prompt(tok, 'preference', 256), model._places
+    base, prompt, layout_of = str(save(tmp_path/kind, cfg, smollm2)), Prompt(tok, 'preference', 256), model.pack_layout
     for route in ('answer', 'score'): assert model.load_judge(base, prompt, route, dtype).varlen
     shutil.rmtree(models_path('.parity'))
-    def leaks(bounds, put): return places([0, bounds[-1]] if not bounds[0] else bounds, put)
-    for name, fault in (('_places', leaks), ('_logit_scale', lambda config: 1.1)):
+    def leaks(bounds, put): return layout_of([0, bounds[-1]] if not bounds[0] else bounds, put)
+    for name, fault in (('pack_layout', leaks), ('_logit_scale', lambda config: 1.1)):
         with monkeypatch.context() as m:
             m.setattr(model, name, fault)
             with pytest.raises(Refusal, match='computes what the packed forward does not'): model.load_judge(base, prompt, 'answer', dtype)

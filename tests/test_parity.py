@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from competition_kit import model, parity
+from competition_kit import attention, model, parity
 from competition_kit.base import load_tokenizer
 from competition_kit.core import Refusal, models_path
 from competition_kit.model import load_judge, view_probs
@@ -94,7 +94,7 @@ def test_quantised_and_mapped_bases_are_compared(kind, base, prompt, tmp_path, m
     for k in (1, 2): load_judge(b, prompt, 'answer', **kw)
     assert len(list(models_path('.parity').glob('*'))) == 1
     shutil.rmtree(models_path('.parity'))
-    monkeypatch.setattr(model, '_one', lambda q, k, v, *a, was=model._one: was(q, k, v, *a)*1.02)
+    monkeypatch.setattr(attention, 'exact_attention', lambda q, k, v, *a, was=attention.exact_attention: was(q, k, v, *a)*1.02)
     with pytest.raises(Refusal, match='computes what the packed forward does not'):
         load_judge(b, prompt, 'answer', **kw)
 
@@ -111,8 +111,9 @@ def test_a_small_fault_shows_in_every_format(dtype, kind, base, prompt, monkeypa
         with pytest.raises(Refusal, match='computes what the packed forward does not'):
             load_judge(b, prompt, 'answer', dtype)
     if kind != 'gemma2': return
-    monkeypatch.setattr(model, '_one', lambda q, k, v, scaling, softcap, window, chunk,
-                        was=model._one: was(q, k, v, scaling, softcap, None, chunk))
+    exact = attention.exact_attention
+    def no_window(q, k, v, scaling, softcap, window, chunk): return exact(q, k, v, scaling, softcap, None, chunk)
+    monkeypatch.setattr(attention, 'exact_attention', no_window)
     with pytest.raises(Refusal, match='computes what the packed forward does not'):
         load_judge(b, prompt, 'answer', dtype)
 

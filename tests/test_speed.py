@@ -6,8 +6,9 @@ CODE = """
 import sys
 import numpy as np, torch, torch.nn.functional as F
 import torch.nn.attention.flex_attention as flex, torch.nn.attention.varlen
+import competition_kit.attention as A
 import competition_kit.model as M
-from competition_kit.speed import compile_layers, fuse, recompute
+from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,11 +19,11 @@ def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 
     return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), sees, scale=scale)[0].transpose(0, 1)
 
 torch.nn.attention.varlen.varlen_attn, flex._validate_device = varlen_attn, lambda *a: None
-M._flex.cache_clear()
-M._flex = lambda f=torch.compile(flex.flex_attention, backend='aot_eager'): f
+flexible = torch.compile(flex.flex_attention, backend='aot_eager')
+A.compiled_flex = lambda: flexible
 plain = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self, **kw: plain(self, backend='aot_eager_decomp_partition', **kw)
-M._register()
+A.register_attention()
 kind, layers = sys.argv[1], 6
 more = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=64) if kind == 'gemma2' else {}
 cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
@@ -43,7 +44,7 @@ def step(b):
 M.Judge.varlen = False
 want = [step(b) for b in packs]
 M.Judge.varlen = True
-compile_layers(recompute(fuse(judge), 2))
+compile_layers(checkpoint_activations(fuse(judge), 2))
 assert [p['bounds'][0] for p in packs[:4]] == [9, 9, 0, 0]  # the first two begin alike
 for k, (b, w) in enumerate(zip(packs, want)):
     gap = ((step(b)-w).norm()/w.norm()).item()
