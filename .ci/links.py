@@ -1,4 +1,4 @@
-"Every link, anchor and picture of the site in _docs/ and of README.md that leads nowhere; exit status 1 if there is one."
+"Links, anchors and pictures of the site in _docs/ and of README.md that lead nowhere; exit status 1 if there are any."
 import re, sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,7 +34,8 @@ def broken(site):
 def broken_in(markdown):
     "One line for each file that a Markdown page names and that does not exist"
     for target in re.findall(r'\]\(([^)#\s]+)[^)]*\)', markdown.read_text(encoding='utf-8')):
-        if not urlsplit(target).scheme and not (markdown.parent/target).exists(): yield f'{markdown.name}: no file {target}'
+        if urlsplit(target).scheme or (markdown.parent/target).exists(): continue
+        yield f'{markdown.name}: no file {target}'
 
 if __name__ == '__main__':
     site = Path(sys.argv[1]) if len(sys.argv) > 1 else root/'_docs'
