@@ -214,7 +214,8 @@ def main():
     report(
         'torch', 'transformers', shape=f'qwen2 {a.hidden}x{a.inner}x{a.of}',
         what='ms-swift '+importlib.metadata.version('ms-swift'), rate=round(last['rate']/1e12), share=share,
-        task=a.task, mode=a.mode, checkpointing=not a.no_checkpointing, liger=not a.no_liger, attn=last['attn'], dropout=a.dropout,
+        task=a.task, mode=a.mode, checkpointing=not a.no_checkpointing, liger=not a.no_liger, attn=last['attn'],
+        dropout=a.dropout,
         lora_dtype=last['lora_dtype'], tokens_s=round(last['tokens']/seconds), rows_s=round(last['rows']/seconds, 1),
         GiB=round(memory, 1), budget=a.budget if a.mode == 'packing' else a.batch,
         took=round(time.perf_counter()-start), whole=a.whole or len(results) == 1)
