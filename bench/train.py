@@ -155,7 +155,7 @@ def kit_fit(a, shape, layers, what):
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
-    from competition_kit.prompt import plan_steps
+    from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
     judge, rng, ns, times = kit_judge(a, shape, layers, what), np.random.default_rng(0), lengths(32*(a.warm+a.packs), a.max_len), []
     enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=[rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]))

@@ -20,7 +20,8 @@ from .log import check_outputs, find_run, run_stage
 from .model import add_lora, choose_letters, common, continue_from, load_judge, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs
-from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
+from .pack import plan_steps
+from .prompt import Prompt, encode_cached, length_report, pick_rows, tokenizer_hash
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
 from .speed import compile_layers, fuse, layers, pays, recompute
