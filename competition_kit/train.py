@@ -16,7 +16,7 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:  # one of sev
 from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json
 from .fit import Steps, fit
-from .log import check_outputs, find_run, run_stage
+from .record import check_outputs, find_run, run_stage
 from .model import add_lora, choose_letters, common, continue_from, load_judge, predict
 from .plan import checkpoint_layers, plan, plan_table, shape
 from .probs import align, baselines, plot_confusion, plot_reliability, read_probs, scores, write_probs

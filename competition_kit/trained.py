@@ -14,7 +14,7 @@ import pandas as pd
 from .base import base_hash, earlier_run, lineage, load_tokenizer, local_base
 from .core import Refusal, atomic, damage_cached, hash_obj, models_path, project_root, sha256
 from .groups import copied, group_text
-from .log import check_outputs, find_run, read_record
+from .record import check_outputs, find_run, read_record
 from .probs import read_probs, write_probs
 from .prompt import Prompt, tokenizer_hash
 from .folds import fold_rows
