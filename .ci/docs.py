@@ -72,7 +72,7 @@ def main():
         proc_nbs(source, n_workers=0, force=True)
     links_stay_on_the_site()
     for name in ('nbdev.yml', 'styles.css'): shutil.copy(nbs/name, pages/name)
-    if (nbs/'images').exists(): shutil.copytree(nbs/'images', pages/'images')
+    if (nbs/'images').exists(): shutil.copytree(nbs/'images', pages/'images', dirs_exist_ok=True)
     text = yaml.safe_dump(sidebar(), sort_keys=False, allow_unicode=True)
     (pages/'sidebar.yml').write_text(text, encoding='utf-8')
     if shutil.which('quarto'): subprocess.run(['quarto', 'render', str(pages), '--no-execute'], check=True)
