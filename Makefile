@@ -40,8 +40,6 @@ readme: $(VENV)/.done
 
 outputs: $(VENV)/.done
 	$(BIN)/python .ci/outputs.py
-	cd nbs && $(BIN)/jupyter nbconvert --to notebook --execute --inplace 01_tour.ipynb
-	$(BIN)/nbdev_clean --fname nbs/01_tour.ipynb
 
 docs: $(VENV)/.done
 	$(BIN)/python .ci/docs.py
