@@ -2,7 +2,7 @@
 import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import nbformat, openpyxl, pytest
-from competition_kit.ck import _ancestors, _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main, uncommitted
+from competition_kit.ck import _ancestors, _command, _pairs, _parser, _plan, doctor, log_plan, log_repro, log_table, main, uncommitted
 from competition_kit.core import Refusal, root_at
 from competition_kit.log import find_run, start_run, sync_log, write_record
 
@@ -115,7 +115,7 @@ def test_repro(project, capsys, monkeypatch):
     monkeypatch.setenv('MOOD', 'grim')
     assert main(['log', 'repro', id, '--go']) == 1 and 'w.txt: other content' in capsys.readouterr().out
     (project/'data/rows.txt').write_text('1 2 4')
-    assert main(['log', 'repro', id, '--go']) == 1 and 'the inputs are not what they were' in capsys.readouterr().out
+    assert main(['log', 'repro', id, '--go']) == 1 and 'the inputs have changed' in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
     assert (project/'data/rows.txt').exists() and (project/'models/teach-0123456789/w.txt').exists()
 
@@ -177,7 +177,7 @@ def test_plan_passes_every_option_on():
     from competition_kit.plan import plan
     sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['plan']
     assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(plan).parameters) - {'compiled'}
-    assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan')
+    assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan', do=_plan)
 
 def test_a_stage_is_added_as_contributing_says(root, capsys):
     text = (Path(__file__).parents[1]/'CONTRIBUTING.md').read_text(encoding='utf-8')

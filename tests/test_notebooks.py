@@ -53,9 +53,9 @@ def test_every_parameter_reaches_the_arguments(stem):
 @pytest.mark.parametrize('stem', stages)
 def test_headless_needs_no_example(stem):
     "`ck run` leaves the examples out: what remains must not use a name of theirs"
-    from competition_kit.run import _examples
+    from competition_kit.run import example_cells
     nb = json.loads((root/f'nbs/{stem}.ipynb').read_text(encoding='utf-8'))
-    skipped = _examples(nb)
+    skipped = example_cells(nb)
     assert skipped
     rest = '\n'.join(text(c) for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code' and i not in skipped)
     p = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F821', '-'], input=rest, capture_output=True, text=True)
