@@ -124,7 +124,8 @@ def _literal(kind): # A reader of JSON or Python literals of one type
     return read
 
 _readers = {'None': {'None': None}.__getitem__, 'bool': lambda s: {'true': True, 'false': False}[s.lower()], 'int': int,
-            'float': _number, 'list': _literal('list'), 'dict': _literal('dict'), 'tuple': _literal('tuple'), 'str': str}
+            'float': _number, 'str': str, 'list': _literal('list'), 'dict': _literal('dict'),
+            'tuple': _literal('tuple')}
 
 # %% ../nbs/lib/12_run.ipynb #009259e9
 def as_declared(
