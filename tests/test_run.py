@@ -225,7 +225,7 @@ def test_lease(tmp_path, monkeypatch, locks):
     with pytest.raises(Refusal, match='3 GPUs are asked for and this process may use 2'), lease_gpus(3): pass
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     with pytest.raises(Refusal), lease_gpus(1): pass
-    with pytest.raises(Refusal, match='cannot be had'), lease_gpus(-1): pass
+    with pytest.raises(Refusal, match='--gpus is -1'), lease_gpus(-1): pass
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '../x,GPU-1a')
     with lease_gpus(2) as ids: assert ids == ['../x', 'GPU-1a']
     assert {p.name for p in tmp_path.rglob('*.lock')} == {'gpu0.lock', 'gpu3.lock', 'gpu___x.lock', 'gpuGPU-1a.lock'}
@@ -259,7 +259,7 @@ def test_a_killed_holder_gives_its_gpu_back(tmp_path, monkeypatch):
     Path(f'/tmp/competition_kit/gpu{gpu}.lock').unlink()
 
 def test_one_gpu_by_number_and_by_uuid(tmp_path, monkeypatch, locks):
-    monkeypatch.setattr('competition_kit.run._smi', lambda query: [['0', 'GPU-aa-1'], ['1', 'GPU-bb-2']] if query == 'gpu=index,uuid' else [])
+    monkeypatch.setattr('competition_kit.run.nvidia_smi', lambda query: [['0', 'GPU-aa-1'], ['1', 'GPU-bb-2']] if query == 'gpu=index,uuid' else [])
     got = []
     def take(name):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', name)
