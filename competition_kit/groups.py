@@ -164,7 +164,7 @@ def _same_numbers(a, b):
         x, y = a[op.src_start:op.src_end], b[op.dest_start:op.dest_end]
         in_a, in_b = (bool(_number.search(' '.join(v))) for v in (x, y))
         doubled = (x or b[op.dest_start-len(y):op.dest_start]) == (y or a[op.src_start-len(x):op.src_start])
-        if not doubled and x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
+        if not (doubled and (x or y)[0][0].isdigit()) and x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
     return True
 
 # %% ../nbs/lib/01c_groups.ipynb #dfa198b3
@@ -222,12 +222,12 @@ def _look(t, k, count, limit, crowd):
     return _Look(frozenset(h.tolist()), frozenset(three.tolist()), frozenset(three[form].tolist()), int((~cover & ~number).sum()), cover.mean(), crowd[k])
 
 def _other_problem(a, b, long, count, limit): # two looks: do they differ as two puzzles of one form do?
-    x, y = a.three-b.three, b.three-a.three
-    if min(a.crowd, b.crowd) > limit and not long: return True
-    if min(len(v & s.form)/max(1, len(v)) for v, s in ((x, a), (y, b))) >= .5: return True  # both put words of the form there
+    if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
+    only = a.three-b.three, b.three-a.three
+    if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
-    most = sorted(max((int(count[k]) for k in v), default=0) for v in (x, y))
-    return most[0] > max(3, limit/4) and 20*most[0] >= most[1]
+    low, high = sorted(max((int(count[k]) for k in v), default=limit) for v in only)
+    return low > max(2, limit/10) and high <= 20*low
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks
