@@ -102,10 +102,15 @@ def _meet(key, row, shift=0): # codes of pairs of rows whose keys agree, but for
         i = np.flatnonzero(key[d:] == key[:-d])
         yield np.minimum(row[i], row[i+d])*2**32+np.maximum(row[i], row[i+d])
 
+def _shared(key, row): # without most keys that occur once
+    bucket = (key >> _u(41)).astype(np.int64)
+    keep = np.bincount(bucket, minlength=2**23)[bucket] > 1
+    return key[keep], row[keep]
+
 def _crowd(key, row, n): # [texts] the most texts that share one of a text's keys
     order = np.argsort(key, kind='stable')
-    start = np.flatnonzero(np.r_[True, np.diff(key[order]) != 0])
-    size, crowd = np.diff(np.r_[start, len(key)]), np.zeros(n, int)
+    start = np.flatnonzero(np.r_[True, np.diff(key[order]) != 0])[:len(key)]
+    size, crowd = np.diff(np.r_[start, len(key)]), np.ones(n, int)
     np.maximum.at(crowd, row[order], np.repeat(size, size))
     return crowd
 
@@ -227,7 +232,7 @@ def _other_problem(a, b, long, count, limit): # two looks: do they differ as two
     if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
     low, high = sorted(max((int(count[k]) for k in v), default=limit) for v in only)
-    return low > max(2, limit/10) and high <= 20*low
+    return low > max(2, limit/10) and high <= 10*low
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks
@@ -238,7 +243,7 @@ def _added(long, short, a, b): # two texts and their looks
 
 # %% ../nbs/lib/01c_groups.ipynb #fda8d3b2
 def _copies(t, share, check=()): # [pairs, 2] text numbers
-    less = _one_less(t)
+    less = _shared(*_one_less(t))
     crowd = _crowd(*less, len(t.n))
     got = [np.zeros(0, int), *_meet(*less), *_drawn(t, share)] if not len(check) else [np.array([min(p)*2**32+max(p) for p in check])]
     i, j = np.divmod(np.unique(np.concatenate(got)), 2**32)
