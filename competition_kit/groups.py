@@ -53,7 +53,7 @@ def _plain(text): # without accents and characters that nobody sees
 def _words(level): # of a text that `_level` has been through; a doubled word counts once
     text = level if level.isascii() else _plain(level)
     if _sign.search(text): text = _operator.sub(lambda m: m[0].translate(_signs), text)
-    if _point.search(text): text = _point.sub(chr(_signs[ord('.')]), text)
+    if '.' in text and _point.search(text): text = _point.sub(chr(_signs[ord('.')]), text)
     words = text.translate(_kept).split()
     return [w for w, before in zip(words, ['', *words]) if w != before or w[0].isdigit() or (len(w) == 1 and w not in 'ai')] or level.split() or ['']
 
@@ -216,15 +216,15 @@ def _counted(t, line, i, j, share, rounds=8): # [texts] True: counts; in each ro
     return counted
 
 # %% ../nbs/lib/01c_groups.ipynb #20001a8d
-_Look = namedtuple('_Look', 'words three form own covered crowd')
+_Look = namedtuple('_Look', 'three form own covered crowd')
 
 def _look(t, k, count, limit, crowd):
     h = t.hash[t.start[k]:t.start[k]+t.n[k]]
     three, cover = _triples(h) if len(h) > 2 else np.zeros(0, int), np.zeros(len(h), bool)
     form = count[three] > limit
     for o in range(3): cover[o:o+len(form)] |= form
-    number = np.array([bool(_number.match(w)) for w in t.text[k].split(' ')])
-    return _Look(frozenset(h.tolist()), frozenset(three.tolist()), frozenset(three[form].tolist()), int((~cover & ~number).sum()), cover.mean(), crowd[k])
+    own = any(not c and not _number.match(w) for w, c in zip(t.text[k].split(' '), cover))
+    return _Look(frozenset(three.tolist()), frozenset(three[form].tolist()), own, cover.mean(), crowd[k])
 
 def _other_problem(a, b, long, count, limit): # two looks: do they differ as two puzzles of one form do?
     if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
