@@ -53,13 +53,13 @@ def _plain(text): # without accents and characters that nobody sees
 def _words(level): # of a text that `_level` has been through; a doubled word counts once
     text = level if level.isascii() else _plain(level)
     if _sign.search(text): text = _operator.sub(lambda m: m[0].translate(_signs), text)
-    if _point.search(text): text = _point.sub(chr(_signs[ord('.')]), text)
+    if '.' in text and _point.search(text): text = _point.sub(chr(_signs[ord('.')]), text)
     words = text.translate(_kept).split()
     return [w for w, before in zip(words, ['', *words]) if w != before or w[0].isdigit() or (len(w) == 1 and w not in 'ai')] or level.split() or ['']
 
 # %% ../nbs/lib/01c_groups.ipynb #d9d9b91d
 _u = np.uint64
-_Table = namedtuple('_Table', 'text hash start n')  # texts in a fixed order, all their word hashes, where each begins, how many it has
+_Table = namedtuple('_Table', 'text hash start n')  # texts in a fixed order, all their word hashes, where each begins, how many words it has
 
 class _Hashes(dict):
     def __missing__(self, word):
@@ -77,6 +77,24 @@ def _table(texts):
     return _Table(texts, np.concatenate(parts), np.r_[0, n.cumsum()[:-1]], n)
 
 # %% ../nbs/lib/01c_groups.ipynb #16e07a44
+_base = _u(0x9E3779B97F4A7C15)
+_inverse = _u(pow(0x9E3779B97F4A7C15, -1, 2**64))
+
+def _powers(base, n): return np.r_[_u(1), np.cumprod(np.full(n-1, base, _u))]
+
+def _upto(t): # running sums of the terms `hash * base**place`; [words+1]
+    place = np.arange(len(t.hash))-np.repeat(t.start, t.n)
+    return np.r_[_u(0), np.cumsum(t.hash*_powers(_base, t.n.max())[place])]
+
+def _one_less(t, most=256): # (keys, rows): each whole text, and each text without one of its words
+    upto, row = _upto(t), np.repeat(np.arange(len(t.n)), t.n)
+    first, last = upto[t.start], upto[t.start+t.n]
+    k = np.flatnonzero((t.n < most)[row])
+    row = row[k]
+    less = upto[k]-first[row]+(last[row]-upto[k+1])*_inverse
+    return np.r_[last-first, less], np.r_[np.arange(len(t.n)), row]
+
+# %% ../nbs/lib/01c_groups.ipynb #bd2adeac
 def _meet(key, row, shift=0): # codes of pairs of rows whose keys agree, but for the lowest `shift` bits, which only order them
     order = np.argsort(key, kind='stable')
     key, row = key[order] >> _u(shift), row[order]
@@ -84,10 +102,17 @@ def _meet(key, row, shift=0): # codes of pairs of rows whose keys agree, but for
         i = np.flatnonzero(key[d:] == key[:-d])
         yield np.minimum(row[i], row[i+d])*2**32+np.maximum(row[i], row[i+d])
 
-def _one_less(t):
-    total, row = np.add.reduceat(t.hash, t.start), np.repeat(np.arange(len(t.n)), t.n)
-    few = (t.n < 24)[row]
-    yield from _meet(np.r_[total, (total[row]-t.hash)[few]], np.r_[np.arange(len(t.n)), row[few]])
+def _shared(key, row): # without most keys that occur once
+    bucket = (key >> _u(41)).astype(np.int64)
+    keep = np.bincount(bucket, minlength=2**23)[bucket] > 1
+    return key[keep], row[keep]
+
+def _crowd(key, row, n): # [texts] the most texts that share one of a text's keys
+    order = np.argsort(key, kind='stable')
+    start = np.flatnonzero(np.r_[True, np.diff(key[order]) != 0])[:len(key)]
+    size, crowd = np.diff(np.r_[start, len(key)]), np.ones(n, int)
+    np.maximum.at(crowd, row[order], np.repeat(size, size))
+    return crowd
 
 # %% ../nbs/lib/01c_groups.ipynb #30543895
 _odd = np.random.default_rng(20240229).integers(0, 2**63, 24, dtype=np.uint64)*_u(2)+_u(1)  # one multiplier a draw
@@ -112,13 +137,13 @@ def _drawn(t, share):
 
 # %% ../nbs/lib/01c_groups.ipynb #fb256465
 def _held(t): # pairs (long, short)
-    upto, last = np.r_[_u(0), np.cumsum(t.hash, dtype=_u)], t.start+t.n
+    upto, last, back = _upto(t), t.start+t.n, _powers(_inverse, 21)
     total = upto[last]-upto[t.start]
     order = np.argsort(total, kind='stable')
     for front, most in ((True, 20), (False, 8)):
         for e in range(1, most+1):
             r = np.flatnonzero(t.n >= e+5)
-            key = upto[last[r]]-upto[t.start[r]+e] if front else upto[last[r]-e]-upto[t.start[r]]
+            key = (upto[last[r]]-upto[t.start[r]+e])*back[e] if front else upto[last[r]-e]-upto[t.start[r]]
             at = order[np.searchsorted(total, key, sorter=order).clip(max=len(order)-1)]
             yield from zip(r[total[at] == key].tolist(), at[total[at] == key].tolist())
 
@@ -135,7 +160,7 @@ def _edits(line, i, j): # words to change, add, drop or swap
     return cpdist([line(k) for k in i], [line(k) for k in j], scorer=OSA.distance, dtype=np.int32) if len(i) else np.zeros(0, np.int32)
 
 # %% ../nbs/lib/01c_groups.ipynb #b1d3f1f3
-_number = re.compile(r'(?:^|(?<= ))(?:\d\S*|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])')
+_number = re.compile(r'(?:^|(?<= ))(?:\S*\d\S*|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])')
 
 def _same_numbers(a, b):
     if _number.findall(a) == _number.findall(b): return True
@@ -144,7 +169,7 @@ def _same_numbers(a, b):
         x, y = a[op.src_start:op.src_end], b[op.dest_start:op.dest_end]
         in_a, in_b = (bool(_number.search(' '.join(v))) for v in (x, y))
         doubled = (x or b[op.dest_start-len(y):op.dest_start]) == (y or a[op.src_start-len(x):op.src_start])
-        if not doubled and x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
+        if not (doubled and (x or y)[0][0].isdigit()) and x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
     return True
 
 # %% ../nbs/lib/01c_groups.ipynb #dfa198b3
@@ -191,29 +216,23 @@ def _counted(t, line, i, j, share, rounds=8): # [texts] True: counts; in each ro
     return counted
 
 # %% ../nbs/lib/01c_groups.ipynb #20001a8d
-_Look = namedtuple('_Look', 'words three form own covered')
+_Look = namedtuple('_Look', 'three form own covered crowd')
 
-def _look(t, k, count, limit):
+def _look(t, k, count, limit, crowd):
     h = t.hash[t.start[k]:t.start[k]+t.n[k]]
     three, cover = _triples(h) if len(h) > 2 else np.zeros(0, int), np.zeros(len(h), bool)
     form = count[three] > limit
     for o in range(3): cover[o:o+len(form)] |= form
-    number = np.array([bool(_number.match(w)) for w in t.text[k].split(' ')])
-    return _Look(frozenset(h.tolist()), frozenset(three.tolist()), frozenset(three[form].tolist()), int((~cover & ~number).sum()), cover.mean())
+    own = any(not c and not _number.match(w) for w, c in zip(t.text[k].split(' '), cover))
+    return _Look(frozenset(three.tolist()), frozenset(three[form].tolist()), own, cover.mean(), crowd[k])
 
-def _strange(x, y, count, limit): # [two sets of runs] do the runs of one side belong to the table, and those of the other not?
-    most = sorted(max((int(count[k]) for k in v), default=0) for v in (x, y))
-    return most[1] > limit/2 and 5*most[0] < most[1]
-
-def _other_problem(a, b, edits, share, count, limit): # two looks: do they differ as two puzzles of one form do?
-    x, y = a.three-b.three, b.three-a.three
-    in_form = [len(v & s.form)/max(1, len(v)) for v, s in ((x, a), (y, b))]
-    if min(in_form) >= .5: return True                            # both put words of the form there
-    puzzle = min(a.covered, b.covered) >= .5
-    foreign = a.words != b.words and _strange(x, y, count, limit)
-    if max(a.covered, b.covered) >= .25 and foreign: return False       # one word is a filler of its slot, the other is not
-    if max(in_form) >= .5+puzzle/2 and min(in_form) == 0: return False  # the form itself was changed in one
-    return edits > _allowed(min(a.own, b.own)-2*puzzle, share)
+def _other_problem(a, b, long, count, limit): # two looks: do they differ as two puzzles of one form do?
+    if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
+    only = a.three-b.three, b.three-a.three
+    if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
+    if min(a.covered, b.covered) < .5: return False
+    low, high = sorted(max((int(count[k]) for k in v), default=limit) for v in only)
+    return low > max(2, limit/10) and high <= 10*low
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks
@@ -224,7 +243,9 @@ def _added(long, short, a, b): # two texts and their looks
 
 # %% ../nbs/lib/01c_groups.ipynb #fda8d3b2
 def _copies(t, share, check=()): # [pairs, 2] text numbers
-    got = [np.zeros(0, int), *_one_less(t), *_drawn(t, share)] if not len(check) else [np.array([min(p)*2**32+max(p) for p in check])]
+    less = _shared(*_one_less(t))
+    crowd = _crowd(*less, len(t.n))
+    got = [np.zeros(0, int), *_meet(*less), *_drawn(t, share)] if not len(check) else [np.array([min(p)*2**32+max(p) for p in check])]
     i, j = np.divmod(np.unique(np.concatenate(got)), 2**32)
     i, j = i[i != j], j[i != j]
     line, held = _line(t), list(_held(t))
@@ -233,9 +254,9 @@ def _copies(t, share, check=()): # [pairs, 2] text numbers
     counted = _counted(t, line, i[close], j[close], share)
     who = np.unique(np.r_[i[near], j[near], np.array(held, int).reshape(-1)]).tolist()
     count, limit = _counts(t, who, counted), max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
-    looks = {k: _look(t, k, count, limit) for k in who}
-    out = [(a, b) for a, b, d in zip(*(v.tolist() for v in (i[near], j[near], edits[near])))
-           if not _other_problem(looks[a], looks[b], d, share, count, limit) and _same_numbers(t.text[a], t.text[b])]
+    looks = {k: _look(t, k, count, limit, crowd) for k in who}
+    out = [(a, b) for a, b, d in zip(*(v.tolist() for v in (i[near], j[near], close[near])))
+           if not _other_problem(looks[a], looks[b], d, count, limit) and _same_numbers(t.text[a], t.text[b])]
     one = ~near & (edits == 1)
     out += [(a, b) for a, b in zip(i[one].tolist(), j[one].tolist()) if _typo(t.text[a], t.text[b])]
     longer = Counter(b for _, b in held)

@@ -39,7 +39,7 @@ def test_a_prompt_in_many_copies_is_one_group(n, copies):
                                   ('Tell me how many legs 2 cats have', 'Tell me how many legs 2 cats have and 3 dogs'), ('1.5', '15'), ('write a long loop for me in C++', 'write a long loop for me in C#')])
 def test_other_problems_stay_apart(a, b): assert len(set(group_rows([a, b]))) == 2
 
-@pytest.mark.parametrize('name, kw', [('knights_knaves', dict(n_people=2)), ('syllogism', {}), ('leg_counting', {}), ('spell_backward', {})])
+@pytest.mark.parametrize('name, kw', [('knights_knaves', dict(n_people=2)), ('syllogism', {}), ('leg_counting', {}), ('spell_backward', {}), ('propositional_logic', {}), ('acre', {}), ('aiw', {})])
 def test_puzzles_of_a_generator_stay_apart(name, kw):
     import reasoning_gym
     texts = list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset(name, size=1000, seed=1, **kw)))
@@ -124,9 +124,19 @@ def test_a_strange_word_in_the_slot_of_a_puzzle_is_a_copy():
         w[rng.choice([k for k, v in enumerate(w) if v.isalpha()])] = ''.join(rng.choices('bcdfghklmnp', k=7))
         return ' '.join(w)
     g = group_rows(texts + [changed(t) for t in texts[:200]])
-    assert (g[:200] == g[len(texts):]).mean() >= .8 and len(set(g[:len(texts)])) == len(texts)
+    assert (g[:200] == g[len(texts):]).mean() >= .99 and len(set(g[:len(texts)])) == len(texts)
 
 def test_a_text_that_is_only_the_form_joins_nothing():
     form = 'Spell this word backward (example: sun -> nus):'
     texts = [f'{form} {w}' for w in list(dict.fromkeys(VOCAB))[:500]]
     assert len(set(group_rows([*texts, form]))) == 501
+
+def test_copies_of_puzzles_that_hold_the_same_words_are_found():
+    statements = ['at least three statements are true', 'at most two statements are false', 'exactly one statement is true', 'either the first or the last is true',
+                  'the number of true statements is prime', 'every even statement is false']
+    rng = random.Random(2)
+    texts = list(dict.fromkeys('. '.join(rng.sample(statements, 6)) for _ in range(400)))
+    copies = [t.replace('prime', sentence(1)) for t in texts[:200]]
+    g = group_rows(texts + copies)
+    assert (g[:200] == g[len(texts):]).mean() >= .99
+    assert len(set(g[:len(texts)])) == len(texts)
