@@ -2,7 +2,7 @@
 import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import nbformat, openpyxl, pytest
-from competition_kit.ck import (_ancestors, _command, _pairs, _parser, _plan, doctor, log_plan, log_repro, log_table,
+from competition_kit.ck import (_ancestors, _command, _pairs, _cost, _parser, doctor, log_plan, log_repro, log_table,
                                 main, uncommitted)
 from competition_kit.core import Refusal, root_at
 from competition_kit.log import sync_log
@@ -198,21 +198,21 @@ def test_plan(project, capsys):
     ws = openpyxl.load_workbook(project/'experiments_log.xlsx')['runs']
     assert ws.cell(5, cols['run_id']).value.startswith('demo-f1-')
 
-def test_plan_of_a_training(root, capsys):
+def test_cost_of_a_training(root, capsys):
     job = '--base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'
-    assert main(['plan', *job.split()]) == 0
+    assert main(['cost', *job.split()]) == 0
     printed = capsys.readouterr().out
     for text in ('7.62 B', 'none of 28', 'GPU-hours'): assert text in printed
     assert 'extrapolated' not in printed
-    assert main('plan --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
+    assert main('cost --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
     assert 'such GPUs' in capsys.readouterr().err
 
-def test_plan_passes_every_option_on():
+def test_cost_passes_every_option_on():
     import inspect
-    from competition_kit.plan import plan
-    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['plan']
-    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(plan).parameters) - {'compiled'}
-    assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan', do=_plan)
+    from competition_kit.cost import cost
+    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['cost']
+    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(cost).parameters) - {'compiled'}
+    assert vars(_parser().parse_args(['cost'])) == dict(cmd='cost', do=_cost)
 
 def test_a_stage_is_added_as_contributing_says(root, capsys):
     text = (Path(__file__).parents[1]/'CONTRIBUTING.md').read_text(encoding='utf-8')
