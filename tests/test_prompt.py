@@ -7,13 +7,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from competition_kit import prompt as P
 from competition_kit.core import Refusal, damage, root_at
-from competition_kit.prompt import (Prompt, Tokens, ask, control_tokens, cut, encode_cached, encode_texts, fields, frame,
-                                    labels, length_report, load_encoded, pick_rows, save_encoded, shares, swapped,
-                                    tokenizer_hash, whole_share)
+from competition_kit.prompt import (Prompt, Tokens, allot, captions, control_tokens, encode_cached, encode_texts, fields,
+                                    instructions, length_report, load_encoded, pick_rows, prefix_suffix, save_encoded,
+                                    swapped, tokenizer_hash, truncate, whole_share)
 from competition_kit.rows import tasks
 
 # ---- tokenizers, trained here on a few lines
-LINES = [*ask.values(), 'Answer: A B C D E F G', 'the quick brown fox jumps over the lazy dog one two three four five six word0 word1 word2 user assistant system',
+LINES = [*instructions.values(), 'Answer: A B C D E F G', 'the quick brown fox jumps over the lazy dog one two three four five six word0 word1 word2 user assistant system',
          'abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,:?![]()/<>|_\n']*3
 SPECIAL = ['<unk>', '<s>', '</s>', '<|im_start|>', '<|im_end|>']
 BYTES = [f'<0x{i:02X}>' for i in range(256)]
@@ -80,8 +80,8 @@ def rows_of(task): return choice(('If P then Q. P.', 'Q?', ['yes', 'no', 'unknow
 def ends_whole(pr, ids): return (ids[:len(pr.before)] == pr.before).all() and (ids[len(ids)-len(pr.after):] == pr.after).all()
 def roomy(tok, task='preference', side='middle', more=60):
     "A prompt with a little room"
-    b, a, _ = frame(tok, ask[task])
-    return Prompt(tok, task, len(b)+len(a)+max(sum(map(len, encode_texts(tok, labels(n, task)))) for n in range(2, 10))+more, side)
+    b, a, _ = prefix_suffix(tok, instructions[task])
+    return Prompt(tok, task, len(b)+len(a)+max(sum(map(len, encode_texts(tok, captions(n, task)))) for n in range(2, 10))+more, side)
 
 # ---- the frame
 @pytest.mark.parametrize('template', TEMPLATES)
@@ -94,9 +94,9 @@ def test_answer_position(kind, template, tok):
             import copy; t = copy.deepcopy(tok); t.chat_template = None
     for bos in ((False,) if kind == 'smollm2' else (False, True)):
         if kind != 'smollm2': t = made(kind, template, bos)
-        for task in ask:
-            text = P._rendered(t, ask[task]); head, tail = text.split(P._mark)
-            assert text.count(ask[task]) == 1 and ask[task] in head and 'helpful assistant' not in text.replace(ask[task], '')
+        for task in instructions:
+            text = P._template(t, instructions[task]); head, tail = text.split(P._mark)
+            assert text.count(instructions[task]) == 1 and instructions[task] in head and 'helpful assistant' not in text.replace(instructions[task], '')
             pr = Prompt(t, task, 256); names = tasks[task].letters
             assert len(set(pr.letters)) == len(names) and t.unk_token_id not in pr.letters and not set(pr.letters) & set(t.all_special_ids)
             assert [t.decode([i]).strip().upper() for i in pr.letters] == list(names)
@@ -113,7 +113,7 @@ def test_whole_text_is_the_same_as_its_pieces(tok):
     "For a short row the tokens are those of the rendered chat, encoded whole"
     pr = Prompt(tok, 'preference', 256)
     body = 'Two?\n[A] Two it is.\n[B] Not so.'
-    text = P._rendered(tok, ask['preference']).replace(P._mark, body)
+    text = P._template(tok, instructions['preference']).replace(P._mark, body)
     ids = pr.encode(pair((['Two?'], ['Two it is.'], ['Not so.']))).ids[0]
     assert tok.decode(ids) == text == tok.decode(tok(text, add_special_tokens=False).input_ids)
 
@@ -151,19 +151,19 @@ def test_refused_settings(tok):
 @settings(max_examples=200)
 @given(st.lists(st.one_of(st.integers(0, 40), st.integers(0, 5000), st.just(200_000)), min_size=3, max_size=9), st.integers(32, 4000), st.sampled_from([1/3, 1/2]))
 def test_shares(n, room, first):
-    s, n = shares(n, room, first), np.array(n)
+    s, n = allot(n, room, first), np.array(n)
     assert s.sum() <= room and (s >= 0).all() and (s <= n).all() and ((s > 0) | (n == 0)).all()
     if n.sum() <= room: assert (s == n).all()
     else:
         assert s.sum() > room-len(n)                     # nothing is wasted
         assert s[0] <= max(int(room*first), room-n[1:].sum())  # the first is capped
         assert (np.diff(s[1:][np.argsort(n[1:], kind='stable')]) >= 0).all()  # the longer keeps no less
-        assert shares(np.r_[n[0], n[1:][::-1]], room, first).tolist() == [s[0], *s[1:][::-1]]
+        assert allot(np.r_[n[0], n[1:][::-1]], room, first).tolist() == [s[0], *s[1:][::-1]]
 
 @pytest.mark.parametrize('side', ['middle', 'right', 'left'])
 def test_cut(side):
     for n, keep, dots in itertools.product(range(14), range(16), range(5)):
-        x = np.arange(100, 100+n, dtype=np.int32); got = cut(x, keep, side, [-1]*dots)
+        x = np.arange(100, 100+n, dtype=np.int32); got = truncate(x, keep, side, [-1]*dots)
         if n <= keep: assert (got == x).all(); continue
         own = got[got >= 0]
         assert len(got) == keep and (np.diff(own) > 0).all() and np.isin(own, x).all()
@@ -187,8 +187,8 @@ def test_any_lengths(n, side, is_choice):
     task = 'choice' if is_choice or len(n) != 3 else 'preference'
     pr = prompts(task, side)
     parts = [np.full(k, 1000+i, np.int32) for i, k in enumerate(n)]
-    one, two = P._one(pr, parts, 0), P._one(pr, parts, 1)
-    full = len(pr.before)+len(pr.after)+sum(map(len, pr.labels[len(n)]))+sum(n)
+    one, two = P._view(pr, parts, 0), P._view(pr, parts, 1)
+    full = len(pr.before)+len(pr.after)+sum(map(len, pr.captions[len(n)]))+sum(n)
     count = lambda ids: [(ids == 1000+i).sum() for i in range(len(n))]
     for ids in (one, two):
         assert len(ids) <= MAX and ends_whole(pr, ids) and (full <= MAX) == (len(ids) == full)
@@ -408,7 +408,7 @@ def test_swapped_twice(parts, is_choice):
     assert P._views(parts, 'choice')[1] == (parts if len(parts) == 3 else parts[:2]+parts[2:][::-1])
 
 @pytest.mark.parametrize('side', ['middle', 'right', 'left'])
-@pytest.mark.parametrize('task', list(ask))
+@pytest.mark.parametrize('task', list(instructions))
 def test_view_1_is_the_swapped_row(any_tok, task, side):
     pr = roomy(any_tok, task, side)
     texts = ['one', 'two three '*3, '', 'word0 '*300, 'fox jumps over '*40, 'B', 'lazy dog']
@@ -472,7 +472,7 @@ def test_every_text_is_encoded_once(tok, monkeypatch):
 
 # ---- hashes
 def test_hash_tells_options_apart(tok):
-    all_ = [Prompt(tok, task, n, side).hash for task in ask for n in (256, 257) for side in ('middle', 'right', 'left')]
+    all_ = [Prompt(tok, task, n, side).hash for task in instructions for n in (256, 257) for side in ('middle', 'right', 'left')]
     assert len(set(all_)) == len(all_)
     toks = [made(k, t) for k in KINDS for t in ('system', 'folds', 'refuses', 'none')]
     hashes = [Prompt(t, 'preference', 256).hash for t in (tok, *toks)]
@@ -480,17 +480,17 @@ def test_hash_tells_options_apart(tok):
 
 def test_hash_follows_the_builder(tok, monkeypatch):
     want = Prompt(tok, 'preference', 256).hash
-    for name, new in dict(ask=dict(ask, preference='Which is better?'), labels=lambda n, t: ['', '\nA: ', '\nB: '], shares=lambda n, room, first: shares(n, room, .4),
-                          cut=lambda i, k, s, d: cut(i, k, s, ()), _joined='\n'.join).items():
+    for name, new in dict(instructions=dict(instructions, preference='Which is better?'), captions=lambda n, t: ['', '\nA: ', '\nB: '], allot=lambda n, room, first: allot(n, room, .4),
+                          truncate=lambda i, k, s, d: truncate(i, k, s, ()), _joined='\n'.join).items():
         with monkeypatch.context() as m:
             m.setattr(P, name, new)
             assert Prompt(tok, 'preference', 256).hash != want, name
     assert Prompt(tok, 'preference', 256).hash == want
 
 def test_hash_is_the_same_in_every_process(tok, smollm2):
-    want = [Prompt(tok, t, 300).hash for t in ask]+[tokenizer_hash(tok)]
+    want = [Prompt(tok, t, 300).hash for t in instructions]+[tokenizer_hash(tok)]
     code = ('from competition_kit.base import load_tokenizer; from competition_kit.prompt import *\n'
-            f't = load_tokenizer({smollm2!r}); print(*[Prompt(t, k, 300).hash for k in {list(ask)}], tokenizer_hash(t))')
+            f't = load_tokenizer({smollm2!r}); print(*[Prompt(t, k, 300).hash for k in {list(instructions)}], tokenizer_hash(t))')
     out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo'), capture_output=True, text=True, check=True).stdout
     assert out.split() == want
 
