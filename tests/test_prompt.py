@@ -374,9 +374,10 @@ BAD = dict(loop="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor
 @pytest.mark.parametrize('name', BAD)
 def test_bad_templates(name, tok):
     import copy
-    t = copy.deepcopy(tok); t.chat_template, start = BAD[name], time.time()
+    t = copy.deepcopy(tok)
+    t.chat_template = BAD[name]
     with pytest.raises(Refusal, match='chat template of this tokenizer') as e: Prompt(t, 'preference', 256)
-    assert t.name_or_path in str(e.value) and time.time()-start < 30
+    assert t.name_or_path in str(e.value)
 
 def test_templates_are_rendered_as_by_transformers(tok):
     chats = [[dict(role='user', content='x')], [dict(role=r, content=r+' <b> é') for r in 'system user assistant'.split()]]
