@@ -64,7 +64,8 @@ def test_packs_of_a_step_are_few_and_equal():
 
 # ---- steps
 @settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([.2, .5, 1, 1.5, 2, 3]), st.integers(1, 2), st.integers(0, 99))
+@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([.2, .5, 1, 1.5, 2, 3]), st.integers(1, 2),
+       st.integers(0, 99))
 def test_steps(k, rows_a_step, epochs, views, seed):
     enc = lines(k, views)
     steps = of_one_rank(enc, rows_a_step, epochs, 512, seed)
