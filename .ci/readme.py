@@ -11,8 +11,10 @@ nb.metadata['language_info'] = {'name': 'python'}
 text, _ = MarkdownExporter(exclude_output_prompt=True).from_notebook_node(nb)
 text = re.sub(r'<style scoped>.*?</style>\n', '', text, flags=re.S)
 text = text.replace('](images/', '](nbs/images/')
-note = '<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->'
-text = note+'\n\n'+'\n'.join(line.rstrip() for line in text.splitlines()).strip()+'\n'
+body = '\n'.join(l.rstrip() for l in text.splitlines()).strip()
+text = f'<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n{body}\n'
 readme = root/'README.md'
-if '--check' not in sys.argv: readme.write_text(text, encoding='utf-8')
-elif readme.read_text(encoding='utf-8') != text: sys.exit('README.md is not what nbs/index.ipynb makes: run `make readme`')
+if '--check' in sys.argv:
+    same = readme.read_text(encoding='utf-8') == text
+    sys.exit(None if same else 'README.md is not what nbs/index.ipynb makes: run `make readme`')
+readme.write_text(text, encoding='utf-8')
