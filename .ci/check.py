@@ -107,7 +107,9 @@ def main():
     os.environ['CK_BASES'] = os.environ.get('CK_BASES') or str(root/'models/bases')
     workbook = (root/'experiments_log.xlsx').read_bytes()
     source_checks()
-    notebook_tests(sorted((root/'nbs').rglob('*.ipynb')))
+    notebook_tests(sorted((root/'nbs/lib').glob('*.ipynb')))
+    for nb in sorted((root/'nbs').glob('*.ipynb')):
+        step(f'nbdev_test {nb.name}', 'nbdev_test', '--path', nb, '--n_workers', '0')
     pytest()
     with tempfile.TemporaryDirectory() as d: command_line(Path(d))
     expect('the committed workbook is untouched', (root/'experiments_log.xlsx').read_bytes() == workbook)
