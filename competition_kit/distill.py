@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from .core import Refusal, at_least, hash_obj, models_path, one_of
+from .fit import line_probs
 from .record import records, run_stage
-from .rows import n_options, swap_probs
 from .tables import table_hashes
 from .teach import check_teacher, read_teachers, signs_of_seen, student_targets, teacher_table, write_teachers
 from .teachers import ask_teacher, teacher_inputs
@@ -68,14 +68,16 @@ def distill_loss(
     teacher,      # [sequences, teachers, options], probabilities
     use,          # [sequences, 1+teachers], 1 where the label, and each teacher, counts
     form:Form,
-) -> torch.Tensor:
+) -> dict: # `loss`, and its terms without their weights: `ce`, `kl`, `cosine`
     "A pack's part of the step's weighted mean distillation loss"
     ce, kl, cosine = loss_terms(logits, target, missing, teacher, form.temperature)
-    if form.t_squared: kl = kl*form.temperature**2
     label, taught = use[:, 0].float(), use[:, 1:].float()
-    row = form.ce*ce*label + ((form.kl*kl + form.cosine*cosine)*taught).sum(-1)
-    terms = form.ce*label + (form.kl + form.cosine)*taught.sum(-1)
-    return (row/terms.clamp_min(1e-9)*weight).sum()/(total or 1)
+    scale = form.kl*(form.temperature**2 if form.t_squared else 1)
+    row = form.ce*ce*label + ((scale*kl + form.cosine*cosine)*taught).sum(-1)
+    weights = form.ce*label + (form.kl + form.cosine)*taught.sum(-1)
+    mean = (taught/taught.sum(-1, keepdim=True).clamp_min(1)).detach()  # over the teachers of a row
+    terms = dict(loss=row/weights.clamp_min(1e-9), ce=ce*label, kl=(kl*mean).sum(-1), cosine=(cosine*mean).sum(-1))
+    return {name: (x*weight).sum()/(total or 1) for name, x in terms.items()}
 
 # %% ../nbs/07_distill.ipynb #30d99f9b
 @dataclass(frozen=True)
@@ -146,12 +148,9 @@ def teacher_lines(
     task,    # Name of the task
 ) -> dict: # `teacher` [sequences, teachers, options], `use` [sequences, 1+teachers]
     "Teacher probabilities of each sequence; a swapped view gets them in its own order"
-    place = np.full(len(rows), -1)
-    place[at] = np.arange(len(at))
-    line, swapped = place[enc.row.to_numpy()], (enc.view == 1).to_numpy()
-    p, n = targets.p[line], n_options(rows, task)[enc.row]
-    for k in range(p.shape[1]): p[swapped, k] = swap_probs(p[swapped, k], n[swapped], task)
-    return dict(teacher=torch.from_numpy(p), use=torch.from_numpy(targets.use[line]))
+    p, use = (np.zeros((len(rows), *x.shape[1:]), x.dtype) for x in (targets.p, targets.use))
+    p[at], use[at] = targets.p, targets.use
+    return dict(teacher=line_probs(p, enc, rows, task), use=torch.from_numpy(use[enc.row]))
 
 # %% ../nbs/07_distill.ipynb #6d5e6894
 def cached_teachers(
