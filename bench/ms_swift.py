@@ -5,7 +5,8 @@ Needs ms-swift (seen: 4.6.0 with transformers 5.17), Liger's kernels and flash a
 itself. One JSON line at the end, as bench/train.py prints. Its LoRA weights are fp32 unless `--extra lora_dtype=bfloat16`; its packs hold other rows than bench/train.py's unless
 `--extra packing_strategy=sequential train_dataloader_shuffle=false dataset_shuffle=false`."""
 import argparse, json, os, shutil, subprocess, sys, time
-from train import SHAPES, flops, lengths, matmul_rate  # beside this file
+from competition_kit.cost import contest_lengths, known_bases
+from train import flops, matmul_rate  # beside this file
 
 p = argparse.ArgumentParser(description=__doc__)
 p.add_argument('--layers', nargs='+', type=int, default=[4, 8]); p.add_argument('--of', type=int, default=28); p.add_argument('--whole', action='store_true')
@@ -45,7 +46,7 @@ def data(path, rows):
     import numpy as np
     rng, fixed = np.random.default_rng(0), 0 if a.task == 'seq_cls' else 2  # a causal row: the answer and the end too
     with open(path, 'w') as f:
-        for n in lengths(rows, a.max_len):
+        for n in contest_lengths("lmsys", rows, a.max_len):
             text = ''.join(' '+''.join(w) for w in rng.choice(letters(), (max(n-fixed, 1), 3)))
             row = dict(messages=[dict(role='user', content=text)], label=int(rng.integers(3))) if a.task == 'seq_cls' else dict(messages=[dict(role='user', content=text), dict(role='assistant', content=' aa'+letters()[rng.integers(3)])])
             f.write(json.dumps(row)+'\n')
@@ -131,7 +132,7 @@ if __name__ == "__main__":  # packing starts its workers by spawn once CUDA is i
             t, mem = t1+(t2-t1)/(k2-k1)*(a.of-k1), m1+(m2-m1)/(k2-k1)*(a.of-k1)
         g, share = got[-1], None
         assert all(x['ns'] == g['ns'] for x in got), 'the runs saw other rows'
-        c = SHAPES['qwen2.5-7b']
+        c = known_bases['qwen2.5-7b']
         if g['rate'] and (a.hidden, a.inner, a.of) == (c['hidden_size'], c['intermediate_size'], c['num_hidden_layers']): share = round(2*flops('qwen2.5-7b', g['ns'])/t/g['rate'], 3)
         import importlib.metadata as md
         print(json.dumps(dict(shape=f'qwen2 {a.hidden}x{a.inner}x{a.of}', what='ms-swift '+md.version('ms-swift'), rate=round(g['rate']/1e12), share=share, task=a.task, mode=a.mode, checkpointing=not a.no_checkpointing, liger=not a.no_liger, attn=g['attn'], dropout=a.dropout, lora_dtype=g['lora_dtype'],
