@@ -10,6 +10,7 @@ nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
 nb.metadata['language_info'] = {'name': 'python'}
 text, _ = MarkdownExporter(exclude_output_prompt=True).from_notebook_node(nb)
 text = re.sub(r'<style scoped>.*?</style>\n', '', text, flags=re.S)
+text = text.replace('](images/', '](nbs/images/')
 text = '<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n'+'\n'.join(l.rstrip() for l in text.splitlines()).strip()+'\n'
 readme = root/'README.md'
 if '--check' in sys.argv: sys.exit(readme.read_text(encoding='utf-8') != text and 'README.md is not what nbs/index.ipynb makes: run `make readme`')

@@ -10,8 +10,7 @@ import competition_kit.model as M
 from competition_kit.attention import register_attention
 from competition_kit.base import base_path
 from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
-from competition_kit.cost import contest_lengths
-from competition_kit.prompt import pack
+from competition_kit.pack import contest_lengths, pack
 
 p = argparse.ArgumentParser(description=__doc__)
 p.add_argument('--layers', type=int, default=4); p.add_argument('--rows', type=int, default=32); p.add_argument('--max-len', type=int, default=1024)

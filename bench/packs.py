@@ -2,7 +2,7 @@
 import sys, time
 import numpy as np
 import pandas as pd
-from competition_kit.prompt import pack, plan_steps
+from competition_kit.pack import contest_lengths, pack, plan_steps
 
 def timed(f, times=3):
     took = []
@@ -24,7 +24,7 @@ def table(rows): print(pd.DataFrame(rows).round(4).to_string(index=False), flush
 
 if __name__ == '__main__':
     k, budget = int((sys.argv[1:]+['1000000'])[0]), 16384
-    n = (np.random.default_rng(0).lognormal(6.2547, .7475, k).round().clip(16, 16384)+160).clip(max=2048).astype(int).repeat(2)
+    n = contest_lengths('lmsys', k).repeat(2)
     enc, out = pd.DataFrame(dict(row=np.arange(k).repeat(2), n=n)), []
     for rows in (16, 32, 64, 128, 512):
         t, steps = timed(lambda: [s for (s,) in plan_steps(enc, rows, 1, budget, 0)])

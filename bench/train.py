@@ -171,24 +171,24 @@ def kit_fit(a, shape, layers, what):
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
-    from competition_kit.prompt import plan_steps
+    from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
     judge, times = kit_judge(a, shape, layers, what), []
     rng, ns = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len)
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]
     enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=ids))
     rows, steps = pd.DataFrame(dict(label=0, target=[None]*len(ns), weight=1.)), plan_steps(enc, 32, 1., a.budget, 0)
-    class Clock(f._Bar):
+    class Clock(f.ProgressBar):
         def on_step_end(self, args, state, control, **kw):
             super().on_step_end(args, state, control, **kw)
             if state.global_step not in (a.warm, len(steps)): return
             torch.cuda.synchronize()
             if not times: torch.cuda.reset_peak_memory_stats()
             times.append(time.perf_counter())
-    f._Bar = Clock
+    f.ProgressBar = Clock
     data = f.Steps(enc, rows, tasks['preference'], steps)
     with tempfile.TemporaryDirectory() as d: f.fit(judge, data, Path(d), lr=1e-5, save_every=10**6)
-    return times[1]-times[0], [ns[p].tolist() for s in steps[a.warm:] for p in s]
+    return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
 
 def hf(a, shape, layers, what):
     """transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths,

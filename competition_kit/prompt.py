@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ask', 'control_tokens', 'encode_texts', 'frame', 'fields', 'labels', 'swapped', 'shares', 'cut', 'Tokens', 'Prompt',
-           'whole_share', 'tokenizer_hash', 'save_encoded', 'load_encoded', 'encode_cached', 'pick_rows', 'pack',
-           'plan_steps', 'length_report', 'plot_lengths']
+           'whole_share', 'tokenizer_hash', 'save_encoded', 'load_encoded', 'encode_cached', 'by_row', 'pick_rows',
+           'length_report', 'plot_lengths']
 
 # %% ../nbs/lib/03_prompt.ipynb #b3bb752b
 from array import array
@@ -502,7 +502,7 @@ def encode_cached(
     return enc
 
 # %% ../nbs/lib/03_prompt.ipynb #fbb77905
-def _by_row(enc): # lines of `enc`, [rows, views]
+def by_row(enc): # lines of `enc`, [rows, views]
     row = enc.row.to_numpy()
     lines, views = np.argsort(row, kind='stable'), np.bincount(row).max(initial=1)
     if len(lines) % views or (row[lines := lines.reshape(-1, views)] != row[lines[:, :1]]).any(): raise Refusal('some rows have fewer views than others')
@@ -513,111 +513,8 @@ def pick_rows(
     at,    # Positions of rows, or a mask
 ): # As `Prompt.encode` of these rows alone
     "Some of the rows of a tokenised table, numbered anew"
-    lines = _by_row(enc)[np.asarray(at)]
+    lines = by_row(enc)[np.asarray(at)]
     return enc.iloc[lines.ravel()].reset_index(drop=True).assign(row=np.arange(len(lines)).repeat(lines.shape[1]))
-
-# %% ../nbs/lib/03_prompt.ipynb #a5e47e07
-_none = 2**32-1 # the number of no sequence
-
-def _keyed(size, number): return (-size << 32) | number # sorts by size, largest first
-
-def _level(
-    size,   # [sequences, steps], largest first
-    k,      # Piles of each step
-) -> tuple: # The pile of each sequence; the tokens of each step's largest pile
-    "Lay every step's sequences, one after the other, onto the lightest of its piles"
-    bits, piles, steps = int(k.max(initial=1)).bit_length(), np.arange(k.max(initial=1))[:, None], np.arange(len(k))
-    load, where = np.where(piles < k, piles, 2**62), np.empty(size.shape, np.int64)
-    for j, s in enumerate(size << bits):
-        lightest = load.min(0)
-        where[j] = pile = lightest & (2**bits-1)
-        load[pile, steps] = lightest+s
-    return where, np.where(piles < k, load >> bits, 0).max(0)
-
-# %% ../nbs/lib/03_prompt.ipynb #db3a2737
-def _cut(
-    keys,     # [steps*ranks, sequences], from `_keyed`, with sizes of at most `budget`
-    budget,   # Tokens in a pack
-    ranks=1,  # So many consecutive lines of `keys` get equally many packs
-) -> list: # For each line its packs: arrays of numbers
-    keys = np.ascontiguousarray(np.sort(keys, 1).T)
-    size, alike = -(keys >> 32), lambda x: x.reshape(-1, ranks).max(1).repeat(ranks)
-    k, todo = alike(np.maximum(1, -(-size.sum(0)//budget))), np.arange(keys.shape[1])
-    where, most = _level(size, k)
-    while len(todo := todo[alike(most > budget)]):
-        k[todo] += 1
-        where[:, todo], most = _level(size[:, todo], k[todo])
-    return _listed((where << 32 | keys & _none).T)
-
-def _listed(keys): # [lines, sequences]: pile and number; to a list of arrays for each line
-    keys = np.sort(keys, 1)
-    pile, piles = keys >> 32, int(keys.max(initial=0) >> 32)+1
-    pile, there = pile+np.arange(len(keys))[:, None]*piles, keys & _none != _none
-    flat, pile = keys[there] & _none, pile[there]
-    cuts = np.flatnonzero(np.diff(pile, prepend=-1))
-    packs = [flat[a:b] for a, b in zip(cuts.tolist(), [*cuts[1:].tolist(), len(flat)])]
-    ends = np.searchsorted(pile[cuts], np.arange(len(keys)+1)*piles).tolist()
-    return [packs[a:b] for a, b in zip(ends, ends[1:])]
-
-# %% ../nbs/lib/03_prompt.ipynb #8e09aeee
-def pack(
-    lengths,      # Tokens of each sequence
-    budget:int,   # Tokens a pack may hold; a longer sequence gets a pack of its own
-) -> list: # Arrays of positions in `lengths`; the pack with the longest sequence comes first
-    "Cut sequences into few packs of about equal size under a token budget"
-    n = np.asarray(lengths, np.int64)
-    keys = np.sort(_keyed(n.clip(max=budget), np.arange(len(n))))
-    heaps = max(1, int(n.sum())//(64*budget))
-    packs = _cut(np.append(keys, np.full(-len(n) % heaps, _none)).reshape(-1, heaps).T, budget)
-    return sorted((p for heap in packs for p in heap), key=lambda p: -n[p].max())
-
-# %% ../nbs/lib/03_prompt.ipynb #a4c8c50e
-def _order(
-    phase,        # Phase of each row
-    rows_a_step, epochs, seed,
-) -> np.ndarray: # [steps, rows_a_step]; -1 where the last step of a phase is short
-    "The rows of each step: shuffled, one phase after the other"
-    rng, out = np.random.default_rng(seed), [np.empty((0, rows_a_step), int)]
-    for p in np.unique(phase):
-        rows = np.flatnonzero(phase == p)
-        order = np.concatenate([rng.permutation(rows) for _ in range(int(np.ceil(epochs)))])[:round(len(rows)*epochs)]
-        out.append(np.append(order, np.full(-len(order) % rows_a_step, -1)).reshape(-1, rows_a_step))
-    return np.concatenate(out)
-
-# %% ../nbs/lib/03_prompt.ipynb #15729b1a
-def _dealt(
-    order,      # [steps, rows a step]
-    size,       # Tokens of each row, and a 0 at the end for -1
-    ranks,
-) -> np.ndarray: # The same rows: a step's first part is the first rank's
-    "Deal each step's rows to ranks: equal numbers, and about equal tokens"
-    hands = np.sort(_keyed(size[order], order & _none), 1).reshape(len(order), order.shape[1]//ranks, ranks)
-    load = np.zeros((len(order), ranks), np.int64)
-    for j in range(hands.shape[1]):
-        hands[:, j] = np.take_along_axis(hands[:, j], load.argsort(1, kind='stable').argsort(1), 1)
-        load -= hands[:, j] >> 32
-    rows = (hands & _none).transpose(0, 2, 1).reshape(order.shape)
-    return np.where(rows == _none, -1, rows)
-
-# %% ../nbs/lib/03_prompt.ipynb #0c6e6323
-def plan_steps(
-    enc,             # From `Prompt.encode`
-    rows_a_step:int, # Rows in an optimiser step
-    epochs:float,    # Passes over the rows; may be a fraction
-    budget:int,      # Tokens in a pack
-    seed:int,        # Order of the rows
-    ranks:int=1,     # Processes that share a step, each with as many of its rows
-    phase=None,      # A number for each row; rows of the lowest come first, for all epochs, and no step mixes two
-) -> list: # [step][rank][pack]; a pack is an array of lines of `enc`
-    "Which sequences go into which step, and into which pack of it"
-    if rows_a_step % ranks: raise Refusal(f'{ranks} ranks cannot have equally many of {rows_a_step} rows a step', fix=f'Take a multiple of {ranks}')
-    lines, n = _by_row(enc), enc.n.to_numpy(np.int64)
-    phase = np.zeros(len(lines), int) if phase is None else np.asarray(phase)[enc.row.to_numpy()[lines[:, 0]]]
-    order = _order(phase, rows_a_step, epochs, seed)
-    if ranks > 1: order = _dealt(order, np.append(n[lines].sum(1), 0), ranks)
-    keys = np.append(_keyed(n[lines].clip(max=budget), lines), np.full((1, lines.shape[1]), _none), 0)
-    out = _cut(keys.take(order.ravel(), 0).reshape(-1, lines.shape[1]*rows_a_step//ranks), budget, ranks)
-    return [out[k:k+ranks] for k in range(0, len(out), ranks)]
 
 # %% ../nbs/lib/03_prompt.ipynb #e703f382
 def length_report(enc): # A DataFrame of one line

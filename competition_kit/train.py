@@ -18,14 +18,15 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json
 from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
-from .log import find_run, run_stage
 from .model import add_lora, choose_letters, common, continue_from, load_judge, pack_loss, predict
 from .cost import Job, cost, cost_table, layers_to_checkpoint, shape
+from .pack import plan_steps
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
                                    write_probs)
-from .prompt import Prompt, encode_cached, length_report, pick_rows, plan_steps, tokenizer_hash
+from .prompt import Prompt, encode_cached, length_report, pick_rows, tokenizer_hash
 from .quant import quant_kind
 from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
+from .record import find_run, run_stage
 from .rows import tasks
 from .speed import checkpoint_activations, compile_layers, fuse, layers, pays
 from .tables import check_texts, load_rows, table_hashes
@@ -336,6 +337,7 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
 def train(
     run,             # From `run_stage`
     args:TrainArgs,
+    **more,          # Further facts for the record
 ):
     "Fine-tune on all folds but one, predict that one, and finish the run"
     prompt, (rows, held) = args.prompt, (rows_at(args.rows, at) for at in args.fold_at)
@@ -351,7 +353,7 @@ def train(
     if no_baseline: facts['no_baseline'] = no_baseline
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
     run.finish(metrics, ['probs.parquet', 'loss.json', *_weights(run.folder)], rows=len(rows), held_out=len(held),
-               task=prompt.task, base=base_hash(args.base), **hashes, **facts)
+               task=prompt.task, base=base_hash(args.base), **hashes, **facts, **more)
 
 def _weights(folder): # names of the files of an adapter or a model, below the run's folder
     files = [*sorted((folder/'adapter').glob('*')), *sorted((folder/'model').glob('*'))]

@@ -17,7 +17,7 @@ from .base import base_hash, load_tokenizer, local_base
 from .core import Refusal, atomic, damage_cached, hash_obj, models_path, project_root, read_json
 from .folds import fold_rows
 from .groups import copied, group_text
-from .log import check_outputs, find_run, read_record
+from .record import check_outputs, find_run, read_record
 from .probs import read_probs, write_probs
 from .prompt import Prompt, encode_cached, tokenizer_hash
 from .tables import load_rows, table_hashes

@@ -17,7 +17,8 @@ import pandas as pd
 from .combine import agreement, combine, entropy, fit_weights, majority
 from .core import (Refusal, at_least, content_hash, hash_obj, models_path, one_of, project_root, sha256,
                                   write_table)
-from .log import find_run, people, records
+from .log import people
+from .record import find_run, records
 from .probs import align, baselines, read_probs, scores, write_probs
 from .rows import n_options, read_meta, tasks
 from .submission import (check_submission, find_sample, make_submission, practice_score,

@@ -7,8 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from competition_kit import prompt as P
 from competition_kit.core import Refusal, damage, root_at
-from competition_kit.prompt import (Prompt, Tokens, ask, control_tokens, cut, encode_cached, encode_texts, fields, frame, labels, length_report, load_encoded, pack, pick_rows,
-                                    plan_steps, save_encoded, shares, swapped, tokenizer_hash, whole_share)
+from competition_kit.prompt import (Prompt, Tokens, ask, control_tokens, cut, encode_cached, encode_texts, fields, frame,
+                                    labels, length_report, load_encoded, pick_rows, save_encoded, shares, swapped,
+                                    tokenizer_hash, whole_share)
 from competition_kit.rows import tasks
 
 # ---- tokenizers, trained here on a few lines
@@ -503,108 +504,6 @@ def test_tokenizer_hash_is_of_the_tokenizer_not_of_its_use(tok):
     d = json.loads(backend('bytelevel')); d['model']['merges'].pop()
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(d)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATML)
     assert tokenizer_hash(other) != tokenizer_hash(made('bytelevel'))
-
-# ---- packs
-@settings(max_examples=100)
-@given(st.lists(st.integers(1, 300), max_size=80), st.integers(50, 400))
-def test_pack(n, budget):
-    packs = pack(n, budget)
-    assert sorted(int(i) for p in packs for i in p) == list(range(len(n)))
-    for p in packs: assert len(p) and (sum(n[i] for i in p) <= budget or len(p) == 1)
-    assert [max(n[i] for i in p) for p in packs] == sorted((max(n[i] for i in p) for p in packs), reverse=True)  # longest first
-    if n: assert sum(sum(n[i] for i in p) <= budget/2 for p in packs) <= 1
-    assert [p.tolist() for p in pack(pd.Series(n, dtype=int), budget)] == [p.tolist() for p in packs]
-
-@pytest.mark.parametrize('budget', [2048, 4096, 8192])
-def test_packs_are_full(budget):
-    for seed in range(5):
-        n = np.random.default_rng(seed).lognormal(6.5, .8, 2000).astype(int).clip(20, 2048)
-        packs = pack(n, budget)
-        assert n.sum()/(budget*len(packs)) >= .9
-
-def lines(k, views=2, seed=0):
-    n = np.random.default_rng(seed).integers(5, 300, k).repeat(views)
-    return pd.DataFrame(dict(row=np.arange(k).repeat(views), view=np.tile(np.arange(views), k), n=n))
-
-@settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([.2, .5, 1, 1.5, 2, 3]), st.integers(1, 2), st.integers(0, 99))
-def test_plan(k, rows_a_step, epochs, views, seed):
-    enc = lines(k, views)
-    steps, again = ([s for (s,) in plan_steps(enc, rows_a_step, epochs, 512, seed)] for _ in range(2))
-    assert [[p.tolist() for p in s] for s in steps] == [[p.tolist() for p in s] for s in again]
-    total = round(k*epochs); sizes = []
-    for s in steps:
-        at = np.concatenate(s); sizes.append(len(at))
-        assert all(len(set(enc.view[at][enc.row[at] == r])) == views and (enc.row[at] == r).sum() % views == 0 for r in set(enc.row[at]))  # both views, this step
-        assert all(enc.n[p].sum() <= 512 or len(p) == 1 for p in s)
-    assert sum(sizes) == total*views and all(o == rows_a_step*views for o in sizes[:-1]) and (not sizes or 0 < sizes[-1] <= rows_a_step*views)
-    got = enc.row[np.concatenate([p for s in steps for p in s])].value_counts()/views if steps else pd.Series([], dtype=float)
-    assert set(got) <= {np.floor(epochs), np.ceil(epochs)}-{0.}
-
-def test_plan_follows_its_seed():
-    enc = lines(30)
-    rows = lambda **kw: [sorted(enc.row[np.concatenate(s)]) for (s,) in plan_steps(enc, **dict(rows_a_step=4, epochs=2, budget=512, seed=0) | kw)]
-    assert rows() != rows(seed=1) and rows() == rows(budget=4096)[:15]  # the budget decides packs, not steps
-    assert rows()[:7] == rows(epochs=1)[:7]  # a longer training begins like a shorter one
-    code = 'import pandas as pd, numpy as np; from competition_kit.prompt import plan_steps; e = pd.DataFrame(dict(row=np.arange(30).repeat(2), n=9)); print([p.tolist() for (s,) in plan_steps(e, 4, 1, 99, 5) for p in s])'
-    a, b = (subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
-    assert a == b and a
-
-def test_plan_of_nothing_and_of_odd_rows():
-    assert plan_steps(lines(0), 4, 1, 512, 0) == [] == plan_steps(lines(1), 4, .2, 512, 0)
-    with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(5).iloc[1:], 2, 1, 512, 0)
-    with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(6).iloc[[0, 1, 2, 3, 4, 6]], 2, 1, 512, 0)
-    some = lines(20); some = some[some.row % 3 > 0].reset_index(drop=True)  # a fold's part, with the table's own positions
-    steps = [s for (s,) in plan_steps(some, 4, 1, 512, 0, phase=np.arange(20) >= 10)]
-    assert sorted(np.concatenate([p for s in steps for p in s])) == list(range(len(some))) and set(some.row[np.concatenate(steps[0])]) <= set(range(10))
-    mixed = lines(9).sample(frac=1, random_state=0)  # lines in any order
-    for (s,) in plan_steps(mixed, 3, 1, 512, 0): assert mixed.row.iloc[np.concatenate(s)].value_counts().tolist() == [2, 2, 2]
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 4), st.integers(2, 5), st.sampled_from([.5, 1, 2]), st.integers(1, 2), st.sampled_from([150, 512, 4096]), st.integers(0, 99))
-def test_plan_for_ranks(k, rows_a_rank, ranks, epochs, views, budget, seed):
-    enc, size = lines(k, views, seed), rows_a_rank*ranks
-    one, many = (plan_steps(enc, size, epochs, budget, seed, ranks=r) for r in (1, ranks))
-    at = lambda packs: sorted(np.concatenate([np.empty(0, int), *packs]).tolist())
-    assert len(one) == len(many) and all(at(a) == at([p for r in b for p in r]) for (a,), b in zip(one, many))  # the same rows in the same steps
-    for k, step in enumerate(many):
-        rows = [enc.row[at(r)] for r in step]
-        assert len(step) == ranks and all((r.value_counts() % views == 0).all() for r in rows)  # both views on one rank
-        n = [len(r)//views for r in rows]
-        assert max(n)-min(n) <= 1 and (k == len(many)-1 or set(n) == {rows_a_rank})
-        if min(n) == max(n): assert len(set(map(len, step))) == 1  # as many packs on each
-        assert all(len(p) and (enc.n[p].sum() <= budget or len(p) == 1) for r in step for p in r)
-
-def arena(k, seed=0):
-    n = (np.random.default_rng(seed).lognormal(6.2547, .7475, k).round().clip(16, 16384)+160).clip(max=2048).astype(int)
-    return pd.DataFrame(dict(row=np.arange(k).repeat(2), view=np.tile([0, 1], k), n=n.repeat(2)))
-
-def test_ranks_have_equal_work():
-    for seed in range(3):
-        enc = arena(8192, seed)
-        work = np.array([[sum(enc.n.to_numpy()[p].sum() for p in r) for r in s] for s in plan_steps(enc, 128, 1, 16384, seed, ranks=8)])
-        assert work.sum()/(8*work.max(1).sum()) >= .99
-    with pytest.raises(Refusal, match='multiple of 3'): plan_steps(lines(9), 8, 1, 512, 0, ranks=3)
-
-def test_packs_of_a_step_are_few_and_equal():
-    enc = arena(16384); n = enc.n.to_numpy()
-    for rows in (32, 128, 512):
-        sizes = [np.array([n[p].sum() for p in s]) for (s,) in plan_steps(enc, rows, 1, 16384, 0)]
-        assert sum(map(len, sizes)) <= 1.02*sum(-(-s.sum()//16384) for s in sizes)  # few: hardly more than the tokens ask for
-        assert sum(s.sum() for s in sizes) >= .98*sum(len(s)*s.max() for s in sizes)  # equal
-    assert n.sum() >= .97*16384*sum(map(len, sizes)) and n.sum() >= .97*16384*len(pack(n, 16384))
-
-def test_phases():
-    phase = np.random.default_rng(0).integers(0, 3, 50)*5-2
-    enc = lines(50)
-    for epochs, ranks in ((1, 1), (2, 1), (1.5, 2)):
-        steps = [sum(s, []) for s in plan_steps(enc, 4, epochs, 512, 3, ranks=ranks, phase=phase)]
-        seen = [set(phase[enc.row[np.concatenate(s)]]) for s in steps]
-        assert all(len(p) == 1 for p in seen) and [p.pop() for p in seen] == sorted(phase[enc.row[np.concatenate(s)]][0] for s in steps)
-        rows = enc.row[np.concatenate([p for s in steps for p in s])]
-        for p in set(phase): assert (phase[rows] == p).sum() == 2*round((phase == p).sum()*epochs)
-    same = lambda **kw: [[p.tolist() for p in s] for (s,) in plan_steps(enc, 4, 1, 512, 3, **kw)]
-    assert same() == same(phase=np.zeros(50, int)) == same(phase=[7]*50)
 
 # ---- tokens, flat and kept
 def test_tokens_as_a_column(tok):
