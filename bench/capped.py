@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from competition_kit.attention import Layout, block_mask, compiled_flex, launch_options, mask_mod, varlen_attention
 from torch.nn.attention.flex_attention import BlockMask
-from competition_kit.cost import contest_lengths
+from competition_kit.pack import contest_lengths
 from train import packs_of  # beside this file
 
 def tanh(s, b, h, i, j): return 50.*torch.tanh(s/50.)

@@ -10,7 +10,8 @@ Its LoRA weights are fp32 unless `--extra lora_dtype=bfloat16`. Its packs hold o
 `--extra packing_strategy=sequential train_dataloader_shuffle=false dataset_shuffle=false`."""
 import argparse, importlib.metadata, json, os, shutil, subprocess, sys, time
 from common import report, wait_for_gpu  # beside this file
-from competition_kit.cost import contest_lengths, known_bases
+from competition_kit.cost import known_bases
+from competition_kit.pack import contest_lengths
 from train import flops, matmul_rate
 
 def arguments():

@@ -13,7 +13,8 @@ processor was measured, not the GPU."""
 import argparse, gc, json, tempfile, time
 import numpy as np
 import torch
-from competition_kit.cost import contest_lengths, known_bases
+from competition_kit.cost import known_bases
+from competition_kit.pack import contest_lengths
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
