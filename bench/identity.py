@@ -1,6 +1,8 @@
-"""What does it cost to know a base: the hash of its content, and the comparison of its packed forward with its own? The first time, and when nothing has changed.
+"""What does it cost to know a base: the hash of its content, and the comparison of its packed forward with its own?
+The first time, and when nothing has changed.
 
-usage: python bench/identity.py [shape] [--tokenizer FOLDER]     (shape: a name that `ck cost` knows, with random weights; makes a base of its size on disk)"""
+usage: python bench/identity.py [shape] [--tokenizer FOLDER]
+(shape: a name that `ck cost` knows, with random weights; makes a base of its size on disk)"""
 import argparse, tempfile, time
 from pathlib import Path
 import torch

@@ -10,7 +10,9 @@ Its LoRA weights are fp32 unless `--extra lora_dtype=bfloat16`. Its packs hold o
 `--extra packing_strategy=sequential train_dataloader_shuffle=false dataset_shuffle=false`."""
 import argparse, importlib.metadata, json, os, shutil, subprocess, sys, time
 from common import report, wait_for_gpu  # beside this file
-from train import SHAPES, flops, lengths, matmul_rate
+from competition_kit.cost import known_bases
+from competition_kit.pack import contest_lengths
+from train import flops, matmul_rate
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +86,7 @@ def save_rows(path, n):
     import numpy as np
     rng, fixed = np.random.default_rng(0), 0 if a.task == 'seq_cls' else 2
     with open(path, 'w') as f:
-        for length in lengths(n, a.max_len):
+        for length in contest_lengths('lmsys', n, a.max_len):
             words = rng.choice(letters(), (max(length-fixed, 1), 3))
             question = dict(role='user', content=''.join(' '+''.join(w) for w in words))
             label = int(rng.integers(3))
@@ -209,7 +211,7 @@ def main():
     assert all(result['ns'] == last['ns'] for result in results), 'the runs saw other rows'
     seconds, memory = extended(results)
     sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers')
-    known = (a.hidden, a.inner, a.of) == tuple(SHAPES['qwen2.5-7b'][k] for k in sizes)
+    known = (a.hidden, a.inner, a.of) == tuple(known_bases['qwen2.5-7b'][k] for k in sizes)
     if last['rate'] and known: share = round(2*flops('qwen2.5-7b', last['ns'])/seconds/last['rate'], 3)
     report(
         'torch', 'transformers', shape=f'qwen2 {a.hidden}x{a.inner}x{a.of}',

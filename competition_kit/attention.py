@@ -52,10 +52,10 @@ def exact_attention(
 # %% ../nbs/lib/03b_attention.ipynb #cd719bc3
 def _chunk(module): # Tokens of a chunk, where a layer attends in chunks
     config = getattr(module, 'config', None)
-    if not getattr(config, 'attention_chunk_size', None): return None  # before the layer's number: compiled code would depend on it
+    if not getattr(config, 'attention_chunk_size', None): return None
     return config.attention_chunk_size if config.layer_types[module.layer_idx] == 'chunked_attention' else None
 
-def _rescaled(module, query, bounds): # Queries by their position in the row; Llama 4 has scaled them by that in the pack
+def _rescaled(module, query, bounds): # Queries scaled by position in the row; Llama 4 scales by position in the pack
     config = getattr(module, 'config', None)
     if not getattr(config, 'attn_temperature_tuning', None) or module.use_rope: return query
     def scale(position): return torch.log1p(torch.floor((position+1.)/config.floor_scale))*config.attn_scale+1
@@ -132,8 +132,8 @@ def varlen_attention(
         k, v = (_CopyPrefix.apply(x, layout.source, layout.own, layout.copies) for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    longest = layout.longest
-    return varlen_attn(q, k, v, layout.ends, keys, longest, longest, scale=scaling, window_size=((window or 0)-1, 0))[None]
+    longest, seen = layout.longest, ((window or 0)-1, 0)
+    return varlen_attn(q, k, v, layout.ends, keys, longest, longest, scale=scaling, window_size=seen)[None]
 
 # %% ../nbs/lib/03b_attention.ipynb #09da4bfc
 @functools.lru_cache(4)  # all layers of a pack ask for the same
@@ -188,7 +188,8 @@ def capped_attention(
     options = dict(wide, BACKEND='TRITON')  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
     mask = block_mask(ends, q.shape[2], window, shared)
     with torch._dynamo.config.patch(specialize_float=True):
-        out = compiled_flex()(q, k, v, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options)
+        out = compiled_flex()(q, k, v, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=True,
+                              kernel_options=options)
     return out.transpose(1, 2)
 
 # %% ../nbs/lib/03b_attention.ipynb #6ff27e7d

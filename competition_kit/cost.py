@@ -29,7 +29,7 @@ known_bases = {name: dict(zip(_keys, v)) for name, v in {  # from each model's o
     'gemma-3-12b':   ('gemma3_text', 48, 3840, 16, 8, 256, 15360, 262208, True),
     'mistral-7b':    ('mistral', 32, 4096, 32, 8, 128, 14336, 32768, False)}.items()}
 
-def _well_known(name): # The configuration, or None: `Qwen/Qwen2.5-7B-Instruct` is `qwen2.5-7b`, with `-GPTQ-Int4` in four bits
+def _well_known(name): # Its configuration, or None: `Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4` is `qwen2.5-7b` in four bits
     name, bits = re.match(r'(.*?)(?:-gptq-int([48]))?$', name.split('/')[-1].lower().removeprefix('meta-')).groups()
     c = known_bases.get(re.sub(r'(-v0\.\d)?(-instruct|-it|-chat)?(-v0\.\d)?$', '', name))
     if c is None or not bits: return c
@@ -62,18 +62,21 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
     if layers is None:
         raise Refusal('cannot find the decoder layers', name, fix='Take a decoder such as Llama, Qwen or Gemma')
     modules = dict(layers[0].named_modules())
-    linears = {n.split('.')[-1]: (m.in_features, m.out_features) for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
+    linears = {n.split('.')[-1]: (m.in_features, m.out_features) for n, m in modules.items()
+               if isinstance(m, torch.nn.Linear)}
     linear = len(layers)*sum(i*o for i, o in linears.values())
     if linear < .98*_parameters(layers):
         raise Refusal('the layers have weights that are not linear layers', name, fix='Take a dense model')
     if gone := sorted({'down_proj', 'o_proj', 'k_proj'}-linears.keys()):
-        raise Refusal(f'layers without {gone} are not supported', name, fix='Train with recompute and compiled given by hand')
+        raise Refusal(f'layers without {gone} are not supported', name,
+                      fix='Train with recompute and compiled given by hand')
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     norms = sum('Norm' in type(m).__name__ and m.weight.numel() == config.hidden_size for m in modules.values())
-    return dict(name=_base_label(base, config), layers=len(layers), hidden=config.hidden_size, ffn=linears['down_proj'][0],
-                q=linears['o_proj'][0], kv=linears['k_proj'][1], norms=norms, qk_norm=hasattr(layers[0].self_attn, 'q_norm'),
-                linears=linears, params=_parameters(model), linear=linear, head=0 if tied else _parameters(head))
+    return dict(name=_base_label(base, config), layers=len(layers), hidden=config.hidden_size,
+                ffn=linears['down_proj'][0], q=linears['o_proj'][0], kv=linears['k_proj'][1], norms=norms,
+                qk_norm=hasattr(layers[0].self_attn, 'q_norm'), linears=linears, linear=linear,
+                params=_parameters(model), head=0 if tied else _parameters(head))
 
 def _parameters(module): return sum(p.numel() for p in module.parameters())
 
@@ -135,7 +138,7 @@ def token_flops(
     return forward*(2+again)+2*lora_params(base, job.r, job.modules)*(3+again)
 
 # %% ../nbs/lib/03e_cost.ipynb #6050915d
-_weight_bytes = dict( # nf4: a scale of 8 bits a block of 64, which has a scale too; GPTQ: 16 bits and a zero point a group of 128
+_weight_bytes = dict( # nf4: 8 bits a block of 64, and a scale of these; GPTQ: 16 bits and a zero point a group of 128
     bf16=2, fp16=2, fp32=4, nf4=.5+1/64+4/(64*256), gptq4=.5+2.5/128, gptq8=1+3/128)
 _quantised = ('nf4', 'gptq4', 'gptq8')
 
@@ -183,7 +186,8 @@ def memory(
     if job.dtype in _quantised: working += 2*max(i*o for i, o in base['linears'].values())
     if job.shards > 1: working += 2*weights/base['layers']
     activations = tokens*((base['layers']-checkpointed)*one+checkpointed*_width(job)*base['hidden'])
-    out = dict(base=weights/job.shards, learning=_training_bytes(job)/job.shards, activations=activations, working=working)
+    out = dict(base=weights/job.shards, learning=_training_bytes(job)/job.shards, activations=activations,
+               working=working)
     out['peak'] = sum(out.values())
     return dict(out, needs=out['peak']+.04*(activations+working))
 
@@ -200,7 +204,7 @@ known_gpus = {name: dict(zip(_gpu_keys, v)) for name, v in {
     'A100-40':  (39.4, 312, 271, 19.5, 1555, 300, True,  'published in stas00/ml-engineering'),
     'A100-80':  (79.1, 312, 271, 19.5, 2039, 300, True,  'published in stas00/ml-engineering'),
     'H100':     (79.1, 989, 680, 67.0, 3350, 450, True,  'measured under load; 800 in the first moment'),
-    'H200':    (139.8, 989, 680, 67.0, 4800, 450, True,  'measured in the first moment (790), and taken to fall under load as the H100')}.items()}
+    'H200':    (139.8, 989, 680, 67.0, 4800, 450, True,  'as the H100; 790 measured in the first moment')}.items()}
 
 def _simple(name): return re.sub('[^a-z0-9]', '', name.lower()).removeprefix('nvidia')
 
@@ -234,7 +238,8 @@ def _rates(dtype): # FLOP/s and bytes a second, of this machine
     n, load, device = (8192, 3, 'cuda') if cuda else (1024, .3, 'cpu')
     def sync():
         if cuda: torch.cuda.synchronize()
-    kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[pick_dtype('fp32' if dtype == 'fp32' else 'auto')]
+    name = pick_dtype('fp32' if dtype == 'fp32' else 'auto')
+    kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[name]
     a = torch.randn(n, n, device=device, dtype=kind)
     b = torch.empty_like(a)
     product = _seconds(lambda: torch.mm(a, a, out=b), sync, load)
@@ -284,19 +289,20 @@ def layers_to_checkpoint(
     for n in range(layers+1):
         needs = memory(job, tokens, n)
         if needs['needs'] <= free: return n
+    gb = {k: f'{v/1e9:.1f}' for k, v in dict(needs, pack=needs['activations']+needs['working'], free=free).items()}
     over = f' over {job.shards} GPUs' if job.shards > 1 else ''
-    pack = needs['activations']+needs['working']
-    raise Refusal(f"{job.base['name']} in {job.dtype}{over}, method {job.method}, needs {needs['needs']/1e9:.1f} GB with "
-                  f"activation checkpointing in all {layers} layers (base {needs['base']/1e9:.1f}, gradients and optimiser "
-                  f"{needs['learning']/1e9:.1f}, a pack of {tokens:,} tokens {pack/1e9:.1f}), and there are {free/1e9:.1f} GB",
+    raise Refusal(f"{job.base['name']} in {job.dtype}{over}, method {job.method}, needs {gb['needs']} GB with "
+                  f"activation checkpointing in all {layers} layers (base {gb['base']}, "
+                  f"gradients and optimiser {gb['learning']}, a pack of {tokens:,} tokens {gb['pack']}), and there are {gb['free']} GB",
                   fix=_remedies(job, tokens, free, gpus))
 
 # %% ../nbs/lib/03e_cost.ipynb #e50670bb
 def _fits(job, tokens, free): return memory(job, tokens, job.base['layers'])['needs'] <= free
 
 def _smaller(job): # words → a job that needs less memory, the first advised first
-    alone, dense, lora = ' with sharded=False' if job.shards > 1 else '', job.dtype not in _quantised, job.method == 'lora'
-    nf4 = ('the format nf4' if lora else 'the method lora on nf4')+alone
+    dense, lora = job.dtype not in _quantised, job.method == 'lora'
+    nf4 = 'the format nf4' if lora else 'the method lora on nf4'
+    if job.shards > 1: nf4 += ' with sharded=False'
     out = {} if lora else {'the method lora': replace(job, method='lora')}
     if dense: out[nf4] = replace(job, method='lora', dtype='nf4', shards=1)
     if dense and lora: out['a GPTQ base'] = replace(job, dtype='gptq4')
@@ -321,16 +327,18 @@ def _remedies(job, tokens, free, gpus): # What would make it fit, in words
     return f"Take {', or '.join(words)}" if words else 'Take a smaller base, or larger GPUs'
 
 # %% ../nbs/lib/03e_cost.ipynb #476de972
-_measured = dict(gpus=('H100', 'H200'), bases=('qwen2.5-7b', 'qwen2.5-14b', 'qwen2.5-32b', 'llama-3.1-8b', 'gemma-2-9b'),
-                 dtypes=('bf16', 'fp16', 'nf4', 'gptq4'))  # all with a LoRA on one GPU, without activation checkpointing
+_measured = dict(  # all with a LoRA on one GPU, without activation checkpointing
+    gpus=('H100', 'H200'), dtypes=('bf16', 'fp16', 'nf4', 'gptq4'),
+    bases=('qwen2.5-7b', 'qwen2.5-14b', 'qwen2.5-32b', 'llama-3.1-8b', 'gemma-2-9b'))
 
 def _extrapolated(job, gpu, gpus, checkpointed): # What no measured point covers, in words
     if gpu['name'] == 'CPU': return ['speed: not timed on a CPU; a guess from its rate of matrix products']
     sizes, name = (job.base['hidden'], job.base['ffn']), gpu['name']
     near = [known_bases[b] for b in _measured['bases']]
+    links = ', links at 70 % of their rate' if job.shards > 1 else ''
     notes = {
-        f"speed: training was not timed on {name}; its rate of matrix products is {gpu['source']}, the share of it that "
-        "training reaches the H200's": not any(g in name for g in _measured['gpus']),
+        f"speed: training was not timed on {name}; its rate of matrix products is {gpu['source']}, "
+        "the share of it that training reaches the H200's": not any(g in name for g in _measured['gpus']),
         'attention: a GPU before compute capability 8 has no varlen kernel, and takes one call a row': not gpu['bf16'],
         f"speed and activations: measured on {', '.join(sorted(_measured['bases']))} only":
             sizes not in [(b['hidden_size'], b['intermediate_size']) for b in near],
@@ -338,7 +346,7 @@ def _extrapolated(job, gpu, gpus, checkpointed): # What no measured point covers
         f'method {job.method}: not measured': job.method != 'lora',
         f'format {job.dtype}: not measured; computed from its bytes': job.dtype not in _measured['dtypes'],
         'activation checkpointing: not measured; counted as one more forward pass': checkpointed > 0,
-        f"{gpus} GPUs: not measured; 97 % of equal work{', links at 70 % of their rate' if job.shards > 1 else ''}": gpus > 1}
+        f'{gpus} GPUs: not measured; 97 % of equal work{links}': gpus > 1}
     return [note for note, holds in notes.items() if holds]
 
 # %% ../nbs/lib/03e_cost.ipynb #14bf244d
@@ -376,7 +384,7 @@ def _fit(job, tokens, free, gpus, sharded): # The job as it fits, sharded if nee
 
 # %% ../nbs/lib/03e_cost.ipynb #d1df41fc
 def _token_counts(lengths, max_len): # An array of them
-    n = contest_lengths(lengths, max_len=max_len) if isinstance(lengths, str) else np.minimum(np.asarray(lengths), max_len)
+    n = contest_lengths(lengths, max_len=max_len) if isinstance(lengths, str) else np.asarray(lengths).clip(max=max_len)
     if n.size == 0 or n.min() < 1: raise Refusal('lengths must be token counts above zero')
     return n
 
@@ -403,7 +411,7 @@ def cost(
     gpu:str='this machine',       # A name of `known_gpus`, or `this machine`
     gpus:int=1,                   # How many of them
     method:str='lora',            # `lora` or `full`
-    format:str='auto',            # dtype of the base: auto (bf16 where the GPU has it), bf16, fp16, fp32, nf4, gptq4 or gptq8
+    format:str='auto',            # dtype of the base: auto (bf16 where possible), bf16, fp16, fp32, nf4, gptq4, gptq8
     route:str='answer',           # `answer` or `score`
     lora_r:int=16,                # Rank of the LoRA
     lora_modules='all-linear',    # Its places
@@ -416,7 +424,7 @@ def cost(
     epochs:float=1.,              # Passes over the rows
     pack_tokens:int=16384,        # Tokens in a pack; never less than the longest row
     compiled:bool=True,           # Compiled layers; on a CPU they never are
-    sharded:bool=None,            # Base and optimiser over the GPUs; None: for `full`, and where one does not hold a job
+    sharded:bool=None,            # Base and optimiser over the GPUs; None: for `full`, and where one is too small
 ) -> dict: # Sizes in GB (1e9 bytes); `cost_table` shows it
     "The cost of a training"
     _check_choices(method, route, lora_dropout, gpus=gpus, views=views, epochs=epochs, pack_tokens=pack_tokens,
@@ -436,8 +444,8 @@ def cost(
 
 def _summary(job, gpu, gpus, tokens, checkpointed): # The job, and its memory in GB
     base, sizes = job.base, {f'{k}_gb': round(v/1e9, 2) for k, v in memory(job, tokens, checkpointed).items()}
-    return dict(base=base['name'], gpu=gpu['name'], gpus=gpus, sharded=job.shards > 1, method=job.method, dtype=job.dtype,
-                route=job.route, params=base['params']-(base['head'] if job.route == 'score' else 0),
+    return dict(base=base['name'], gpu=gpu['name'], gpus=gpus, sharded=job.shards > 1, method=job.method,
+                dtype=job.dtype, route=job.route, params=base['params']-(base['head'] if job.route == 'score' else 0),
                 trainable=trainable_params(job), layers=base['layers'], checkpointed=checkpointed, pack_tokens=tokens,
                 **sizes, memory_gb=round(gpu['free']/1e9, 1))
 
@@ -463,11 +471,12 @@ def cost_table(
     gb = {k: f"{c[f'{k}_gb']:9.1f} GB" for k in ('base', 'learning', 'activations', 'working', 'peak')}
     n, layers = c['checkpointed'], c['layers']
     first = 'none' if not n else f'the first {n}' if n < layers else 'all'
+    n_tokens = f"{c['pack_tokens']:,} tokens"
     lines = [('job', f"{c['base']}, {c['method']}, {c['dtype']}, {c['route']} route; on {_where(c)}"),
         ('parameters', f"{_count(c['params'])} in the base; {_count(c['trainable'])} trainable"),
         ('base', gb['base']),
         ('learning', gb['learning']+'  weights beside the base, gradients, optimiser'),
-        ('activations', gb['activations']+f"  of {c['pack_tokens']:,} tokens in a pack; checkpointed: {first} of {layers} layers"),
+        ('activations', f"{gb['activations']}  of {n_tokens}; {first} of {layers} layers checkpointed"),
         ('working', gb['working']+'  one layer while its gradients are computed'),
         ('peak', gb['peak']+f"  of {c['memory_gb']} GB; {c['needs_gb']:.1f} with what the allocator loses"),
         ('speed', f"{c['tokens_s']:,} tokens/s"),

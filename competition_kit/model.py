@@ -29,7 +29,7 @@ _all_ = ['packed_attention']
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
-) -> dict: # `input_ids` and `position_ids` [1, tokens], `bounds` [sequences+1] as a list: tokens before `bounds[0]` belong to all
+) -> dict: # `input_ids`, `position_ids` [1, tokens]; `bounds` [sequences+1]: tokens before the first are the prefix
     "Lay sequences end to end, their shared prefix once"
     ids = list(ids)
     p, n = common(ids), np.array([len(i) for i in ids])
@@ -113,7 +113,8 @@ def _head(model, route, n, saved):
 def _from_files(base, path, route, n, dtype, mapped):
     "The model, whether it is on its device already, and the saved weights of its head"
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    if dtype == 'nf4' and mapped: raise Refusal('a base in nf4 cannot be spread over several GPUs', fix='Take a GPTQ base, or sharded=False')
+    if dtype == 'nf4' and mapped:
+        raise Refusal('a base in nf4 cannot be spread over several GPUs', fix='Take a GPTQ base, or sharded=False')
     compute = dtypes[pick_dtype('auto' if dtype == 'nf4' else dtype)]
     cls, kw = AutoModelForSequenceClassification if n else AutoModelForCausalLM, dict(attn_implementation='packed')
     try:
@@ -193,7 +194,8 @@ def with_adapter(model, adapter):
     f = check_adapter(adapter)
     try: out = PeftModel.from_pretrained(model, adapter)
     except (AttributeError, RuntimeError, ValueError) as e:
-        raise Refusal(f'the adapter does not fit this base and route ({str(e).splitlines()[-1].strip()})', adapter) from e
+        last = str(e).splitlines()[-1].strip()
+        raise Refusal(f'the adapter does not fit this base and route ({last})', adapter) from e
     with safe_open(f, 'pt') as o: have = set(o.keys())
     want = {_saved_name(n) for n, _ in out.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
     if have != want:
@@ -233,7 +235,8 @@ def add_lora(
     torch.manual_seed(seed)
     wanted = _linear_names(judge.base) if modules == 'all-linear' else [m.strip() for m in modules.split(',')]
     if missing := [m for m in wanted if m not in _name_ends(judge.base)]:
-        raise Refusal(f'the base has no module named {missing} for a LoRA', fix=f"It has {', '.join(_linear_names(judge.base))}")
+        raise Refusal(f'the base has no module named {missing} for a LoRA',
+                      fix=f"It has {', '.join(_linear_names(judge.base))}")
     kind = dict(task_type='CAUSAL_LM')
     if judge.letters is None: kind = dict(task_type='SEQ_CLS', modules_to_save=['score'])
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, use_rslora=rslora, **kind)
@@ -249,7 +252,8 @@ def _name_ends(base): # what PEFT accepts as a module's name: `q_proj`, `self_at
 def _linear_names(base): # the backbone's linear layers, without the output matrix and the score head
     heads = (base.get_output_embeddings(), getattr(base, 'score', None))
     keep = {id(m) for h in heads if h is not None for m in h.modules()}
-    return sorted({n.split('.')[-1] for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep})
+    linear = [n for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep]
+    return sorted({n.split('.')[-1] for n in linear})
 
 # %% ../nbs/lib/03c_model.ipynb #de28f24d
 def continue_from(
@@ -257,7 +261,7 @@ def continue_from(
     adapter,              # Folder of the earlier stage's adapter
     keep_head:bool=True,  # Take over its score head too
 ):
-    "Start from an earlier adapter's weights; B is rescaled if its alpha or `rslora` differs, so the logits stay the same"
+    "Start from an earlier adapter's weights; if alpha or `rslora` differ, B is rescaled to give the same logits"
     from safetensors.torch import load_file
     saved = load_file(check_adapter(adapter))
     new = {_saved_name(n): p for n, p in judge.model.named_parameters() if p.requires_grad}
@@ -336,14 +340,15 @@ def letter_mass(
     judge,   # A `Judge` of the answer route
     prompt,  # Its `Prompt`
     rows,    # A few rows of the task; the whole vocabulary is computed for each
-) -> dict: # `letters`: the mean probability of all letters together; `others`: of their other spelling, with a blank or without
+) -> dict: # `letters`: mean probability of all letters together; `others`: of their other spelling
     "The share of the vocabulary's probability that the model gives to the answer's letters"
     own = judge.letters
     if own is None: raise Refusal('a score head has no letters')
     judge.letters = slice(None)
     try: p = torch.cat([judge(**collate([ids], judge.device)).softmax(-1).cpu() for ids in prompt.encode(rows, 1).ids])
     finally: judge.letters = own
-    return {name: float(p[:, ids].sum(1).mean()) for name, ids in (('letters', prompt.letters), ('others', prompt.others))}
+    spellings = dict(letters=prompt.letters, others=prompt.others)
+    return {name: float(p[:, ids].sum(1).mean()) for name, ids in spellings.items()}
 
 # %% ../nbs/lib/03c_model.ipynb #9ad9407f
 def choose_letters(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/lib/03d_speed.ipynb #b2208325
-_layers, _numbers = WeakValueDictionary(), itertools.count()  # the frozen layers; the compiler sees only a tensor with a number
+_layers, _numbers = WeakValueDictionary(), itertools.count()  # frozen layers; the compiler sees a tensor with a number
 
 @torch.library.custom_op('competition_kit::lora', mutates_args=())
 def _lora(x: torch.Tensor, z: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float, k: torch.Tensor
@@ -26,7 +26,8 @@ def _lora(x: torch.Tensor, z: torch.Tensor | None, a: torch.Tensor, b: torch.Ten
 
 @torch.library.custom_op('competition_kit::lora_backward', mutates_args=())
 def _lora_backward(dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, h: torch.Tensor, a: torch.Tensor,
-                   b: torch.Tensor, scale: float, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+                   b: torch.Tensor, scale: float, k: torch.Tensor
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     none = dy.new_empty(1)
     dh = torch.addmm(none, dy, b, beta=0, alpha=scale)  # a scaled product in one launch
     dx = dy@dense_weight(_layers[int(k)], dy.dtype)

@@ -1,20 +1,21 @@
-"The cost of a training: exact counts, memory and time, the fewest checkpointed layers, and notes on what was not measured"
+"The cost of a training: exact counts, memory and time, the fewest checkpointed layers, notes on extrapolations"
 import json, re, subprocess, sys
 from dataclasses import replace
 import numpy as np
 import pytest
 from transformers import AutoConfig
 from competition_kit.core import Refusal
-from competition_kit.cost import (Job, base_bytes, base_config, contest_lengths, cost, cost_table, find_gpu, known_bases,
-                                  known_gpus, layer_bytes, layers_to_checkpoint, lora_params, mean_context, memory,
-                                  pack_seconds, shape, token_flops)
+from competition_kit.cost import (Job, base_bytes, base_config, contest_lengths, cost, cost_table, find_gpu,
+                                  known_bases, known_gpus, layer_bytes, layers_to_checkpoint, lora_params,
+                                  mean_context, memory, pack_seconds, shape, token_flops)
 
 @pytest.fixture(scope='module')
 def shapes(): return {b: shape(b) for b in known_bases}
 
 # ---- shapes
-COUNTS = [('qwen2.5-7b', 7.62, 2.52), ('qwen2.5-14b', 14.77, 4.30), ('qwen2.5-32b', 32.76, 8.39), ('qwen2.5-72b', 72.71, 13.16),
-          ('llama-3.1-8b', 8.03, 2.62), ('llama-3.1-70b', 70.55, 12.94), ('gemma-2-9b', 9.24, 3.38), ('mistral-7b', 7.25, 2.62)]
+COUNTS = [('qwen2.5-7b', 7.62, 2.52), ('qwen2.5-14b', 14.77, 4.30), ('qwen2.5-32b', 32.76, 8.39),
+          ('qwen2.5-72b', 72.71, 13.16), ('llama-3.1-8b', 8.03, 2.62), ('llama-3.1-70b', 70.55, 12.94),
+          ('gemma-2-9b', 9.24, 3.38), ('mistral-7b', 7.25, 2.62)]
 
 @pytest.mark.parametrize('base, total, rank', COUNTS)
 def test_counts(shapes, base, total, rank):
@@ -193,7 +194,8 @@ def test_nf4_is_never_sharded(gpu, gpus, tokens):
     assert c['sharded'] and c['dtype'] == 'gptq4'
 
 def test_nf4_is_refused_over_shards(shapes):
-    with pytest.raises(Refusal, match=NO_NF4): layers_to_checkpoint(Job(shapes['qwen2.5-7b'], dtype='nf4', shards=2), 512, 1e12)
+    job = Job(shapes['qwen2.5-7b'], dtype='nf4', shards=2)
+    with pytest.raises(Refusal, match=NO_NF4): layers_to_checkpoint(job, 512, 1e12)
 
 def test_nf4_is_advised_only_where_one_gpu_holds_it():
     with pytest.raises(Refusal, match='over 8 GPUs.* a GPTQ base') as e:
@@ -206,7 +208,8 @@ def test_nf4_on_several_gpus_without_sharding(sharded):
 
 def test_nf4_on_one_gpu():
     assert not cost('qwen2.5-7b', 'H200', format='nf4', sharded=True)['sharded']  # as in a training
-    with pytest.raises(Refusal, match='the format nf4 with sharded=False'): cost('qwen2.5-72b', 'A100-80', 2, sharded=True)
+    with pytest.raises(Refusal, match='the format nf4 with sharded=False'):
+        cost('qwen2.5-72b', 'A100-80', 2, sharded=True)
 
 @pytest.mark.parametrize('kw', [dict(base='qwen2.5-72b'), dict(base='qwen2.5-14b', method='full'),
                                 dict(base='llama-3.1-70b', format='bf16', route='score')], ids=str)
@@ -276,7 +279,8 @@ def test_every_gpu(gpu):
     assert cost_table(c).count('extrapolated') == len(c['extrapolated'])
 
 @pytest.mark.parametrize('kw, dtype', [(dict(gpu='T4'), 'fp16'), (dict(gpu='V100', format='bf16'), 'fp16'),
-                                       (dict(gpu='L4'), 'bf16'), (dict(gpu='T4', method='full', pack_tokens=2048), 'fp32')])
+                                       (dict(gpu='L4'), 'bf16'),
+                                       (dict(gpu='T4', method='full', pack_tokens=2048), 'fp32')])
 def test_dtypes_of_old_gpus(kw, dtype):
     assert cost('smollm2', **kw)['dtype'] == dtype
 

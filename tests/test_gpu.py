@@ -1,4 +1,4 @@
-"What only a GPU can show: its kernels give what the plain ones give; a run goes on where it ended; several GPUs are one training"
+"On a GPU: kernels agree with plain attention, a run continues where it ended, several GPUs are one training"
 import shutil
 from pathlib import Path
 import numpy as np

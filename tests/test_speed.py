@@ -1,4 +1,6 @@
-"Compiled layers: the same numbers, and a graph for each kind of layer, however many layers there are. Dynamo is on in a process of its own, with a backend that compiles no C++"
+"""Compiled layers give the same numbers, with one graph for each kind of layer.
+
+Dynamo runs in a process of its own, with a backend that compiles no C++"""
 import os, subprocess, sys
 import pytest
 
@@ -12,7 +14,8 @@ from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
-def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)): # what a GPU does in one call; a window is none here
+# what a GPU does in one call, without a window
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
     i, j = torch.arange(q.shape[0])[:, None], torch.arange(k.shape[0])
     a, b = torch.bucketize(i, cu_q[1:].contiguous(), right=True), torch.bucketize(j, cu_k[1:].contiguous(), right=True)
     sees = (a == b) & (j-cu_k[b] <= i-cu_q[a]+(cu_k.diff()-cu_q.diff())[a])
