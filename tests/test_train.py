@@ -1,33 +1,23 @@
 "One fold: killed and continued, refused, both routes, stages, several processes"
 import json, os, shutil, signal, subprocess, sys, time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from competition_kit import train as T
-from competition_kit.base import base_path, load_tokenizer
+from competition_kit.base import load_tokenizer
 from competition_kit.core import Refusal, data_path, models_path, write_json
 from competition_kit.fit import last_checkpoint
+from competition_kit.log import find_run, run_stage
 from competition_kit.prompt import Prompt
 from competition_kit.ranks import launch
 from competition_kit.folds import fold_rows
 from competition_kit.tables import load_rows, write_rows
-from competition_kit.train import held_out, plot_run, train_fold
+from competition_kit.train import TrainArgs, held_out, plot_run, train_fold
 
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    "A random Llama of two layers with the embedded base's tokenizer"
-    from transformers import LlamaConfig, LlamaForCausalLM
-    folder = tmp_path_factory.mktemp('tiny')
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=49152,
-                                 tie_word_embeddings=True, pad_token_id=2, eos_token_id=2, bos_token_id=1)).save_pretrained(folder)
-    for f in Path(base_path()).iterdir():
-        if f.name.startswith(('tokenizer', 'chat_template')): shutil.copy(f, folder)
-    return str(folder)
-
+pytestmark = pytest.mark.usefixtures('baselines_once')
 small = dict(mix='sample_arena:60', lora_r=4, batch=4, epochs=2., save_every=3, lora_dropout=.1, dtype='fp32')
 weights = lambda run: (run.folder/'adapter/adapter_model.safetensors').read_bytes()
 
@@ -57,13 +47,39 @@ def test_a_base_in_the_folder_of_runs_is_no_run(tiny):
     run = train_fold(base=str(models_path('bases/tiny')), **dict(small, epochs=1.))
     assert run.record['status'] == 'done' and 'start' not in run.record['inputs']
 
-def test_the_same_run_is_not_made_twice(tiny):
-    a = train_fold(base=tiny, **small)
-    t = time.time()
-    b = train_fold(base=tiny, **small)
-    assert a.id == b.id and b.done and time.time()-t < 5
-    assert train_fold(base=tiny, **dict(small, seed=1)).id != a.id
-    assert train_fold(base=tiny, fold=1, **small).id.startswith('train-f1-')
+def test_the_same_run_is_not_made_twice(runs, monkeypatch, capsys):
+    params = find_run(runs[0])['params']
+    monkeypatch.setattr(T, 'train', lambda run, args: pytest.fail('it was trained again'))
+    again = train_fold(**params)
+    assert again.id == runs[0]
+    assert again.done
+    assert 'done already' in capsys.readouterr().out
+    assert TrainArgs(**dict(params, seed=1, fold=1)).inputs() == find_run(runs[3])['inputs']
+
+@dataclass(frozen=True)
+class SoftArgs(TrainArgs):
+    "A stage that trains in another way: a field, a loss and a tensor of its own"
+    scale:float=1.
+
+    def more(self, enc): return dict(teacher=torch.full((len(enc), 3), self.scale))
+
+    @staticmethod
+    def loss(logits, target, weight, missing, total, teacher):
+        return ((logits.float()-teacher)**2).mean(1).mul(weight).sum()/total
+
+def test_a_stage_with_a_loss_of_its_own_reuses_the_work(tiny):
+    kw = dict(small, base=tiny, mix='sample_arena:24', epochs=1., lora_dropout=0.)
+    soft, other = (run_stage(T.train, SoftArgs(**kw, scale=s)) for s in (1., 30.))
+    assert soft.id.startswith('soft-f0-')
+    assert soft.record['params']['scale'] == 1.
+    first, second = (json.loads((r.folder/'loss.json').read_text())[0][1] for r in (soft, other))
+    assert second > first+100
+    assert weights(soft) != weights(other)
+
+def test_ranks_rebuild_the_arguments(tiny):
+    args = TrainArgs(**small, base=tiny)
+    again = T._from_config(json.loads(json.dumps(T._config(args))))
+    assert asdict(again) == asdict(args)
 
 @pytest.mark.parametrize('kw', [dict(), dict(route='score'), dict(route='score2'), dict(method='full', lr=1e-4), dict(method='full', route='score2', dtype='bf16', lr=1e-4)], ids=str)
 def test_routes_and_methods_learn_and_predict(tiny, kw):

@@ -3,10 +3,10 @@ import json, shutil
 from collections import Counter
 import numpy as np, openpyxl, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
+from competition_kit.core import Refusal, data_path, models_path, read_json, write_json
 from competition_kit.log import LOG, find_run, read_record, run_stage, write_record
 from competition_kit.probs import align, log_loss, read_probs, scores, write_probs
-from competition_kit.sample import _write_arena, make_sample
+from competition_kit.sample import make_sample
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, write_rows
 from competition_kit.combine import agreement, combine, entropy, fit_weights, majority
@@ -303,29 +303,6 @@ def test_practice_scores(own_root):
     assert practice_score(own_root/'w.csv', own_root/'t.csv') == dict(practice_accuracy=.5)
 
 # ---- real runs, of a base of two layers
-@pytest.fixture(scope='session')
-def trained(tmp_path_factory, tok):
-    "A root with five runs: two seeds with two folds each, and one with a score head"
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from competition_kit.train import train_fold
-    root = tmp_path_factory.mktemp('trained')
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                                 initializer_range=.2, tie_word_embeddings=True)).save_pretrained(root/'tiny')
-    tok.save_pretrained(root/'tiny')
-    with root_at(root/'root') as r:
-        data_path('sample_arena').mkdir(parents=True)
-        _write_arena(data_path('sample_arena'), 40, 12, 0)
-        kw = dict(base=str(root/'tiny'), max_len=160, lr=1e-2, lora_r=2, dtype='fp32')
-        ids = [train_fold(fold=f, seed=s, **kw).id for s in (0, 1) for f in (0, 1)]+[train_fold(route='score', **kw).id]
-    return r, ids
-
-@pytest.fixture
-def runs(trained, own_root):
-    shutil.copytree(trained[0], own_root, dirs_exist_ok=True)
-    return trained[1]
-
 def mark(root, cells): # write people's cells into the workbook: {run id: {column: value}}
     wb = openpyxl.load_workbook(root/LOG)
     ws = wb['runs']
@@ -593,6 +570,56 @@ def test_a_run_that_is_not_what_it_was_is_refused_before_anything_is_loaded(runs
     monkeypatch.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
     with pytest.raises(Refusal, match=why): predict_runs(runs, load_rows('sample_arena_test'), own_root/'vote', progress=False)
     assert not (own_root/'vote').exists()
+
+def test_a_damaged_run_is_left_out_by_name_unless_it_was_asked_for(runs, own_root):
+    damaged = runs[1]
+    flip(models_path(damaged, 'adapter/adapter_model.safetensors'))
+    assert damaged not in list(voters().run)
+    why = next(why for why, ids in left_out(voters()).items() if damaged in ids)
+    assert 'the adapter is not whole' in why
+    run = held(views=1)
+    assert run.record['left_out'] == {why: [damaged]}
+    assert damaged not in run.record['members']
+    with pytest.raises(Refusal, match='the adapter is not whole'): held(runs=f'{runs[0]} {damaged}', views=1)
+
+def test_no_sound_run_is_left(runs, own_root):
+    for r in runs: flip(models_path(r, 'adapter/adapter_model.safetensors'))
+    with pytest.raises(Refusal, match='5 damaged: .*is not whole'): voters()
+
+def test_an_unsealed_record_changes_no_number(runs, own_root):
+    from competition_kit.train import train_fold
+    f, rec = models_path(runs[0], 'record.json'), find_run(runs[0])
+    write_json(f, rec)
+    assert runs[0] not in list(voters().run)
+    assert any('not sealed' in why for why in left_out(voters()))
+    with pytest.raises(Refusal, match=f'{runs[0]}.*not sealed'): held(runs=runs[0], views=1)
+    with pytest.raises(Refusal, match='not sealed'): train_fold(**dict(rec['params'], start=runs[0]))
+    write_json(f, dict(rec, seal=None))                                     # written by hand on purpose
+    assert runs[0] in list(voters().run)
+    assert trusted_prompt(find_run(runs[0])).hash == rec['prompt']
+
+def test_baselines_come_from_the_records(runs, own_root, monkeypatch):
+    import competition_kit.vote as V
+    fitted, real = [], V.baselines
+    def counted(*args):
+        fitted.append(args)
+        return real(*args)
+    monkeypatch.setattr(V, 'baselines', counted)
+    ballot = voters(runs=' '.join(runs[:4]))
+    known = score_vote(ballot)['metrics']
+    assert fitted == []
+    monkeypatch.setattr(V, '_known_baselines', lambda ballot, rows: {})
+    assert score_vote(ballot)['metrics'] == known
+    assert len(fitted) == 2
+
+def test_baselines_of_a_changed_table_are_fitted_again(runs, own_root):
+    from competition_kit.vote import _known_baselines
+    ballot, rows = voters(runs=runs[0]), load_rows('sample_arena')
+    held_rows = rows[rows.fold == 0]
+    assert set(_known_baselines(ballot, held_rows)) == {0}
+    assert _known_baselines(ballot, held_rows[1:]) == {}                    # a row less
+    write_rows(rows.drop(columns=['main', 'phase']).assign(weight=2.), data_path('sample_arena.parquet'), task='preference')
+    assert _known_baselines(ballot, held_rows) == {}
 
 def test_another_base_under_the_same_name(runs, own_root, tmp_path):
     rec = find_run(runs[0])
