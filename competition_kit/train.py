@@ -206,7 +206,8 @@ def _reset(module): # new random weights, for modules that have any
 # %% ../nbs/04_train.ipynb #5e762120
 def _cost(a, enc): # what the planner expects of a run, as text
     template = common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
-    same = {k: getattr(a, k) for k in 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'.split()}
+    names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'
+    same = {k: getattr(a, k) for k in names.split()}
     try:
         return cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype,
                                route='answer' if a.route == 'answer' else 'score', lengths=enc.n[enc.view == 0],
@@ -265,7 +266,7 @@ def save_model(
     seal(out)
 
 # %% ../nbs/04_train.ipynb #440e1c22
-def _letters(model, a): # token ids of the letters, the parent's if there is one, and the base's probability of them
+def _letters(model, a): # letters' token ids (the parent's if there is one) and the base's probability of them
     if model.letters is None: return {}
     if a.start: model.letters = find_run(a.start).get('letters', model.letters)
     facts = {}
