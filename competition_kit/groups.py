@@ -231,8 +231,8 @@ def _other_problem(a, b, long, count, limit): # two looks: do they differ as two
     only = a.three-b.three, b.three-a.three
     if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
-    low, high = sorted(max((int(count[k]) for k in v), default=limit) for v in only)
-    return low > max(2, limit/10) and high <= 10*low
+    low, high = sorted(([int(count[k]) for k in v] or [int(limit)] for v in only), key=max)
+    return max(low) > max(2, limit/10) and min(high) <= 10*max(low)
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks
