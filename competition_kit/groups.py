@@ -229,7 +229,7 @@ def _look(t, k, count, limit, crowd):
 def _other_problem(a, b, long, count, limit): # two looks: do they differ as two puzzles of one form do?
     if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
     only = a.three-b.three, b.three-a.three
-    if not long and max(a.own, b.own) <= 2 and not any(v & s.form for v, s in zip(only, (a, b))): return True
+    if not long and max(a.own, b.own) < 5 and not any(v & s.form for v, s in zip(only, (a, b))): return True
     if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
     low, high = sorted(([int(count[k]) for k in v] or [int(limit)] for v in only), key=max)
