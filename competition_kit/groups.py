@@ -223,16 +223,17 @@ def _look(t, k, count, limit, crowd):
     three, cover = _triples(h) if len(h) > 2 else np.zeros(0, int), np.zeros(len(h), bool)
     form = count[three] > limit
     for o in range(3): cover[o:o+len(form)] |= form
-    own = any(not c and not _number.match(w) for w, c in zip(t.text[k].split(' '), cover))
+    own = sum(not c and not _number.match(w) for w, c in zip(t.text[k].split(' '), cover))
     return _Look(frozenset(three.tolist()), frozenset(three[form].tolist()), own, cover.mean(), crowd[k])
 
 def _other_problem(a, b, long, count, limit): # two looks: do they differ as two puzzles of one form do?
     if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
     only = a.three-b.three, b.three-a.three
+    if not long and max(a.own, b.own) < 5 and not any(v & s.form for v, s in zip(only, (a, b))): return True
     if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
-    low, high = sorted(max((int(count[k]) for k in v), default=limit) for v in only)
-    return low > max(2, limit/10) and high <= 10*low
+    low, high = sorted(([int(count[k]) for k in v] or [int(limit)] for v in only), key=max)
+    return max(low) > max(2, limit/10) and min(high) <= 10*max(low)
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks

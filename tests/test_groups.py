@@ -140,3 +140,8 @@ def test_copies_of_puzzles_that_hold_the_same_words_are_found():
     g = group_rows(texts + copies)
     assert (g[:200] == g[len(texts):]).mean() >= .99
     assert len(set(g[:len(texts)])) == len(texts)
+
+def test_short_prompts_with_other_animals_stay_apart():
+    from competition_kit.sample import arena_rows
+    texts = list(dict.fromkeys('\n'.join(r['prompt']) for r in arena_rows(1200, 0)))
+    assert len(set(group_rows(texts))) == len(texts)
