@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 import competition_kit.model as M
 from competition_kit.base import base_path
 from competition_kit.attention import register_attention
-from competition_kit.model import Judge, add_lora, collate, option_mask, pack_loss
+from competition_kit.model import Classifier, add_lora, collate, option_mask, pack_loss
 from competition_kit.pack import contest_lengths, pack
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,7 +25,7 @@ def new_model(attention):
                                      attn_implementation=attention)
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_config(cfg, dtype=torch.float32).requires_grad_(False)
-    model = add_lora(Judge(base), r=16)
+    model = add_lora(Classifier(base), r=16)
     for n, q in model.named_parameters():
         if 'lora_B' in n: q.data.normal_(0, .02)
     return model.train()

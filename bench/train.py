@@ -106,32 +106,32 @@ def kit_judge(a, shape, layers, what):
     instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.attention import register_attention
-    from competition_kit.model import Judge, add_lora
+    from competition_kit.model import Classifier, add_lora
     from competition_kit.speed import checkpoint_activations, compile_layers, fuse
     register_attention()
     if what == 'kit-liger': liger(shape)
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
     if format in ('nf4', 'gptq'): packed_base(model, format)
-    judge = Judge(model, [5, 6, 7])
+    classifier = Classifier(model, [5, 6, 7])
     drop = .05 if what == 'kit-dropout' else 0.
-    if what != 'frozen' and not teacher: add_lora(judge, r=a.r, alpha=2*a.r, dropout=drop)
-    if what.startswith('kit'): fuse(judge)
-    for n, p in judge.named_parameters():
+    if what != 'frozen' and not teacher: add_lora(classifier, r=a.r, alpha=2*a.r, dropout=drop)
+    if what.startswith('kit'): fuse(classifier)
+    for n, p in classifier.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .01)
     if what == 'frozen':
-        embeddings = judge.model.get_input_embeddings()
+        embeddings = classifier.model.get_input_embeddings()
         embeddings.register_forward_hook(lambda m, i, o: o.requires_grad_(True))
-    checkpoint_activations(judge, a.recompute if layers == known_bases[shape]['num_hidden_layers'] else 0)
-    judge.to('cuda').train(not teacher)
-    if what not in ('kit-eager', 'kit-liger'): compile_layers(judge)
+    checkpoint_activations(classifier, a.recompute if layers == known_bases[shape]['num_hidden_layers'] else 0)
+    classifier.to('cuda').train(not teacher)
+    if what not in ('kit-eager', 'kit-liger'): compile_layers(classifier)
     if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True
-    return judge
+    return classifier
 
 def kit(a, shape, layers, what):
     "Our packs through a loop of this file"
     from competition_kit.model import collate, option_mask, pack_loss
-    judge, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
-    learn = [p for p in judge.parameters() if p.requires_grad]
+    classifier, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
+    learn = [p for p in classifier.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
     ns = contest_lengths('lmsys', 4000, a.max_len) if a.fixed is None else [a.fixed]*4000
     packs = packs_of(ns, a.budget)[:a.warm+a.packs]
@@ -145,9 +145,9 @@ def kit(a, shape, layers, what):
         k = len(b['bounds'])-1
         b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
         if teacher:
-            with torch.no_grad(): return judge(**b)
+            with torch.no_grad(): return classifier(**b)
         y = torch.eye(3, device='cuda')[torch.zeros(k, dtype=torch.long, device='cuda')]
-        pack_loss(judge(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
+        pack_loss(classifier(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
         if opt:
             opt.step()
             opt.zero_grad()
@@ -174,7 +174,7 @@ def kit_fit(a, shape, layers, what):
     from competition_kit import fit as f
     from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
-    judge, times = kit_judge(a, shape, layers, what), []
+    classifier, times = kit_judge(a, shape, layers, what), []
     rng, ns = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len)
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]
     enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=ids))
@@ -188,7 +188,7 @@ def kit_fit(a, shape, layers, what):
             times.append(time.perf_counter())
     f.ProgressBar = Clock
     data = f.Steps(enc, rows, tasks['preference'], steps)
-    with tempfile.TemporaryDirectory() as d: f.fit(judge, data, Path(d), lr=1e-5, save_every=10**6)
+    with tempfile.TemporaryDirectory() as d: f.fit(classifier, data, Path(d), lr=1e-5, save_every=10**6)
     return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
 
 def hf(a, shape, layers, what):

@@ -9,7 +9,7 @@ __all__ = ['targets', 'line_probs', 'Steps', 'KahanAdamW', 'last_checkpoint', 's
 # %% ../nbs/lib/03g_fit.ipynb #2f8b5c68
 from .core import Refusal, damage, read_json, seal, write_json
 from .model import collate, option_mask, pack_loss
-from .ranks import gathered, is_sharded, rank, ranks, shard_like, sum_gradients
+from .ranks import gather_to_rank0, is_sharded, rank, ranks, shard_like, sum_gradients
 from .rows import n_options, swap_probs
 from pathlib import Path
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -174,8 +174,8 @@ def save_checkpoint(
 ):
     "Write a sealed checkpoint; all ranks call it, rank 0 writes"
     opt = optimizer.state_dict()
-    weights = gathered(_trainable(model))
-    moments = gathered({f'{i}.{k}': v for i, s in opt['state'].items() for k, v in s.items()})
+    weights = gather_to_rank0(_trainable(model))
+    moments = gather_to_rank0({f'{i}.{k}': v for i, s in opt['state'].items() for k, v in s.items()})
     if rank(): return
     if not all(v.isfinite().all() for v in weights.values()): raise _diverged(state.global_step)
     final = folder/f'checkpoint-{state.global_step}'

@@ -18,17 +18,17 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json
 from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
-from .model import add_lora, choose_letters, common, continue_from, load_judge, pack_loss, predict
+from .model import add_lora, choose_letters, common, continue_from, load_classifier, pack_loss, predict
 from .cost import Job, cost, cost_table, layers_to_checkpoint, shape
 from .pack import plan_steps
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
                                    write_probs)
 from .prompt import Prompt, encode_cached, length_report, pick_rows, tokenizer_hash
 from .quant import quant_kind
-from .ranks import as_rank, gathered, is_sharded, launch, rank, ranks, shard
+from .ranks import as_rank, gather_to_rank0, is_sharded, launch, rank, ranks, shard
 from .record import find_run, run_stage
 from .rows import tasks
-from .speed import checkpoint_activations, compile_layers, fuse, layers, pays
+from .speed import checkpoint_activations, compile_layers, fuse, layers, worth_compiling
 from .tables import check_texts, load_rows, table_hashes
 from .trained import (ancestors as chain, check_run, has_seen, lineage_of, parents,
                                      rows_seen as learned, same_tables, training_rows)
@@ -187,11 +187,11 @@ def rows_at(
 # %% ../nbs/04_train.ipynb #79309f8c
 def new_model(
     args:TrainArgs,
-): # A model, as from `load_judge`
+): # A model, as from `load_classifier`
     "The model to train: a LoRA over a base, or all weights; new, or the parent run's"
     parent, full = models_path(args.start) if args.start else None, args.method == 'full'
     torch.manual_seed(args.seed)  # of a new score head
-    model = load_judge(str(parent/'model') if full and parent else args.base, args.prompt, args.route, args.dtype,
+    model = load_classifier(str(parent/'model') if full and parent else args.base, args.prompt, args.route, args.dtype,
                        mapped=args.sharded and ranks() > 1)
     if not args.keep_head and model.letters is None: model.base.score.apply(_reset)
     if full:
@@ -235,7 +235,7 @@ def _speed_up(model, a,
         print(f"{n} of {len(layers(model))} layers use activation checkpointing; "
               f"layers {'are' if compiled else 'are not'} compiled")
 
-def _pays(model, tokens): return pays(model, 4*tokens*shape(model.base.config)['linear'])
+def _pays(model, tokens): return worth_compiling(model, 4*tokens*shape(model.base.config)['linear'])
 
 def _layers_to_checkpoint(model, a, longest, compiled): # as few as the free memory allows
     kind, memory = quant_kind(a.base), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
@@ -254,7 +254,7 @@ def save_model(
     full, state = not hasattr(model.model, 'peft_config'), {}
     if is_sharded(model):
         trained = {n: p.detach() for n, p in model.model.named_parameters() if full or p.requires_grad}
-        state = dict(state_dict=gathered(trained))
+        state = dict(state_dict=gather_to_rank0(trained))
     if rank(): return
     out = folder/('model' if full else 'adapter')
     shutil.rmtree(out, ignore_errors=True)  # a process that was killed while it wrote leaves half a file

@@ -37,7 +37,7 @@ def weights_path(
 
 def base_of(
     rec:dict, # Record of a train run
-) -> str: # As for `load_judge`
+) -> str: # As for `load_classifier`
     "The base that a run is loaded over: its own model after full fine-tuning, else the base it was trained on"
     return str(weights_path(rec)) if is_full(rec) else rec['params']['base']
 
@@ -174,7 +174,7 @@ def trusted_prompt(
 
 # %% ../nbs/lib/03h_trained.ipynb #17e2144d
 def load_adapter(
-    model,   # From `load_judge`
+    model,   # From `load_classifier`
     folder,  # Of an adapter
 ):
     "Replace a model's adapter, in place"
@@ -188,11 +188,11 @@ def load_run(
     rec:dict,      # Record of a train run
     prompt:Prompt, # Its prompt, from `trusted_prompt`
     over=None,     # A model on the same base, route and dtype, whose adapter is replaced
-): # A model, as from `load_judge`
+): # A model, as from `load_classifier`
     "A run as a model: its adapter over its base, or all of its weights"
-    from competition_kit.model import load_judge
+    from competition_kit.model import load_classifier
     p, model = rec['params'], over
-    if model is None: model = load_judge(base_of(rec), prompt, str(p['route']), str(p['dtype']))
+    if model is None: model = load_classifier(base_of(rec), prompt, str(p['route']), str(p['dtype']))
     if model.letters is not None: model.letters = rec.get('letters', prompt.letters)
     return model if is_full(rec) else load_adapter(model, weights_path(rec))
 
@@ -224,10 +224,10 @@ def _copy_earlier(path, rows, views, made_of):
 # %% ../nbs/lib/03h_trained.ipynb #a035c084
 def _predict_run(rec, model, prompt, rows, path, views, pack_tokens, progress): # predict and write `path`
     from competition_kit.model import predict
-    from competition_kit.speed import compile_layers, fuse, pays
+    from competition_kit.speed import compile_layers, fuse, worth_compiling
     enc = encode_cached(prompt, rows, views)
     if model.device.type == 'cuda': fuse(model)
-    if pays(model, 2*int(enc.n.sum())*sum(p.numel() for p in model.parameters())): compile_layers(model)
+    if worth_compiling(model, 2*int(enc.n.sum())*sum(p.numel() for p in model.parameters())): compile_layers(model)
     p = predict(model, prompt, rows, views, pack_tokens, progress, enc)
     write_probs(path, rows, p, prompt.task, views, _seen(rec, rows), run=rec['run_id'], tokenizer=rec['tokenizer'],
                 made_of=_made_of(rec, rows))

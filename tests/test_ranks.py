@@ -4,7 +4,7 @@ import pytest
 import torch
 from competition_kit.core import Refusal, damage, read_json
 from competition_kit.fit import last_checkpoint
-from competition_kit.ranks import gathered, launch
+from competition_kit.ranks import gather_to_rank0, launch
 
 def is_alive(pid):  # a zombie is not
     try: stat = open(f'/proc/{pid}/stat').read()
@@ -84,7 +84,7 @@ def work(folder, config):
         seen.append(weakref.ref(out))
         return out
     r.full_tensor = watched
-    got = r.gathered(parts)
+    got = r.gather_to_rank0(parts)
     assert len(seen) == 5
     assert list(got) == ([] if r.rank() else list(parts))
     for k, v in got.items():
@@ -99,7 +99,7 @@ def test_gathered_on_the_first_rank_alone(tmp_path):
 
 def test_gathered_without_ranks():
     x = dict(a=torch.ones(2, requires_grad=True), b=torch.zeros(3))
-    got = gathered(x)
+    got = gather_to_rank0(x)
     assert list(got) == ['a', 'b']
     assert torch.equal(got['a'], x['a'])
     assert not got['a'].requires_grad

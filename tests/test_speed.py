@@ -35,19 +35,19 @@ cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96
 
 TRAINS = """
 torch.manual_seed(0)
-judge = M.add_lora(M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
-for n, p in judge.named_parameters():
+classifier = M.add_lora(M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
+for n, p in classifier.named_parameters():
     if 'lora_B' in n: p.data.normal_(0, .05)
 packs = [M.collate([np.append(np.full(9, 1+(n%50 if k > 1 else 0), np.int32), np.random.default_rng([k, n]).integers(2, 64, n).astype(np.int32)) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(3))])]
 def step(b):
-    judge.zero_grad()
-    out = judge(**b)
+    classifier.zero_grad()
+    out = classifier(**b)
     out.sum().backward()
-    return torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in judge.parameters() if p.requires_grad)])
-M.Judge.varlen = False
+    return torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in classifier.parameters() if p.requires_grad)])
+M.Classifier.varlen = False
 want = [step(b) for b in packs]
-M.Judge.varlen = True
-compile_layers(checkpoint_activations(fuse(judge), 2))
+M.Classifier.varlen = True
+compile_layers(checkpoint_activations(fuse(classifier), 2))
 assert [p['bounds'][0] for p in packs[:4]] == [9, 9, 0, 0]  # the first two begin alike
 for k, (b, w) in enumerate(zip(packs, want)):
     gap = ((step(b)-w).norm()/w.norm()).item()
@@ -58,22 +58,22 @@ print('graphs', early, counters['stats']['unique_graphs'])
 
 VOTES = """
 from competition_kit.trained import load_adapter
-bare = lambda: M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
+bare = lambda: M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
 for k in range(3):
     torch.manual_seed(0)
-    judge = M.add_lora(bare(), r=4, seed=k)
-    for p in judge.parameters():
+    classifier = M.add_lora(bare(), r=4, seed=k)
+    for p in classifier.parameters():
         if p.requires_grad: p.data.normal_(0, .05)
-    judge.model.save_pretrained(f'voter{k}')
+    classifier.model.save_pretrained(f'voter{k}')
 packs = [M.collate([np.random.default_rng(k).integers(1, 64, n).astype(np.int32) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 100)])]
 torch.manual_seed(0)
-judge, said, graphs = bare(), [], []
+classifier, said, graphs = bare(), [], []
 for quick in (False, True):
-    M.Judge.varlen = quick
+    M.Classifier.varlen = quick
     for k in range(3):
-        load_adapter(judge, f'voter{k}')
-        if quick: compile_layers(fuse(judge))
-        with torch.no_grad(): said.append(torch.cat([judge(**b) for b in packs]))
+        load_adapter(classifier, f'voter{k}')
+        if quick: compile_layers(fuse(classifier))
+        with torch.no_grad(): said.append(torch.cat([classifier(**b) for b in packs]))
         graphs.append(counters['stats']['unique_graphs'])
 for k in range(3): assert torch.allclose(said[k], said[k+3], atol=1e-4, rtol=1e-3)
 assert not torch.allclose(said[0], said[1], atol=1e-2)

@@ -116,7 +116,7 @@ def test_ranks_rebuild_the_arguments(tiny):
 def test_routes_and_methods_learn_and_predict(tiny, kw):
     run = train_fold(base=tiny, **(dict(small, views=1, epochs=0.25) | kw))
     r = run.record
-    from competition_kit.model import load_judge, predict
+    from competition_kit.model import load_classifier, predict
     from competition_kit.prompt import Prompt
     from competition_kit.base import load_tokenizer
     from competition_kit.probs import align, read_probs
@@ -124,14 +124,14 @@ def test_routes_and_methods_learn_and_predict(tiny, kw):
     _, held = fold_rows(load_rows('sample_arena:60'), 0)
     full, p = kw.get('method') == 'full', r['params']
     prompt = Prompt(load_tokenizer(tiny), 'preference', 512)
-    judge = load_judge(
+    classifier = load_classifier(
         str(run.folder / 'model') if full else tiny,
         prompt,
         p['route'],
         p['dtype'],
         None if full else run.folder / 'adapter',
     )
-    again = predict(judge, prompt, held, 1, progress=False)
+    again = predict(classifier, prompt, held, 1, progress=False)
     assert np.abs(again - align(read_probs(run.folder / 'probs.parquet'), held)).max() < (
         1e-5 if p['dtype'] == 'fp32' else 0.02
     ), 'what was saved is what was trained'
@@ -514,8 +514,8 @@ def _params(tiny):
 def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_root, monkeypatch):
     from competition_kit.trained import predict_runs
 
-    def other(judge, prompt, rows):
-        judge.letters = list(prompt.others)
+    def other(classifier, prompt, rows):
+        classifier.letters = list(prompt.others)
         return dict(letters=0.1, others=0.5)
 
     prompt = Prompt(load_tokenizer(tiny), 'preference', 256)

@@ -604,7 +604,7 @@ def test_a_row_twice_in_one_voter(runs):
 
 
 def test_predictions_on_one_base_are_those_of_each_alone(runs, own_root):
-    from competition_kit.model import load_judge, predict
+    from competition_kit.model import load_classifier, predict
 
     rows = load_rows('sample_arena_test')
     got = predict_runs(runs, rows, own_root / 'vote', progress=False)
@@ -612,7 +612,7 @@ def test_predictions_on_one_base_are_those_of_each_alone(runs, own_root):
     for r in runs:
         rec, prompt = find_run(r), trusted_prompt(find_run(r))
         alone = predict(
-            load_judge(rec['params']['base'], prompt, rec['params']['route'], 'fp32', models_path(r, 'adapter')),
+            load_classifier(rec['params']['base'], prompt, rec['params']['route'], 'fp32', models_path(r, 'adapter')),
             prompt,
             rows,
             progress=False,
@@ -712,7 +712,7 @@ def test_a_vote(runs, own_root):
 def test_the_sample_is_checked_before_a_model_is_loaded(runs, own_root, monkeypatch, edit, why):
     import competition_kit.model as model
 
-    monkeypatch.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
+    monkeypatch.setattr(model, 'load_classifier', lambda *a, **k: pytest.fail('a base was loaded'))
     f = find_sample('sample_arena')
     f.write_text(edit(f.read_text()))
     with pytest.raises(Refusal, match=why):
@@ -726,7 +726,7 @@ def test_a_corrected_sample_does_not_repeat_predictions(runs, own_root, monkeypa
     head, *lines = f.read_text().splitlines(keepends=True)
     f.write_text(head + ''.join(lines[::-1]))
     with monkeypatch.context() as m:
-        m.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
+        m.setattr(model, 'load_classifier', lambda *a, **k: pytest.fail('a base was loaded'))
         second = held(runs=runs[0], views=1)
     name = f'{runs[0]}.parquet'
     assert second.id != first.id and (second.folder / name).read_bytes() == (first.folder / name).read_bytes()
@@ -836,7 +836,7 @@ def test_a_run_that_is_not_what_it_was_is_refused_before_anything_is_loaded(runs
     write_record(d / 'record.json', rec)
     import competition_kit.model as model
 
-    monkeypatch.setattr(model, 'load_judge', lambda *a, **k: pytest.fail('a base was loaded'))
+    monkeypatch.setattr(model, 'load_classifier', lambda *a, **k: pytest.fail('a base was loaded'))
     with pytest.raises(Refusal, match=why):
         predict_runs(runs, load_rows('sample_arena_test'), own_root / 'vote', progress=False)
     assert not (own_root / 'vote').exists()
