@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['Form', 'named_form', 'loss_terms', 'distill_loss', 'DistillArgs', 'trained_runs', 'own_run', 'teacher_lines',
-           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold']
+           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold', 'plot_terms', 'plot_teachers',
+           'student_and_teachers']
 
 # %% ../nbs/07_distill.ipynb #06e26b59
 import functools
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from .core import Refusal, at_least, hash_obj, models_path, one_of
+from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json
 from .fit import line_probs
+from .probs import plot_reliability
 from .record import records, run_stage
 from .tables import table_hashes
 from .teach import check_teacher, read_teachers, signs_of_seen, student_targets, teacher_table, write_teachers
-from .teachers import ask_teacher, teacher_inputs
-from .train import TrainArgs, rows_at, train
+from .teachers import ask_teacher, members, teacher_inputs
+from .train import TrainArgs, rows_at, run_table, train
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def distill_loss(
 @dataclass(frozen=True)
 class DistillArgs(TrainArgs):
     "Arguments of `07_distill`: those of `04_train`, and how the teachers teach"
-    teachers:str=''            # Runs or adopted names, separated by blanks; self: the student's own runs of 04_train
+    teachers:str='self'        # Runs or adopted names, separated by blanks; self: the student's own runs of 04_train
     in_sample:bool=False       # Take the teacher that held out the student's fold for every row
     missing:str='refuse'       # Rows that a teacher lacks: refuse, or label: train them on the rest
     form:str='seed'            # Weights of the loss terms: seed, soft or kl
@@ -201,3 +204,45 @@ def distill_fold(
 ): # The finished `Run`
     "Distil one fold; a run that is done already is returned"
     return run_stage(distill, DistillArgs(**args))
+
+# %% ../nbs/07_distill.ipynb #9c1fe0fd
+def plot_terms(
+    run, # A finished run
+    ax=None,
+):
+    "Each term of the loss, smoothed over ten steps"
+    import matplotlib.pyplot as plt
+    ax = ax or plt.figure(figsize=(5, 3)).gca()
+    loss = pd.DataFrame([dict(step=s, loss=l, **t) for s, l, t in read_json(run.folder/'loss.json')]).set_index('step')
+    loss.ewm(span=10).mean().plot(ax=ax, xlabel='step', ylabel='loss', title=f"form {run.record['params']['form']}")
+    return ax
+
+def plot_teachers(
+    args, # `DistillArgs`
+): # A matplotlib figure
+    "Reliability of each teacher on the rows to train on, and how often two teachers agree"
+    import matplotlib.pyplot as plt
+    rows, teachers = rows_at(args.rows, args.fold_at[0]), args.taught
+    label, k = rows.label.to_numpy(), len(teachers)
+    fig, ax = plt.subplots(1, k+1, figsize=(3.3*(k+1), 3), layout='constrained')
+    for a, t in zip(ax, teachers):
+        here = t.has & (label >= 0)
+        if here.any(): plot_reliability(t.p[here], label[here], a)
+        a.set_title(f'{t.name}, {(t.seen == 1).sum()} rows seen', fontsize=9)
+    best = np.array([np.nan_to_num(t.p).argmax(1) for t in teachers])
+    ax[-1].imshow((best[:, None] == best).mean(-1), vmin=0, vmax=1, cmap='Blues')
+    for i, j in np.ndindex(k, k): ax[-1].text(j, i, f'{(best[i] == best[j]).mean():.2f}', ha='center', va='center')
+    ax[-1].set(title='agreement', xticks=range(k), yticks=range(k))
+    plt.close(fig)
+    return fig
+
+def student_and_teachers(
+    run,  # A finished run
+    args, # Its `DistillArgs`
+) -> pd.DataFrame: # A line for the student, each teacher and each baseline, best first
+    "Scores on the student's held-out rows, which the teachers' runs of the same fold have held out too"
+    table = run_table(run)
+    for name in args.names:
+        same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
+        if same: table.loc[name] = {k: same[0]['metrics'].get(k) for k in table}
+    return table.rename(index={'this run': 'the student'}).sort_values('log_loss')

@@ -17,7 +17,8 @@ from .groups import copied, group_text
 from .probs import scores
 from .record import find_run
 from .rows import n_options, read_meta
-from .tables import check_texts, load_rows, parse_mix, table_hashes, table_path, write_rows
+from .tables import (check_texts, load_rows, parse_mix, publish, table_hashes, table_path,
+                                    write_rows)
 from .teach import check_teacher, read_teachers, write_teachers
 from .teachers import ask_teacher, members, run_mix, teacher_inputs, validated_table
 

@@ -12,6 +12,7 @@ __all__ = ['hold_vote', 'candidates', 'group_by_recipe', 'voters', 'left_out', '
 # %% ../nbs/10_vote.ipynb #aea0798b
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 import numpy as np
 import pandas as pd
 from .combine import agreement, combine, entropy, fit_weights, majority
@@ -20,24 +21,29 @@ from .core import (Refusal, at_least, content_hash, hash_obj, models_path, one_o
 from .log import people
 from .record import find_run, records
 from .probs import align, baselines, read_probs, scores, write_probs
-from .rows import n_options, read_meta, tasks
+from .rows import n_options, tasks
 from .submission import (check_submission, find_sample, make_submission, practice_score,
                                         read_sample)
 from .tables import check_texts, load_rows, parse_mix, table_name, table_path
-from .trained import check_run, load_adapter, predict_runs, recipe_key, same_tables, trusted_prompt
+from .teachers import adopted, adopted_table
+from .trained import check_run, load_adapter, model_stages, predict_runs, recipe_key, same_tables, trusted_prompt
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
 # %% ../nbs/10_vote.ipynb #fbd347e6
 def _is_file(run): return run.endswith('.parquet')
 
-def _probs_file(run): return project_root()/run if _is_file(run) else models_path(run, 'probs.parquet')
+def _is_table(run): return _is_file(run) or bool(adopted(run))  # probabilities without a model
+
+def _read(run): # the probability table of a voter's run
+    if _is_file(run): return read_probs(project_root()/run)
+    return adopted_table(run) if adopted(run) else read_probs(models_path(run, 'probs.parquet'))
 
 def _is_on(rec, data): # is the first table of a run's mix this table?
     try: return parse_mix(str(rec['params'].get('mix', '')))[0].name == table_name(data)
     except Refusal: return False
 
-def _is_done(rec): return rec['stage'] == 'train' and rec.get('status') == 'done'
+def _is_done(rec): return rec['stage'] in model_stages and rec.get('status') == 'done'
 
 def _keep(run, marks): return marks.get(run, {}).get('keep') # True, False, or None where people have not decided
 
@@ -83,18 +89,18 @@ def _names(params): # a name for each of several sets of arguments: its number, 
 # %% ../nbs/10_vote.ipynb #f908f1af
 def voters(
     data:str='sample_arena',  # Name of the table that the runs were trained on
-    runs:str='',              # Run ids or their beginnings, and paths of probability files, separated by spaces
+    runs:str='',              # Run ids or their beginnings, adopted names, paths of probability files; separated by spaces
 ): # DataFrame with a line a run: `voter`, `run`, `fold`, its scores, and its weight from the workbook
     "The runs that vote, by voter; without `runs`, by the column `keep`"
     check_texts(voters, locals())
     asked, marks = (runs or '').split(), people()
-    files, names = [n for n in asked if _is_file(n)], [n for n in asked if not _is_file(n)]
-    if lost := [n for n in files if not _probs_file(n).is_file()]: raise Refusal('no such file', lost[0])
+    files, names = [n for n in asked if _is_table(n)], [n for n in asked if not _is_table(n)]
+    if lost := [n for n in files if _is_file(n) and not (project_root()/n).is_file()]: raise Refusal('no such file', lost[0])
     groups = group_by_recipe(candidates(data, names)) if names or not files else []
     table = [_ballot_line(voter, rec, marks) for voter, group in zip(_names([g[0]['params'] for g in groups]), groups)
              for rec in group]
     for i, file in enumerate(files, len(groups)+1):
-        table.append(dict(voter=f'{i}: {_probs_file(file).name}', run=file, vote_weight=1.))
+        table.append(dict(voter=f'{i}: {Path(file).name}', run=file, vote_weight=1.))
     return pd.DataFrame(table, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
 
 def _ballot_line(voter, rec, marks): # one run's line of the table
@@ -117,13 +123,14 @@ def left_out(
     runs:str='',              # As for `voters`
 ) -> dict: # Reason → run ids
     "The train runs that do not vote, by reason"
-    recs, marks, out = [r for r in records() if r['stage'] == 'train'], people(), {}
+    recs, marks, out = [r for r in records() if r['stage'] in model_stages], people(), {}
     kinds = {r['task'] for r in recs if r['run_id'] in set(ballot.run)} or {r.get('task') for r in recs}
     for rec in recs:
         if rec['run_id'] in set(ballot.run): continue
         why = _why_not(rec, data, kinds, _keep(rec['run_id'], marks), bool(runs))
         out.setdefault(why, []).append(rec['run_id'])
-    damaged = {f.parent.name for f in models_path().glob('train-*/record.json')}-{r['run_id'] for r in records()}
+    folders = {f.parent.name for stage in model_stages for f in models_path().glob(f'{stage}-*/record.json')}
+    damaged = folders-{r['run_id'] for r in records()}
     return out | ({'its record is damaged': sorted(damaged)} if damaged else {})
 
 # %% ../nbs/10_vote.ipynb #94191e74
@@ -168,7 +175,7 @@ def run_weights(
 
 # %% ../nbs/10_vote.ipynb #2a35f97c
 def _unseen(voter, runs, rows): # the out-of-fold probabilities of one voter's runs as one table
-    tables = [t[t.id.isin(set(rows.id))] for t in map(read_probs, map(_probs_file, runs))]
+    tables = [t[t.id.isin(set(rows.id))] for t in map(_read, runs)]
     if unknown := sum(int(t.seen.isna().sum()) for t in tables):
         print(f'{unknown} rows of {voter} do not say whether the model has seen them in training: they are not scored')
     out = pd.concat([t[t.seen.eq(False).to_numpy(bool)] for t in tables], ignore_index=True)
@@ -263,12 +270,16 @@ def vote_inputs(
 ) -> dict: # For the run id
     "The inputs of a vote: name → hash"
     name = table_name(data)
-    runs = {r: content_hash(_probs_file(r)) if _is_file(r) else hash_obj(find_run(r)['outputs']) for r in ballot.run}
+    runs = {r: _sum(r) for r in ballot.run}
     tables = {n: content_hash(table_path(n)) for n in (name, f'{name}_test')}
     return {**runs, **tables, 'vote_weight': hash_obj(ballot.vote_weight.tolist()),
             'sample': sha256(find_sample(data, sample))}
 
-def _records(ballot): return [find_run(r) for r in ballot.run if not _is_file(r)]
+def _sum(run): # a hash of a voter's run, or of its probabilities
+    if _is_file(run): return content_hash(project_root()/run)
+    return hash_obj([r['outputs'] for r in adopted(run) or [find_run(run)]])
+
+def _records(ballot): return [find_run(r) for r in ballot.run if not _is_table(r)]
 
 def _drawn(params): # a run's mix, and its seed where rows of it are drawn by chance
     return params['mix'], params['seed'] if any(t.n or t.share for t in parse_mix(params['mix'])) else 0
@@ -286,7 +297,7 @@ def _known_baselines(ballot, rows): # fold → baselines of exactly these rows, 
 def _seed_scores(ballot, oof, rows, metric): # scores of the largest set of voters that differ in their seed only
     by_params = {}
     for voter, runs in ballot.groupby('voter', sort=False).run:
-        if voter not in oof or _is_file(runs.iloc[0]): continue
+        if voter not in oof or _is_table(runs.iloc[0]): continue
         params = {k: v for k, v in find_run(runs.iloc[0])['params'].items() if k not in ('fold', 'seed')}
         by_params.setdefault(hash_obj(params), []).append(scores(oof[voter], rows.label.to_numpy())[metric])
     return max(by_params.values(), key=len, default=[])
@@ -332,8 +343,7 @@ def _pooled(folds): # the mean over folds, weighted by their rows
 # %% ../nbs/10_vote.ipynb #f2815653
 def _task(ballot): # the one task of all voters
     kinds = {rec['task'] for rec in _records(ballot)}
-    files = [r for r in ballot.run if _is_file(r)]
-    metas = {r: read_meta(_probs_file(r)) for r in files}
+    metas = {r: _read(r).attrs['meta'] for r in ballot.run if _is_table(r)}
     kinds |= {meta['task'] for meta in metas.values()}
     if len(kinds) > 1: raise Refusal(f'the voters are of different tasks: {sorted(kinds)}')
     task = kinds.pop()
@@ -360,9 +370,9 @@ def run_tables(
     views,       # As for `predict_runs`
     pack_tokens, # As for `predict_runs`
 ) -> dict: # Run → probability table
-    "Predict with the runs that vote, and read the probability files that vote"
-    trained, files = [r for r in ballot.run if not _is_file(r)], [r for r in ballot.run if _is_file(r)]
-    return predict_runs(trained, rows, folder, views, pack_tokens) | {r: read_probs(_probs_file(r)) for r in files}
+    "Predict with the runs that vote, and read the probability tables that vote"
+    trained, tables = [r for r in ballot.run if not _is_table(r)], [r for r in ballot.run if _is_table(r)]
+    return predict_runs(trained, rows, folder, views, pack_tokens) | {r: _read(r) for r in tables}
 
 def voter_probs(
     ballot,      # From `voters`
