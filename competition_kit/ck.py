@@ -276,6 +276,7 @@ def _parser():
     _add_run(commands)
     _add_log(commands)
     _add_check(commands)
+    _add_adopt(commands)
     _add(commands, 'doctor', lambda args: print(doctor()), 'say what this machine can run', 'ck doctor')
     _add_cost(commands)
     return top
@@ -315,6 +316,23 @@ def _add_check(commands):
 def _check(args):
     from competition_kit.submission import check_submission
     print(check_submission(args.submission, args.sample))
+
+# %% ../nbs/lib/12a_ck.ipynb #510727d5
+def _add_adopt(commands):
+    p = _add(commands, 'adopt', _adopt, 'take probabilities that were made elsewhere, as a teacher or a voter',
+             'ck adopt athene/fold*/*_preds.parquet --rows wsdm --name athene --seen fold')
+    p.add_argument('files', nargs='+', help='.parquet or .csv with an id and a number for each option')
+    p.add_argument('--rows', required=True, metavar='TABLE', help='the table that the ids belong to')
+    p.add_argument('--name', required=True, help='a name for the model that made them')
+    p.add_argument('--seen', choices=['no', 'yes', 'unknown', 'fold'], default='unknown',
+                   help='was it trained on these rows? fold: each file on all folds but the one in its name (unknown)')
+    p.add_argument('--columns', default='', help='columns in the order of the options, separated by blanks')
+    p.add_argument('--logits', action='store_true', help='the numbers are logits, not probabilities')
+
+def _adopt(args):
+    from competition_kit.adopt import adopt_files, adopted_text
+    runs = adopt_files(args.files, args.rows, args.name, seen=args.seen, columns=args.columns, logits=args.logits)
+    print(adopted_text(runs))
 
 # %% ../nbs/lib/12a_ck.ipynb #ff6676cd
 def _add_cost(commands):

@@ -20,7 +20,7 @@ from .fit import line_probs
 from .probs import plot_reliability
 from .record import records, run_stage
 from .tables import table_hashes
-from .teach import check_teacher, read_teachers, signs_of_seen, student_targets, teacher_table, write_teachers
+from .teach import check_teacher, read_teachers, signs, student_targets, teacher_table, write_teachers
 from .teachers import ask_teacher, members, teacher_inputs
 from .train import TrainArgs, rows_at, run_table, train
 
@@ -180,9 +180,9 @@ def check_teachers(
             raise Refusal(f'{t.name} has no probability for {(~t.has).sum()} of {len(rows)} rows',
                           ids=rows.id[~t.has].tolist(), fix='Train its other folds, take missing=label, or in_sample=True')
     table = teacher_table(teachers, rows)
-    signs = [s for t in teachers for s in signs_of_seen(t, rows, best_unseen(args))]
-    print(table.to_string(), *signs, f'{args.targets.cleaned.sum()} rows cleaned', sep='\n', flush=True)
-    return dict(teachers=table.to_dict('index'), signs=signs, cleaned=int(args.targets.cleaned.sum()))
+    found = [s for t in teachers for s in signs(t, rows, best_unseen(args))]
+    print(table.to_string(), *found, f'{args.targets.cleaned.sum()} rows cleaned', sep='\n', flush=True)
+    return dict(teachers=table.to_dict('index'), signs=found, cleaned=int(args.targets.cleaned.sum()))
 
 def best_unseen(
     args, # `DistillArgs`

@@ -5,7 +5,7 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted((root/'nbs').rglob('*.ipynb'))
-stages = {'02_split': 'split', '04_train': 'train', '10_vote': 'vote'}
+stages = {'02_split': 'split', '04_train': 'train', '06_pseudo': 'pseudo', '07_distill': 'distill', '10_vote': 'vote'}
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
 def text(c): return ''.join(c['source'])
@@ -71,11 +71,16 @@ def documented(lines): # name → (type, default, comment) of lines such as `fol
 @pytest.mark.parametrize('stem', stages)
 def test_the_parameters_cell_mirrors_the_arguments(stem):
     "names, types, defaults and comments"
-    code = [text(c) for c in cells(root/f'nbs/{stem}.ipynb') if c['cell_type'] == 'code']
     cell = next(text(c) for c in cells(root/f'nbs/{stem}.ipynb') if 'parameters' in tags(c))
-    kind = f"class {stages[stem].capitalize()}Args"
-    body = next(s for s in code if kind in s).split(kind)[1].split('\n    def ')[0]
-    assert documented(cell.splitlines()) == documented(body.splitlines()) != {}
+    fields = arguments(f'{stages[stem].capitalize()}Args')
+    assert fields
+    assert documented(cell.splitlines()) == fields
+
+def arguments(kind): # the documented fields of a stage's dataclass, those of its parent first
+    code = [text(c) for nb in stages for c in cells(root/f'nbs/{nb}.ipynb') if c['cell_type'] == 'code']
+    source = next(s for s in code if f'class {kind}' in s)
+    parent, body = re.search(rf'class {kind}(?:\((\w+)\))?:(.*)', source, re.S).groups()
+    return (arguments(parent) if parent else {}) | documented(body.split('\n    def ')[0].splitlines())
 
 def test_settings_for_both_nbdevs():
     ini = configparser.ConfigParser()

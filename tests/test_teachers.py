@@ -1,0 +1,214 @@
+"Teachers, distillation and pseudo-labels: planted faults are refused or counted; a killed run continues to the same result."
+import re
+import numpy as np
+import pandas as pd
+import pytest
+from competition_kit.adopt import AdoptArgs, adopt_files
+from competition_kit.ck import main
+from competition_kit.core import Refusal, data_path, models_path
+from competition_kit.distill import DistillArgs, distill_fold
+from competition_kit.probs import read_probs
+from competition_kit.pseudo import PseudoArgs, pseudo
+from competition_kit.record import run_stage
+from competition_kit.rows import tasks
+from competition_kit.tables import load_rows, publish, write_rows
+from competition_kit.teachers import adopted_table, ask_teacher, members
+from competition_kit.train import train_fold
+from competition_kit.vote import oof_probs, score_vote, voters
+
+small = dict(mix='sample_arena:60', lora_r=4, max_len=192, epochs=.5)
+options = list(tasks['preference'].options)
+
+
+def skilled(rows, skill=2., seed=0):
+    "Probabilities that lean to the label"
+    z = np.random.default_rng(seed).normal(size=(len(rows), 3)) + skill*np.eye(3)[rows.label.clip(0)]
+    return np.exp(z)/np.exp(z).sum(1, keepdims=True)
+
+
+def foreign(path, rows, p=None):
+    "A file as another team would write it"
+    p = skilled(rows) if p is None else p
+    pd.DataFrame(p, columns=options).assign(id=list(rows.id)).to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture
+def rows(own_root):
+    return load_rows('sample_arena')
+
+
+def test_permuted_teachers_are_refused(rows, tmp_path):
+    faults = dict(exchanged=skilled(rows)[:, [1, 0, 2]], shifted=np.roll(skilled(rows), 1, 0))
+    for name, p in faults.items():
+        with pytest.raises(Refusal, match='standard errors'):
+            adopt_files([foreign(tmp_path/f'{name}.csv', rows, p)], 'sample_arena', name, seen='no')
+
+
+def test_a_teacher_of_other_rows_is_named(rows, tmp_path, tiny):
+    shuffled = skilled(rows)[np.random.default_rng(1).permutation(len(rows))]
+    adopt_files([foreign(tmp_path/'shuffled.csv', rows, shuffled)], 'sample_arena', 'shuffled', seen='no')
+    run = distill_fold(teachers='shuffled', base=tiny, **dict(small, mix='sample_arena'))
+    assert any('knows nothing about them' in s for s in run.record['signs'])
+
+
+def test_files_of_another_task_or_table_are_refused(rows, tmp_path):
+    other = foreign(tmp_path/'x.csv', rows.assign(id=[f'x{i}' for i in rows.id]))
+    with pytest.raises(Refusal, match='ids that the table does not have'): adopt_files([other], 'sample_arena', 'x')
+    twice = foreign(tmp_path/'twice.csv', pd.concat([rows, rows[:2]]))
+    with pytest.raises(Refusal, match='an id occurs twice'): adopt_files([twice], 'sample_arena', 'x')
+    with pytest.raises(Refusal, match='no columns for the options'):
+        pd.DataFrame(dict(id=rows.id, yes=.5, no=.5)).to_csv(tmp_path/'two.csv', index=False)
+        adopt_files([str(tmp_path/'two.csv')], 'sample_arena', 'x')
+
+
+def test_missing_rows_are_refused_or_trained_on_their_label(rows, tmp_path, tiny):
+    part = rows[rows.fold != 3]
+    adopt_files([foreign(tmp_path/'part.csv', part)], 'sample_arena', 'part', seen='no')
+    args = dict(small, mix='sample_arena', teachers='part', base=tiny)
+    with pytest.raises(Refusal, match='has no probability for'): distill_fold(**args)
+    use = DistillArgs(**args, missing='label').targets.use
+    assert use[:, 0].all()
+    assert (~use[:, 1]).sum() == (rows.fold == 3).sum()
+
+
+def test_unknown_rows_are_no_out_of_fold_rows(rows, tmp_path):
+    adopt_files([foreign(tmp_path/'u.csv', rows)], 'sample_arena', 'u')
+    assert not ask_teacher('u', rows, 'preference', tmp_path).has.any()
+    assert ask_teacher('u', rows, 'preference', tmp_path, in_sample=True).has.all()
+
+
+def test_an_in_sample_file_said_to_be_out_of_fold_is_named(rows, tmp_path, tiny, capsys):
+    train_fold(base=tiny, **dict(small, mix='sample_arena'))
+    adopt_files([foreign(tmp_path/'sure.csv', rows, skilled(rows, 9.))], 'sample_arena', 'sure', seen='no')
+    run = distill_fold(teachers='sure', base=tiny, **dict(small, mix='sample_arena'))
+    assert 'claims not to have seen' in run.record['signs'][0]
+    assert 'claims not to have seen' in capsys.readouterr().out
+
+
+def test_the_same_ids_with_other_texts_are_refused(tiny, tmp_path, rows):
+    train = rows[:60].assign(prompt=[[f'Another prompt {i} about {i*i}'] for i in range(60)])
+    train.attrs['meta'] = rows.attrs['meta']
+    write_rows(train.drop(columns=['main', 'phase']), data_path('other.parquet'))
+    teacher = train_fold(base=tiny, **dict(small, mix='other')).id
+    with pytest.raises(Refusal, match='knows other texts under these ids'):
+        distill_fold(teachers=teacher, base=tiny, **small)
+
+
+def test_each_row_is_predicted_by_the_run_that_held_it_out(tiny, tmp_path):
+    runs = [train_fold(base=tiny, fold=k, **small) for k in range(5)]
+    rows = load_rows(small['mix'])
+    t = ask_teacher(runs[2].id[:12], rows, 'preference', tmp_path)
+    assert [r['run_id'] for r in members(runs[0].id)] == [r.id for r in runs]
+    for run in runs:
+        held = read_probs(run.folder/'probs.parquet').set_index('id').p
+        here = rows.id.isin(held.index).to_numpy()
+        assert np.allclose(t.p[here], np.stack(held[rows.id[here]]))
+    assert (t.seen == 0).all()
+    own = ask_teacher(runs[1].id, rows, 'preference', tmp_path, fold=1, in_sample=True)
+    assert (own.seen == 1).sum() == (rows.fold != 1).sum()
+
+
+def test_a_student_of_itself_votes_beside_its_teacher(tiny, capsys):
+    for k in range(5): train_fold(base=tiny, fold=k, **small)
+    args = dict(small, base=tiny, teachers='self', form='soft')
+    runs = [distill_fold(fold=k, **args) for k in (0, 1)]
+    assert distill_fold(fold=0, **args).id == runs[0].id
+    ballot = voters('sample_arena')
+    assert ballot.voter.nunique() == 2
+    assert {r.id for r in runs} < set(ballot.run)
+
+
+def test_a_killed_distillation_continues_to_the_same_weights(tiny, monkeypatch):
+    from competition_kit import fit
+    adopt = skilled(load_rows(small['mix']))
+    rows = load_rows('sample_arena')
+    adopt_files([foreign(data_path('t.csv'), rows)], 'sample_arena', 't', seen='no')
+    args = dict(small, base=tiny, teachers='t', save_every=4)
+    whole = distill_fold(**args)
+    kept = read_probs(whole.folder/'probs.parquet').p.tolist()
+    import shutil
+    shutil.rmtree(whole.folder)
+    class Killed(BaseException): pass
+    saved = []
+    def stop(*a, **kw):
+        save(*a, **kw)
+        saved.append(1)
+        if len(saved) == 2: raise Killed
+    save = fit.save_checkpoint
+    monkeypatch.setattr(fit, 'save_checkpoint', stop)
+    with pytest.raises(Killed): distill_fold(**args)
+    monkeypatch.setattr(fit, 'save_checkpoint', save)
+    again = distill_fold(**args)
+    assert again.id == whole.id
+    assert np.array_equal(np.stack(read_probs(again.folder/'probs.parquet').p), np.stack(kept))
+
+
+def test_an_adopted_voter_has_rows_of_both_tables(rows, tmp_path, tiny):
+    test = load_rows('sample_arena_test')
+    adopt_files([foreign(tmp_path/'train.csv', rows)], 'sample_arena', 'athene', seen='no')
+    adopt_files([foreign(tmp_path/'test.csv', test)], 'sample_arena_test', 'athene', seen='no')
+    assert len(adopted_table('athene')) == len(rows) + len(test)
+    ballot = voters('sample_arena', 'athene')
+    score = score_vote(ballot)
+    assert score['metrics']['rows'] == len(rows)
+
+
+def test_two_files_of_one_row_are_averaged_where_neither_is_out_of_fold(rows, tmp_path):
+    files = [foreign(tmp_path/f'{k}_preds.csv', rows, skilled(rows, seed=k)) for k in (0, 1)]
+    adopt_files(files, 'sample_arena', 'two', seen='fold')
+    p = adopted_table('two').set_index('id').loc[list(rows.id)]
+    assert p.seen.eq(False).tolist() == rows.fold.isin([0, 1]).tolist()
+    mean = np.mean([skilled(rows, seed=k) for k in (0, 1)], 0)
+    other = (~rows.fold.isin([0, 1])).to_numpy()
+    assert np.allclose(np.stack(p.p)[other], mean[other], atol=1e-5)
+
+
+def test_near_copies_of_test_rows_are_dropped_counted_or_refused(rows, tmp_path):
+    test = load_rows('sample_arena_test')
+    extra = rows[:20].assign(id=[f'e{i}' for i in range(20)], label=-1, fold=-1)
+    extra['prompt'] = [[f'An unrelated question number {i}: name {i+3} rivers'] for i in range(18)] + \
+        [[t[0]+' !'] for t in test.prompt[:2]]
+    extra.attrs['meta'] = rows.attrs['meta']
+    write_rows(extra.drop(columns=['main', 'phase']), data_path('extra.parquet'))
+    adopt_files([foreign(tmp_path/'r.csv', rows)], 'sample_arena', 'x', seen='no')
+    adopt_files([foreign(tmp_path/'e.csv', extra)], 'extra', 'x', seen='no')
+    args = dict(data='extra', teachers='x', margin=0.)
+    with pytest.raises(Refusal, match='2 rows of extra are equal or nearly equal'):
+        run_stage(pseudo, PseudoArgs(**args, near='refuse'))
+    run = run_stage(pseudo, PseudoArgs(**args))
+    assert run.record['metrics']['near sample_arena_test'] == 2
+    publish(run.folder, 'extra_pseudo')
+    soft = load_rows('extra_pseudo')
+    assert len(soft) == 18
+    assert (soft.label == -1).all()
+    assert set(soft.source) == {'pseudo'}
+    mixed = load_rows('extra_pseudo > sample_arena')
+    assert mixed[mixed.phase == 0].id.str.startswith('e').all()
+
+
+def test_labels_of_the_test_set_are_called_that(rows, tmp_path):
+    test = load_rows('sample_arena_test')
+    adopt_files([foreign(tmp_path/'t.csv', test)], 'sample_arena_test', 'x', seen='no')
+    run = run_stage(pseudo, PseudoArgs(data='sample_arena_test', teachers='x'))
+    assert run.record['labels_test_set']
+    assert pd.read_parquet(run.folder/'rows.parquet').source.eq('test_pseudo').all()
+
+
+def test_denoised_labels_keep_folds_and_labels(rows, tmp_path):
+    adopt_files([foreign(tmp_path/'r.csv', rows)], 'sample_arena', 'x', seen='no')
+    run = run_stage(pseudo, PseudoArgs(teachers='x', own=.6, margin=0.))
+    soft = pd.read_parquet(run.folder/'rows.parquet')
+    assert soft.fold.tolist() == rows.fold.tolist()
+    assert soft.label.tolist() == rows.label.tolist()
+    target = np.stack(soft.target)
+    assert np.allclose(target, .4*skilled(rows) + .6*np.eye(3)[rows.label], atol=1e-4)
+
+
+def test_the_command_adopts(rows, tmp_path, capsys):
+    files = [foreign(tmp_path/f'{k}_preds.csv', rows) for k in (0, 1)]
+    assert main(['adopt', *files, '--rows', 'sample_arena', '--name', 'athene', '--seen', 'fold']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r'adopt-f(\d)', l)[1] for l in lines] == ['0', '1']
+    assert main(['adopt', *files, '--rows', 'sample_arena', '--name', 'athene']) == 2
+    assert '2 files of one teacher' in capsys.readouterr().err
