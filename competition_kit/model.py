@@ -344,7 +344,9 @@ def letter_mass(
     own = classifier.letters
     if own is None: raise Refusal('a score head has no letters')
     classifier.letters = slice(None)
-    try: p = torch.cat([classifier(**collate([ids], classifier.device)).softmax(-1).cpu() for ids in prompt.encode(rows, 1).ids])
+    try:
+        logits = [classifier(**collate([ids], classifier.device)) for ids in prompt.encode(rows, 1).ids]
+        p = torch.cat([x.softmax(-1).cpu() for x in logits])
     finally: classifier.letters = own
     spellings = dict(letters=prompt.letters, others=prompt.others)
     return {name: float(p[:, ids].sum(1).mean()) for name, ids in spellings.items()}
