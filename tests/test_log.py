@@ -11,6 +11,7 @@ from competition_kit import log
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
 from competition_kit.log import (LOG, clean_cell, find_run, people, planned, records, run_id, show_run, start_run,
                                  sync_log)
+from competition_kit.sheets import put_cell, sheet_parts
 
 fork = multiprocessing.get_context('fork')
 
@@ -69,7 +70,7 @@ HOSTILE = ['\ud83d lone', 'nul\x00 bell\x07', '\ufffe\uffff', '=1+1', '+1', '-1'
 def test_hostile_values_survive_two_rounds(root):
     cleaned, f = [clean_cell(v) for v in HOSTILE], root/LOG
     wb = openpyxl.Workbook()
-    for i, v in enumerate(cleaned, 1): log._put(wb.active.cell(i, 1), v)
+    for i, v in enumerate(cleaned, 1): put_cell(wb.active.cell(i, 1), v)
     wb.active.cell(len(cleaned)+1, 1).value = 'end'
     for _ in range(3):  # the first save and two rounds of load and save
         wb.save(f)
@@ -559,7 +560,7 @@ def computed(root, values):
     "Formulas with their values, as Excel saves them: (sheet, cell) → (formula, type, value)"
     edit(root, lambda wb, ws, at: [wb[s].__setitem__(ref, 12345+i) for i, (s, ref) in enumerate(values)])
     with zipfile.ZipFile(root/LOG) as z:
-        parts, where = {n: z.read(n) for n in z.namelist()}, log._sheet_parts(z)
+        parts, where = {n: z.read(n) for n in z.namelist()}, sheet_parts(z)
     for i, ((s, ref), (f, kind, v)) in enumerate(values.items()):
         f = f if f.startswith('<f') else f'<f>{f}</f>'
         new = f'<c r="{ref}" t="{kind}">{f}<v>{v}</v></c>'
