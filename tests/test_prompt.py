@@ -584,8 +584,8 @@ def test_every_text_is_encoded_once(tok, monkeypatch):
 
 # ---- hashes
 def test_hash_tells_options_apart(tok):
-    sides = 'middle', 'right', 'left'
-    hashes = [Prompt(tok, *args).hash for args in itertools.product(instructions, (256, 257), sides)]
+    sides, small = ('middle', 'right', 'left'), made('bytelevel')
+    hashes = [Prompt(small, *args).hash for args in itertools.product(instructions, (256, 257), sides)]
     assert len(set(hashes)) == len(hashes)
     toks = [tok, *(made(kind) for kind in KINDS), *(made('llama2', t) for t in ('folds', 'refuses', 'none'))]
     hashes = [Prompt(t, 'preference', 256).hash for t in toks]
@@ -603,9 +603,12 @@ def test_hash_follows_the_builder(tok, monkeypatch, name):
     assert Prompt(tok, 'preference', 256).hash != before
 
 def test_hash_is_the_same_in_every_process(tok, smollm2):
-    code = ('import sys\nfrom competition_kit.base import load_tokenizer\nfrom competition_kit.prompt import *\n'
-            't = load_tokenizer(sys.argv[1])\n'
-            'print(*[Prompt(t, k, 300).hash for k in instructions], tokenizer_hash(t))')
+    code = '''
+import sys
+from competition_kit.base import load_tokenizer
+from competition_kit.prompt import *
+t = load_tokenizer(sys.argv[1])
+print(*[Prompt(t, task, 300).hash for task in instructions], tokenizer_hash(t))'''
     env = dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo')
     command = [sys.executable, '-c', code, str(smollm2)]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -706,10 +709,11 @@ def test_folds_are_tokenised_once(tok, own_root, encoded):
         assert same_enc(pick_rows(e, held), pr.encode(rows[held]))
         assert same_enc(pick_rows(e, train), pr.encode(rows.iloc[train]))
 
-def test_other_prompts_are_tokenised_anew(tok, encoded):
-    pr, rows = Prompt(tok, 'preference', 96), big_rows(60)
+def test_other_prompts_are_tokenised_anew(encoded):
+    tok, rows = made('bytelevel'), big_rows(60)
+    pr = Prompt(tok, 'preference', 96)
     others = [(pr, rows), (pr, rows, 1), (pr, rows.assign(prompt=[['other']]*60)), (pr, rows[::-1]),
-              (Prompt(tok, 'preference', 97), rows), (Prompt(made('bytelevel'), 'preference', 200), rows)]
+              (Prompt(tok, 'preference', 97), rows), (Prompt(made('wordpiece'), 'preference', 96), rows)]
     for args in [*others, *others]: encode_cached(*args)
     assert encoded == [60]*len(others)
 
