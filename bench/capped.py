@@ -1,5 +1,5 @@
-"""What does attention with soft caps cost (Gemma 2: 16 heads of 256, 8 of keys and values), and which form of FlexAttention
-costs least? One pack of LMSYS-like lengths, forward and backward, bf16.
+"""Time of attention with soft caps (Gemma 2: 16 heads of 256, 8 of keys and values), in several forms of FlexAttention.
+One pack of LMSYS-like lengths, forward and backward, bf16.
 
 usage: python bench/capped.py [--budget 8192] [--size 256]
 Prints the milliseconds of each form and of a varlen call without the cap, and the difference of each form's result and
@@ -25,8 +25,8 @@ def with_full(ends, n, size=128): # blocks of which everything is seen need no m
     def listed(x):
         order = x.int().argsort(dim=1, descending=True, stable=True).int()
         return x.sum(1, dtype=torch.int32)[None, None], order[None, None]
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=size, mask_mod=mask_mod(doc, None),
-                                    seq_lengths=(n, n))
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=size,
+                                    mask_mod=mask_mod(doc, None), seq_lengths=(n, n))
 
 def ms(f, k=20):
     for _ in range(3): f()
@@ -37,7 +37,8 @@ def ms(f, k=20):
     return 1e3*(time.perf_counter()-t)/k
 
 def bwd(warps, stages, m1, n1, m2, n2):
-    return dict(bwd_num_warps=warps, bwd_num_stages=stages, bwd_BLOCK_M1=m1, bwd_BLOCK_N1=n1, bwd_BLOCK_M2=m2, bwd_BLOCK_N2=n2)
+    return dict(bwd_num_warps=warps, bwd_num_stages=stages,
+                bwd_BLOCK_M1=m1, bwd_BLOCK_N1=n1, bwd_BLOCK_M2=m2, bwd_BLOCK_N2=n2)
 
 def fwd(warps, stages, m, n):
     return dict(fwd_num_warps=warps, fwd_num_stages=stages, fwd_BLOCK_M=m, fwd_BLOCK_N=n)

@@ -1,4 +1,4 @@
-"""How fast is a GPTQ weight dequantised on this GPU? Beside the memory floor (the bytes read and written, at the rate of a
+"""Time to dequantise a GPTQ weight on this GPU, beside the memory floor (the bytes read and written, at the rate of a
 large copy) and bitsandbytes' nf4.
 
 usage: python bench/dequant.py [--sweep]     (shapes of Qwen2.5-32B; --sweep tries block shapes of the kernel)"""
@@ -6,7 +6,7 @@ import argparse, itertools, statistics
 import pandas as pd
 import torch
 from competition_kit.core import device_name
-from competition_kit.quant import GPTQLinear, _unpack_triton, dense_weight
+from competition_kit.quant import GPTQLinear, dequantise_triton, dense_weight
 
 args = argparse.ArgumentParser()
 args.add_argument('--sweep', action='store_true')
@@ -50,7 +50,7 @@ for n_in, n_out in ((5120, 5120), (5120, 27648), (27648, 5120)):
         if args.sweep:
             for R, C, w in itertools.product((1, 2, 4), (256, 512, 1024, 2048), (4, 8)):
                 weights = m.qweight, m.qzeros, m.scales, m.g_idx
-                s = seconds(lambda: _unpack_triton(*weights, bits, torch.bfloat16, R, C, w), 10)
+                s = seconds(lambda: dequantise_triton(*weights, bits, torch.bfloat16, R, C, w), 10)
                 what = f'  {bits} bits{", act" if act else ""} R={R} C={C} warps={w}'
                 rows.append(dict(weight=f'{n_out}x{n_in}', what=what, us=s*1e6))
     try: import bitsandbytes as bnb
@@ -60,6 +60,7 @@ for n_in, n_out in ((5120, 5120), (5120, 27648), (27648, 5120)):
     add('nf4, double', m, n_in*n_out*(.5+1/64))
     xs = torch.randn(512, n_in, device='cuda', dtype=torch.bfloat16)
     g, w = layer(n_in, n_out, 4), torch.randn(n_out, n_in, device='cuda', dtype=torch.bfloat16)
-    for what, f in (('512 tokens through dense bf16', lambda: xs@w.T), ('512 tokens through gptq 4 bits', lambda: g(xs))):
-        rows.append(dict(weight=f'{n_out}x{n_in}', what=what, us=seconds(f)*1e6))
+    products = {'512 tokens through dense bf16': lambda: xs@w.T, '512 tokens through gptq 4 bits': lambda: g(xs)}
+    for what, product in products.items():
+        rows.append(dict(weight=f'{n_out}x{n_in}', what=what, us=seconds(product)*1e6))
 print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f'{v:.2f}'))

@@ -1,13 +1,13 @@
-"""How good are the judgements on real rows? Every fold of a table under several settings, beside the table's baselines.
+"""Log-loss and accuracy on real rows: every fold of a table under several settings, beside the table's baselines.
 
 usage: python bench/quality.py NAME=FILE [NAME=FILE ...] [--settings 'ROUTE, METHOD[, LEVER ...]' ...]
            [--folds 0 1 2 3 4] [--seeds 0] [--jobs 2] [--set name=value ...] [--out FOLDER]
        python bench/quality.py --read FOLDER [FOLDER ...]
 The first table is trained on and held out fold by fold; further ones may be mixed in by a setting.
 Each run is `train_fold` in a root of its own; a GPU is shared by `--jobs` processes.
-The predictions of every run go to FOLDER/said.parquet, so that the table can be made again. Log-loss and accuracy are of all
-rows, each predicted by the model that had not seen it; "tempered" divides
-log-probabilities by a temperature fitted on the other folds."""
+The predictions of every run go to FOLDER/said.parquet, so that the table can be made again. Log-loss and
+accuracy are of all rows, each predicted by the model that had not seen it; "tempered" divides log-probabilities by a
+temperature fitted on the other folds."""
 
 import argparse, ast, contextlib, io, json, multiprocessing, os, sys, tempfile, time, traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,7 +84,8 @@ def one(setting, params):
         return traceback.format_exc()[-900:]
     m = run.record['metrics']
     print(
-        f"{setting} | fold {params['fold']} seed {params['seed']}: {m['log_loss']:.4f} {m['accuracy']:.4f} {m['ece']:.3f}  "
+        f"{setting} | fold {params['fold']} seed {params['seed']}: "
+        f"{m['log_loss']:.4f} {m['accuracy']:.4f} {m['ece']:.3f}  "
         f"{run.record['tokens_s']:.0f} tokens/s, {time.time() - t:.0f} s",
         flush=True,
     )

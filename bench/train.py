@@ -6,10 +6,10 @@ usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared
     kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64]
     [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model
-instead. Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher the
-forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is
-a pack's time, `host_ms` the processor's time to start one (of the last number of layers measured): where the two come close, the
-processor was measured, not the GPU."""
+instead. Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher
+the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context.
+`ms` is a pack's time, `host_ms` the processor's time to start one (of the last number of layers measured): where the
+two come close, the processor was measured, not the GPU."""
 import argparse, gc, json, tempfile, time
 import numpy as np
 import torch
@@ -99,11 +99,11 @@ def liger(shape): # for the rest of the process
     apply = getattr(kernels, f"apply_liger_kernel_to_{known_bases[shape]['model_type']}")
     apply(cross_entropy=False, fused_linear_cross_entropy=False)
 
-def kit_judge(a, shape, layers, what):
+def kit_model(a, shape, layers, what):
     """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints
-    at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits), kit-dropout,
-    kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not compiled), kit-liger (Liger's kernels
-    instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
+    at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits),
+    kit-dropout, kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not compiled), kit-liger
+    (Liger's kernels instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.attention import register_attention
     from competition_kit.model import Classifier, add_lora
@@ -130,7 +130,7 @@ def kit_judge(a, shape, layers, what):
 def kit(a, shape, layers, what):
     "Our packs through a loop of this file"
     from competition_kit.model import collate, option_mask, pack_loss
-    classifier, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
+    classifier, teacher = kit_model(a, shape, layers, what), what.startswith('teacher')
     learn = [p for p in classifier.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
     ns = contest_lengths('lmsys', 4000, a.max_len) if a.fixed is None else [a.fixed]*4000
@@ -174,7 +174,7 @@ def kit_fit(a, shape, layers, what):
     from competition_kit import fit as f
     from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
-    classifier, times = kit_judge(a, shape, layers, what), []
+    classifier, times = kit_model(a, shape, layers, what), []
     rng, ns = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len)
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]
     enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=ids))
@@ -192,8 +192,8 @@ def kit_fit(a, shape, layers, what):
     return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
 
 def hf(a, shape, layers, what):
-    """transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths,
-    and Liger's kernels; both with checkpointing, without which 28 layers do not fit"""
+    """transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like
+    lengths, and Liger's kernels; both with checkpointing, without which 28 layers do not fit"""
     from peft import get_peft_model
     if what == 'hf-grouped': liger(shape)
     warm = a.warm+5

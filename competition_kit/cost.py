@@ -293,7 +293,8 @@ def layers_to_checkpoint(
     over = f' over {job.shards} GPUs' if job.shards > 1 else ''
     raise Refusal(f"{job.base['name']} in {job.dtype}{over}, method {job.method}, needs {gb['needs']} GB with "
                   f"activation checkpointing in all {layers} layers (base {gb['base']}, "
-                  f"gradients and optimiser {gb['learning']}, a pack of {tokens:,} tokens {gb['pack']}), and there are {gb['free']} GB",
+                  f"gradients and optimiser {gb['learning']}, a pack of {tokens:,} tokens {gb['pack']}), "
+                  f"and there are {gb['free']} GB",
                   fix=_remedies(job, tokens, free, gpus))
 
 # %% ../nbs/lib/03e_cost.ipynb #e50670bb

@@ -12,8 +12,9 @@ from .model import collate, option_mask, pack_loss
 from .ranks import gather_to_rank0, is_sharded, rank, ranks, shard_like, sum_gradients
 from .rows import n_options, swap_probs
 from pathlib import Path
+from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-import shutil
+import shutil, sys
 import numpy as np
 import torch
 
@@ -258,13 +259,14 @@ class _PackTrainer(Trainer):
 class ProgressBar(TrainerCallback):
     "Steps, time left and running loss; refuses to go on when the loss is NaN"
     def on_train_begin(self, args, state, control, **kw):
-        from tqdm import tqdm
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='train', mininterval=2,
-                        dynamic_ncols=True, disable=bool(rank()))
+                        dynamic_ncols=True, disable=bool(rank()), file=sys.stdout)
         self.loss = None
     def on_log(self, args, state, control, logs=None, **kw):
         if not logs or 'loss' not in logs: return
-        if not np.isfinite(logs['loss']): raise _diverged(state.global_step)
+        if not np.isfinite(logs['loss']):
+            self.bar.close()
+            raise _diverged(state.global_step)
         self.loss = logs['loss'] if self.loss is None else .9*self.loss+.1*logs['loss']
     def on_step_end(self, args, state, control, **kw):
         if self.loss is not None: self.bar.set_postfix_str(f'loss {self.loss:.3f}', refresh=False)

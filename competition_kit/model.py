@@ -17,7 +17,8 @@ from .quant import complete, load_mapped, load_nf4, quant_kind, text_config
 from .rows import n_options, swap_probs, tasks
 from pathlib import Path
 from safetensors import SafetensorError
-import contextlib, os
+from tqdm import tqdm
+import contextlib, os, sys
 import numpy as np
 import torch
 
@@ -305,17 +306,15 @@ def view_probs(
     progress=True,     # Show a bar
 ) -> np.ndarray: # [lines of `enc`, options], not yet un-swapped
     "Option probabilities of every view"
-    from tqdm import tqdm
     classifier.eval()
     if len(enc): check_length(classifier.base.config, int(enc.n.max()), classifier.base.name_or_path)
     width = len(classifier.letters) if classifier.letters is not None else classifier.base.config.num_labels
     out, missing = np.zeros((len(enc), width), np.float32), option_mask(np.asarray(n)[enc.row], width)
-    bar = tqdm(total=len(enc), desc='predict', disable=not progress, mininterval=1)
-    for p in pack(enc.n, budget):
-        logits = classifier(**collate(enc.ids.iloc[p], classifier.device))
-        out[p] = logits.masked_fill(missing[p].to(logits.device), float('-inf')).softmax(-1).cpu()
-        bar.update(len(p))
-    bar.close()
+    with tqdm(total=len(enc), desc='predict', disable=not progress, mininterval=1, file=sys.stdout) as bar:
+        for p in pack(enc.n, budget):
+            logits = classifier(**collate(enc.ids.iloc[p], classifier.device))
+            out[p] = logits.masked_fill(missing[p].to(logits.device), float('-inf')).softmax(-1).cpu()
+            bar.update(len(p))
     return out
 
 def predict(
@@ -345,7 +344,9 @@ def letter_mass(
     own = classifier.letters
     if own is None: raise Refusal('a score head has no letters')
     classifier.letters = slice(None)
-    try: p = torch.cat([classifier(**collate([ids], classifier.device)).softmax(-1).cpu() for ids in prompt.encode(rows, 1).ids])
+    try:
+        logits = [classifier(**collate([ids], classifier.device)) for ids in prompt.encode(rows, 1).ids]
+        p = torch.cat([x.softmax(-1).cpu() for x in logits])
     finally: classifier.letters = own
     spellings = dict(letters=prompt.letters, others=prompt.others)
     return {name: float(p[:, ids].sum(1).mean()) for name, ids in spellings.items()}

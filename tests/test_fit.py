@@ -93,6 +93,12 @@ def test_named_terms_of_a_loss(rows, tmp_path):
     assert len(plain) == 6
     for _, loss, t in terms: assert t == dict(share=1., twice=pytest.approx(2*loss))
 
+def test_the_progress_bar_is_no_error_output(rows, tmp_path, capsys):
+    fitted(rows, tmp_path, named)
+    printed = capsys.readouterr()
+    assert 'train: 100%' in printed.out
+    assert 'train:' not in printed.err
+
 def test_named_terms_survive_an_interruption(rows, tmp_path):
     from shutil import rmtree
     whole = fitted(rows, tmp_path, named, save_every=2)

@@ -11,6 +11,7 @@ from competition_kit import log
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
 from competition_kit.log import (LOG, clean_cell, find_run, people, planned, records, run_id, show_run, start_run,
                                  sync_log)
+from competition_kit.sheets import put_cell, sheet_parts
 
 fork = multiprocessing.get_context('fork')
 
@@ -69,7 +70,7 @@ HOSTILE = ['\ud83d lone', 'nul\x00 bell\x07', '\ufffe\uffff', '=1+1', '+1', '-1'
 def test_hostile_values_survive_two_rounds(root):
     cleaned, f = [clean_cell(v) for v in HOSTILE], root/LOG
     wb = openpyxl.Workbook()
-    for i, v in enumerate(cleaned, 1): log._put(wb.active.cell(i, 1), v)
+    for i, v in enumerate(cleaned, 1): put_cell(wb.active.cell(i, 1), v)
     wb.active.cell(len(cleaned)+1, 1).value = 'end'
     for _ in range(3):  # the first save and two rounds of load and save
         wb.save(f)
@@ -116,18 +117,21 @@ def _churn(seed):
 def test_kill_in_mid_save(root):
     for i in range(60): put(i)
     sync_log()
-    rnd, mid = random.Random(3), 0
-    for k in range(1, 21):
-        p = fork.Process(target=_churn, args=(k,)); p.start()
+    rnd, mid, copy = random.Random(3), 0, root/f'{LOG}.bak'
+    for k in range(1, 11):
+        p = fork.Process(target=_churn, args=(k,))
+        p.start()
         time.sleep(rnd.uniform(.05, .4))
-        os.kill(p.pid, signal.SIGKILL); p.join()
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
         mid += bool(list(root.glob('.*.tmp')))
         assert log._fault(root/LOG) is None
-        assert not (bak := root/f'{LOG}.bak').exists() or log._fault(bak) is None
+        assert not copy.exists() or log._fault(copy) is None
         assert len(records()) == len(list(models_path().glob('*/record.json')))
     assert mid >= 1, 'no kill fell into a save'
     assert 'not updated' not in sync_log(wait=True)
-    assert sorted(ids(root)) == sorted(r['run_id'] for r in records()) and not list(root.glob('.*.tmp'))
+    assert sorted(ids(root)) == sorted(r['run_id'] for r in records())
+    assert not list(root.glob('.*.tmp'))
 
 def _full(ok):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -138,8 +142,13 @@ def _full(ok):
 def test_disk_full(root):
     run()
     before, ok = (root/LOG).read_bytes(), fork.Value('b', 0)
-    p = fork.Process(target=_full, args=(ok,)); p.start(); p.join()
-    assert ok.value and p.exitcode == 0 and (root/LOG).read_bytes() == before and not list(root.glob('.*.tmp'))
+    p = fork.Process(target=_full, args=(ok,))
+    p.start()
+    p.join()
+    assert p.exitcode == 0
+    assert ok.value
+    assert (root/LOG).read_bytes() == before
+    assert not list(root.glob('.*.tmp'))
     sync_log()
     assert len(ids(root)) == 2
 
@@ -559,7 +568,7 @@ def computed(root, values):
     "Formulas with their values, as Excel saves them: (sheet, cell) → (formula, type, value)"
     edit(root, lambda wb, ws, at: [wb[s].__setitem__(ref, 12345+i) for i, (s, ref) in enumerate(values)])
     with zipfile.ZipFile(root/LOG) as z:
-        parts, where = {n: z.read(n) for n in z.namelist()}, log._sheet_parts(z)
+        parts, where = {n: z.read(n) for n in z.namelist()}, sheet_parts(z)
     for i, ((s, ref), (f, kind, v)) in enumerate(values.items()):
         f = f if f.startswith('<f') else f'<f>{f}</f>'
         new = f'<c r="{ref}" t="{kind}">{f}<v>{v}</v></c>'
@@ -725,15 +734,13 @@ def test_mixes_and_votes(root):
     v, = sheet(root, 'votes')
     assert v['run_id'] == r.id and v['weights'] == 'a=1.0, b=0.5' and v['members'] == 'a, b' and r.id not in ids(root)
 
-def test_a_thousand_records(root, capsys):
-    for i in range(1000): put(i)
-    took = {}
-    for name in ('all', 'nothing', 'one'):
-        if name == 'one': put(2000)
-        t = time.perf_counter(); sync_log(); took[name] = time.perf_counter()-t
-    assert len(ids(root)) == 1001
-    assert took['all'] < 15 and took['nothing'] < 3 and took['one'] < 15  # about 2.5, 0.3 and 2 s on one free core
-    with capsys.disabled(): print({k: round(v, 2) for k, v in took.items()}, end=' ')
+def test_many_records(root):
+    for i in range(400): put(i)
+    start = time.perf_counter()
+    sync_log()
+    assert time.perf_counter()-start < 15  # 1,000 take one second on a free core
+    assert len(ids(root)) == 400
+    assert sync_log() == f'{LOG} is up to date'
 
 def test_an_empty_root_gets_the_template(root):
     assert 'not updated' not in sync_log() and sync_log() == f'{LOG} is up to date'

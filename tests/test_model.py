@@ -8,7 +8,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage, models_path
-from competition_kit.model import Classifier, add_lora, collate, continue_from, load_classifier, option_mask, pack_loss, packed_attention, predict, view_probs
+from competition_kit.model import (Classifier, add_lora, collate, continue_from, load_classifier, option_mask,
+                                   pack_loss, packed_attention, predict, view_probs)
 from competition_kit.prompt import Prompt
 from competition_kit.speed import fuse, layers
 from competition_kit.rows import swap_probs, tasks
@@ -59,56 +60,66 @@ def sequences(lengths=(1, 2, 7, 8, 9, 10, 33, 20, 3), seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(3, 49152, k).astype(np.int32) for k in lengths]
 
-def judge_of(base, prompt, route='answer', dtype='fp32', **kw):
+def classifier_of(base, prompt, route='answer', dtype='fp32', **kw):
     torch.manual_seed(0)  # a new score head is random
     return load_classifier(base, prompt, route, dtype, **kw)
 
 def reference(base, cls=AutoModelForCausalLM, **kw):
     return cls.from_pretrained(base, dtype=torch.float32, attn_implementation='eager', **kw).eval()
 
-def classifier(base, classifier):
-    "transformers' own sequence classifier with the classifier's head"
+def sequence_classifier(base, classifier):
+    "transformers' own, with the head of our classifier"
     ref = reference(base, AutoModelForSequenceClassification, num_labels=3)
     ref.config.pad_token_id = ref.config.get_text_config().pad_token_id = ref.config.eos_token_id
     ref.score.weight.data.copy_(classifier.base.score.weight)
     return ref
 
 def one(i): return torch.tensor(np.asarray(i))[None].long()
-def packed(classifier, ids, order=None):
+def letter_logits(model, ids, prompt):
+    "One sequence at a time"
+    with torch.no_grad(): return torch.stack([model(one(i)).logits[0, -1, prompt.letters] for i in ids])
+def packed(classifier, ids):
     with torch.no_grad(): return classifier(**collate(ids))
+def lora_on(classifier, **kw): return randomise(add_lora(classifier, **dict(r=4) | kw))
 def close(a, b, eps=1e-5): torch.testing.assert_close(a, b, atol=eps, rtol=eps)
 
 # ---- logits
 def test_answer_route_is_transformers_own(kind, tiny, prompt):
-    ref, classifier, ids = reference(tiny(kind)), judge_of(tiny(kind), prompt), sequences()
-    with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
-    got = packed(classifier, ids)
-    assert got.dtype == torch.float32 and got.shape == (len(ids), 3) and want.std() > .1
+    ref, classifier, ids = reference(tiny(kind)), classifier_of(tiny(kind), prompt), sequences()
+    got, want = packed(classifier, ids), letter_logits(ref, ids, prompt)
+    assert want.std() > .1
+    assert got.dtype == torch.float32
+    assert got.shape == (len(ids), 3)
     close(got, want)
     order = np.random.default_rng(1).permutation(len(ids))
     close(packed(classifier, [ids[k] for k in order]), want[order.tolist()])
     close(torch.cat([packed(classifier, [i]) for i in ids]), want)
-    lies = collate(ids); lies['bounds'] = [0, sum(map(len, ids))]  # sequences that see each other would be noticed
-    with torch.no_grad(): assert (classifier(**lies)-want[-1:]).abs().max() > 1e-3
+    one_sequence = dict(collate(ids), bounds=[0, sum(map(len, ids))])
+    with torch.no_grad(): leaked = classifier(**one_sequence)
+    assert (leaked-want[-1:]).abs().max() > 1e-3  # sequences that see each other would be noticed
 
-def test_a_common_beginning_is_computed_once(kind, tiny, prompt):
-    "longer than Gemma's and Mistral's windows, too; logits and gradients stay what they are apart"
+def test_a_shared_prefix_is_computed_once(kind, tiny, prompt):
+    "Also one longer than Gemma's and Mistral's windows; logits and gradients are those of single sequences"
     head = sequences((21,), 5)[0]
-    classifier, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), [np.concatenate([head, i]) for i in sequences()]
+    ids = [np.concatenate([head, i]) for i in sequences()]
+    classifier = lora_on(classifier_of(tiny(kind), prompt))
     assert collate(ids)['input_ids'].shape[1] == 21+sum(map(len, ids))-21*len(ids)
     def grads(packs):
         classifier.zero_grad()
-        out = [classifier(**collate(p)) for p in packs]
-        torch.cat(out).log_softmax(-1)[:, 0].sum().backward()
-        return torch.cat(out).detach(), torch.cat([p.grad.flatten() for p in classifier.parameters() if p.requires_grad])
-    for a, b in zip(grads([ids]), grads([[i] for i in ids])): assert (a-b).abs().max() < 1e-5*b.abs().max()
+        out = torch.cat([classifier(**collate(p)) for p in packs])
+        out.log_softmax(-1)[:, 0].sum().backward()
+        return out.detach(), torch.cat([p.grad.flatten() for p in classifier.parameters() if p.requires_grad])
+    together, apart = grads([ids]), grads([[i] for i in ids])
+    for a, b in zip(together, apart): assert (a-b).abs().max() < 1e-5*b.abs().max()
 
 def test_score_route_is_transformers_own(kind, tiny, prompt):
-    classifier, ids = judge_of(tiny(kind), prompt, 'score'), sequences()
-    ref = classifier(tiny(kind), classifier)
+    classifier, ids = classifier_of(tiny(kind), prompt, 'score'), sequences()
+    ref = sequence_classifier(tiny(kind), classifier)
     with torch.no_grad(): want = torch.cat([ref(one(i)).logits for i in ids])
     got = packed(classifier, ids)
-    assert got.shape == (len(ids), 3) and want.std() > .1 and classifier.base.score.weight.dtype == torch.float32
+    assert want.std() > .1
+    assert got.shape == (len(ids), 3)
+    assert classifier.base.score.weight.dtype == torch.float32
     close(got, want)
 
 def padded(ids, side, pad):
@@ -121,36 +132,46 @@ def padded(ids, side, pad):
 
 @pytest.mark.parametrize('side', ['right', 'left'])
 def test_pooled_position_beside_padded_batches(tiny, prompt, side):
-    "pad = eos, and eos inside the text: transformers' padded batches and our packs read the same token, the last real one"
+    """pad = eos, and eos inside the text: transformers' padded batches and our packs read the same token, the last of
+    the text"""
     base = tiny('llama')
-    classifier = judge_of(base, prompt, 'score'); ref = classifier(base, classifier); eos = ref.config.eos_token_id
+    classifier = classifier_of(base, prompt, 'score')
+    ref = sequence_classifier(base, classifier)
+    eos = ref.config.eos_token_id
     assert eos == ref.config.pad_token_id == classifier.base.config.pad_token_id
-    ids = sequences((5, 9, 17, 30)); ids[1][3] = ids[2][:2] = ids[3][15] = eos
+    ids = sequences((5, 9, 17, 30))
+    ids[1][3] = ids[2][:2] = ids[3][15] = eos
     x, m = padded(ids, side, eos)
     pos = (m.cumsum(1)-1).clip(0)
     with torch.no_grad(): want = ref(x, attention_mask=m, position_ids=pos).logits
     close(packed(classifier, ids), want)
-    answer, causal = judge_of(base, prompt), reference(base)
+    answer, causal = classifier_of(base, prompt), reference(base)
     last = [len(i)-1 if side == 'right' else -1 for i in ids]
     with torch.no_grad(): out = causal(x, attention_mask=m, position_ids=pos).logits
     close(packed(answer, ids), torch.stack([out[k, l, prompt.letters] for k, l in enumerate(last)]))
 
 def test_pooled_position_when_the_text_ends_with_eos(tiny, prompt):
     "Here transformers' classifier looks at an earlier token; ours stays with the last"
-    base = tiny('llama'); classifier = judge_of(base, prompt, 'score'); ref = classifier(base, classifier)
-    ids = sequences((5, 9, 12)); ids[0][-1] = ids[2][-3:] = 2
+    classifier = classifier_of(tiny('llama'), prompt, 'score')
+    ref = sequence_classifier(tiny('llama'), classifier)
+    ids = sequences((5, 9, 12))
+    ids[0][-1] = ids[2][-3:] = 2
     with torch.no_grad(): want = torch.cat([ref.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
     close(packed(classifier, ids), want)
 
 def test_pad_token_zero_stays(tiny, prompt):
-    assert judge_of(tiny('gemma2'), prompt, 'score').base.config.pad_token_id == 0
+    assert classifier_of(tiny('gemma2'), prompt, 'score').base.config.pad_token_id == 0
 
 def test_by_path_with_its_tokenizer(tiny, tok):
     t = load_tokenizer(tiny('qwen2'))
     pr = Prompt(t, 'preference', 128)
-    assert pr.hash == Prompt(tok, 'preference', 128).hash and t.pad_token_id is not None
+    assert t.pad_token_id is not None
+    assert pr.hash == Prompt(tok, 'preference', 128).hash
     classifier = load_classifier(tiny('qwen2'), pr)
-    assert not classifier.training and isinstance(classifier, Classifier) and classifier.letters == pr.letters and load_classifier(tiny('qwen2'), pr, 'score').letters is None
+    assert isinstance(classifier, Classifier)
+    assert not classifier.training
+    assert classifier.letters == pr.letters
+    assert load_classifier(tiny('qwen2'), pr, 'score').letters is None
 
 def test_more_tokens_than_rows_in_the_base(tmp_path, smollm2, prompt):
     "A tokenizer that knows more tokens than the base has rows (tokens added, never resized)"
@@ -165,7 +186,8 @@ def test_attention_alone():
         got, _ = packed_attention(None, q, k, v, None, scaling=.3, bounds=bounds, softcap=cap, sliding_window=window)
         s = q@k.repeat_interleave(2, 1).transpose(2, 3)*.3
         if cap: s = cap*torch.tanh(s/cap)
-        i = torch.arange(21); of = torch.bucketize(i, torch.tensor(bounds[1:]), right=True)
+        i = torch.arange(21)
+        of = torch.bucketize(i, torch.tensor(bounds[1:]), right=True)
         far = (i[:, None] < i) | (of[:, None] != of) | ((i[:, None]-i >= window) if window else False)
         want = (s.masked_fill(far, -torch.inf).softmax(-1)@v.repeat_interleave(2, 1)).transpose(1, 2)
         close(got, want)
@@ -176,13 +198,16 @@ def test_collate(rows):
                     index=range(len(rows))[::-1])  # labels in another order than the places
     c = collate(ids)
     p, n = c['bounds'][0], sum(map(len, rows))
-    assert c['input_ids'].shape == c['position_ids'].shape == (1, n-p*(len(rows)-1)) and c['input_ids'].dtype == torch.int64
+    assert c['input_ids'].dtype == torch.int64
+    assert c['input_ids'].shape == c['position_ids'].shape == (1, n-p*(len(rows)-1))
     for x, want in (('input_ids', rows), ('position_ids', [list(range(len(r))) for r in rows])):
         x = c[x][0].tolist()
         assert [x[:p]+x[s:e] for s, e in zip(c['bounds'], c['bounds'][1:])] == want
-    assert p == (0 if len(rows) == 1 else max(k for k in range(min(map(len, rows))) if len({tuple(r[:k]) for r in rows}) == 1))  # the last token stays each one's own
+    shared = [k for k in range(min(map(len, rows))) if len({tuple(r[:k]) for r in rows}) == 1]
+    assert p == (max(shared) if len(rows) > 1 else 0)  # every sequence keeps its own last token
 
-# ---- shapes in the proportions of real bases: rope scaled, queries wider than the model, seven of them a key, windows shorter than the text
+# ---- shapes in the proportions of real bases: rope scaled, queries wider than the model, seven of them a key,
+# windows shorter than the text
 B = dict(vocab_size=49152, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2,
          initializer_range=.2)
 REAL = dict(
@@ -204,18 +229,20 @@ REAL = dict(
 @pytest.mark.parametrize('real', REAL)
 @pytest.mark.parametrize('common', [0, 18])
 def test_real_proportions(real, common, smollm2, prompt, tmp_path):
-    "unpadded, and padded with eos on either side, with eos inside the text and at its end, with and without a common beginning"
-    base = str(save(tmp_path/real, REAL[real](), smollm2)); classifier, ref = judge_of(base, prompt), reference(base)
-    ids = sequences((5, 17, 40, 90)); ids[1][3] = ids[2][:2] = ids[3][-1] = 2
+    "Unpadded, and padded with eos on either side, with eos inside the text and at its end, with and without a prefix"
+    base = str(save(tmp_path/real, REAL[real](), smollm2))
+    classifier, ref = classifier_of(base, prompt), reference(base)
+    ids = sequences((5, 17, 40, 90))
+    ids[1][3] = ids[2][:2] = ids[3][-1] = 2
     ids = [np.concatenate([sequences((common,), 5)[0], i]) for i in ids]
-    got = packed(classifier, ids)
-    with torch.no_grad():
-        want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
-        assert want.std() > .1; close(got, want, 1e-4)
-        for side in ('right', 'left'):
-            x, m = padded(ids, side, 2)
-            out = ref(x, attention_mask=m, position_ids=(m.cumsum(1)-1).clip(0)).logits
-            close(got, torch.stack([out[k, len(i)-1 if side == 'right' else -1, prompt.letters] for k, i in enumerate(ids)]), 1e-4)
+    got, want = packed(classifier, ids), letter_logits(ref, ids, prompt)
+    assert want.std() > .1
+    close(got, want, 1e-4)
+    for side in ('right', 'left'):
+        x, m = padded(ids, side, 2)
+        with torch.no_grad(): out = ref(x, attention_mask=m, position_ids=(m.cumsum(1)-1).clip(0)).logits
+        last = [len(i)-1 if side == 'right' else -1 for i in ids]
+        close(got, torch.stack([out[k, at, prompt.letters] for k, at in enumerate(last)]), 1e-4)
 
 # ---- bases that also see
 @pytest.fixture(scope='session', params=['old names', 'new names'])
@@ -230,7 +257,8 @@ def seeing(request, tmp_path_factory, smollm2):
     folder = save(tmp_path_factory.mktemp('seeing')/'gemma3', cfg, smollm2)
     from safetensors.torch import load_file, save_file
     if request.param == 'new names':
-        t = {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(folder).state_dict().items() if k != 'lm_head.weight'}
+        tensors = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        t = {k: v.clone() for k, v in tensors.items() if k != 'lm_head.weight'}
         assert any(k.startswith('model.language_model.layers') for k in t)
         save_file(t, folder/'model.safetensors', metadata=dict(format='pt'))
     else: assert any(k.startswith('language_model.model.layers') for k in load_file(folder/'model.safetensors'))
@@ -238,42 +266,49 @@ def seeing(request, tmp_path_factory, smollm2):
 
 @pytest.mark.parametrize('how', ['plain', 'mapped', 'nf4'])
 def test_a_base_that_also_sees_is_its_text_model(seeing, how, prompt, tmp_path):
-    "the same logits as with eyes; LoRAs, layers and what is saved are those of a text model"
+    "The logits are those of the whole model; LoRAs, layers and what is saved are those of a text model"
     if how == 'nf4': pytest.importorskip('bitsandbytes')
-    classifier, ref, ids = judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', mapped=how == 'mapped'), reference(seeing), sequences()
-    assert hasattr(ref.model, 'vision_tower') and len(layers(classifier)) == 4 and not any('vision' in n for n, _ in classifier.named_modules())
-    with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
-    got = packed(classifier, ids); assert want.std() > .1
-    if how != 'nf4': close(got, want)
-    classifier.model.save_pretrained(tmp_path/'b') if how != 'nf4' else None
-    if how != 'nf4': close(packed(judge_of(str(tmp_path/'b'), prompt), ids), want)
-    classifier = randomise(add_lora(classifier, r=4)); got = packed(classifier, ids)
-    assert on(classifier) == ALL and sum(hasattr(m, 'lora_A') for m in classifier.modules()) == 28
+    ids, dtype = sequences(), 'nf4' if how == 'nf4' else 'fp32'
+    ref, classifier = reference(seeing), classifier_of(seeing, prompt, dtype=dtype, mapped=how == 'mapped')
+    assert hasattr(ref.model, 'vision_tower')
+    assert not any('vision' in n for n, _ in classifier.named_modules())
+    assert len(layers(classifier)) == 4
+    if how != 'nf4':
+        want = letter_logits(ref, ids, prompt)
+        assert want.std() > .1
+        close(packed(classifier, ids), want)
+        classifier.model.save_pretrained(tmp_path/'b')
+        close(packed(classifier_of(str(tmp_path/'b'), prompt), ids), want)
+    classifier = lora_on(classifier)
+    got = packed(classifier, ids)
+    assert on(classifier) == ALL
+    assert sum(hasattr(m, 'lora_A') for m in classifier.modules()) == 28
     classifier.model.save_pretrained(tmp_path/'a')
-    close(packed(judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', adapter=str(tmp_path/'a')), ids),
-          got)
+    close(packed(classifier_of(seeing, prompt, dtype=dtype, adapter=str(tmp_path/'a')), ids), got)
 
 @pytest.mark.parametrize('route', ['score', 'score2'])
 def test_a_base_that_also_sees_gets_a_head(seeing, route, prompt, tmp_path):
     ids, ref = sequences(), reference(seeing)
     for mapped in (False, True):
-        classifier = judge_of(seeing, prompt, route, mapped=mapped)
+        classifier = classifier_of(seeing, prompt, route, mapped=mapped)
         with torch.no_grad():
             want = torch.cat([classifier.base.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
         close(packed(classifier, ids), want)
         classifier.model.save_pretrained(tmp_path/'b')
-        close(packed(judge_of(str(tmp_path/'b'), prompt, route), ids), want)
+        close(packed(classifier_of(str(tmp_path/'b'), prompt, route), ids), want)
 
 def test_a_gptq_base_that_also_sees(seeing, prompt, tmp_path):
     from gptq_writer import checkpoint
     from safetensors.torch import load_file, save_file
-    meant, dense = checkpoint(seeing, tmp_path/'q', group=32), tmp_path/'dense'; shutil.copytree(seeing, dense)
-    save_file(load_file(dense/'model.safetensors') | {k: torch.from_numpy(w).contiguous() for k, w in meant.items()},
-              dense/'model.safetensors', metadata=dict(format='pt'))
-    classifier, ids = judge_of(str(tmp_path/'q'), prompt), sequences()
+    meant, dense = checkpoint(seeing, tmp_path/'q', group=32), tmp_path/'dense'
+    shutil.copytree(seeing, dense)
+    tensors = load_file(dense/'model.safetensors')
+    tensors |= {k: torch.from_numpy(w).contiguous() for k, w in meant.items()}
+    save_file(tensors, dense/'model.safetensors', metadata=dict(format='pt'))
+    classifier, ids = classifier_of(str(tmp_path/'q'), prompt), sequences()
     assert sum(type(m).__name__ == 'GPTQLinear' for m in classifier.modules()) == 28
-    close(packed(classifier, ids), packed(judge_of(str(dense), prompt), ids), 1e-4)
-    assert (packed(classifier, ids)-packed(judge_of(seeing, prompt), ids)).abs().max() > 1e-2
+    close(packed(classifier, ids), packed(classifier_of(str(dense), prompt), ids), 1e-4)
+    assert (packed(classifier, ids)-packed(classifier_of(seeing, prompt), ids)).abs().max() > 1e-2
 
 # ---- gradients
 def randomise(classifier, seed=0, scale=.1):
@@ -283,35 +318,41 @@ def randomise(classifier, seed=0, scale=.1):
     return classifier
 
 def step(classifier, ids, y, packs, w=None):
-    classifier.zero_grad(); w, total = (torch.ones(len(ids)) if w is None else torch.tensor(w)), 0.
+    classifier.zero_grad()
+    w, total, options = torch.ones(len(ids)) if w is None else torch.tensor(w), 0., y.shape[1]
     for p in packs:
-        loss = pack_loss(classifier(**collate([ids[i] for i in p])), y[p], w[p],
-                         option_mask([y.shape[1]]*len(p), y.shape[1]), float(w.sum()))
-        loss.backward(); total += loss.item()
+        logits = classifier(**collate([ids[i] for i in p]))
+        loss = pack_loss(logits, y[p], w[p], option_mask([options]*len(p), options), float(w.sum()))
+        loss.backward()
+        total += loss.item()
     return total, {n: p.grad.clone() for n, p in classifier.named_parameters() if p.requires_grad}
 
 def alike(a, b, eps=1e-5):
-    assert a[0] == pytest.approx(b[0], abs=eps) and set(a[1]) == set(b[1]) and max(g.abs().max() for g in a[1].values()) > 1e-3
+    assert a[0] == pytest.approx(b[0], abs=eps)
+    assert set(a[1]) == set(b[1])
+    assert max(g.abs().max() for g in a[1].values()) > 1e-3
     for n in a[1]: close(a[1][n], b[1][n], eps)
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 def test_gradients_packed_and_not(kind, route, tiny, prompt):
-    classifier = randomise(add_lora(judge_of(tiny(kind), prompt, route), r=4)).train()
+    classifier = lora_on(classifier_of(tiny(kind), prompt, route)).train()
     ids, y = sequences((3, 12, 9, 20)), torch.tensor([[1., 0, 0], [0, 1, 0], [.2, .3, .5], [0, 0, 1]])
     whole = step(classifier, ids, y, [[0, 1, 2, 3]])
-    alike(whole, step(classifier, ids, y, [[3], [0], [2], [1]])); alike(whole, step(classifier, ids, y, [[2, 0], [3, 1]]))
-    assert any('lora_A' in n for n in whole[1]) and any('score' in n for n in whole[1]) == (route == 'score')
+    alike(whole, step(classifier, ids, y, [[3], [0], [2], [1]]))
+    alike(whole, step(classifier, ids, y, [[2, 0], [3, 1]]))
+    assert any('lora_A' in n for n in whole[1])
+    assert any('score' in n for n in whole[1]) == (route == 'score')
     assert all(p.grad is None for p in classifier.parameters() if not p.requires_grad)
 
 @pytest.mark.parametrize('kind', ['llama', 'gemma2'])
 def test_gradients_are_those_of_plain_peft(kind, tiny, prompt):
-    classifier = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)).train()
+    classifier = lora_on(classifier_of(tiny(kind), prompt)).train()
     plain = get_peft_model(reference(tiny(kind)), classifier.model.peft_config['default']).train()
     plain.load_state_dict({n: p for n, p in classifier.model.state_dict().items()})
     ids, y = sequences((3, 12, 9)), torch.tensor([0, 2, 1])
     _, got = step(classifier, ids, F.one_hot(y, 3).float(), [[0, 1, 2]])
-    loss = sum(F.cross_entropy(plain(one(i)).logits[:, -1, prompt.letters], y[k:k+1]) for k, i in enumerate(ids))/3
-    loss.backward()
+    logits = torch.cat([plain(one(i)).logits[:, -1, prompt.letters] for i in ids])
+    F.cross_entropy(logits, y).backward()
     want = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     assert set(want) == {n.removeprefix('model.') for n in got}
     for n, g in got.items():
@@ -320,23 +361,32 @@ def test_gradients_are_those_of_plain_peft(kind, tiny, prompt):
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 def test_everything_learns_over_a_bf16_base(route, tiny, prompt):
-    classifier = add_lora(judge_of(tiny('llama'), prompt, route, 'bf16'), r=4, dropout=.1).train()
-    learns = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
-    assert all(p.dtype == torch.float32 for p in learns.values()) and {p.dtype for n, p in classifier.named_parameters() if n not in learns} <= {torch.bfloat16, torch.float32}
-    assert next(p for n, p in classifier.named_parameters() if 'q_proj.base_layer' in n).dtype == torch.bfloat16
-    before, frozen = {n: p.detach().clone() for n, p in learns.items()}, {n: p.detach().clone() for n, p in classifier.named_parameters() if n not in learns}
-    opt, ids, y, losses = torch.optim.AdamW(learns.values(), 1e-5, weight_decay=0), sequences((3, 12, 9)), torch.eye(3), []
+    classifier = add_lora(classifier_of(tiny('llama'), prompt, route, 'bf16'), r=4, dropout=.1).train()
+    weights = dict(classifier.named_parameters())
+    trainable = {n for n, p in weights.items() if p.requires_grad}
+    assert {weights[n].dtype for n in trainable} == {torch.float32}
+    assert {p.dtype for n, p in weights.items() if n not in trainable} <= {torch.bfloat16, torch.float32}
+    assert next(p for n, p in weights.items() if 'q_proj.base_layer' in n).dtype == torch.bfloat16
+    assert any('score' in n for n in trainable) == (route == 'score')
+
+    before = {n: p.detach().clone() for n, p in weights.items()}
+    opt = torch.optim.AdamW([weights[n] for n in trainable], 1e-5, weight_decay=0)
+    ids, losses = sequences((3, 12, 9)), []
     for k in range(12):
         for g in opt.param_groups: g['lr'] = 1e-5 if k < 2 else 1e-2
-        loss, grads = step(classifier, ids, y, [[0, 1, 2]]); opt.step(); losses.append(loss)
-        if k == 1: assert all((learns[n] != before[n]).any() for n in learns), 'a step of 1e-5 must not be rounded away'
-    assert losses[-1] < .5*losses[0] and all((p != frozen[n]).sum() == 0 for n, p in classifier.named_parameters() if n in frozen)
-    assert any('score' in n for n in learns) == (route == 'score') and packed(classifier.eval(), ids).dtype == torch.float32
+        loss, _ = step(classifier, ids, torch.eye(3), [[0, 1, 2]])
+        opt.step()
+        losses.append(loss)
+        if k == 1: assert all((weights[n] != before[n]).any() for n in trainable), 'a step of 1e-5 is rounded away'
+    assert losses[-1] < .5*losses[0]
+    for n in weights.keys()-trainable: assert torch.equal(weights[n], before[n]), n
+    assert packed(classifier.eval(), ids).dtype == torch.float32
 
 # ---- the loss
 def test_option_mask():
     assert option_mask([2, 3, 1], 3).tolist() == [[False, False, True], [False]*3, [False, True, True]]
-    assert option_mask(pd.Series([7]), 7).sum() == 0 and option_mask([], 3).shape == (0, 3)
+    assert option_mask(pd.Series([7]), 7).sum() == 0
+    assert option_mask([], 3).shape == (0, 3)
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 999))
@@ -350,27 +400,33 @@ def test_loss_is_the_weighted_mean_over_the_rows_own_options(n, seed):
     want = sum(w[k]*F.cross_entropy(logits[k:k+1, :m], y[k:k+1, :m]) for k, m in enumerate(n))/w.sum()
     close(loss, want)
     loss.backward()
-    assert torch.isfinite(logits.grad).all() and (logits.grad[missing] == 0).all()
-    half = sum(pack_loss(logits[k:k+1], y[k:k+1], w[k:k+1], missing[k:k+1], float(w.sum())) for k in range(len(n)))
-    close(half, loss)
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[missing] == 0).all()
+    rows = [slice(k, k+1) for k in range(len(n))]
+    row_by_row = sum(pack_loss(logits[k], y[k], w[k], missing[k], float(w.sum())) for k in rows)
+    close(row_by_row, loss)
 
 def test_weight_two_is_the_row_twice(tiny, prompt):
-    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    classifier = lora_on(classifier_of(tiny('llama'), prompt)).train()
     ids, y = sequences((3, 12, 9)), torch.tensor([[1., 0, 0], [.5, .5, 0], [.2, .3, .5]])
-    alike(step(classifier, ids, y, [[0, 1, 2]], [1., 2., 1.]),
-          step(classifier, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
-    alike(step(classifier, ids, y, [[0, 1, 2]], [1., 0., 1.]), step(classifier, [ids[0], ids[2]], y[[0, 2]], [[0, 1]]))
+    twice = step(classifier, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]])
+    without = step(classifier, [ids[0], ids[2]], y[[0, 2]], [[0, 1]])
+    alike(step(classifier, ids, y, [[0, 1, 2]], [1., 2., 1.]), twice)
+    alike(step(classifier, ids, y, [[0, 1, 2]], [1., 0., 1.]), without)
 
 def test_a_step_that_weighs_nothing(tiny, prompt):
-    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    classifier = lora_on(classifier_of(tiny('llama'), prompt)).train()
     loss, grads = step(classifier, sequences((3, 12)), torch.eye(3)[[0, 1]], [[0, 1]], [0., 0.])
-    assert loss == 0 and len(grads) and all((g == 0).all() for g in grads.values())
+    assert loss == 0
+    assert len(grads)
+    assert all((g == 0).all() for g in grads.values())
 
 def test_soft_target_is_the_mixture(tiny, prompt):
-    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    classifier = lora_on(classifier_of(tiny('llama'), prompt)).train()
     [i] = sequences((9,))
-    alike(step(classifier, [i], torch.tensor([[.25, .75, 0]]), [[0]]),
-          step(classifier, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]]))
+    soft = step(classifier, [i], torch.tensor([[.25, .75, 0]]), [[0]])
+    hard = step(classifier, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]])
+    alike(soft, hard)
 
 # ---- LoRA
 ALL = {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
@@ -378,72 +434,83 @@ def on(classifier): return {n.split('.')[-1] for n, m in classifier.model.named_
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 def test_all_linear(kind, route, tiny, prompt):
-    plain = judge_of(tiny(kind), prompt, route); want = packed(plain, sequences())
-    classifier = add_lora(judge_of(tiny(kind), prompt, route), r=4)
+    want = packed(classifier_of(tiny(kind), prompt, route), sequences())
+    classifier = add_lora(classifier_of(tiny(kind), prompt, route), r=4)
+    trainable = {n for n, p in classifier.named_parameters() if p.requires_grad}
     assert on(classifier) == ALL
-    learns = {n for n, p in classifier.named_parameters() if p.requires_grad}
-    assert all('lora_' in n or 'score' in n for n in learns) and any('score' in n for n in learns) == (route == 'score')
+    assert all('lora_' in n or 'score' in n for n in trainable)
+    assert any('score' in n for n in trainable) == (route == 'score')
     close(packed(classifier, sequences()), want)
 
 def test_named_modules(tiny, prompt):
-    load = lambda **kw: add_lora(judge_of(tiny('llama'), prompt), r=4, **kw)
-    assert on(load(modules='q_proj,v_proj')) == on(load(modules=' q_proj , v_proj')) == {'q_proj', 'v_proj'}
-    assert on(load(modules='layers.1.self_attn.q_proj')) == {'q_proj'}
+    def found(modules): return on(add_lora(classifier_of(tiny('llama'), prompt), r=4, modules=modules))
+    assert found('q_proj,v_proj') == {'q_proj', 'v_proj'}
+    assert found(' q_proj , v_proj') == {'q_proj', 'v_proj'}
+    assert found('layers.1.self_attn.q_proj') == {'q_proj'}
 
 @pytest.mark.parametrize('modules', ['q_prj', 'q_proj,q_prj', 'proj', 'q_proj,proj', 'q_proj,', ''])
 def test_unknown_modules(tiny, prompt, modules):
     "peft ignores a name that fits nothing as long as another one fits"
-    with pytest.raises(Refusal, match='no module'): add_lora(judge_of(tiny('llama'), prompt), modules=modules)
+    with pytest.raises(Refusal, match='no module'): add_lora(classifier_of(tiny('llama'), prompt), modules=modules)
 
 def test_output_matrix_is_refused_or_learns(tiny, prompt):
     "The letters' logits are computed from the bare matrix: a LoRA on it would be trained by nothing"
-    try: classifier = add_lora(judge_of(tiny('llama'), prompt), r=4, modules='q_proj,lm_head')
+    try: classifier = add_lora(classifier_of(tiny('llama'), prompt), r=4, modules='q_proj,lm_head')
     except Refusal: return
-    ids = sequences((3, 12)); before = packed(classifier, ids); randomise(classifier, scale=.5)
+    ids = sequences((3, 12))
+    before = packed(classifier, ids)
+    randomise(classifier, scale=.5)
     for n, p in classifier.named_parameters():
         if 'q_proj' in n and 'lora_B' in n: p.data.zero_()
     assert (packed(classifier, ids)-before).abs().max() > 1e-2
 
 @pytest.mark.parametrize('rslora,scale', [(False, 32/16), (True, 32/4)])
 def test_scale(tiny, prompt, rslora, scale):
-    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=16, alpha=32, rslora=rslora, modules='q_proj'))
-    mods = [m for m in classifier.model.modules() if hasattr(m, 'lora_A')]
-    assert all(m.scaling == {'default': scale} for m in mods)
+    classifier = lora_on(classifier_of(tiny('llama'), prompt), r=16, alpha=32, rslora=rslora, modules='q_proj')
+    loras = [m for m in classifier.model.modules() if hasattr(m, 'lora_A')]
+    assert all(m.scaling == {'default': scale} for m in loras)
     ref, ids = reference(tiny('llama')), sequences((3, 12))
-    for layer, m in zip(ref.model.layers, mods):
+    for layer, m in zip(ref.model.layers, loras):
         layer.self_attn.q_proj.weight.data += scale*m.lora_B['default'].weight.data@m.lora_A['default'].weight.data
-    with torch.no_grad():
-        close(packed(classifier, ids), torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids]))
+    close(packed(classifier, ids), letter_logits(ref, ids, prompt))
 
 def test_seed_decides_a(tiny, prompt):
-    a = lambda s: torch.cat([p.flatten() for n, p in add_lora(judge_of(tiny('llama'), prompt), r=4, seed=s).named_parameters() if 'lora_A' in n])
-    assert torch.equal(a(3), a(3)) and not torch.equal(a(3), a(4))
+    def lora_a(seed):
+        classifier = add_lora(classifier_of(tiny('llama'), prompt), r=4, seed=seed)
+        return torch.cat([p.flatten() for n, p in classifier.named_parameters() if 'lora_A' in n])
+    a = lora_a(3)
+    assert torch.equal(a, lora_a(3))
+    assert not torch.equal(a, lora_a(4))
 
 @pytest.mark.parametrize('kind', ['llama_tied', 'gemma2'])
 def test_adapter_in_plain_peft(kind, tiny, prompt, tmp_path):
-    classifier, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), sequences()
-    want = packed(classifier, ids); classifier.model.save_pretrained(tmp_path/'a')
+    classifier, ids = lora_on(classifier_of(tiny(kind), prompt)), sequences()
+    want = packed(classifier, ids)
+    classifier.model.save_pretrained(tmp_path/'a')
     plain = PeftModel.from_pretrained(reference(tiny(kind)), tmp_path/'a').eval()
-    with torch.no_grad(): close(torch.stack([plain(one(i)).logits[0, -1, prompt.letters] for i in ids]), want)
-    close(packed(judge_of(tiny(kind), prompt, adapter=str(tmp_path/'a')), ids), want)
-    assert (packed(judge_of(tiny(kind), prompt), ids)-want).abs().max() > .01
+    close(letter_logits(plain, ids, prompt), want)
+    close(packed(classifier_of(tiny(kind), prompt, adapter=str(tmp_path/'a')), ids), want)
+    assert (packed(classifier_of(tiny(kind), prompt), ids)-want).abs().max() > .01
     assert not [f for f in (tmp_path/'a').iterdir() if f.suffix in ('.bin', '.pt', '.pkl')]
 
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_score_adapter_carries_its_head(dtype, tiny, prompt, tmp_path):
-    classifier, ids = randomise(add_lora(judge_of(tiny('llama'), prompt, 'score', dtype), r=4)), sequences()
+    classifier, ids = lora_on(classifier_of(tiny('llama'), prompt, 'score', dtype)), sequences()
     for n, p in classifier.named_parameters():
         if p.requires_grad and 'score' in n: p.data.normal_(generator=torch.Generator().manual_seed(5))
-    want = packed(classifier, ids); classifier.model.save_pretrained(tmp_path/'a')
+    want = packed(classifier, ids)
+    classifier.model.save_pretrained(tmp_path/'a')
     torch.manual_seed(99)  # another random head under it
     again = load_classifier(tiny('llama'), prompt, 'score', dtype, adapter=str(tmp_path/'a'))
-    assert torch.equal(packed(again, ids), want) and not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(packed(again, ids), want)
+    assert not any(p.requires_grad for p in again.parameters())
     if dtype == 'fp32':
-        plain = PeftModel.from_pretrained(reference(tiny('llama'), AutoModelForSequenceClassification, num_labels=3), tmp_path/'a').eval()
+        ref = reference(tiny('llama'), AutoModelForSequenceClassification, num_labels=3)
+        plain = PeftModel.from_pretrained(ref, tmp_path/'a').eval()
         with torch.no_grad(): close(torch.cat([plain(one(i)).logits for i in ids]), want)
 
 def saved(tiny, prompt, folder, route='answer', kind='llama'):
-    randomise(add_lora(judge_of(tiny(kind), prompt, route), r=4)).model.save_pretrained(folder)
+    lora_on(classifier_of(tiny(kind), prompt, route)).model.save_pretrained(folder)
     return folder
 
 def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
@@ -460,7 +527,8 @@ def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
     attempt('an adapter of a shallower base', tiny('qwen2'), prompt, 'answer', 'fp32', adapter=str(a))
     attempt('an adapter of another shape', tiny('llama_tied'), prompt, 'answer', 'fp32', adapter=str(a))
     t = load_file(a/'adapter_model.safetensors')
-    t.pop(next(k for k in t if 'lora_B' in k)); save_file(t, a/'adapter_model.safetensors')
+    t.pop(next(k for k in t if 'lora_B' in k))
+    save_file(t, a/'adapter_model.safetensors')
     attempt('an adapter that lost a tensor', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(a))
     attempt('no adapter', tiny('llama'), prompt, 'answer', 'fp32', adapter=str(tmp_path/'none'))
     assert not {k: repr(e) for k, e in faults.items() if not isinstance(e, Refusal)}
@@ -470,41 +538,40 @@ def test_missing_adapter_is_refused_by_name(tiny, prompt, tmp_path):
 
 @pytest.mark.parametrize('new', [dict(), dict(alpha=320), dict(rslora=True), dict(alpha=7, rslora=True)])
 @pytest.mark.parametrize('old', [dict(), dict(alpha=8, rslora=True)])
-def test_going_on_says_what_the_earlier_one_said(tiny, prompt, tmp_path, old, new):
-    "whatever either is scaled by"
-    classifier, ids = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4, **old)), sequences()
+def test_a_continued_adapter_gives_the_same_logits(tiny, prompt, tmp_path, old, new):
+    "Whatever the old and the new one are scaled by"
+    classifier, ids = lora_on(classifier_of(tiny('llama'), prompt), **old), sequences()
     classifier.model.save_pretrained(tmp_path/'a')
-    after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
+    after = continue_from(add_lora(classifier_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
     close(packed(after, ids), packed(classifier, ids), 2e-5)
     if old == new: assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), after.parameters()))
 
 @pytest.mark.parametrize('rslora', [False, True])
 def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, prompt, tmp_path, rslora):
-    "are what they are in plain peft, also in one pass, and to go on from"
+    "They give plain peft's logits, also fused, and where a training continues from them"
     ids, own = sequences(), dict(alpha_pattern={'layers.0.self_attn.v_proj': 3, 'q_proj': 40})
     for name, more in (('ranks', dict(own, rank_pattern={'q_proj': 2, r'layers\.1\.mlp\.up_proj': 8})),
                        ('alphas', own)):
         torch.manual_seed(1)
-        there = get_peft_model(reference(tiny('llama')),
-                               LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, init_lora_weights=False,
-                                          task_type='CAUSAL_LM',
-                               target_modules=['q_proj', 'v_proj', 'up_proj'], **more)).eval()
-        there.save_pretrained(tmp_path/name)
-        with torch.no_grad(): want = torch.stack([there(one(i)).logits[0, -1, prompt.letters] for i in ids])
-        classifier = judge_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
+        lora = LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, init_lora_weights=False, task_type='CAUSAL_LM',
+                          target_modules=['q_proj', 'v_proj', 'up_proj'], **more)
+        plain = get_peft_model(reference(tiny('llama')), lora).eval()
+        plain.save_pretrained(tmp_path/name)
+        want = letter_logits(plain, ids, prompt)
+        classifier = classifier_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
         close(packed(classifier, ids), want, 2e-5)
         close(packed(fuse(classifier), ids), want, 2e-5)
-    after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, alpha=5, modules='q_proj,v_proj,up_proj'),
+    after = continue_from(add_lora(classifier_of(tiny('llama'), prompt), r=4, alpha=5, modules='q_proj,v_proj,up_proj'),
                           tmp_path/'alphas')
     close(packed(after, ids), want, 2e-5)
 
-def test_going_on_with_another_rank(tiny, prompt, tmp_path):
+def test_another_rank_cannot_continue(tiny, prompt, tmp_path):
     with pytest.raises(Refusal, match='do not fit'):
-        continue_from(add_lora(judge_of(tiny('llama'), prompt), r=8), saved(tiny, prompt, tmp_path/'a'))
+        continue_from(add_lora(classifier_of(tiny('llama'), prompt), r=8), saved(tiny, prompt, tmp_path/'a'))
 
 # ---- heads of earlier full runs
 def run_of(tiny, prompt, folder, route, dtype='fp32'):
-    classifier = judge_of(tiny('llama'), prompt, route, dtype)
+    classifier = classifier_of(tiny('llama'), prompt, route, dtype)
     g = torch.Generator().manual_seed(3)
     for p in classifier.base.score.parameters(): p.data.normal_(generator=g)
     classifier.model.save_pretrained(folder)
@@ -514,10 +581,12 @@ def run_of(tiny, prompt, folder, route, dtype='fp32'):
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 @pytest.mark.parametrize('route', ['score', 'score2'])
 def test_a_full_run_keeps_its_head(tiny, prompt, tmp_path, route, dtype, mapped):
-    "in fp32, whatever its base is in"
-    folder, want = run_of(tiny, prompt, tmp_path/'m', route, dtype); torch.manual_seed(99)
+    "In fp32, whatever the dtype of its base"
+    folder, want = run_of(tiny, prompt, tmp_path/'m', route, dtype)
+    torch.manual_seed(99)
     again = load_classifier(folder, prompt, route, dtype, mapped=mapped)
-    assert torch.equal(packed(again, sequences()), want) and {p.dtype for p in again.base.score.parameters()} == {torch.float32}
+    assert torch.equal(packed(again, sequences()), want)
+    assert {p.dtype for p in again.base.score.parameters()} == {torch.float32}
 
 @pytest.mark.parametrize('mapped', [False, True])
 @pytest.mark.parametrize('route, asked, task',
@@ -535,8 +604,10 @@ class Evil:
 def test_no_pickle_is_loaded(tiny, prompt, tmp_path):
     "A base or adapter in pickle form runs nothing, and is not loaded at all"
     mark = tmp_path/'mark'
-    a = saved(tiny, prompt, tmp_path/'a'); (a/'adapter_model.safetensors').unlink()
-    b = tmp_path/'b'; shutil.copytree(tiny('llama'), b); (b/'model.safetensors').unlink()
+    a, b = saved(tiny, prompt, tmp_path/'a'), tmp_path/'b'
+    (a/'adapter_model.safetensors').unlink()
+    shutil.copytree(tiny('llama'), b)
+    (b/'model.safetensors').unlink()
     loaded = []
     for evil in (True, False):
         torch.save(Evil(mark) if evil else {'base_model.model.x': torch.zeros(1)}, a/'adapter_model.bin')
@@ -551,7 +622,8 @@ def test_no_pickle_is_loaded(tiny, prompt, tmp_path):
 
 @pytest.mark.parametrize('known', [True, False])
 def test_no_code_of_a_base_runs(tiny, prompt, tmp_path, known):
-    b, mark = tmp_path/'b', tmp_path/'mark'; shutil.copytree(tiny('llama'), b)
+    b, mark = tmp_path/'b', tmp_path/'mark'
+    shutil.copytree(tiny('llama'), b)
     c = json.loads((b/'config.json').read_text())
     c['auto_map'] = dict(AutoConfig='evil.C', AutoModelForCausalLM='evil.M')
     if not known: c['model_type'] = 'evil'
@@ -562,7 +634,9 @@ def test_no_code_of_a_base_runs(tiny, prompt, tmp_path, known):
     assert not mark.exists()
 
 def test_broken_bases(tiny, prompt, tmp_path):
-    b = tmp_path/'b'; shutil.copytree(tiny('llama'), b); raw = (b/'model.safetensors').read_bytes()
+    b = tmp_path/'b'
+    shutil.copytree(tiny('llama'), b)
+    raw = (b/'model.safetensors').read_bytes()
     (b/'model.safetensors').write_bytes(raw[:len(raw)//2])
     with pytest.raises(Refusal): load_classifier(str(b), prompt)
     (b/'model.safetensors').unlink()
@@ -583,13 +657,19 @@ def test_no_such_base(base, tmp_path, monkeypatch):
     with pytest.raises(Refusal, match='no base'): base_path(base)
 
 def test_base_path(tiny, smollm2, tmp_path, monkeypatch):
-    assert base_path() == base_path('smollm2') == smollm2 and not damage(smollm2)
-    assert base_path(tiny('llama')) == tiny('llama') and base_path('Qwen/Qwen2.5-14B-Instruct') == 'Qwen/Qwen2.5-14B-Instruct'
-    monkeypatch.chdir(Path(tiny('llama')).parent); assert base_path('llama') == 'llama' and base_path('./llama')
+    assert base_path() == base_path('smollm2') == smollm2
+    assert not damage(smollm2)
+    assert base_path(tiny('llama')) == tiny('llama')
+    assert base_path('Qwen/Qwen2.5-14B-Instruct') == 'Qwen/Qwen2.5-14B-Instruct'
+    monkeypatch.chdir(Path(tiny('llama')).parent)
+    assert base_path('llama') == 'llama'
+    assert base_path('./llama')
     assert base_hash('llama') == base_hash('./llama') == base_hash(tiny('llama'))
     shutil.copytree(tiny('llama'), models_path('some-run/model'))
-    (tmp_path/'nbs').mkdir(); monkeypatch.chdir(tmp_path/'nbs')  # a notebook's folder: the root's paths hold there
-    assert base_path('models/some-run/model') == str(models_path('some-run/model')) and base_hash('models/some-run/model') == base_hash(tiny('llama'))
+    (tmp_path/'nbs').mkdir()
+    monkeypatch.chdir(tmp_path/'nbs')  # a notebook's folder: the root's paths hold there
+    assert base_path('models/some-run/model') == str(models_path('some-run/model'))
+    assert base_hash('models/some-run/model') == base_hash(tiny('llama'))
 
 @pytest.mark.parametrize('base', ['nobody/nothing', 'a b/c', '-/x'])
 def test_hub_ids_without_a_network(base, prompt):
@@ -600,7 +680,8 @@ def test_pick_dtype(monkeypatch):
     for d in ('bf16', 'fp16', 'fp32'): assert pick_dtype(d) == d
     assert pick_dtype() in ('bf16', 'fp32')
     for amx, want in ((True, 'bf16'), (False, 'fp32')):
-        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx); assert pick_dtype() == want
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+        assert pick_dtype() == want
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     for ok, want in ((True, 'bf16'), (False, 'fp16')):
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: ok)
@@ -609,70 +690,88 @@ def test_pick_dtype(monkeypatch):
         with pytest.raises(Refusal): pick_dtype(bad)
 
 def test_base_hash(tiny, tmp_path):
-    b = tmp_path/'b'; shutil.copytree(tiny('llama'), b)
-    hashes, w = [base_hash(str(b))], b/'model.safetensors'
-    assert hashes[0] == base_hash(tiny('llama'))
-    raw = w.read_bytes()
-    for at in (9, 2**16-1, len(raw)-2**16, len(raw)-1):
-        w.write_bytes(raw[:at]+bytes([raw[at]^1])+raw[at+1:]); hashes.append(base_hash(str(b)))
-    w.write_bytes(raw+b'\0'); hashes.append(base_hash(str(b)))
-    w.write_bytes(raw[:2**20]+raw[2**20+4:]); hashes.append(base_hash(str(b)))
-    w.write_bytes(raw)
-    (b/'manifest.json').write_text('{}'); (b/'README.md').write_text('x'); assert base_hash(str(b)) == hashes[0]
-    (b/'config.json').write_text((b/'config.json').read_text()+' ')
-    assert base_hash(str(b)) == hashes[0]  # it says the same
-    (b/'config.json').write_text((b/'config.json').read_text().replace('silu', 'gelu'))
+    b = tmp_path/'b'
+    shutil.copytree(tiny('llama'), b)
+    weights, config = b/'model.safetensors', b/'config.json'
+    raw, first = weights.read_bytes(), base_hash(str(b))
+    assert first == base_hash(tiny('llama'))
+
+    (b/'manifest.json').write_text('{}')
+    (b/'README.md').write_text('x')
+    config.write_text(config.read_text()+' ')  # it means the same
+    assert base_hash(str(b)) == first
+
+    hashes = [first]
+    flipped = [raw[:at]+bytes([raw[at]^1])+raw[at+1:] for at in (9, 2**16-1, len(raw)-2**16, len(raw)-1)]
+    for data in (*flipped, raw+b'\0', raw[:2**20]+raw[2**20+4:]):
+        weights.write_bytes(data)
+        hashes.append(base_hash(str(b)))
+    weights.write_bytes(raw)
+    config.write_text(config.read_text().replace('silu', 'gelu'))
     hashes.append(base_hash(str(b)))
-    w.rename(b/'model-00001-of-00001.safetensors'); hashes.append(base_hash(str(b)))
-    assert len(set(hashes)) == len(hashes) and base_hash('a/b') != base_hash('a/c')
+    weights.rename(b/'model-00001-of-00001.safetensors')
+    hashes.append(base_hash(str(b)))
+    assert len(set(hashes)) == len(hashes)
+    assert base_hash('a/b') != base_hash('a/c')
 
 # ---- probabilities
 TEXTS = ['one', 'two three', '', 'the quick brown fox '*30, 'no', '骑士']
 def pairs():
-    return pd.DataFrame([dict(id=str(i), prompt=[a], response_a=[b], response_b=[c]) for i, (a, b, c) in enumerate(zip(TEXTS, TEXTS[1:]+TEXTS[:1], TEXTS[::-1]))])
+    texts = enumerate(zip(TEXTS, TEXTS[1:]+TEXTS[:1], TEXTS[::-1]))
+    return pd.DataFrame([dict(id=str(i), prompt=[a], response_a=[b], response_b=[c]) for i, (a, b, c) in texts])
+
+def questions(counts):
+    rows = [dict(id=str(k), problem='P', question='Q?', options=TEXTS[:k]+['x']*(k-6)) for k in counts]
+    return pd.DataFrame(rows)
+
+def swapped(rows, task):
+    if task == 'choice': return rows.assign(options=[options[::-1] for options in rows.options])
+    return rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
+
+def same(p, want): np.testing.assert_allclose(p, want, atol=1e-5)
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 @pytest.mark.parametrize('task', ['preference', 'preference2', 'choice'])
 def test_predict(tiny, tok, route, task):
-    pr = Prompt(tok, task, 128); n = [1, 2, 3, 5, 7]
-    rows = pairs() if task != 'choice' else pd.DataFrame([dict(id=str(k), problem='P', question='Q?', options=TEXTS[:k]+['x']*(k-6)) for k in n])
-    classifier, width = judge_of(tiny('llama'), pr, route), len(tasks[task].options)
-    n = n if task == 'choice' else [width]*len(rows)
-    one, two = predict(classifier, pr, rows, 1, progress=False), predict(classifier, pr, rows, progress=False)
+    pr, width = Prompt(tok, task, 128), len(tasks[task].options)
+    n = [1, 2, 3, 5, 7] if task == 'choice' else [width]*len(TEXTS)
+    rows = questions(n) if task == 'choice' else pairs()
+    classifier = classifier_of(tiny('llama'), pr, route)
+    def probs(rows, **kw): return predict(classifier, pr, rows, progress=False, **kw)
+
+    one, two = probs(rows, views=1), probs(rows)
     assert one.shape == two.shape == (len(rows), width)
     for p in (one, two):
-        np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
-        for k, o in zip(n, p): assert (o[k:] == 0).all() and (o >= 0).all()
-    for budget in (1, 64, 10_000):
-        np.testing.assert_allclose(predict(classifier, pr, rows, budget=budget, progress=False), two, atol=1e-5)
+        same(p.sum(1), 1)
+        assert (p >= 0).all()
+        for k, row in zip(n, p): assert (row[k:] == 0).all()
+    for budget in (1, 64, 10_000): same(probs(rows, budget=budget), two)
     order = [3, 0, 4, 1, 2]
-    np.testing.assert_allclose(predict(classifier, pr, rows.iloc[order], progress=False), two[order], atol=1e-5)
-    other = rows.assign(options=[o[::-1] for o in rows.options]) if task == 'choice' else rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
-    np.testing.assert_allclose(swap_probs(predict(classifier, pr, other, progress=False), n, task), two,
-                               atol=1e-5)  # the order shown means nothing any more
-    np.testing.assert_allclose((one+swap_probs(predict(classifier, pr, other, 1, progress=False), n, task))/2, two,
-                               atol=1e-5)
+    same(probs(rows.iloc[order]), two[order])
+
+    other = swapped(rows, task)
+    same(swap_probs(probs(other), n, task), two)  # two views: the shown order has no influence
+    same((one+swap_probs(probs(other, views=1), n, task))/2, two)
     assert np.abs(one-two).max() > 1e-3
 
 def test_view_probs_are_the_letters_of_the_row(tiny, tok):
-    pr = Prompt(tok, 'choice', 128); classifier, ref = judge_of(tiny('qwen2'), pr), reference(tiny('qwen2'))
-    rows = pd.DataFrame([dict(id=str(k), problem='P', question='Q?', options=['x']*k) for k in (2, 5)])
-    enc = pr.encode(rows); got = view_probs(classifier, enc, [2, 5], progress=False)
-    for p, i, r in zip(got, enc.ids, enc.row):
-        k = [2, 5][r]
-        with torch.no_grad():
-            np.testing.assert_allclose(p[:k], ref(one(i)).logits[0, -1, pr.letters[:k]].softmax(-1), atol=1e-5)
+    pr = Prompt(tok, 'choice', 128)
+    classifier, ref = classifier_of(tiny('qwen2'), pr), reference(tiny('qwen2'))
+    enc = pr.encode(questions([2, 5]))
+    got, want = view_probs(classifier, enc, [2, 5], progress=False), letter_logits(ref, enc.ids, pr)
+    for p, logits, row in zip(got, want, enc.row):
+        k = [2, 5][row]
+        same(p[:k], logits[:k].softmax(-1))
 
 def test_no_rows(tiny, tok):
     pr = Prompt(tok, 'preference', 128)
-    assert predict(judge_of(tiny('llama'), pr), pr, pairs().iloc[:0], progress=False).shape == (0, 3)
+    assert predict(classifier_of(tiny('llama'), pr), pr, pairs().iloc[:0], progress=False).shape == (0, 3)
 
 def test_the_embedded_base(smollm2, tok):
     "Real weights, both routes, packed against one at a time"
-    pr = Prompt(tok, 'preference', 96); enc = pr.encode(pairs().iloc[:3])
-    ref, classifier = reference(smollm2), judge_of('smollm2', pr)
-    with torch.no_grad():
-        close(packed(classifier, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)
+    pr = Prompt(tok, 'preference', 96)
+    ids = pr.encode(pairs().iloc[:3]).ids
+    close(packed(classifier_of('smollm2', pr), ids), letter_logits(reference(smollm2), ids, pr), 2e-4)
 
 @pytest.mark.parametrize('dtype', ['fp32', 'nf4'])
 def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
@@ -687,17 +786,18 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
         with pytest.raises(Refusal, match='1 tensors are missing, such as model.layers.1.mlp.up_proj.weight'):
             load_classifier(str(tmp_path/'b'), prompt, route, dtype)
 
-# ---- what a GPU is told of a pack whose sequences begin alike; its kernel in plain operations
+# ---- what a GPU computes for a pack with a shared prefix; its kernel in plain operations
 def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
-    "as flash attention does it: causal to the bottom right where there are more keys than queries"
+    "As flash attention computes it: causal to the bottom right where there are more keys than queries"
     n, m = cu_q.diff(), cu_k.diff()
     assert n.max() <= max_q and m.max() <= max_k
-    of = lambda x, cu: (torch.arange(len(x)), torch.bucketize(torch.arange(len(x)), cu[1:].contiguous(), right=True))
-    (i, a), (j, b) = of(q, cu_q), of(k, cu_k)
+    i, j = torch.arange(len(q)), torch.arange(len(k))
+    a, b = (torch.bucketize(x, cu[1:].contiguous(), right=True) for x, cu in ((i, cu_q), (j, cu_k)))
     i, j = (i-cu_q[a]+(m-n)[a])[:, None], j-cu_k[b]
     sees = (a[:, None] == b) & (j <= i)
     if window_size[0] >= 0: sees &= i-j <= window_size[0]
-    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), sees, scale=scale)[0].transpose(0, 1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale)[0].transpose(0, 1)
 
 @pytest.mark.parametrize('kind', ['qwen2', 'mistral', 'gemma3', 'gemma2'])
 def test_keys_that_all_sequences_see(kind, monkeypatch):
@@ -712,10 +812,10 @@ def test_keys_that_all_sequences_see(kind, monkeypatch):
     assert [p['bounds'][0] for p in packs] == [21, 0]
     def said(pack):
         classifier.zero_grad()
-        with torch.set_grad_enabled(kind != 'gemma2'): out = classifier(**pack)  # FlexAttention has no gradients on a CPU
+        with torch.set_grad_enabled(kind != 'gemma2'): out = classifier(**pack)  # FlexAttention has no CPU gradients
         if kind != 'gemma2': out.square().sum().backward()
-        return out.detach(), torch.cat([torch.zeros(1),
-                                        *(p.grad.flatten() for p in classifier.parameters() if p.grad is not None)])
+        grads = [p.grad.flatten() for p in classifier.parameters() if p.grad is not None]
+        return out.detach(), torch.cat([torch.zeros(1), *grads])
     want = [said(p) for p in packs]
     monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', _varlen_attn)
     monkeypatch.setattr(Classifier, 'varlen', True)

@@ -1,5 +1,5 @@
 "Prompts over many kinds of tokenizer and template: ends, truncation, control tokens, swaps, hashes, the token cache"
-import copy, itertools, json, os, subprocess, sys, time
+import copy, itertools, json, multiprocessing, os, subprocess, sys, time
 from functools import lru_cache
 import numpy as np
 import pandas as pd
@@ -455,7 +455,7 @@ def test_lines_that_look_like_captions():
 CONTENT = "m['content']"
 BAD = dict(
     loop="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    long="{% for a in range(99999) %}{{ messages }}{% endfor %}", range="{% for i in range(10**9) %}{% endfor %}",
+    range="{% for i in range(10**9) %}{% endfor %}",
     memory="{{ 'a'*4000000000 }}", power="{{ 9**9**9**9 }}",
     doubled="{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     endless="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -467,7 +467,8 @@ BAD = dict(
     tools="{{ tools[0]['function'] }}", date="{{ now() }}", first_words=CHATML.replace(CONTENT, CONTENT+'[:9]'))
 
 @pytest.mark.parametrize('name', BAD)
-def test_bad_templates(name, tok):
+def test_bad_templates(name, tok, monkeypatch):
+    monkeypatch.setattr(P, '_renderer', P._renderer.replace('RLIMIT_CPU, 5', 'RLIMIT_CPU, 1'))
     t = copy.deepcopy(tok)
     t.chat_template = BAD[name]
     with pytest.raises(Refusal, match='chat template of this tokenizer') as e: Prompt(t, 'preference', 256)
@@ -583,10 +584,10 @@ def test_every_text_is_encoded_once(tok, monkeypatch):
 
 # ---- hashes
 def test_hash_tells_options_apart(tok):
-    sides = 'middle', 'right', 'left'
-    hashes = [Prompt(tok, *args).hash for args in itertools.product(instructions, (256, 257), sides)]
+    sides, small = ('middle', 'right', 'left'), made('bytelevel')
+    hashes = [Prompt(small, *args).hash for args in itertools.product(instructions, (256, 257), sides)]
     assert len(set(hashes)) == len(hashes)
-    toks = [tok, *(made(k, t) for k in KINDS for t in ('system', 'folds', 'refuses', 'none'))]
+    toks = [tok, *(made(kind) for kind in KINDS), *(made('llama2', t) for t in ('folds', 'refuses', 'none'))]
     hashes = [Prompt(t, 'preference', 256).hash for t in toks]
     assert len(set(hashes)) == len(hashes) == len({tokenizer_hash(t) for t in toks})
 
@@ -602,9 +603,12 @@ def test_hash_follows_the_builder(tok, monkeypatch, name):
     assert Prompt(tok, 'preference', 256).hash != before
 
 def test_hash_is_the_same_in_every_process(tok, smollm2):
-    code = ('import sys\nfrom competition_kit.base import load_tokenizer\nfrom competition_kit.prompt import *\n'
-            't = load_tokenizer(sys.argv[1])\n'
-            'print(*[Prompt(t, k, 300).hash for k in instructions], tokenizer_hash(t))')
+    code = '''
+import sys
+from competition_kit.base import load_tokenizer
+from competition_kit.prompt import *
+t = load_tokenizer(sys.argv[1])
+print(*[Prompt(t, task, 300).hash for task in instructions], tokenizer_hash(t))'''
     env = dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo')
     command = [sys.executable, '-c', code, str(smollm2)]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -705,10 +709,11 @@ def test_folds_are_tokenised_once(tok, own_root, encoded):
         assert same_enc(pick_rows(e, held), pr.encode(rows[held]))
         assert same_enc(pick_rows(e, train), pr.encode(rows.iloc[train]))
 
-def test_other_prompts_are_tokenised_anew(tok, encoded):
-    pr, rows = Prompt(tok, 'preference', 96), big_rows(60)
+def test_other_prompts_are_tokenised_anew(encoded):
+    tok, rows = made('bytelevel'), big_rows(60)
+    pr = Prompt(tok, 'preference', 96)
     others = [(pr, rows), (pr, rows, 1), (pr, rows.assign(prompt=[['other']]*60)), (pr, rows[::-1]),
-              (Prompt(tok, 'preference', 97), rows), (Prompt(made('bytelevel'), 'preference', 200), rows)]
+              (Prompt(tok, 'preference', 97), rows), (Prompt(made('wordpiece'), 'preference', 96), rows)]
     for args in [*others, *others]: encode_cached(*args)
     assert encoded == [60]*len(others)
 
@@ -754,18 +759,17 @@ def test_a_cache_is_never_why_a_run_fails(tok, tmp_path, monkeypatch):
     with root_at(tmp_path/'b'): assert same_enc(encode_cached(pr, rows), want)
     assert list((tmp_path/'b/models/.tokens').iterdir()) == []
 
-def test_two_at_once(smollm2, own_root):
-    code = ('import sys\nimport pandas as pd\nfrom competition_kit.base import load_tokenizer\n'
-            'from competition_kit.prompt import *\n'
-            'p = Prompt(load_tokenizer(sys.argv[1]), "preference", 96)\n'
-            'rows = [dict(prompt=[f"q{i} "*9], response_a=["a"], response_b=["b"]) for i in range(500)]\n'
-            'for _ in range(2): print(encode_cached(p, pd.DataFrame(rows)).n.sum())')
-    command = [sys.executable, '-c', code, str(smollm2)]
-    env = dict(os.environ, CK_ROOT=str(own_root))
-    runs = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    one, two = (r.communicate()[0] for r in runs)
-    assert [r.returncode for r in runs] == [0, 0]
-    assert one == two
+def test_two_at_once(tok, own_root):
+    fork = multiprocessing.get_context('fork')
+    pr, rows, both, written = Prompt(tok, 'preference', 96), big_rows(500), fork.Barrier(2), fork.SimpleQueue()
+    def write():
+        both.wait()
+        for _ in range(2): written.put(int(encode_cached(pr, rows).n.sum()))
+    processes = [fork.Process(target=write) for _ in range(2)]
+    for p in processes: p.start()
+    for p in processes: p.join()
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert [written.get() for _ in range(4)] == [int(pr.encode(rows).n.sum())]*4
     folder, = (own_root/'models/.tokens').iterdir()
     assert damage(folder) == []
 

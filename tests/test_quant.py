@@ -115,13 +115,14 @@ def test_triton_interpreted():
     code = '''
 import torch
 from gptq_writer import quantise
-from competition_kit.quant import GPTQLinear, _unpack_triton
+from competition_kit.quant import GPTQLinear, dequantise_triton
 import numpy as np
-for bits, group, act, out in ((4, 32, False, 40), (8, 32, False, 24), (4, 32, True, 40), (8, -1, False, 16), (4, 64, False, 136)):
+kinds = (4, 32, False, 40), (8, 32, False, 24), (4, 32, True, 40), (8, -1, False, 16), (4, 64, False, 136)
+for bits, group, act, out in kinds:
     t, meant = quantise(np.random.default_rng(0).normal(size=(out, 128)), bits, group, act)
     m = GPTQLinear(**{k: torch.from_numpy(v) for k, v in t.items()}, bits=bits)
     for R, C in ((1, 64), (4, 32)):
-        w = _unpack_triton(m.qweight, m.qzeros, m.scales, m.g_idx, bits, torch.float32, R=R, C=C)
+        w = dequantise_triton(m.qweight, m.qzeros, m.scales, m.g_idx, bits, torch.float32, R=R, C=C)
         assert np.array_equal(w.numpy().T, meant), (bits, group, act, R)
 '''
     run(code, TRITON_INTERPRET='1')
@@ -133,11 +134,14 @@ def test_compiled_keeps_it_packed():
 import numpy as np, torch, torch._functorch.config as config
 from gptq_writer import quantise
 from competition_kit.quant import GPTQLinear
-m = GPTQLinear(**{k: torch.from_numpy(v) for k, v in quantise(np.random.default_rng(0).normal(size=(64, 64)))[0].items()})
+packed, _ = quantise(np.random.default_rng(0).normal(size=(64, 64)))
+m = GPTQLinear(**{k: torch.from_numpy(v) for k, v in packed.items()})
+def two_layers(x): return m(m(x).sin())
 def kept(cse):
     with config.patch(cse=cse):
         torch._dynamo.reset()
-        y = torch.compile(lambda x: m(m(x).sin()), backend='aot_eager_decomp_partition')(torch.randn(3, 64, requires_grad=True))
+        compiled = torch.compile(two_layers, backend='aot_eager_decomp_partition')
+        y = compiled(torch.randn(3, 64, requires_grad=True))
     return max(t.nbytes for t in y.grad_fn.saved_tensors if t is not None)
 assert kept(True) == 64*64*4 and kept(False) == 64*64/2
 '''
@@ -579,7 +583,7 @@ def test_dense_weight():
     lin = torch.nn.Linear(8, 4)
     assert dense_weight(lin, torch.float32) is not None and torch.equal(dense_weight(lin, torch.float32), lin.weight)
     lin.weight = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(Refusal, match='cannot be unpacked'):
+    with pytest.raises(Refusal, match='cannot be dequantised'):
         dense_weight(lin, torch.float32)
 
 

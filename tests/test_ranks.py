@@ -73,7 +73,7 @@ gather = '''
 import weakref
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-def work(folder, config):
+def gather(folder):
     mesh, seen, full_tensor = init_device_mesh('cpu', (2,)), [], r.full_tensor
     whole = {f't{i}': torch.arange(5*(i+1), dtype=torch.bfloat16 if i else None).reshape(5, -1)+i for i in range(4)}
     parts = {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in whole.items()} | dict(plain=torch.ones(3, 4).T)
@@ -85,17 +85,13 @@ def work(folder, config):
         return out
     r.full_tensor = watched
     got = r.gather_to_rank0(parts)
+    r.full_tensor = full_tensor
     assert len(seen) == 5
     assert list(got) == ([] if r.rank() else list(parts))
     for k, v in got.items():
         assert k == 'plain' or torch.equal(v, whole[k]) and v.dtype == whole[k].dtype, k
         assert v.is_contiguous() and v.device.type == 'cpu' and not v.requires_grad and not hasattr(v, 'full_tensor'), k
-    (folder/f'done-{r.rank()}').touch()
 '''
-
-def test_gathered_on_the_first_rank_alone(tmp_path):
-    on_two(tmp_path, gather)
-    assert len(list(tmp_path.glob('done-*'))) == 2
 
 def test_gathered_without_ranks():
     x = dict(a=torch.ones(2, requires_grad=True), b=torch.zeros(3))
@@ -127,7 +123,7 @@ def three_steps(model, opt, schedule):
         opt.zero_grad()
     return r.full_tensor(model.weight.detach()).clone()
 
-def work(folder, config):
+def resume(folder):
     for sharded in (False, True):
         at = folder/f'sharded-{sharded}'
         killed, again = new(0, sharded), new(1, sharded)
@@ -139,11 +135,17 @@ def work(folder, config):
         load_optimizer(*again[1:], last_checkpoint(at))
         assert torch.equal(three_steps(*again), three_steps(*killed))
         if sharded: assert again[0].weight.to_local().numel() < 6, 'each rank holds its part again'
+'''
+
+both = '''
+def work(folder, config):
+    gather(folder)
+    resume(folder)
     (folder/f'done-{r.rank()}').touch()
 '''
 
-def test_two_ranks_continue_from_one_checkpoint(tmp_path):
-    on_two(tmp_path, resume)
+def test_two_ranks_gather_and_continue_from_one_checkpoint(tmp_path):
+    on_two(tmp_path, gather+resume+both)
     assert len(list(tmp_path.glob('done-*'))) == 2
     for folder in (tmp_path/'sharded-False', tmp_path/'sharded-True'):
         assert damage(last_checkpoint(folder)) == []

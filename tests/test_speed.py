@@ -19,26 +19,36 @@ def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 
     i, j = torch.arange(q.shape[0])[:, None], torch.arange(k.shape[0])
     a, b = torch.bucketize(i, cu_q[1:].contiguous(), right=True), torch.bucketize(j, cu_k[1:].contiguous(), right=True)
     sees = (a == b) & (j-cu_k[b] <= i-cu_q[a]+(cu_k.diff()-cu_q.diff())[a])
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), sees, scale=scale)[0].transpose(0, 1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale)[0].transpose(0, 1)
 
 torch.nn.attention.varlen.varlen_attn, flex._validate_device = varlen_attn, lambda *a: None
 flexible = torch.compile(flex.flex_attention, backend='aot_eager')
-A.compiled_flex = lambda: flexible
+def flexible_attention(): return flexible
+A.compiled_flex = flexible_attention
 plain = torch.nn.Module.compile
-torch.nn.Module.compile = lambda self, **kw: plain(self, backend='aot_eager_decomp_partition', **kw)
+def compile_for_cpu(self, **kw): return plain(self, backend='aot_eager_decomp_partition', **kw)
+torch.nn.Module.compile = compile_for_cpu
 A.register_attention()
 kind, layers = sys.argv[1], 6
 more = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=64) if kind == 'gemma2' else {}
-cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
+cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers,
+                           num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
                            attn_implementation='packed', **more)
+def bare_model(): return M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7])
 """
 
 TRAINS = """
 torch.manual_seed(0)
-classifier = M.add_lora(M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
+classifier = M.add_lora(bare_model(), r=4).train()
 for n, p in classifier.named_parameters():
     if 'lora_B' in n: p.data.normal_(0, .05)
-packs = [M.collate([np.append(np.full(9, 1+(n%50 if k > 1 else 0), np.int32), np.random.default_rng([k, n]).integers(2, 64, n).astype(np.int32)) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(3))])]
+def sequence(k, n): # the first two packs begin alike
+    first = 1+n%50 if k > 1 else 1
+    rest = np.random.default_rng([k, n]).integers(2, 64, n)
+    return np.append(np.full(9, first), rest).astype(np.int32)
+lengths = [(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(3))]
+packs = [M.collate([sequence(k, n) for n in ns]) for k, ns in enumerate(lengths)]
 def step(b):
     classifier.zero_grad()
     out = classifier(**b)
@@ -58,16 +68,16 @@ print('graphs', early, counters['stats']['unique_graphs'])
 
 VOTES = """
 from competition_kit.trained import load_adapter
-bare = lambda: M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
 for k in range(3):
     torch.manual_seed(0)
-    classifier = M.add_lora(bare(), r=4, seed=k)
+    classifier = M.add_lora(bare_model().eval(), r=4, seed=k)
     for p in classifier.parameters():
         if p.requires_grad: p.data.normal_(0, .05)
     classifier.model.save_pretrained(f'voter{k}')
-packs = [M.collate([np.random.default_rng(k).integers(1, 64, n).astype(np.int32) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 100)])]
+def sequence(k, n): return np.random.default_rng(k).integers(1, 64, n).astype(np.int32)
+packs = [M.collate([sequence(k, n) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 100)])]
 torch.manual_seed(0)
-classifier, said, graphs = bare(), [], []
+classifier, said, graphs = bare_model().eval(), [], []
 for quick in (False, True):
     M.Classifier.varlen = quick
     for k in range(3):
@@ -81,7 +91,8 @@ print('graphs', graphs[3], graphs[5])
 """
 
 def graphs(code, kind, folder):
-    env = dict({k: v for k, v in os.environ.items() if k != 'TORCHDYNAMO_DISABLE'}, PYTHONPATH=os.pathsep.join(sys.path))
+    env = {k: v for k, v in os.environ.items() if k != 'TORCHDYNAMO_DISABLE'}
+    env['PYTHONPATH'] = os.pathsep.join(sys.path)
     p = subprocess.run([sys.executable, '-c', code, kind], capture_output=True, text=True, env=env, cwd=folder)
     assert p.returncode == 0, p.stderr[-3000:]
     return tuple(map(int, p.stdout.split('graphs')[1].split()))
