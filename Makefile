@@ -1,7 +1,8 @@
 # make run   set up, then the main job on the embedded default
 # make test  set up, then every test
 # make run DATA=sample_logic   the same job on the other sample
-# make outputs   store the outputs of the newest runs in the stage notebooks
+# make outputs   store the outputs of the newest runs in the tour and the stage notebooks
+# make docs   the notebooks as a site in _docs/, and a check of its links
 # make setup   set up, and say how to activate   make lab   the notebooks in JupyterLab
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test setup readme lab outputs
+.PHONY: run test setup readme lab outputs docs
 
 setup: $(VENV)/.done
 	@echo "activate it: source $(VENV)/bin/activate"
@@ -39,6 +40,10 @@ readme: $(VENV)/.done
 
 outputs: $(VENV)/.done
 	$(BIN)/python .ci/outputs.py
+
+docs: $(VENV)/.done
+	$(BIN)/python .ci/docs.py
+	$(BIN)/python .ci/links.py
 
 lab: $(VENV)/.done
 	$(BIN)/jupyter lab nbs

@@ -1,5 +1,5 @@
-"Store the outputs of the newest real runs in the stage notebooks: what `make run` has left in models/."
-import json, sys
+"Store the outputs of the newest real runs, which `make run` has left in models/, in the stage notebooks and the tour."
+import json, subprocess, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -10,6 +10,7 @@ def after_parameters(nb):
     return [c for c in nb['cells'][at+1:] if c['cell_type'] == 'code']
 
 for path in sorted((root/'nbs').glob('[0-9]*.ipynb')):
+    if path.stem == '01_tour': continue
     runs = sorted(models.glob(f'*-*/{path.name}'), key=lambda p: p.stat().st_mtime)
     if not runs:
         print(f'{path.name}: no run in {models.name}')
@@ -21,3 +22,9 @@ for path in sorted((root/'nbs').glob('[0-9]*.ipynb')):
         c['outputs'] = [o for o in made if o.get('name') != 'stderr']  # progress bars
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
     print(f'{path.name}: outputs of {runs[-1].parent.name}')
+
+if list(models.glob('vote-*/submission.*')):
+    convert = 'jupyter nbconvert --to notebook --execute --inplace 01_tour.ipynb'
+    subprocess.run(convert.split(), cwd=root/'nbs', check=True)
+    subprocess.run('nbdev_clean --fname nbs/01_tour.ipynb'.split(), cwd=root, check=True)
+    print('01_tour.ipynb: outputs of the same runs')

@@ -1,4 +1,5 @@
-"""How fast is a packed weight unpacked on this GPU? Beside the memory floor (what is read and written, at the rate of a large copy) and bitsandbytes' nf4.
+"""How fast is a GPTQ weight dequantised on this GPU? Beside the memory floor (the bytes read and written, at the rate of a
+large copy) and bitsandbytes' nf4.
 
 usage: python bench/dequant.py [--sweep]     (shapes of Qwen2.5-32B; --sweep tries block shapes of the kernel)"""
 import argparse, itertools, statistics
@@ -19,15 +20,18 @@ def seconds(f, n=20):
     for _ in range(n):
         flush.zero_()
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record(); f(); b.record()
+        a.record()
+        f()
+        b.record()
         b.synchronize()
         out.append(a.elapsed_time(b)/1e3)
     return statistics.median(out)
 
 def layer(n_in, n_out, bits, group=128, act=False):
-    ints = lambda *s: torch.randint(-2**31, 2**31-1, s, dtype=torch.int32, device='cuda')
+    def ints(*s): return torch.randint(-2**31, 2**31-1, s, dtype=torch.int32, device='cuda')
     g = (torch.randperm(n_in, device='cuda')//group).int() if act else None
-    return GPTQLinear(ints(n_in*bits//32, n_out), ints(n_in//group, n_out*bits//32), torch.rand(n_in//group, n_out, device='cuda').half()/100, g, bits=bits)
+    scales = torch.rand(n_in//group, n_out, device='cuda').half()/100
+    return GPTQLinear(ints(n_in*bits//32, n_out), ints(n_in//group, n_out*bits//32), scales, g, bits=bits)
 
 def copy_rate(n=2**29): # bytes a second, read and written
     a, b = (torch.empty(n, dtype=torch.uint8, device='cuda') for _ in 'ab')
@@ -45,13 +49,17 @@ for n_in, n_out in ((5120, 5120), (5120, 27648), (27648, 5120)):
         add(f'gptq {bits} bits{", act order" if act else ""}', m, sum(p.nbytes for p in m.parameters()))
         if args.sweep:
             for R, C, w in itertools.product((1, 2, 4), (256, 512, 1024, 2048), (4, 8)):
-                s = seconds(lambda: _unpack_triton(m.qweight, m.qzeros, m.scales, m.g_idx, bits, torch.bfloat16, R, C, w), 10)
-                rows.append(dict(weight=f'{n_out}x{n_in}', what=f'  {bits} bits{", act" if act else ""} R={R} C={C} warps={w}', us=s*1e6))
+                weights = m.qweight, m.qzeros, m.scales, m.g_idx
+                s = seconds(lambda: _unpack_triton(*weights, bits, torch.bfloat16, R, C, w), 10)
+                what = f'  {bits} bits{", act" if act else ""} R={R} C={C} warps={w}'
+                rows.append(dict(weight=f'{n_out}x{n_in}', what=what, us=s*1e6))
     try: import bitsandbytes as bnb
     except ImportError: continue
-    m = bnb.nn.Linear4bit(n_in, n_out, bias=False, compute_dtype=torch.bfloat16, quant_type='nf4', compress_statistics=True, device='cpu').bfloat16().cuda()
+    m = bnb.nn.Linear4bit(n_in, n_out, bias=False, compute_dtype=torch.bfloat16, quant_type='nf4',
+                          compress_statistics=True, device='cpu').bfloat16().cuda()
     add('nf4, double', m, n_in*n_out*(.5+1/64))
     xs = torch.randn(512, n_in, device='cuda', dtype=torch.bfloat16)
     g, w = layer(n_in, n_out, 4), torch.randn(n_out, n_in, device='cuda', dtype=torch.bfloat16)
-    for what, f in (('512 tokens through dense bf16', lambda: xs@w.T), ('512 tokens through gptq 4 bits', lambda: g(xs))): rows.append(dict(weight=f'{n_out}x{n_in}', what=what, us=seconds(f)*1e6))
+    for what, f in (('512 tokens through dense bf16', lambda: xs@w.T), ('512 tokens through gptq 4 bits', lambda: g(xs))):
+        rows.append(dict(weight=f'{n_out}x{n_in}', what=what, us=seconds(f)*1e6))
 print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f'{v:.2f}'))

@@ -1,13 +1,15 @@
-"""What does it cost to know a base: the hash of its content, and the comparison of its packed forward with its own? The first time, and when nothing has changed.
+"""What does it cost to know a base: the hash of its content, and the comparison of its packed forward with its own?
+The first time, and when nothing has changed.
 
-usage: python bench/identity.py [shape] [--tokenizer FOLDER]     (shape: a name that `ck plan` knows, with random weights; makes a base of its size on disk)"""
+usage: python bench/identity.py [shape] [--tokenizer FOLDER]
+(shape: a name that `ck cost` knows, with random weights; makes a base of its size on disk)"""
 import argparse, tempfile, time
 from pathlib import Path
 import torch
 from competition_kit.base import base_hash, load_tokenizer
 from competition_kit.core import device_name, root_at
-from competition_kit.model import load_judge
-from competition_kit.plan import base_config
+from competition_kit.model import load_classifier
+from competition_kit.cost import base_config
 from competition_kit.prompt import Prompt
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +33,7 @@ with root_at(tempfile.mkdtemp()), tempfile.TemporaryDirectory() as base:
     prompt = Prompt(load_tokenizer(base), 'preference', 2048)
     for route in ('answer', 'score'):
         for k in ('first', 'again'):
-            timed(f'load {route}, {k}', lambda: load_judge(base, prompt, route, 'bf16'))
+            timed(f'load {route}, {k}', lambda: load_classifier(base, prompt, route, 'bf16'))
             torch.cuda.empty_cache()
     print(device_name(), a.shape, f'{gb:.1f} GB')
     for k, t in took.items(): print(f'{k:22} {t:7.2f} s  {t/gb:6.3f} s a GB')

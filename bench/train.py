@@ -1,27 +1,30 @@
-"""How close to the GPU's limit does training come, and how close do others? LoRA on the true shape of a base with random weights, LMSYS-like lengths.
+"""How close to the GPU's limit does training come, and how close do others?
 
-usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared kit-dropout kit-keep kit-nf4 kit-gptq kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64] [--budget 16384] [--max-len 2048] [--whole]
-Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model instead. Prints the share of the bound of 4N (a frozen base needs a forward
-and the gradients of its inputs; a teacher the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is a pack's time, `host_ms` what the processor needs to start one
-(of the last number of layers measured): where the two come close, the processor was measured, not the GPU."""
+LoRA on the true shape of a base with random weights, LMSYS-like lengths.
+
+usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared kit-dropout kit-keep kit-nf4 kit-gptq
+    kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64]
+    [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
+Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model
+instead. Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher the
+forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context. `ms` is
+a pack's time, `host_ms` the processor's time to start one (of the last number of layers measured): where the two come close, the
+processor was measured, not the GPU."""
 import argparse, gc, json, tempfile, time
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from competition_kit.cost import known_bases
+from competition_kit.pack import contest_lengths
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-SHAPES = {
-    'qwen2.5-7b': dict(model_type='qwen2', hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, rope_theta=1e6),
-    'qwen2.5-14b': dict(model_type='qwen2', hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, rope_theta=1e6),
-    'qwen2.5-32b': dict(model_type='qwen2', hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8, rope_theta=1e6),
-    'llama-3.1-8b': dict(model_type='llama', hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rope_theta=5e5),
-    'llama-3.1-70b': dict(model_type='llama', hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, rope_theta=5e5),
-    'gemma-2-9b': dict(model_type='gemma2', hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256),
-}
 VOCAB = 4096  # the rows of the vocabulary that are used; the others cost nothing here, nor in the kit
 
 def config(shape, layers, **kw):
-    d = dict(SHAPES[shape], num_hidden_layers=layers, vocab_size=VOCAB, max_position_embeddings=32768, pad_token_id=0, **kw)
+    d = dict(known_bases[shape], num_hidden_layers=layers, vocab_size=VOCAB, pad_token_id=0,
+             max_position_embeddings=32768)
     if d['model_type'] == 'gemma2': d['layer_types'] = None
+    d |= kw
     return AutoConfig.for_model(**d)
 
 def build(cls, cfg):
@@ -34,17 +37,11 @@ def build(cls, cfg):
         if p.dim() > 1: p.data.normal_(0, .02)
     return model.requires_grad_(False)
 
-def lengths(n, max_len, seed=0):
-    "57,477 LMSYS rows had this shape; 160 tokens of template on top"
-    rng = np.random.default_rng(seed)
-    return np.minimum(np.clip(np.round(rng.lognormal(6.2547, .7475, n)), 16, 16384)+160, max_len).astype(int)
-
 def flops(shape, ns): # of one forward of sequences with these lengths, whole model without its vocabulary
-    c = SHAPES[shape]
-    h, f, L, nq, nkv = (c[k] for k in ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'))
-    d = c.get('head_dim', h//nq)
-    ns = np.asarray(ns, float)
-    return L*(2*(h*d*(2*nq+2*nkv)+3*h*f)*ns.sum()+4*nq*d*(ns**2/2).sum())
+    c = known_bases[shape]
+    h, f, q, kv = c['hidden_size'], c['intermediate_size'], c['num_attention_heads'], c['num_key_value_heads']
+    d, ns = c['head_dim'], np.asarray(ns, float)
+    return c['num_hidden_layers']*(2*(h*d*(2*q+2*kv)+3*h*f)*ns.sum()+4*q*d*(ns**2/2).sum())
 
 def matmul_rate(n=8192, seconds=4.):
     "What the GPU does in the first moment, and what it can hold: under load its clock falls to what its power allows"
@@ -62,12 +59,15 @@ def matmul_rate(n=8192, seconds=4.):
 
 def lora_config(r, drop, **kw):
     from peft import LoraConfig
-    return LoraConfig(r=r, lora_alpha=2*r, lora_dropout=drop, target_modules='q_proj k_proj v_proj o_proj gate_proj up_proj down_proj'.split(), **kw)
+    modules = 'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj'.split()
+    return LoraConfig(r=r, lora_alpha=2*r, lora_dropout=drop, target_modules=modules, **kw)
 
 def packs_of(ns, budget):
     out, cur = [], []
     for n in ns:
-        if sum(cur)+n > budget: out.append(cur); cur = []
+        if sum(cur)+n > budget:
+            out.append(cur)
+            cur = []
         cur.append(int(n))
     return out
 
@@ -79,72 +79,89 @@ def packed_base(model, format):
             i, o = lin.in_features, lin.out_features
             if format == 'nf4':
                 import bitsandbytes as bnb
-                new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16, quant_type='nf4', compress_statistics=True)
-                new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, quant_type='nf4', compress_statistics=True)
+                kw = dict(quant_type='nf4', compress_statistics=True)
+                new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16, **kw)
+                new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, **kw)
                 new.bias = lin.bias
                 new = new.cuda()
             else:
                 from competition_kit.quant import GPTQLinear
-                code = lambda *shape: torch.randint(-2**31, 2**31-1, shape, device='cuda', dtype=torch.int32)
-                new = GPTQLinear(code(i//8, o), torch.full((i//128, o//8), 0x77777777, device='cuda', dtype=torch.int32), torch.rand(i//128, o, device='cuda').half()*.01, bias=lin.bias, bits=4)
+                codes = torch.randint(-2**31, 2**31-1, (i//8, o), device='cuda', dtype=torch.int32)
+                zeros = torch.full((i//128, o//8), 0x77777777, device='cuda', dtype=torch.int32)
+                scales = torch.rand(i//128, o, device='cuda').half()*.01
+                new = GPTQLinear(codes, zeros, scales, bias=lin.bias, bits=4)
             setattr(parent, name, new)
             lin.weight = None
     return model
 
 def liger(shape): # for the rest of the process
     import liger_kernel.transformers as kernels
-    getattr(kernels, f"apply_liger_kernel_to_{SHAPES[shape]['model_type']}")(cross_entropy=False, fused_linear_cross_entropy=False)
+    apply = getattr(kernels, f"apply_liger_kernel_to_{known_bases[shape]['model_type']}")
+    apply(cross_entropy=False, fused_linear_cross_entropy=False)
 
 def kit_judge(a, shape, layers, what):
-    """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits), kit-dropout, kit-keep (the compiler keeps what the backward pass reads), kit-eager (not compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers,
-    compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
+    """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints
+    at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits), kit-dropout,
+    kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not compiled), kit-liger (Liger's kernels
+    instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
-    from competition_kit.model import Judge, _register, add_lora
-    from competition_kit.speed import compile_layers, fuse, recompute
-    _register()
+    from competition_kit.attention import register_attention
+    from competition_kit.model import Classifier, add_lora
+    from competition_kit.speed import checkpoint_activations, compile_layers, fuse
+    register_attention()
     if what == 'kit-liger': liger(shape)
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
     if format in ('nf4', 'gptq'): packed_base(model, format)
-    judge = Judge(model, [5, 6, 7])
-    if what != 'frozen' and not teacher: add_lora(judge, r=a.r, alpha=2*a.r, dropout=.05 if what == 'kit-dropout' else 0.)
-    if what.startswith('kit'): fuse(judge)
-    for n, p in judge.named_parameters():
+    classifier = Classifier(model, [5, 6, 7])
+    drop = .05 if what == 'kit-dropout' else 0.
+    if what != 'frozen' and not teacher: add_lora(classifier, r=a.r, alpha=2*a.r, dropout=drop)
+    if what.startswith('kit'): fuse(classifier)
+    for n, p in classifier.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .01)
-    if what == 'frozen': judge.model.get_input_embeddings().register_forward_hook(lambda m, i, o: o.requires_grad_(True))
-    recompute(judge, a.recompute if layers == SHAPES[shape]['num_hidden_layers'] else 0)
-    judge.to('cuda').train(not teacher)
-    if what not in ('kit-eager', 'kit-liger'): compile_layers(judge)
+    if what == 'frozen':
+        embeddings = classifier.model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda m, i, o: o.requires_grad_(True))
+    checkpoint_activations(classifier, a.recompute if layers == known_bases[shape]['num_hidden_layers'] else 0)
+    classifier.to('cuda').train(not teacher)
+    if what not in ('kit-eager', 'kit-liger'): compile_layers(classifier)
     if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True
-    return judge
+    return classifier
 
 def kit(a, shape, layers, what):
     "Our packs through a loop of this file"
     from competition_kit.model import collate, option_mask, pack_loss
-    judge, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
-    learn = [p for p in judge.parameters() if p.requires_grad]
+    classifier, teacher = kit_judge(a, shape, layers, what), what.startswith('teacher')
+    learn = [p for p in classifier.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
-    packs = packs_of(lengths(4000, a.max_len) if a.fixed is None else [a.fixed]*4000, a.budget)[:a.warm+a.packs]
+    ns = contest_lengths('lmsys', 4000, a.max_len) if a.fixed is None else [a.fixed]*4000
+    packs = packs_of(ns, a.budget)[:a.warm+a.packs]
     rng = np.random.default_rng(0)
     head = rng.integers(0, VOCAB, a.template).astype(np.int32)
     if what != 'kit-shared': head = head[:0]
-    made = [collate([np.append(head[:n-1], rng.integers(0, VOCAB, max(1, n-len(head))).astype(np.int32)) for n in p]) for p in packs]
+    def row(n): return np.append(head[:n-1], rng.integers(0, VOCAB, max(1, n-len(head))).astype(np.int32))
+    made = [collate([row(n) for n in p]) for p in packs]
     tiny = collate([np.full(48, k, np.int32) for k in (7, 8)])
     def step(b):
         k = len(b['bounds'])-1
         b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
         if teacher:
-            with torch.no_grad(): return judge(**b)
+            with torch.no_grad(): return classifier(**b)
         y = torch.eye(3, device='cuda')[torch.zeros(k, dtype=torch.long, device='cuda')]
-        pack_loss(judge(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
-        if opt: opt.step(); opt.zero_grad()
+        pack_loss(classifier(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
+        if opt:
+            opt.step()
+            opt.zero_grad()
     for b in made[:a.warm]: step(b)
-    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     t = time.perf_counter()
     for b in made[a.warm:]: step(b)
     torch.cuda.synchronize()
     took = time.perf_counter()-t
     for k in range(6): # so little that all of the time goes into starting it
-        if k == 2: torch.cuda.synchronize(); t = time.perf_counter()
+        if k == 2:
+            torch.cuda.synchronize()
+            t = time.perf_counter()
         step(tiny)
     torch.cuda.synchronize()
     a.host = (time.perf_counter()-t)/4
@@ -155,30 +172,35 @@ def kit_fit(a, shape, layers, what):
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
-    from competition_kit.prompt import plan_steps
+    from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
-    judge, rng, ns, times = kit_judge(a, shape, layers, what), np.random.default_rng(0), lengths(32*(a.warm+a.packs), a.max_len), []
-    enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=[rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]))
+    classifier, times = kit_judge(a, shape, layers, what), []
+    rng, ns = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len)
+    ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]
+    enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=ids))
     rows, steps = pd.DataFrame(dict(label=0, target=[None]*len(ns), weight=1.)), plan_steps(enc, 32, 1., a.budget, 0)
-    class Clock(f._Bar):
+    class Clock(f.ProgressBar):
         def on_step_end(self, args, state, control, **kw):
             super().on_step_end(args, state, control, **kw)
             if state.global_step not in (a.warm, len(steps)): return
             torch.cuda.synchronize()
             if not times: torch.cuda.reset_peak_memory_stats()
             times.append(time.perf_counter())
-    f._Bar = Clock
-    with tempfile.TemporaryDirectory() as d: f.fit(judge, f.Steps(enc, rows, tasks['preference'], steps), Path(d), lr=1e-5, save_every=10**6)
-    return times[1]-times[0], [ns[p].tolist() for s in steps[a.warm:] for p in s]
+    f.ProgressBar = Clock
+    data = f.Steps(enc, rows, tasks['preference'], steps)
+    with tempfile.TemporaryDirectory() as d: f.fit(classifier, data, Path(d), lr=1e-5, save_every=10**6)
+    return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
 
 def hf(a, shape, layers, what):
-    "transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths, and Liger's kernels; both with checkpointing, without which 28 layers do not fit"
+    """transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like lengths,
+    and Liger's kernels; both with checkpointing, without which 28 layers do not fit"""
     from peft import get_peft_model
     if what == 'hf-grouped': liger(shape)
     warm = a.warm+5
-    model = build(AutoModelForSequenceClassification, config(shape, layers, num_labels=3, attn_implementation='sdpa'))
+    made = config(shape, layers, num_labels=3, attn_implementation='sdpa')
+    model = build(AutoModelForSequenceClassification, made)
     model = get_peft_model(model, lora_config(a.r, 0., task_type='SEQ_CLS'))
-    ns, rng = lengths(8*(warm+a.packs)+8, a.max_len), np.random.default_rng(0)
+    ns, rng = contest_lengths('lmsys', 8*(warm+a.packs)+8, a.max_len), np.random.default_rng(0)
     data = [dict(input_ids=rng.integers(1, VOCAB, n).tolist(), labels=0, length=int(n)) for n in ns]
     seen = []
     def pad(rows):
@@ -189,10 +211,12 @@ def hf(a, shape, layers, what):
     grouped = {}
     if what == 'hf-grouped':
         names = set(TrainingArguments.__dataclass_fields__)
-        grouped = dict(train_sampling_strategy='group_by_length') if 'train_sampling_strategy' in names else dict(group_by_length=True)
-    args = TrainingArguments(output_dir=tempfile.mkdtemp(), max_steps=warm+a.packs, per_device_train_batch_size=8, learning_rate=1e-5, bf16=True, gradient_checkpointing=True, report_to='none', save_strategy='no',
-                             logging_steps=10000, disable_tqdm=True, remove_unused_columns=False, **grouped)
-    from transformers import TrainerCallback
+        grouped = dict(group_by_length=True)
+        if 'train_sampling_strategy' in names: grouped = dict(train_sampling_strategy='group_by_length')
+    args = TrainingArguments(output_dir=tempfile.mkdtemp(), max_steps=warm+a.packs, per_device_train_batch_size=8,
+                             learning_rate=1e-5, bf16=True, gradient_checkpointing=True, report_to='none',
+                             save_strategy='no', logging_steps=10000, disable_tqdm=True, remove_unused_columns=False,
+                             **grouped)
     times = []
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
@@ -204,30 +228,50 @@ def hf(a, shape, layers, what):
 
 def measure(a, shape, layers, what):
     left, a.host = torch.cuda.memory_allocated(), 0  # by what ran before: not this one's
-    t, rows = (hf if what.startswith('hf') else kit_fit if what == 'kit-fit' else kit)(a, shape, layers, what)
+    way = hf if what.startswith('hf') else kit_fit if what == 'kit-fit' else kit
+    t, rows = way(a, shape, layers, what)
     mem = (torch.cuda.max_memory_allocated()-left)/2**30
-    torch._dynamo.reset(); gc.collect(); torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
     return t, rows, mem
 
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add('--shape', nargs='+', default=['qwen2.5-7b'])
+    add('--what', nargs='+', default=['kit', 'kit-dropout', 'kit-eager', 'peft', 'hf', 'hf-grouped', 'frozen'])
+    add('--layers', nargs=2, type=int, default=[4, 8])
+    add('--r', type=int, default=64)
+    add('--budget', type=int, default=16384)
+    add('--max-len', type=int, default=2048)
+    add('--warm', type=int, default=3)
+    add('--packs', type=int, default=8)
+    add('--whole', action='store_true')
+    add('--recompute', type=int, default=0, help='layers with activation checkpointing')
+    add('--template', type=int, default=160)
+    add('--fixed', type=int, help='every row has so many tokens')
+    return p.parse_args()
+
+def extended(a, shape, what): # measured at two numbers of layers, extended to all
+    if what.startswith('hf'): measure(a, shape, a.layers[0], what)  # kernels are chosen and compiled in a first run
+    (t1, rows, m1), (t2, _, m2) = (measure(a, shape, k, what) for k in a.layers)
+    (k1, k2), n = a.layers, known_bases[shape]['num_hidden_layers']
+    return t1+(t2-t1)/(k2-k1)*(n-k1), rows, m1+(m2-m1)/(k2-k1)*(n-k1)
+
+def result(a, shape, what):
+    (first, rate), start = matmul_rate(), time.perf_counter()
+    layers = known_bases[shape]['num_hidden_layers']
+    t, rows, mem = measure(a, shape, layers, what) if a.whole else extended(a, shape, what)
+    ns, passes = [n for r in rows for n in r], 1 if what.startswith('teacher') else 2
+    return dict(shape=shape, what=what, first=round(first/1e12), rate=round(rate/1e12),
+                share=round(passes*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
+                GiB=round(mem, 1), host_ms=round(1e3*a.host), ms=round(1e3*t/len(rows)), budget=a.fixed or a.budget,
+                took=round(time.perf_counter()-start), whole=a.whole)
+
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--shape', nargs='+', default=['qwen2.5-7b']); p.add_argument('--what', nargs='+', default=['kit', 'kit-dropout', 'kit-eager', 'peft', 'hf', 'hf-grouped', 'frozen'])
-    p.add_argument('--layers', nargs=2, type=int, default=[4, 8]); p.add_argument('--r', type=int, default=64); p.add_argument('--budget', type=int, default=16384)
-    p.add_argument('--max-len', type=int, default=2048); p.add_argument('--warm', type=int, default=3); p.add_argument('--packs', type=int, default=8)
-    p.add_argument('--whole', action='store_true'); p.add_argument('--recompute', type=int, default=0); p.add_argument('--template', type=int, default=160); p.add_argument('--fixed', type=int, help='every row has so many tokens')
-    a = p.parse_args()
+    a = arguments()
     for shape in a.shape:
-        L = SHAPES[shape]['num_hidden_layers']
         for what in a.what:
-            (first, rate), start = matmul_rate(), time.perf_counter()
-            try:
-                if a.whole: t, rows, mem = measure(a, shape, L, what)
-                else:
-                    if what.startswith('hf'): measure(a, shape, a.layers[0], what)  # kernels are chosen and compiled in a first run
-                    (t1, rows, m1), (t2, _, m2) = (measure(a, shape, k, what) for k in a.layers)
-                    k1, k2 = a.layers
-                    t, mem = t1+(t2-t1)/(k2-k1)*(L-k1), m1+(m2-m1)/(k2-k1)*(L-k1)
-                ns = [n for r in rows for n in r]
-                print(json.dumps(dict(shape=shape, what=what, first=round(first/1e12), rate=round(rate/1e12), share=round((1 if what.startswith('teacher') else 2)*flops(shape, ns)/t/rate, 3), tokens_s=round(sum(ns)/t), rows_s=round(len(ns)/t, 1),
-                                      GiB=round(mem, 1), host_ms=round(1e3*a.host), ms=round(1e3*t/len(rows)), budget=a.fixed or a.budget, took=round(time.perf_counter()-start), whole=a.whole)), flush=True)
+            try: print(json.dumps(result(a, shape, what)), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)

@@ -11,9 +11,12 @@ from .core import Refusal
 
 # %% ../nbs/lib/02f_combine.ipynb #5827aece
 def _paired(p, weights):
-    if weights is None: yield from ((v, 1.) for v in p); return
+    if weights is None:
+        yield from ((v, 1.) for v in p)
+        return
     w = np.asarray(weights, np.float64)
-    if w.ndim != 1 or not np.isfinite(w).all() or (w < 0).any() or not w.sum() > 0: raise Refusal(f'weights must be numbers from 0, not all 0: {list(weights)}')
+    if w.ndim != 1 or not np.isfinite(w).all() or (w < 0).any() or not w.sum() > 0:
+        raise Refusal(f'weights must be numbers from 0, not all 0: {list(weights)}')
     p = list(p) if not hasattr(p, '__len__') else p
     if len(p) != len(w): raise Refusal(f'{len(p)} voters and {len(w)} weights')
     yield from zip(p, w/w.sum())
@@ -23,7 +26,8 @@ def _pool(p, weights, *each): # the weighted mean over voters of each function o
     for v, w in _paired(p, weights):
         v = np.asarray(v, np.float32)
         if out is None: out = [np.zeros(v.shape[::-1], np.float32) for _ in each]
-        if v.shape != out[0].shape[::-1]: raise Refusal(f'a voter with {v.shape} probabilities among voters with {out[0].shape[::-1]}')
+        if v.shape != out[0].shape[::-1]:
+            raise Refusal(f'a voter with {v.shape} probabilities among voters with {out[0].shape[::-1]}')
         for i in range(0, len(v), 2**15):
             t = np.ascontiguousarray(v[i:i+2**15].T)
             for o, f in zip(out, each): o[:, i:i+2**15] += f(t)*np.float32(w)
@@ -87,15 +91,18 @@ def plot_agreement(
     "Share of voters that agree with the vote, and how often any two voters agree"
     import matplotlib.pyplot as plt
     best = np.stack([np.asarray(v).argmax(1) for v in p])
-    k, names = len(best), list(names or range(1, len(best)+1))
-    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), layout='constrained', width_ratios=(3, 2))
+    k, names = len(best), [str(n)[:12] for n in names or range(1, len(best)+1)]
+    fig, (bars, pairs) = plt.subplots(1, 2, figsize=(8, 3), layout='constrained', width_ratios=(3, 2))
     share, rows = np.unique((agreement(p, vote)*k).round().astype(int), return_counts=True)
-    a.bar(share, rows, color='C0')
-    a.set(xlabel='voters that agree with the vote', ylabel='rows', xticks=range(k+1), title=f'all agree on {(best == best[0]).all(0).mean():.0%} of the rows')
-    pair = (best[:, None] == best[None]).mean(-1)
-    b.imshow(pair, cmap='Blues', vmin=0, vmax=1)
-    for i, j in np.ndindex(pair.shape): b.text(j, i, f'{pair[i, j]:.2f}', ha='center', va='center', fontsize=8, color='white' if pair[i, j] > .6 else 'black')
-    b.set(xticks=range(k), yticks=range(k), xticklabels=[str(n)[:12] for n in names], yticklabels=[str(n)[:12] for n in names], title='two by two')
+    bars.bar(share, rows, color='C0')
+    bars.set(xlabel='voters that agree with the vote', ylabel='rows', xticks=range(k+1),
+             title=f'all agree on {(best == best[0]).all(0).mean():.0%} of the rows')
+    same = (best[:, None] == best[None]).mean(-1)
+    pairs.imshow(same, cmap='Blues', vmin=0, vmax=1)
+    for i, j in np.ndindex(same.shape):
+        pairs.text(j, i, f'{same[i, j]:.2f}', ha='center', va='center', fontsize=8,
+                   color='white' if same[i, j] > .6 else 'black')
+    pairs.set(xticks=range(k), yticks=range(k), xticklabels=names, yticklabels=names, title='two by two')
     plt.close(fig)
     return fig
 

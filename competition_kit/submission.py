@@ -28,7 +28,9 @@ def find_sample(
         if table_name(data) in samples: make_raw(table_name(data))
         folder = data_path(table_name(data))
         paths = [p for p in sample_files(folder) if p.suffix in ('.csv', '.jsonl')]
-        if len(paths) != 1: raise Refusal(f'{len(paths) or "no"} files could be the sample submission', folder, fix='Name it with sample=')
+        if len(paths) != 1:
+            raise Refusal(f'{len(paths) or "no"} files could be the sample submission', folder,
+                          fix='Name it with sample=')
     if not paths[0].is_file(): raise Refusal('no such file', paths[0])
     return paths[0]
 
@@ -38,35 +40,45 @@ def _lines(path):
         if not line.strip(): continue
         try: out.append(json.loads(line))
         except ValueError as e: raise Refusal(f'line {n} is not valid JSON ({e})', path) from e
-        if not isinstance(out[-1], dict) or 'id' not in out[-1]: raise Refusal(f'line {n} is not an object with an id', path)
+        if not isinstance(out[-1], dict) or 'id' not in out[-1]:
+            raise Refusal(f'line {n} is not an object with an id', path)
     return out
 
 # %% ../nbs/lib/02g_submission.ipynb #adaf57c7
+def _has_answers(line): # a problem with questions, each with an answer?
+    questions = line.get('questions')
+    return isinstance(questions, list) and all(isinstance(q, dict) and 'answer' in q for q in questions)
+
 def _layout(sample):
     "The sample's content and what it asks for: `p` (a probability an option), `label` (a name) or `answers` (letters)"
     sample = Path(sample)
     if not sample.is_file(): raise Refusal('no such file', sample)
     if sample.suffix == '.jsonl':
         got = _lines(sample)
-        whole = lambda o: isinstance(o.get('questions'), list) and all(isinstance(q, dict) and 'answer' in q for q in o['questions'])
-        if got and all(map(whole, got)): return got, 'answers'
+        if got and all(map(_has_answers, got)): return got, 'answers'
     elif sample.suffix == '.csv':
         got = read_csv(sample)
         cols = [c for c in got if c != 'id']
         if 'id' in got and cols == ['winner']: return got, 'label'
         if 'id' in got and len(cols) > 1 and all(c.startswith('winner_') for c in cols): return got, 'p'
     raise Refusal('not a sample submission that is understood', sample,
-                  fix='It has id and winner_<option> columns, or id and winner, or JSON lines with id and questions with an answer')
+                  fix='It has id and winner_<option> columns, or id and winner, '
+                      'or JSON lines with id and questions with an answer')
 
 # %% ../nbs/lib/02g_submission.ipynb #0381af38
 def _check_ids(got, want, path, sample):
     for ids, where in (want, sample), (got, path):
         if twice := [i for i, n in Counter(ids).items() if n > 1]: raise Refusal('an id occurs twice', where, twice)
-    if less := list(dict.fromkeys(want).keys()-got): raise Refusal(f'rows that {Path(sample).name} asks for are missing', path, sorted(less))
-    if more := list(dict.fromkeys(got).keys()-want): raise Refusal(f'rows that {Path(sample).name} does not have', path, sorted(more))
-    refuse([g != w for g, w in zip(got, want)], f'rows that stand elsewhere in {Path(sample).name}', path, got, "Keep the sample's order")
+    name = Path(sample).name
+    if less := list(dict.fromkeys(want).keys()-got):
+        raise Refusal(f'rows that {name} asks for are missing', path, sorted(less))
+    if more := list(dict.fromkeys(got).keys()-want):
+        raise Refusal(f'rows that {name} does not have', path, sorted(more))
+    refuse([g != w for g, w in zip(got, want)], f'rows that stand elsewhere in {name}', path, got,
+           "Keep the sample's order")
 
-_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII)  # no digits of other scripts, no other blanks
+# no digits of other scripts, no other blanks
+_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII)
 
 def _check_p(got, path):
     ids, cols = got['id'], [c for c in got if c != 'id']
@@ -84,10 +96,12 @@ def _blank(line): # a line without its answers
 
 def _check_answers(got, want, path, letters, allowed):
     ids = [str(o['id']) for o in got]
-    refuse([_blank(g) != _blank(w) for g, w in zip(got, want)], 'lines that differ from the sample in more than their answers', path, ids)
+    refuse([_blank(g) != _blank(w) for g, w in zip(got, want)],
+           'lines that differ from the sample in more than their answers', path, ids)
     flat = [(f'{i}-{k}', q['answer']) for i, o in zip(ids, got) for k, q in enumerate(o['questions'])]
     bad = [not (isinstance(a, str) and len(a) == 1 and a in (allowed or {}).get(i, letters)) for i, a in flat]
-    refuse(bad, f"an answer that is no letter of {'the row' if allowed else letters}", path, [f'{i} ({a!r})' for i, a in flat])
+    refuse(bad, f"an answer that is no letter of {'the row' if allowed else letters}", path,
+           [f'{i} ({a!r})' for i, a in flat])
     return len(flat)
 
 def _allowed(sample, rows): # letters of each row, where the test table is known
@@ -107,22 +121,33 @@ def check_submission(
     "Refuse a submission that the host would refuse, naming its rows"
     want, kind = _layout(sample)
     if not Path(path).is_file(): raise Refusal('no such file', path)
-    if Path(path).read_bytes()[:3] == b'\xef\xbb\xbf': raise Refusal('it begins with a byte order mark', path, fix='Save it as UTF-8 without one')
-    if kind == 'answers':
-        got = _lines(path)
-        _check_ids([str(o['id']) for o in got], [str(o['id']) for o in want], path, sample)
-        letters, allowed = tasks[task or 'choice'].letters, _allowed(sample, rows)
-        n = _check_answers(got, want, path, letters, allowed)
-        return f"{Path(path).name}: {len(got)} problems with {n} answers, as the sample asks; every letter is one of {'its row' if allowed else letters}"
+    if Path(path).read_bytes()[:3] == b'\xef\xbb\xbf':
+        raise Refusal('it begins with a byte order mark', path, fix='Save it as UTF-8 without one')
+    if kind == 'answers': found = _check_lines(path, sample, want, task, rows)
+    else: found = _check_table(path, sample, want, kind, task)
+    return f'{Path(path).name}: {found}'
+
+def _check_lines(path, sample, want, task, rows): # JSON lines with an answer for each question
+    got = _lines(path)
+    _check_ids([str(o['id']) for o in got], [str(o['id']) for o in want], path, sample)
+    letters, allowed = tasks[task or 'choice'].letters, _allowed(sample, rows)
+    n = _check_answers(got, want, path, letters, allowed)
+    return (f"{len(got)} problems with {n} answers, as the sample asks; "
+            f"every letter is one of {'its row' if allowed else letters}")
+
+def _check_table(path, sample, want, kind, task): # a CSV file with probabilities or labels
     got = read_csv(path)
-    if list(got) != list(want): raise Refusal(f'its columns are {list(got)}, those of {Path(sample).name} are {list(want)}', path)
+    if list(got) != list(want):
+        raise Refusal(f'its columns are {list(got)}, those of {Path(sample).name} are {list(want)}', path)
     _check_ids(got['id'], want['id'], path, sample)
-    if kind == 'p': _check_p(got, path)
-    else:
-        labels = set(tasks[task].options if task else ['model_a', 'model_b', *want['winner']])
-        refuse([v not in labels for v in got['winner']], f'a label that is none of {", ".join(sorted(labels))}', path, got['id'])
-    said = 'probabilities sum to one' if kind == 'p' else ', '.join(f'{v} {k}' for k, v in sorted(Counter(got['winner']).items()))
-    return f"{Path(path).name}: {len(got['id'])} rows, as the sample asks; {said}"
+    if kind == 'p':
+        _check_p(got, path)
+        return f"{len(got['id'])} rows, as the sample asks; probabilities sum to one"
+    labels = set(tasks[task].options if task else ['model_a', 'model_b', *want['winner']])
+    refuse([v not in labels for v in got['winner']], f'a label that is none of {", ".join(sorted(labels))}', path,
+           got['id'])
+    counts = ', '.join(f'{v} {k}' for k, v in sorted(Counter(got['winner']).items()))
+    return f"{len(got['id'])} rows, as the sample asks; {counts}"
 
 # %% ../nbs/lib/02g_submission.ipynb #4aa03840
 def read_sample(
@@ -145,7 +170,7 @@ def make_submission(
     task:str,  # Name of the task
     sample,    # The host's sample submission
     path,      # Where to
-) -> str: # What `check_submission` said of it
+) -> str: # The line from `check_submission`
     "Write a submission in the sample's layout and check it"
     got, kind, want = read_sample(sample, rows, task)
     at = {i: k for k, i in enumerate(rows['id'])}
@@ -153,8 +178,8 @@ def make_submission(
     text = _answers_text(got, p, tasks[task]) if kind == 'answers' else _csv_text(got, p, tasks[task])
     with atomic(path) as tmp:
         tmp.write_text(text, encoding='utf-8')
-        said = check_submission(tmp, sample, task, rows)
-    return f"{Path(path).name}:{said.split(':', 1)[1]}"
+        found = check_submission(tmp, sample, task, rows)
+    return f"{Path(path).name}:{found.split(':', 1)[1]}"
 
 # %% ../nbs/lib/02g_submission.ipynb #298fa60d
 def _answers_text(lines, p, task):
@@ -173,16 +198,18 @@ def _csv_text(cols, p, task):
     return text.getvalue()
 
 # %% ../nbs/lib/02g_submission.ipynb #5ef13a17
+def _answers(lines): # question → letter
+    return {f"{o['id']}-{k}": q['answer'] for o in lines for k, q in enumerate(o['questions'])}
+
 def practice_score(
     path,      # A submission
     solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
 ) -> dict: # `practice_log_loss` and `practice_accuracy`, or the latter alone
-    "What a leaderboard would have said, for data whose solution is at hand"
+    "The leaderboard's score, for data whose solution is at hand"
     got, kind = _layout(path)
     true, _ = _layout(solution)
     if kind == 'answers':
-        flat = lambda d: {f"{o['id']}-{k}": q['answer'] for o in d for k, q in enumerate(o['questions'])}
-        got, true = flat(got), flat(true)
+        got, true = _answers(got), _answers(true)
         _check_ids(sorted(got), sorted(true), path, solution)
         return dict(practice_accuracy=round(float(np.mean([got[i] == true[i] for i in true])), 5))
     a, b = (pd.DataFrame(o).set_index('id') for o in (got, true))

@@ -27,3 +27,46 @@ def tok(smollm2):
     "Its tokenizer"
     from competition_kit.base import load_tokenizer
     return load_tokenizer(smollm2)
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "A random base of two layers with the embedded base's tokenizer"
+    from competition_kit.base import tiny_base
+    return tiny_base(tmp_path_factory.mktemp('tiny'))
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, tiny):
+    "A root with five finished runs and their ids: two seeds with two folds each, and one with a score head"
+    from competition_kit.core import data_path
+    from competition_kit.sample import _write_arena
+    from competition_kit.train import train_fold
+    with root_at(tmp_path_factory.mktemp('trained')) as root:
+        data_path('sample_arena').mkdir(parents=True)
+        _write_arena(data_path('sample_arena'), 40, 12, 0)
+        kw = dict(base=tiny, max_len=160, lr=1e-2, lora_r=2, dtype='fp32')
+        ids = [train_fold(fold=f, seed=s, **kw).id for s in (0, 1) for f in (0, 1)]
+        ids.append(train_fold(route='score', **kw).id)
+    return root, ids
+
+@pytest.fixture
+def runs(trained, own_root):
+    "The ids of these runs, copied into the test's own root"
+    import shutil
+    root, ids = trained
+    shutil.copytree(root, own_root, dirs_exist_ok=True)
+    return ids
+
+@pytest.fixture(scope='session')
+def fitted_baselines(): return {}
+
+@pytest.fixture
+def baselines_once(monkeypatch, fitted_baselines):
+    "Baselines of the same rows are fitted once for all tests"
+    from competition_kit import train as T
+    from competition_kit.core import hash_obj
+    real = T.baselines
+    def once(rows, held, task, left_out=None):
+        key = hash_obj([rows.to_json(orient='records'), held.to_json(orient='records'), task])
+        if key not in fitted_baselines: fitted_baselines[key] = real(rows, held, task, left_out)
+        return fitted_baselines[key]
+    monkeypatch.setattr(T, 'baselines', once)

@@ -1,4 +1,5 @@
 "The sums that identify bases and adapters follow the content of files, whatever their times say."
+
 import json, os, time
 
 from competition_kit.core import damage_cached, file_sums, models_path, root_at, seal, sha256
@@ -6,9 +7,9 @@ from competition_kit.core import damage_cached, file_sums, models_path, root_at,
 
 def test_a_change_that_keeps_size_and_mtime_is_seen(tmp_path):
     with root_at(tmp_path):
-        folder = tmp_path/'a'
+        folder = tmp_path / 'a'
         folder.mkdir()
-        f = folder/'w'
+        f = folder / 'w'
         f.write_bytes(b'one')
         seal(folder)
         time.sleep(1.1)
@@ -21,10 +22,10 @@ def test_a_change_that_keeps_size_and_mtime_is_seen(tmp_path):
 
 def test_damaged_kept_sums_are_not_believed(tmp_path):
     with root_at(tmp_path):
-        f = tmp_path/'w'
+        f = tmp_path / 'w'
         f.write_bytes(b'one')
         time.sleep(1.1)
         file_sums([f])
         kept = models_path('.sums.json')
-        kept.write_text(kept.read_text().replace(sha256(f), '0'*64))
+        kept.write_text(kept.read_text().replace(sha256(f), '0' * 64))
         assert file_sums([f]) == {f: sha256(f)}

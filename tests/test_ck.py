@@ -2,9 +2,11 @@
 import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import nbformat, openpyxl, pytest
-from competition_kit.ck import _ancestors, _command, _pairs, _parser, doctor, log_plan, log_repro, log_table, main, uncommitted
+from competition_kit.ck import (_ancestors, _command, _pairs, _cost, _parser, doctor, log_plan, log_repro, log_table,
+                                main, uncommitted)
 from competition_kit.core import Refusal, root_at
-from competition_kit.log import find_run, start_run, sync_log, write_record
+from competition_kit.log import sync_log
+from competition_kit.record import find_run, start_run, write_record
 
 HEAVY = {'torch', 'transformers', 'pandas', 'numpy', 'papermill', 'openpyxl', 'nbformat', 'jupyter_client', 'pyarrow'}
 
@@ -12,38 +14,51 @@ HEAVY = {'torch', 'transformers', 'pandas', 'numpy', 'papermill', 'openpyxl', 'n
 def root(tmp_path):
     with root_at(tmp_path/'project') as r: yield r
 
-@pytest.mark.parametrize('code', ['import competition_kit', 'import competition_kit.ck as k\ntry: k.main(["--help"])\nexcept SystemExit: pass',
-                                  'import competition_kit.ck as k\ntry: k.main(["plan", "--help"])\nexcept SystemExit: pass',
+HELP = 'import competition_kit.ck as k\ntry: k.main([{}"--help"])\nexcept SystemExit: pass'
+@pytest.mark.parametrize('code', ['import competition_kit', HELP.format(''), HELP.format('"cost", '),
                                   'import competition_kit.ck as k\nassert k.main(["log"]) == 0'])
 def test_light(root, code):
-    out = subprocess.run([sys.executable, '-c', f'{code}\nimport sys; print("\\n"+" ".join(sys.modules))'], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, '-c', f'{code}\nimport sys; print("\\n"+" ".join(sys.modules))']
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert not HEAVY & {o.split('.')[0] for o in out.splitlines()[-1].split()}
 
-@pytest.mark.parametrize('argv', [[], ['run'], ['log'], ['log', 'sync'], ['log', 'show'], ['log', 'plan'], ['log', 'repro'], ['check'], ['doctor'], ['plan']])
-def test_help(argv, capsys):
-    with pytest.raises(SystemExit) as e: main([*argv, '--help'])
-    said = capsys.readouterr().out
-    assert e.value.code == 0 and 'example' in said and 'ck '+' '.join(argv) in said
+@pytest.mark.parametrize('words', ['', 'run', 'log', 'log sync', 'log show', 'log plan', 'log repro', 'check', 'doctor',
+                                   'cost'])
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as e: main([*words.split(), '--help'])
+    printed = capsys.readouterr().out
+    assert e.value.code == 0
+    assert 'example' in printed
+    assert f'ck {words}' in printed
 
-@pytest.mark.parametrize('argv', [['nonsense'], ['run'], ['run', 'x', '-p', 'fold'], ['log', 'show'], ['run', 'x', '--gpus', 'two'], []])
+@pytest.mark.parametrize('argv', [['nonsense'], ['run'], ['run', 'x', '-p', 'fold'], ['log', 'show'],
+                                  ['run', 'x', '--gpus', 'two'], []])
 def test_wrong_usage_is_2(argv):
     with pytest.raises(SystemExit) as e: main(argv)
     assert e.value.code == 2
 
-def test_refusals_are_one_message(root, capsys):
-    for argv, what in [(['run', 'no_such'], 'no notebook'), (['run', 'x', '-p', 'a', '1', '-p', 'a', '2'], 'given twice'), (['log', 'show', 'x'], "no run 'x'"),
-                       (['log', 'repro', 'x'], "no run 'x'")]:
-        assert main(argv) == 2
-        said = capsys.readouterr()
-        assert what in said.err and said.err.startswith('ck: ') and not said.out
+@pytest.mark.parametrize('command, what', [('run no_such', 'no notebook'), ('run x -p a 1 -p a 2', 'given twice'),
+    ('log show x', "no run 'x'"), ('log repro x', "no run 'x'")])
+def test_refusals_are_one_message(root, capsys, command, what):
+    assert main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith('ck: ')
+    assert what in printed.err
+    assert not printed.out
 
 def test_as_a_process(root):
-    p = subprocess.run([sys.executable, '-m', 'competition_kit.ck', 'log', 'show', 'x'], capture_output=True, text=True)
-    assert p.returncode == 2 and p.stderr.startswith('ck: no run') and 'Traceback' not in p.stderr
-    p = subprocess.run(f'{shlex.quote(sys.executable)} -m competition_kit.ck doctor | head -1', shell=True, capture_output=True, text=True)
-    assert p.stdout.startswith('python') and not p.stderr
+    ck = f'{shlex.quote(sys.executable)} -m competition_kit.ck'
+    p = subprocess.run(f'{ck} log show x', shell=True, capture_output=True, text=True)
+    assert p.returncode == 2
+    assert p.stderr.startswith('ck: no run') and 'Traceback' not in p.stderr
+    p = subprocess.run(f'{ck} doctor | head -1', shell=True, capture_output=True, text=True)
+    assert p.stdout.startswith('python')
+    assert not p.stderr
 
-def test_values_with_dashes(): assert _pairs(['run', 'x', '-p', 'a', '--gpus', '-p', 'b', '-p']) == (['run', 'x'], dict(a='--gpus', b='-p'))
+def test_values_with_dashes():
+    rest, pairs = _pairs(['run', 'x', '-p', 'a', '--gpus', '-p', 'b', '-p'])
+    assert rest == ['run', 'x']
+    assert pairs == dict(a='--gpus', b='-p')
 
 def test_command_is_read_back():
     params = dict(a='$(touch x); "\'', b=1e-4, c=None, d=True, e=['a', None], f='', g='-x')
@@ -53,8 +68,10 @@ def test_command_is_read_back():
     assert got == dict(a=params['a'], b='0.0001', c='None', d='true', e='["a", null]', f='', g='-x')
 
 def test_doctor(root):
-    said = doctor()
-    assert re.search(r'^cpu +\d+ cores, .* GiB memory', said, re.M) and re.search(r'^\[gpu\]', said, re.M) and re.search('^packages', said, re.M)
+    text = doctor()
+    lines = r'python +3\.', r'cpu +\d+ cores, .* GiB memory', r'disk .*GiB free', r'\[gpu\]', 'packages', 'git hooks'
+    for line in lines:
+        assert re.search(f'^{line}', text, re.M), line
     assert main(['doctor']) == 0
 
 def test_empty_project(root, capsys):
@@ -64,11 +81,15 @@ def test_empty_project(root, capsys):
     assert not (root/'models').exists() or not list((root/'models').glob('*/record.json'))
 
 def test_table(root, capsys):
-    with start_run('train', dict(fold=1), {}, fold=1) as run: run.finish(dict(log_loss=.9, accuracy=.6, baselines=dict(prior=dict(log_loss=1.1, accuracy=.3), longer=dict(accuracy=.5))))
+    baselines = dict(prior=dict(log_loss=1.1, accuracy=.3), longer=dict(accuracy=.5))
+    with start_run('train', dict(fold=1), {}, fold=1) as run:
+        run.finish(dict(log_loss=.9, accuracy=.6, baselines=baselines))
     with pytest.raises(RuntimeError), start_run('train', dict(fold=2), {}, fold=2): raise RuntimeError('out of luck')
-    lines = log_table().splitlines()
-    assert '0.9000 (1.1000)' in lines[1] and '0.6000 (0.5000)' in lines[1] and 'failed' in lines[2]
-    assert main(['log', 'show', 'train-f2']) == 0 and 'out of luck' in capsys.readouterr().out
+    _, first, second = log_table().splitlines()
+    assert '0.9000 (1.1000)' in first and '0.6000 (0.5000)' in first
+    assert 'failed' in second
+    assert main(['log', 'show', 'train-f2']) == 0
+    assert 'out of luck' in capsys.readouterr().out
 
 def test_check_is_thin(root, tmp_path, monkeypatch, capsys):
     import types
@@ -78,17 +99,20 @@ def test_check_is_thin(root, tmp_path, monkeypatch, capsys):
         return f'{path} is valid'
     fake.check_submission = check_submission
     monkeypatch.setitem(sys.modules, 'competition_kit.submission', fake)
-    assert main(['check', 'good.csv', 'sample.csv']) == 0 and 'good.csv is valid' in capsys.readouterr().out
-    assert main(['check', 'bad.csv', 'sample.csv']) == 2 and 'bad.csv: rows are missing. Rows (1): 7' in capsys.readouterr().err
+    assert main(['check', 'good.csv', 'sample.csv']) == 0
+    assert 'good.csv is valid' in capsys.readouterr().out
+    assert main(['check', 'bad.csv', 'sample.csv']) == 2
+    assert 'bad.csv: rows are missing. Rows (1): 7' in capsys.readouterr().err
 
 # ---- runs that start kernels
 CELLS = ['fold: int = 0\nlr: float = 1e-4\nnote: str = ""', '''import os
 from competition_kit.core import data_path, models_path
-from competition_kit.log import start_run
+from competition_kit.record import start_run
 inputs = dict(rows=data_path("rows.txt").read_text(), teacher="teach-0123456789")
 with start_run("demo", dict(lr=lr, note=note), inputs, fold=fold, notebook="90_demo.ipynb") as run:
     if not run.done:
-        (run.folder/"w.txt").write_text(note + models_path("teach-0123456789/w.txt").read_text() + os.environ.get("MOOD", ""))
+        teacher = models_path("teach-0123456789/w.txt").read_text()
+        (run.folder/"w.txt").write_text(note + teacher + os.environ.get("MOOD", ""))
         run.finish(dict(accuracy=.5), ["w.txt"])''']
 
 @pytest.fixture
@@ -110,22 +134,28 @@ def test_repro(project, capsys, monkeypatch):
     rest, params = _pairs(shlex.split(line)[1:])
     assert rest == ['run', 'nbs/90_demo.ipynb'] and params == dict(fold='2', lr='0.0001', note="it's $HOME")
     before = {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
-    assert main(['log', 'repro', id, '--go']) == 0 and 'came out equal' in capsys.readouterr().out
+    assert main(['log', 'repro', id, '--go']) == 0
+    assert 'came out equal' in capsys.readouterr().out
     assert not (project/'models/.repro'/id).exists()
     monkeypatch.setenv('MOOD', 'grim')
-    assert main(['log', 'repro', id, '--go']) == 1 and 'w.txt: other content' in capsys.readouterr().out
     (project/'data/rows.txt').write_text('1 2 4')
-    assert main(['log', 'repro', id, '--go']) == 1 and 'the inputs are not what they were' in capsys.readouterr().out
+    assert main(['log', 'repro', id, '--go']) == 1
+    printed = capsys.readouterr().out
+    assert 'w.txt: other content' in printed
+    assert 'the inputs have changed' in printed
     assert before == {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
     assert (project/'data/rows.txt').exists() and (project/'models/teach-0123456789/w.txt').exists()
 
 def test_repro_borrows_the_runs_behind_its_inputs(project, capsys):
-    with start_run('demo', dict(lr=1.), {}, fold=0, notebook='90_demo.ipynb') as first: first.finish({})
-    with start_run('demo', dict(lr=2.), dict(start=first.id), fold=0, notebook='90_demo.ipynb') as second: second.finish({})
-    assert _ancestors(dict(run_id='x', params=dict(base=f'models/{second.id}/model'), inputs={})) == sorted([first.id, second.id])
+    with start_run('demo', dict(lr=1.), {}, fold=0) as first: first.finish({})
+    with start_run('demo', dict(lr=2.), dict(start=first.id), fold=0) as second: second.finish({})
+    rec = dict(run_id='x', params=dict(base=f'models/{second.id}/model'), inputs={})
+    assert _ancestors(rec) == sorted([first.id, second.id])
 
 def test_uncommitted_defaults_are_named(project, capsys):
-    git = lambda *args: subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *args], cwd=project, check=True, capture_output=True)
+    def git(*args):
+        command = ['git', '-c', 'user.name=x', '-c', 'user.email=x', *args]
+        subprocess.run(command, cwd=project, check=True, capture_output=True)
     assert uncommitted(project/'nbs/90_demo.ipynb') == []  # no git here
     git('init')
     assert uncommitted(project/'nbs/90_demo.ipynb') == []  # nothing committed
@@ -144,47 +174,53 @@ def test_repro_says_what_changed(project, capsys):
     rec['versions']['torch'], rec['code_hash'] = '1.0', 'beef'
     write_record(project/'models'/run.id/'record.json', rec)
     assert log_repro(run.id) == 0
-    said = capsys.readouterr().out
-    assert 'not a parameter of the notebook today: gone = 3' in said and 'torch: 1.0 then' in said and 'code of the notebook: beef then' in said
+    printed = capsys.readouterr().out
+    assert 'not a parameter of the notebook today: gone = 3' in printed
+    assert 'torch: 1.0 then' in printed
+    assert 'code of the notebook: beef then' in printed
 
 def test_plan(project, capsys):
-    import openpyxl
     with start_run('train', {}, {}) as run: run.finish({})
     wb = openpyxl.load_workbook(project/'experiments_log.xlsx')
     ws = wb['runs']
     cols = {c.value: c.column for c in ws[1]}
-    for row, (stage, fold, params) in enumerate([('demo', 1, 'note=a b'), ('demo', None, 'flod=1')], 5):
-        for c, v in dict(status='planned', stage=stage, fold=fold, params=params).items(): ws.cell(row, cols[c]).value = v
+    for row, cells in {5: dict(fold=1, params='note=a b'), 6: dict(params='flod=1')}.items():
+        for c, v in dict(status='planned', stage='demo', **cells).items(): ws.cell(row, cols[c]).value = v
     wb.save(project/'experiments_log.xlsx')
     assert log_plan() == 0
-    assert capsys.readouterr().out.splitlines() == ["ck run demo -p note 'a b' -p fold 1   # row 5", 'ck run demo -p flod 1   # row 6']
+    commands = ["ck run demo -p note 'a b' -p fold 1   # row 5", 'ck run demo -p flod 1   # row 6']
+    assert capsys.readouterr().out.splitlines() == commands
     assert log_plan(go=True) == 2
-    said = capsys.readouterr()
-    assert "unknown parameter 'flod'" in said.err and len(list((project/'models').glob('demo-f1-*/90_demo.ipynb'))) == 1
+    assert "unknown parameter 'flod'" in capsys.readouterr().err
+    assert len(list((project/'models').glob('demo-f1-*/90_demo.ipynb'))) == 1
     assert 'CK_PLANNED_ROW' not in os.environ
     sync_log(wait=True)
-    assert openpyxl.load_workbook(project/'experiments_log.xlsx')['runs'].cell(5, cols['run_id']).value.startswith('demo-f1-')
+    ws = openpyxl.load_workbook(project/'experiments_log.xlsx')['runs']
+    assert ws.cell(5, cols['run_id']).value.startswith('demo-f1-')
 
-def test_plan_of_a_training(root, capsys):
-    assert main('plan --base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'.split()) == 0
-    said = capsys.readouterr().out
-    assert '7.62 B' in said and 'none of 28' in said and 'GPU-hours' in said and 'extrapolated' not in said
-    assert main('plan --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
+def test_cost_of_a_training(root, capsys):
+    job = '--base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'
+    assert main(['cost', *job.split()]) == 0
+    printed = capsys.readouterr().out
+    for text in ('7.62 B', 'none of 28', 'GPU-hours'): assert text in printed
+    assert 'extrapolated' not in printed
+    assert main('cost --base qwen2.5-72b --format nf4 --gpu T4'.split()) == 2
     assert 'such GPUs' in capsys.readouterr().err
 
-def test_plan_passes_every_option_on():
+def test_cost_passes_every_option_on():
     import inspect
-    from competition_kit.plan import plan
-    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['plan']
-    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(plan).parameters) - {'compiled'}
-    assert vars(_parser().parse_args(['plan'])) == dict(cmd='plan')
+    from competition_kit.cost import cost
+    sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['cost']
+    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(cost).parameters) - {'compiled'}
+    assert vars(_parser().parse_args(['cost'])) == dict(cmd='cost', do=_cost)
 
 def test_a_stage_is_added_as_contributing_says(root, capsys):
     text = (Path(__file__).parents[1]/'CONTRIBUTING.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     exported = '\n'.join(b for b in blocks if b.startswith('#| export'))
-    ruff = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F', '-'], input=exported, capture_output=True, text=True)
-    assert ruff.returncode == 0, ruff.stdout
+    ruff = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F', '-']
+    checked = subprocess.run(ruff, input=exported, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(b) for b in blocks])
     for c in nb.cells:
         if c.source.startswith('data: str'): c.metadata.tags = ['parameters']
@@ -194,9 +230,14 @@ def test_a_stage_is_added_as_contributing_says(root, capsys):
     assert main(['run', 'count', '-p', 'least', '2']) == 0
     folder, = (root/'models').glob('count-*')
     record = json.loads((folder/'record.json').read_text())
-    assert record['notebook'] == '06_count.ipynb' and record['metrics'] == dict(labels=3) and (folder/'labels.txt').exists()
-    assert main(['run', 'count', '-p', 'least', '2']) == 0 and 'is done already' in capsys.readouterr().out
-    assert main(['run', 'count', '-p', 'least', '0']) == 2 and 'least=0. Take 1 or more' in capsys.readouterr().err
-    assert main(['log']) == 0 and folder.name in capsys.readouterr().out
+    assert record['notebook'] == '06_count.ipynb'
+    assert record['metrics'] == dict(labels=3)
+    assert (folder/'labels.txt').exists()
+    assert main(['run', 'count', '-p', 'least', '2']) == 0
+    assert 'is done already' in capsys.readouterr().out
+    assert main(['run', 'count', '-p', 'least', '0']) == 2
+    assert 'least=0. Take 1 or more' in capsys.readouterr().err
+    assert main(['log']) == 0
+    assert folder.name in capsys.readouterr().out
     sheet = openpyxl.load_workbook(root/'experiments_log.xlsx')['runs']
     assert folder.name in [row[0].value for row in sheet.iter_rows()]

@@ -1,11 +1,12 @@
-"What only a GPU can show: its kernels give what the plain ones give; a run goes on where it ended; several GPUs are one training"
+"On a GPU: kernels agree with plain attention, a run continues where it ended, several GPUs are one training"
 import shutil
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from competition_kit.model import Judge, _register, add_lora, collate, option_mask, pack_loss, packed_attention
-from competition_kit.speed import compile_layers, fuse, recompute
+from competition_kit.attention import Layout, packed_attention, register_attention
+from competition_kit.model import Classifier, add_lora, collate, option_mask, pack_loss
+from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def test_attention(cap, window, heads, kv, size):
     for bounds in ([0, 100, 130, 131, 400, 700], [0, 1024], [0, 5, 3000], [0, 48, 96], [0, 7]):
         q, k, v = (torch.randn(1, h, bounds[-1], size, device='cuda', dtype=torch.bfloat16, requires_grad=True) for h in (heads, kv, kv))
         ends = torch.tensor(bounds, dtype=torch.int32, device='cuda')
-        got = packed_attention(None, q, k, v, None, ends=ends, longest=int(max(np.diff(bounds))), softcap=cap, sliding_window=window)[0]
+        got = packed_attention(None, q, k, v, None, layout=Layout(ends, int(max(np.diff(bounds)))), softcap=cap, sliding_window=window)[0]
         want = packed_attention(None, *(x.float() for x in (q, k, v)), None, bounds=bounds, softcap=cap, sliding_window=window)[0]
         dy = torch.randn_like(want)
         assert gap(got, want) < .01
@@ -35,33 +36,33 @@ def test_attention(cap, window, heads, kv, size):
 # ---- layers
 def _model(kind, layers=12, **kw):
     from transformers import AutoConfig, AutoModelForCausalLM
-    _register()
+    register_attention()
     more = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=64) if kind == 'gemma2' else {}
     cfg = AutoConfig.for_model(model_type=kind, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, pad_token_id=0, max_position_embeddings=4096,
                                attn_implementation='packed', **more)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16).cuda().requires_grad_(False)
 
-def _step(judge, pack):
-    judge.zero_grad()
+def _step(classifier, pack):
+    classifier.zero_grad()
     k = len(pack['bounds'])-1
-    out = judge(**pack)
+    out = classifier(**pack)
     pack_loss(out, torch.eye(3, device='cuda')[[0]*k], torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
-    return out.detach(), torch.cat([p.grad.flatten() for p in judge.parameters() if p.requires_grad])
+    return out.detach(), torch.cat([p.grad.flatten() for p in classifier.parameters() if p.requires_grad])
 
 @pytest.mark.parametrize('kind', ['qwen2', 'llama', 'gemma2'])
 def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
     counted.counters.clear()
-    def judge():
-        j = add_lora(Judge(_model(kind), [5, 6, 7]), r=8)
+    def classifier():
+        j = add_lora(Classifier(_model(kind), [5, 6, 7]), r=8)
         for n, p in j.named_parameters():
             if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator('cuda').manual_seed(1))
         return j.to('cuda').train()
     rng = np.random.default_rng(0)
     packs = [collate([rng.integers(1, 512, n).astype(np.int32) for n in ns], 'cuda') for ns in ((300, 40, 7), (500, 100), (33,), (48, 48), (128, 128))]
-    plain, quick = judge(), compile_layers(recompute(fuse(judge()), 4))
+    plain, quick = classifier(), compile_layers(checkpoint_activations(fuse(classifier()), 4))
     for pack in packs:
         for a, b in zip(_step(quick, pack), _step(plain, pack)): assert gap(a, b) < .05
     graphs = counted.counters['stats']['unique_graphs']
@@ -72,28 +73,28 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(kind):
 def test_keys_that_all_sequences_see(kind, quick):
     "what all sequences begin with stands once in the pack: the same logits, the same gradients"
     rng, head = np.random.default_rng(0), np.random.default_rng(1).integers(1, 512, 70).astype(np.int32)
-    judge = add_lora(Judge(_model(kind), [5, 6, 7]), r=8)
-    for n, p in judge.named_parameters():
+    classifier = add_lora(Classifier(_model(kind), [5, 6, 7]), r=8)
+    for n, p in classifier.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .02, generator=torch.Generator('cuda').manual_seed(1))
-    judge = fuse(judge.to('cuda').train())
-    if quick: compile_layers(judge)
+    classifier = fuse(classifier.to('cuda').train())
+    if quick: compile_layers(classifier)
     for ns in ((300, 40, 7, 200), (900, 33)):
         rows = [np.append(head, rng.integers(1, 512, n).astype(np.int32)) for n in ns]
-        once, alone = collate(rows, 'cuda'), [_step(judge, collate([r], 'cuda')) for r in rows]
+        once, alone = collate(rows, 'cuda'), [_step(classifier, collate([r], 'cuda')) for r in rows]
         assert once['bounds'][0] == 70
-        out, grad = _step(judge, once)
+        out, grad = _step(classifier, once)
         assert gap(out, torch.cat([o for o, _ in alone])) < .05 and gap(grad, sum(g for _, g in alone)/len(rows)) < .05
 
 def test_the_compiler_keeps_less(kind='qwen2'):
     "what is cheap to compute again is not kept for the backward pass"
     def kept(ban):
         torch._dynamo.reset()
-        judge = compile_layers(fuse(add_lora(Judge(_model(kind, 4), [5, 6, 7]), r=8).to('cuda').train()))
+        classifier = compile_layers(fuse(add_lora(Classifier(_model(kind, 4), [5, 6, 7]), r=8).to('cuda').train()))
         torch._functorch.config.ban_recompute_materialized_backward = ban
         pack = collate([np.full(2048, k, np.int32) for k in range(4)], 'cuda')
-        _step(judge, pack)
+        _step(classifier, pack)
         before = torch.cuda.memory_allocated()
-        out = judge(**pack)  # its graph holds what is kept
+        out = classifier(**pack)  # its graph holds what is kept
         return torch.cuda.memory_allocated()-before-out.nbytes
     more, less = kept(True), kept(False)
     assert less < .75*more, (less, more)
@@ -140,7 +141,7 @@ def test_voters_are_compiled_once(monkeypatch, tmp_path):
     plain = said('plain')
     torch._dynamo.reset()
     counted.counters.clear()
-    monkeypatch.setattr('competition_kit.speed.pays', lambda *a: True)
+    monkeypatch.setattr('competition_kit.speed.worth_compiling', lambda *a: True)
     for p, q in zip(said('quick'), plain): assert np.abs(p-q).max() < .05
     assert 0 < counted.counters['stats']['unique_graphs'] <= 3
 
@@ -171,11 +172,11 @@ def test_a_base_is_checked_through_the_gpus_kernels(kind, dtype, tmp_path, tok, 
     more = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=32) if kind == 'gemma2' else {}
     cfg = AutoConfig.for_model(kind, vocab_size=49152, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, initializer_range=.08,
                                max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
-    base, prompt, places = str(save(tmp_path/kind, cfg, smollm2)), Prompt(tok, 'preference', 256), model._places
-    for route in ('answer', 'score'): assert model.load_judge(base, prompt, route, dtype).varlen
+    base, prompt, layout_of = str(save(tmp_path/kind, cfg, smollm2)), Prompt(tok, 'preference', 256), model.pack_layout
+    for route in ('answer', 'score'): assert model.load_classifier(base, prompt, route, dtype).varlen
     shutil.rmtree(models_path('.parity'))
-    def leaks(bounds, put): return places([0, bounds[-1]] if not bounds[0] else bounds, put)
-    for name, fault in (('_places', leaks), ('_logit_scale', lambda config: 1.1)):
+    def leaks(bounds, put): return layout_of([0, bounds[-1]] if not bounds[0] else bounds, put)
+    for name, fault in (('pack_layout', leaks), ('_logit_scale', lambda config: 1.1)):
         with monkeypatch.context() as m:
             m.setattr(model, name, fault)
-            with pytest.raises(Refusal, match='computes what the packed forward does not'): model.load_judge(base, prompt, 'answer', dtype)
+            with pytest.raises(Refusal, match='computes what the packed forward does not'): model.load_classifier(base, prompt, 'answer', dtype)

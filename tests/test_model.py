@@ -8,7 +8,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage, models_path
-from competition_kit.model import Judge, add_lora, collate, continue_from, load_judge, option_mask, pack_loss, packed_attention, predict, view_probs
+from competition_kit.model import Classifier, add_lora, collate, continue_from, load_classifier, option_mask, pack_loss, packed_attention, predict, view_probs
 from competition_kit.prompt import Prompt
 from competition_kit.speed import fuse, layers
 from competition_kit.rows import swap_probs, tasks
@@ -61,54 +61,54 @@ def sequences(lengths=(1, 2, 7, 8, 9, 10, 33, 20, 3), seed=0):
 
 def judge_of(base, prompt, route='answer', dtype='fp32', **kw):
     torch.manual_seed(0)  # a new score head is random
-    return load_judge(base, prompt, route, dtype, **kw)
+    return load_classifier(base, prompt, route, dtype, **kw)
 
 def reference(base, cls=AutoModelForCausalLM, **kw):
     return cls.from_pretrained(base, dtype=torch.float32, attn_implementation='eager', **kw).eval()
 
-def classifier(base, judge):
-    "transformers' own sequence classifier with the judge's head"
+def classifier(base, classifier):
+    "transformers' own sequence classifier with the classifier's head"
     ref = reference(base, AutoModelForSequenceClassification, num_labels=3)
     ref.config.pad_token_id = ref.config.get_text_config().pad_token_id = ref.config.eos_token_id
-    ref.score.weight.data.copy_(judge.base.score.weight)
+    ref.score.weight.data.copy_(classifier.base.score.weight)
     return ref
 
 def one(i): return torch.tensor(np.asarray(i))[None].long()
-def packed(judge, ids, order=None):
-    with torch.no_grad(): return judge(**collate(ids))
+def packed(classifier, ids, order=None):
+    with torch.no_grad(): return classifier(**collate(ids))
 def close(a, b, eps=1e-5): torch.testing.assert_close(a, b, atol=eps, rtol=eps)
 
 # ---- logits
 def test_answer_route_is_transformers_own(kind, tiny, prompt):
-    ref, judge, ids = reference(tiny(kind)), judge_of(tiny(kind), prompt), sequences()
+    ref, classifier, ids = reference(tiny(kind)), judge_of(tiny(kind), prompt), sequences()
     with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
-    got = packed(judge, ids)
+    got = packed(classifier, ids)
     assert got.dtype == torch.float32 and got.shape == (len(ids), 3) and want.std() > .1
     close(got, want)
     order = np.random.default_rng(1).permutation(len(ids))
-    close(packed(judge, [ids[k] for k in order]), want[order.tolist()])
-    close(torch.cat([packed(judge, [i]) for i in ids]), want)
+    close(packed(classifier, [ids[k] for k in order]), want[order.tolist()])
+    close(torch.cat([packed(classifier, [i]) for i in ids]), want)
     lies = collate(ids); lies['bounds'] = [0, sum(map(len, ids))]  # sequences that see each other would be noticed
-    with torch.no_grad(): assert (judge(**lies)-want[-1:]).abs().max() > 1e-3
+    with torch.no_grad(): assert (classifier(**lies)-want[-1:]).abs().max() > 1e-3
 
 def test_a_common_beginning_is_computed_once(kind, tiny, prompt):
     "longer than Gemma's and Mistral's windows, too; logits and gradients stay what they are apart"
     head = sequences((21,), 5)[0]
-    judge, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), [np.concatenate([head, i]) for i in sequences()]
+    classifier, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), [np.concatenate([head, i]) for i in sequences()]
     assert collate(ids)['input_ids'].shape[1] == 21+sum(map(len, ids))-21*len(ids)
     def grads(packs):
-        judge.zero_grad()
-        out = [judge(**collate(p)) for p in packs]
+        classifier.zero_grad()
+        out = [classifier(**collate(p)) for p in packs]
         torch.cat(out).log_softmax(-1)[:, 0].sum().backward()
-        return torch.cat(out).detach(), torch.cat([p.grad.flatten() for p in judge.parameters() if p.requires_grad])
+        return torch.cat(out).detach(), torch.cat([p.grad.flatten() for p in classifier.parameters() if p.requires_grad])
     for a, b in zip(grads([ids]), grads([[i] for i in ids])): assert (a-b).abs().max() < 1e-5*b.abs().max()
 
 def test_score_route_is_transformers_own(kind, tiny, prompt):
-    judge, ids = judge_of(tiny(kind), prompt, 'score'), sequences()
-    ref = classifier(tiny(kind), judge)
+    classifier, ids = judge_of(tiny(kind), prompt, 'score'), sequences()
+    ref = classifier(tiny(kind), classifier)
     with torch.no_grad(): want = torch.cat([ref(one(i)).logits for i in ids])
-    got = packed(judge, ids)
-    assert got.shape == (len(ids), 3) and want.std() > .1 and judge.base.score.weight.dtype == torch.float32
+    got = packed(classifier, ids)
+    assert got.shape == (len(ids), 3) and want.std() > .1 and classifier.base.score.weight.dtype == torch.float32
     close(got, want)
 
 def padded(ids, side, pad):
@@ -123,13 +123,13 @@ def padded(ids, side, pad):
 def test_pooled_position_beside_padded_batches(tiny, prompt, side):
     "pad = eos, and eos inside the text: transformers' padded batches and our packs read the same token, the last real one"
     base = tiny('llama')
-    judge = judge_of(base, prompt, 'score'); ref = classifier(base, judge); eos = ref.config.eos_token_id
-    assert eos == ref.config.pad_token_id == judge.base.config.pad_token_id
+    classifier = judge_of(base, prompt, 'score'); ref = classifier(base, classifier); eos = ref.config.eos_token_id
+    assert eos == ref.config.pad_token_id == classifier.base.config.pad_token_id
     ids = sequences((5, 9, 17, 30)); ids[1][3] = ids[2][:2] = ids[3][15] = eos
     x, m = padded(ids, side, eos)
     pos = (m.cumsum(1)-1).clip(0)
     with torch.no_grad(): want = ref(x, attention_mask=m, position_ids=pos).logits
-    close(packed(judge, ids), want)
+    close(packed(classifier, ids), want)
     answer, causal = judge_of(base, prompt), reference(base)
     last = [len(i)-1 if side == 'right' else -1 for i in ids]
     with torch.no_grad(): out = causal(x, attention_mask=m, position_ids=pos).logits
@@ -137,10 +137,10 @@ def test_pooled_position_beside_padded_batches(tiny, prompt, side):
 
 def test_pooled_position_when_the_text_ends_with_eos(tiny, prompt):
     "Here transformers' classifier looks at an earlier token; ours stays with the last"
-    base = tiny('llama'); judge = judge_of(base, prompt, 'score'); ref = classifier(base, judge)
+    base = tiny('llama'); classifier = judge_of(base, prompt, 'score'); ref = classifier(base, classifier)
     ids = sequences((5, 9, 12)); ids[0][-1] = ids[2][-3:] = 2
     with torch.no_grad(): want = torch.cat([ref.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
-    close(packed(judge, ids), want)
+    close(packed(classifier, ids), want)
 
 def test_pad_token_zero_stays(tiny, prompt):
     assert judge_of(tiny('gemma2'), prompt, 'score').base.config.pad_token_id == 0
@@ -149,13 +149,13 @@ def test_by_path_with_its_tokenizer(tiny, tok):
     t = load_tokenizer(tiny('qwen2'))
     pr = Prompt(t, 'preference', 128)
     assert pr.hash == Prompt(tok, 'preference', 128).hash and t.pad_token_id is not None
-    judge = load_judge(tiny('qwen2'), pr)
-    assert not judge.training and isinstance(judge, Judge) and judge.letters == pr.letters and load_judge(tiny('qwen2'), pr, 'score').letters is None
+    classifier = load_classifier(tiny('qwen2'), pr)
+    assert not classifier.training and isinstance(classifier, Classifier) and classifier.letters == pr.letters and load_classifier(tiny('qwen2'), pr, 'score').letters is None
 
 def test_more_tokens_than_rows_in_the_base(tmp_path, smollm2, prompt):
     "A tokenizer that knows more tokens than the base has rows (tokens added, never resized)"
     base = save(tmp_path/'small', config(LlamaConfig, vocab_size=40_000), smollm2)
-    with pytest.raises(Refusal): load_judge(str(base), prompt)
+    with pytest.raises(Refusal): load_classifier(str(base), prompt)
 
 def test_attention_alone():
     g = torch.Generator().manual_seed(0)
@@ -205,10 +205,10 @@ REAL = dict(
 @pytest.mark.parametrize('common', [0, 18])
 def test_real_proportions(real, common, smollm2, prompt, tmp_path):
     "unpadded, and padded with eos on either side, with eos inside the text and at its end, with and without a common beginning"
-    base = str(save(tmp_path/real, REAL[real](), smollm2)); judge, ref = judge_of(base, prompt), reference(base)
+    base = str(save(tmp_path/real, REAL[real](), smollm2)); classifier, ref = judge_of(base, prompt), reference(base)
     ids = sequences((5, 17, 40, 90)); ids[1][3] = ids[2][:2] = ids[3][-1] = 2
     ids = [np.concatenate([sequences((common,), 5)[0], i]) for i in ids]
-    got = packed(judge, ids)
+    got = packed(classifier, ids)
     with torch.no_grad():
         want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
         assert want.std() > .1; close(got, want, 1e-4)
@@ -240,16 +240,16 @@ def seeing(request, tmp_path_factory, smollm2):
 def test_a_base_that_also_sees_is_its_text_model(seeing, how, prompt, tmp_path):
     "the same logits as with eyes; LoRAs, layers and what is saved are those of a text model"
     if how == 'nf4': pytest.importorskip('bitsandbytes')
-    judge, ref, ids = judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', mapped=how == 'mapped'), reference(seeing), sequences()
-    assert hasattr(ref.model, 'vision_tower') and len(layers(judge)) == 4 and not any('vision' in n for n, _ in judge.named_modules())
+    classifier, ref, ids = judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', mapped=how == 'mapped'), reference(seeing), sequences()
+    assert hasattr(ref.model, 'vision_tower') and len(layers(classifier)) == 4 and not any('vision' in n for n, _ in classifier.named_modules())
     with torch.no_grad(): want = torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids])
-    got = packed(judge, ids); assert want.std() > .1
+    got = packed(classifier, ids); assert want.std() > .1
     if how != 'nf4': close(got, want)
-    judge.model.save_pretrained(tmp_path/'b') if how != 'nf4' else None
+    classifier.model.save_pretrained(tmp_path/'b') if how != 'nf4' else None
     if how != 'nf4': close(packed(judge_of(str(tmp_path/'b'), prompt), ids), want)
-    judge = randomise(add_lora(judge, r=4)); got = packed(judge, ids)
-    assert on(judge) == ALL and sum(hasattr(m, 'lora_A') for m in judge.modules()) == 28
-    judge.model.save_pretrained(tmp_path/'a')
+    classifier = randomise(add_lora(classifier, r=4)); got = packed(classifier, ids)
+    assert on(classifier) == ALL and sum(hasattr(m, 'lora_A') for m in classifier.modules()) == 28
+    classifier.model.save_pretrained(tmp_path/'a')
     close(packed(judge_of(seeing, prompt, dtype='nf4' if how == 'nf4' else 'fp32', adapter=str(tmp_path/'a')), ids),
           got)
 
@@ -257,11 +257,11 @@ def test_a_base_that_also_sees_is_its_text_model(seeing, how, prompt, tmp_path):
 def test_a_base_that_also_sees_gets_a_head(seeing, route, prompt, tmp_path):
     ids, ref = sequences(), reference(seeing)
     for mapped in (False, True):
-        judge = judge_of(seeing, prompt, route, mapped=mapped)
+        classifier = judge_of(seeing, prompt, route, mapped=mapped)
         with torch.no_grad():
-            want = torch.cat([judge.base.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
-        close(packed(judge, ids), want)
-        judge.model.save_pretrained(tmp_path/'b')
+            want = torch.cat([classifier.base.score(ref.model(one(i)).last_hidden_state[:, -1]) for i in ids])
+        close(packed(classifier, ids), want)
+        classifier.model.save_pretrained(tmp_path/'b')
         close(packed(judge_of(str(tmp_path/'b'), prompt, route), ids), want)
 
 def test_a_gptq_base_that_also_sees(seeing, prompt, tmp_path):
@@ -270,25 +270,25 @@ def test_a_gptq_base_that_also_sees(seeing, prompt, tmp_path):
     meant, dense = checkpoint(seeing, tmp_path/'q', group=32), tmp_path/'dense'; shutil.copytree(seeing, dense)
     save_file(load_file(dense/'model.safetensors') | {k: torch.from_numpy(w).contiguous() for k, w in meant.items()},
               dense/'model.safetensors', metadata=dict(format='pt'))
-    judge, ids = judge_of(str(tmp_path/'q'), prompt), sequences()
-    assert sum(type(m).__name__ == 'GPTQLinear' for m in judge.modules()) == 28
-    close(packed(judge, ids), packed(judge_of(str(dense), prompt), ids), 1e-4)
-    assert (packed(judge, ids)-packed(judge_of(seeing, prompt), ids)).abs().max() > 1e-2
+    classifier, ids = judge_of(str(tmp_path/'q'), prompt), sequences()
+    assert sum(type(m).__name__ == 'GPTQLinear' for m in classifier.modules()) == 28
+    close(packed(classifier, ids), packed(judge_of(str(dense), prompt), ids), 1e-4)
+    assert (packed(classifier, ids)-packed(judge_of(seeing, prompt), ids)).abs().max() > 1e-2
 
 # ---- gradients
-def randomise(judge, seed=0, scale=.1):
+def randomise(classifier, seed=0, scale=.1):
     g = torch.Generator().manual_seed(seed)
-    for n, p in judge.named_parameters():
+    for n, p in classifier.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, scale, generator=g)
-    return judge
+    return classifier
 
-def step(judge, ids, y, packs, w=None):
-    judge.zero_grad(); w, total = (torch.ones(len(ids)) if w is None else torch.tensor(w)), 0.
+def step(classifier, ids, y, packs, w=None):
+    classifier.zero_grad(); w, total = (torch.ones(len(ids)) if w is None else torch.tensor(w)), 0.
     for p in packs:
-        loss = pack_loss(judge(**collate([ids[i] for i in p])), y[p], w[p],
+        loss = pack_loss(classifier(**collate([ids[i] for i in p])), y[p], w[p],
                          option_mask([y.shape[1]]*len(p), y.shape[1]), float(w.sum()))
         loss.backward(); total += loss.item()
-    return total, {n: p.grad.clone() for n, p in judge.named_parameters() if p.requires_grad}
+    return total, {n: p.grad.clone() for n, p in classifier.named_parameters() if p.requires_grad}
 
 def alike(a, b, eps=1e-5):
     assert a[0] == pytest.approx(b[0], abs=eps) and set(a[1]) == set(b[1]) and max(g.abs().max() for g in a[1].values()) > 1e-3
@@ -296,20 +296,20 @@ def alike(a, b, eps=1e-5):
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 def test_gradients_packed_and_not(kind, route, tiny, prompt):
-    judge = randomise(add_lora(judge_of(tiny(kind), prompt, route), r=4)).train()
+    classifier = randomise(add_lora(judge_of(tiny(kind), prompt, route), r=4)).train()
     ids, y = sequences((3, 12, 9, 20)), torch.tensor([[1., 0, 0], [0, 1, 0], [.2, .3, .5], [0, 0, 1]])
-    whole = step(judge, ids, y, [[0, 1, 2, 3]])
-    alike(whole, step(judge, ids, y, [[3], [0], [2], [1]])); alike(whole, step(judge, ids, y, [[2, 0], [3, 1]]))
+    whole = step(classifier, ids, y, [[0, 1, 2, 3]])
+    alike(whole, step(classifier, ids, y, [[3], [0], [2], [1]])); alike(whole, step(classifier, ids, y, [[2, 0], [3, 1]]))
     assert any('lora_A' in n for n in whole[1]) and any('score' in n for n in whole[1]) == (route == 'score')
-    assert all(p.grad is None for p in judge.parameters() if not p.requires_grad)
+    assert all(p.grad is None for p in classifier.parameters() if not p.requires_grad)
 
 @pytest.mark.parametrize('kind', ['llama', 'gemma2'])
 def test_gradients_are_those_of_plain_peft(kind, tiny, prompt):
-    judge = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)).train()
-    plain = get_peft_model(reference(tiny(kind)), judge.model.peft_config['default']).train()
-    plain.load_state_dict({n: p for n, p in judge.model.state_dict().items()})
+    classifier = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)).train()
+    plain = get_peft_model(reference(tiny(kind)), classifier.model.peft_config['default']).train()
+    plain.load_state_dict({n: p for n, p in classifier.model.state_dict().items()})
     ids, y = sequences((3, 12, 9)), torch.tensor([0, 2, 1])
-    _, got = step(judge, ids, F.one_hot(y, 3).float(), [[0, 1, 2]])
+    _, got = step(classifier, ids, F.one_hot(y, 3).float(), [[0, 1, 2]])
     loss = sum(F.cross_entropy(plain(one(i)).logits[:, -1, prompt.letters], y[k:k+1]) for k, i in enumerate(ids))/3
     loss.backward()
     want = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
@@ -320,18 +320,18 @@ def test_gradients_are_those_of_plain_peft(kind, tiny, prompt):
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 def test_everything_learns_over_a_bf16_base(route, tiny, prompt):
-    judge = add_lora(judge_of(tiny('llama'), prompt, route, 'bf16'), r=4, dropout=.1).train()
-    learns = {n: p for n, p in judge.named_parameters() if p.requires_grad}
-    assert all(p.dtype == torch.float32 for p in learns.values()) and {p.dtype for n, p in judge.named_parameters() if n not in learns} <= {torch.bfloat16, torch.float32}
-    assert next(p for n, p in judge.named_parameters() if 'q_proj.base_layer' in n).dtype == torch.bfloat16
-    before, frozen = {n: p.detach().clone() for n, p in learns.items()}, {n: p.detach().clone() for n, p in judge.named_parameters() if n not in learns}
+    classifier = add_lora(judge_of(tiny('llama'), prompt, route, 'bf16'), r=4, dropout=.1).train()
+    learns = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in learns.values()) and {p.dtype for n, p in classifier.named_parameters() if n not in learns} <= {torch.bfloat16, torch.float32}
+    assert next(p for n, p in classifier.named_parameters() if 'q_proj.base_layer' in n).dtype == torch.bfloat16
+    before, frozen = {n: p.detach().clone() for n, p in learns.items()}, {n: p.detach().clone() for n, p in classifier.named_parameters() if n not in learns}
     opt, ids, y, losses = torch.optim.AdamW(learns.values(), 1e-5, weight_decay=0), sequences((3, 12, 9)), torch.eye(3), []
     for k in range(12):
         for g in opt.param_groups: g['lr'] = 1e-5 if k < 2 else 1e-2
-        loss, grads = step(judge, ids, y, [[0, 1, 2]]); opt.step(); losses.append(loss)
+        loss, grads = step(classifier, ids, y, [[0, 1, 2]]); opt.step(); losses.append(loss)
         if k == 1: assert all((learns[n] != before[n]).any() for n in learns), 'a step of 1e-5 must not be rounded away'
-    assert losses[-1] < .5*losses[0] and all((p != frozen[n]).sum() == 0 for n, p in judge.named_parameters() if n in frozen)
-    assert any('score' in n for n in learns) == (route == 'score') and packed(judge.eval(), ids).dtype == torch.float32
+    assert losses[-1] < .5*losses[0] and all((p != frozen[n]).sum() == 0 for n, p in classifier.named_parameters() if n in frozen)
+    assert any('score' in n for n in learns) == (route == 'score') and packed(classifier.eval(), ids).dtype == torch.float32
 
 # ---- the loss
 def test_option_mask():
@@ -355,35 +355,35 @@ def test_loss_is_the_weighted_mean_over_the_rows_own_options(n, seed):
     close(half, loss)
 
 def test_weight_two_is_the_row_twice(tiny, prompt):
-    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
     ids, y = sequences((3, 12, 9)), torch.tensor([[1., 0, 0], [.5, .5, 0], [.2, .3, .5]])
-    alike(step(judge, ids, y, [[0, 1, 2]], [1., 2., 1.]),
-          step(judge, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
-    alike(step(judge, ids, y, [[0, 1, 2]], [1., 0., 1.]), step(judge, [ids[0], ids[2]], y[[0, 2]], [[0, 1]]))
+    alike(step(classifier, ids, y, [[0, 1, 2]], [1., 2., 1.]),
+          step(classifier, [*ids, ids[1]], y[[0, 1, 2, 1]], [[0, 1], [2, 3]]))
+    alike(step(classifier, ids, y, [[0, 1, 2]], [1., 0., 1.]), step(classifier, [ids[0], ids[2]], y[[0, 2]], [[0, 1]]))
 
 def test_a_step_that_weighs_nothing(tiny, prompt):
-    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
-    loss, grads = step(judge, sequences((3, 12)), torch.eye(3)[[0, 1]], [[0, 1]], [0., 0.])
+    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    loss, grads = step(classifier, sequences((3, 12)), torch.eye(3)[[0, 1]], [[0, 1]], [0., 0.])
     assert loss == 0 and len(grads) and all((g == 0).all() for g in grads.values())
 
 def test_soft_target_is_the_mixture(tiny, prompt):
-    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
+    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4)).train()
     [i] = sequences((9,))
-    alike(step(judge, [i], torch.tensor([[.25, .75, 0]]), [[0]]),
-          step(judge, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]]))
+    alike(step(classifier, [i], torch.tensor([[.25, .75, 0]]), [[0]]),
+          step(classifier, [i]*4, torch.eye(3)[[0, 1, 1, 1]], [[0, 1, 2, 3]]))
 
 # ---- LoRA
 ALL = {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
-def on(judge): return {n.split('.')[-1] for n, m in judge.model.named_modules() if hasattr(m, 'lora_A')}
+def on(classifier): return {n.split('.')[-1] for n, m in classifier.model.named_modules() if hasattr(m, 'lora_A')}
 
 @pytest.mark.parametrize('route', ['answer', 'score'])
 def test_all_linear(kind, route, tiny, prompt):
     plain = judge_of(tiny(kind), prompt, route); want = packed(plain, sequences())
-    judge = add_lora(judge_of(tiny(kind), prompt, route), r=4)
-    assert on(judge) == ALL
-    learns = {n for n, p in judge.named_parameters() if p.requires_grad}
+    classifier = add_lora(judge_of(tiny(kind), prompt, route), r=4)
+    assert on(classifier) == ALL
+    learns = {n for n, p in classifier.named_parameters() if p.requires_grad}
     assert all('lora_' in n or 'score' in n for n in learns) and any('score' in n for n in learns) == (route == 'score')
-    close(packed(judge, sequences()), want)
+    close(packed(classifier, sequences()), want)
 
 def test_named_modules(tiny, prompt):
     load = lambda **kw: add_lora(judge_of(tiny('llama'), prompt), r=4, **kw)
@@ -397,23 +397,23 @@ def test_unknown_modules(tiny, prompt, modules):
 
 def test_output_matrix_is_refused_or_learns(tiny, prompt):
     "The letters' logits are computed from the bare matrix: a LoRA on it would be trained by nothing"
-    try: judge = add_lora(judge_of(tiny('llama'), prompt), r=4, modules='q_proj,lm_head')
+    try: classifier = add_lora(judge_of(tiny('llama'), prompt), r=4, modules='q_proj,lm_head')
     except Refusal: return
-    ids = sequences((3, 12)); before = packed(judge, ids); randomise(judge, scale=.5)
-    for n, p in judge.named_parameters():
+    ids = sequences((3, 12)); before = packed(classifier, ids); randomise(classifier, scale=.5)
+    for n, p in classifier.named_parameters():
         if 'q_proj' in n and 'lora_B' in n: p.data.zero_()
-    assert (packed(judge, ids)-before).abs().max() > 1e-2
+    assert (packed(classifier, ids)-before).abs().max() > 1e-2
 
 @pytest.mark.parametrize('rslora,scale', [(False, 32/16), (True, 32/4)])
 def test_scale(tiny, prompt, rslora, scale):
-    judge = randomise(add_lora(judge_of(tiny('llama'), prompt), r=16, alpha=32, rslora=rslora, modules='q_proj'))
-    mods = [m for m in judge.model.modules() if hasattr(m, 'lora_A')]
+    classifier = randomise(add_lora(judge_of(tiny('llama'), prompt), r=16, alpha=32, rslora=rslora, modules='q_proj'))
+    mods = [m for m in classifier.model.modules() if hasattr(m, 'lora_A')]
     assert all(m.scaling == {'default': scale} for m in mods)
     ref, ids = reference(tiny('llama')), sequences((3, 12))
     for layer, m in zip(ref.model.layers, mods):
         layer.self_attn.q_proj.weight.data += scale*m.lora_B['default'].weight.data@m.lora_A['default'].weight.data
     with torch.no_grad():
-        close(packed(judge, ids), torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids]))
+        close(packed(classifier, ids), torch.stack([ref(one(i)).logits[0, -1, prompt.letters] for i in ids]))
 
 def test_seed_decides_a(tiny, prompt):
     a = lambda s: torch.cat([p.flatten() for n, p in add_lora(judge_of(tiny('llama'), prompt), r=4, seed=s).named_parameters() if 'lora_A' in n])
@@ -421,8 +421,8 @@ def test_seed_decides_a(tiny, prompt):
 
 @pytest.mark.parametrize('kind', ['llama_tied', 'gemma2'])
 def test_adapter_in_plain_peft(kind, tiny, prompt, tmp_path):
-    judge, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), sequences()
-    want = packed(judge, ids); judge.model.save_pretrained(tmp_path/'a')
+    classifier, ids = randomise(add_lora(judge_of(tiny(kind), prompt), r=4)), sequences()
+    want = packed(classifier, ids); classifier.model.save_pretrained(tmp_path/'a')
     plain = PeftModel.from_pretrained(reference(tiny(kind)), tmp_path/'a').eval()
     with torch.no_grad(): close(torch.stack([plain(one(i)).logits[0, -1, prompt.letters] for i in ids]), want)
     close(packed(judge_of(tiny(kind), prompt, adapter=str(tmp_path/'a')), ids), want)
@@ -431,12 +431,12 @@ def test_adapter_in_plain_peft(kind, tiny, prompt, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_score_adapter_carries_its_head(dtype, tiny, prompt, tmp_path):
-    judge, ids = randomise(add_lora(judge_of(tiny('llama'), prompt, 'score', dtype), r=4)), sequences()
-    for n, p in judge.named_parameters():
+    classifier, ids = randomise(add_lora(judge_of(tiny('llama'), prompt, 'score', dtype), r=4)), sequences()
+    for n, p in classifier.named_parameters():
         if p.requires_grad and 'score' in n: p.data.normal_(generator=torch.Generator().manual_seed(5))
-    want = packed(judge, ids); judge.model.save_pretrained(tmp_path/'a')
+    want = packed(classifier, ids); classifier.model.save_pretrained(tmp_path/'a')
     torch.manual_seed(99)  # another random head under it
-    again = load_judge(tiny('llama'), prompt, 'score', dtype, adapter=str(tmp_path/'a'))
+    again = load_classifier(tiny('llama'), prompt, 'score', dtype, adapter=str(tmp_path/'a'))
     assert torch.equal(packed(again, ids), want) and not any(p.requires_grad for p in again.parameters())
     if dtype == 'fp32':
         plain = PeftModel.from_pretrained(reference(tiny('llama'), AutoModelForSequenceClassification, num_labels=3), tmp_path/'a').eval()
@@ -452,7 +452,7 @@ def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
     a, s = saved(tiny, prompt, tmp_path/'a'), saved(tiny, prompt, tmp_path/'s', 'score')
     faults = {}
     def attempt(name, *args, **kw):
-        try: load_judge(*args, **kw)
+        try: load_classifier(*args, **kw)
         except Exception as e: faults[name] = e
         else: faults[name] = 'loaded'
     attempt('an answer adapter on the score route', tiny('llama'), prompt, 'score', 'fp32', adapter=str(a))
@@ -466,17 +466,17 @@ def test_adapters_that_do_not_fit(tiny, prompt, tmp_path):
     assert not {k: repr(e) for k, e in faults.items() if not isinstance(e, Refusal)}
 
 def test_missing_adapter_is_refused_by_name(tiny, prompt, tmp_path):
-    with pytest.raises(Refusal, match='none'): load_judge(tiny('llama'), prompt, adapter=str(tmp_path/'none'))
+    with pytest.raises(Refusal, match='none'): load_classifier(tiny('llama'), prompt, adapter=str(tmp_path/'none'))
 
 @pytest.mark.parametrize('new', [dict(), dict(alpha=320), dict(rslora=True), dict(alpha=7, rslora=True)])
 @pytest.mark.parametrize('old', [dict(), dict(alpha=8, rslora=True)])
 def test_going_on_says_what_the_earlier_one_said(tiny, prompt, tmp_path, old, new):
     "whatever either is scaled by"
-    judge, ids = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4, **old)), sequences()
-    judge.model.save_pretrained(tmp_path/'a')
+    classifier, ids = randomise(add_lora(judge_of(tiny('llama'), prompt), r=4, **old)), sequences()
+    classifier.model.save_pretrained(tmp_path/'a')
     after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, seed=1, **new), tmp_path/'a')
-    close(packed(after, ids), packed(judge, ids), 2e-5)
-    if old == new: assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), after.parameters()))
+    close(packed(after, ids), packed(classifier, ids), 2e-5)
+    if old == new: assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), after.parameters()))
 
 @pytest.mark.parametrize('rslora', [False, True])
 def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, prompt, tmp_path, rslora):
@@ -491,9 +491,9 @@ def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, prompt, tmp_path, rs
                                target_modules=['q_proj', 'v_proj', 'up_proj'], **more)).eval()
         there.save_pretrained(tmp_path/name)
         with torch.no_grad(): want = torch.stack([there(one(i)).logits[0, -1, prompt.letters] for i in ids])
-        judge = judge_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
-        close(packed(judge, ids), want, 2e-5)
-        close(packed(fuse(judge), ids), want, 2e-5)
+        classifier = judge_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
+        close(packed(classifier, ids), want, 2e-5)
+        close(packed(fuse(classifier), ids), want, 2e-5)
     after = continue_from(add_lora(judge_of(tiny('llama'), prompt), r=4, alpha=5, modules='q_proj,v_proj,up_proj'),
                           tmp_path/'alphas')
     close(packed(after, ids), want, 2e-5)
@@ -504,11 +504,11 @@ def test_going_on_with_another_rank(tiny, prompt, tmp_path):
 
 # ---- heads of earlier full runs
 def run_of(tiny, prompt, folder, route, dtype='fp32'):
-    judge = judge_of(tiny('llama'), prompt, route, dtype)
+    classifier = judge_of(tiny('llama'), prompt, route, dtype)
     g = torch.Generator().manual_seed(3)
-    for p in judge.base.score.parameters(): p.data.normal_(generator=g)
-    judge.model.save_pretrained(folder)
-    return str(folder), packed(judge, sequences())
+    for p in classifier.base.score.parameters(): p.data.normal_(generator=g)
+    classifier.model.save_pretrained(folder)
+    return str(folder), packed(classifier, sequences())
 
 @pytest.mark.parametrize('mapped', [False, True])
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
@@ -516,7 +516,7 @@ def run_of(tiny, prompt, folder, route, dtype='fp32'):
 def test_a_full_run_keeps_its_head(tiny, prompt, tmp_path, route, dtype, mapped):
     "in fp32, whatever its base is in"
     folder, want = run_of(tiny, prompt, tmp_path/'m', route, dtype); torch.manual_seed(99)
-    again = load_judge(folder, prompt, route, dtype, mapped=mapped)
+    again = load_classifier(folder, prompt, route, dtype, mapped=mapped)
     assert torch.equal(packed(again, sequences()), want) and {p.dtype for p in again.base.score.parameters()} == {torch.float32}
 
 @pytest.mark.parametrize('mapped', [False, True])
@@ -526,7 +526,7 @@ def test_a_full_run_keeps_its_head(tiny, prompt, tmp_path, route, dtype, mapped)
 def test_another_head_is_refused(tiny, prompt, tok, tmp_path, route, asked, task, mapped):
     folder, _ = run_of(tiny, prompt, tmp_path/'m', route)
     with pytest.raises(Refusal, match=f"a head of {{'{route}': 3}}"):
-        load_judge(folder, Prompt(tok, task, 128), asked, 'fp32', mapped=mapped)
+        load_classifier(folder, Prompt(tok, task, 128), asked, 'fp32', mapped=mapped)
 
 class Evil:
     def __init__(self, mark): self.mark = mark
@@ -543,7 +543,7 @@ def test_no_pickle_is_loaded(tiny, prompt, tmp_path):
         torch.save(Evil(mark) if evil else AutoModelForCausalLM.from_pretrained(tiny('llama')).state_dict(),
                    b/'pytorch_model.bin')
         for base, kw in ((tiny('llama'), dict(adapter=str(a))), (str(b), {})):
-            try: load_judge(base, prompt, **kw)
+            try: load_classifier(base, prompt, **kw)
             except Exception: pass
             else: loaded.append((evil, 'adapter' if kw else 'base'))
             assert not mark.exists()
@@ -557,23 +557,23 @@ def test_no_code_of_a_base_runs(tiny, prompt, tmp_path, known):
     if not known: c['model_type'] = 'evil'
     (b/'config.json').write_text(json.dumps(c))
     (b/'evil.py').write_text(f'open({str(mark)!r}, "w")\nclass C: pass\nclass M: pass\n')
-    try: load_judge(str(b), prompt)
+    try: load_classifier(str(b), prompt)
     except Exception: assert not known
     assert not mark.exists()
 
 def test_broken_bases(tiny, prompt, tmp_path):
     b = tmp_path/'b'; shutil.copytree(tiny('llama'), b); raw = (b/'model.safetensors').read_bytes()
     (b/'model.safetensors').write_bytes(raw[:len(raw)//2])
-    with pytest.raises(Refusal): load_judge(str(b), prompt)
+    with pytest.raises(Refusal): load_classifier(str(b), prompt)
     (b/'model.safetensors').unlink()
-    with pytest.raises(Refusal): load_judge(str(b), prompt)
+    with pytest.raises(Refusal): load_classifier(str(b), prompt)
     for f in ('tokenizer.json', 'tokenizer_config.json'): (b/f).unlink()
     with pytest.raises(Refusal): load_tokenizer(str(b))
     (b/'config.json').write_text('{')
-    with pytest.raises(Refusal): load_judge(str(b), prompt)
+    with pytest.raises(Refusal): load_classifier(str(b), prompt)
 
 def test_route_is_refused(tiny, prompt):
-    with pytest.raises(Refusal, match='route'): load_judge(tiny('llama'), prompt, 'logits')
+    with pytest.raises(Refusal, match='route'): load_classifier(tiny('llama'), prompt, 'logits')
 
 # ---- bases
 @pytest.mark.parametrize('base', ['', ' ', '.', './no/such', '/no/such', '~/no_such_base', 'smolm2', 'a/b/c',
@@ -594,7 +594,7 @@ def test_base_path(tiny, smollm2, tmp_path, monkeypatch):
 @pytest.mark.parametrize('base', ['nobody/nothing', 'a b/c', '-/x'])
 def test_hub_ids_without_a_network(base, prompt):
     with pytest.raises(Refusal, match='tokenizer'): load_tokenizer(base)
-    with pytest.raises(Refusal, match='base'): load_judge(base, prompt)
+    with pytest.raises(Refusal, match='base'): load_classifier(base, prompt)
 
 def test_pick_dtype(monkeypatch):
     for d in ('bf16', 'fp16', 'fp32'): assert pick_dtype(d) == d
@@ -636,28 +636,28 @@ def pairs():
 def test_predict(tiny, tok, route, task):
     pr = Prompt(tok, task, 128); n = [1, 2, 3, 5, 7]
     rows = pairs() if task != 'choice' else pd.DataFrame([dict(id=str(k), problem='P', question='Q?', options=TEXTS[:k]+['x']*(k-6)) for k in n])
-    judge, width = judge_of(tiny('llama'), pr, route), len(tasks[task].options)
+    classifier, width = judge_of(tiny('llama'), pr, route), len(tasks[task].options)
     n = n if task == 'choice' else [width]*len(rows)
-    one, two = predict(judge, pr, rows, 1, progress=False), predict(judge, pr, rows, progress=False)
+    one, two = predict(classifier, pr, rows, 1, progress=False), predict(classifier, pr, rows, progress=False)
     assert one.shape == two.shape == (len(rows), width)
     for p in (one, two):
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
         for k, o in zip(n, p): assert (o[k:] == 0).all() and (o >= 0).all()
     for budget in (1, 64, 10_000):
-        np.testing.assert_allclose(predict(judge, pr, rows, budget=budget, progress=False), two, atol=1e-5)
+        np.testing.assert_allclose(predict(classifier, pr, rows, budget=budget, progress=False), two, atol=1e-5)
     order = [3, 0, 4, 1, 2]
-    np.testing.assert_allclose(predict(judge, pr, rows.iloc[order], progress=False), two[order], atol=1e-5)
+    np.testing.assert_allclose(predict(classifier, pr, rows.iloc[order], progress=False), two[order], atol=1e-5)
     other = rows.assign(options=[o[::-1] for o in rows.options]) if task == 'choice' else rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
-    np.testing.assert_allclose(swap_probs(predict(judge, pr, other, progress=False), n, task), two,
+    np.testing.assert_allclose(swap_probs(predict(classifier, pr, other, progress=False), n, task), two,
                                atol=1e-5)  # the order shown means nothing any more
-    np.testing.assert_allclose((one+swap_probs(predict(judge, pr, other, 1, progress=False), n, task))/2, two,
+    np.testing.assert_allclose((one+swap_probs(predict(classifier, pr, other, 1, progress=False), n, task))/2, two,
                                atol=1e-5)
     assert np.abs(one-two).max() > 1e-3
 
 def test_view_probs_are_the_letters_of_the_row(tiny, tok):
-    pr = Prompt(tok, 'choice', 128); judge, ref = judge_of(tiny('qwen2'), pr), reference(tiny('qwen2'))
+    pr = Prompt(tok, 'choice', 128); classifier, ref = judge_of(tiny('qwen2'), pr), reference(tiny('qwen2'))
     rows = pd.DataFrame([dict(id=str(k), problem='P', question='Q?', options=['x']*k) for k in (2, 5)])
-    enc = pr.encode(rows); got = view_probs(judge, enc, [2, 5], progress=False)
+    enc = pr.encode(rows); got = view_probs(classifier, enc, [2, 5], progress=False)
     for p, i, r in zip(got, enc.ids, enc.row):
         k = [2, 5][r]
         with torch.no_grad():
@@ -670,9 +670,9 @@ def test_no_rows(tiny, tok):
 def test_the_embedded_base(smollm2, tok):
     "Real weights, both routes, packed against one at a time"
     pr = Prompt(tok, 'preference', 96); enc = pr.encode(pairs().iloc[:3])
-    ref, judge = reference(smollm2), judge_of('smollm2', pr)
+    ref, classifier = reference(smollm2), judge_of('smollm2', pr)
     with torch.no_grad():
-        close(packed(judge, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)
+        close(packed(classifier, enc.ids), torch.stack([ref(one(i)).logits[0, -1, pr.letters] for i in enc.ids]), 2e-4)
 
 @pytest.mark.parametrize('dtype', ['fp32', 'nf4'])
 def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
@@ -685,7 +685,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
     save_file(t, tmp_path/'b/model.safetensors', metadata=dict(format='pt'))
     for route in ('answer', 'score'):
         with pytest.raises(Refusal, match='1 tensors are missing, such as model.layers.1.mlp.up_proj.weight'):
-            load_judge(str(tmp_path/'b'), prompt, route, dtype)
+            load_classifier(str(tmp_path/'b'), prompt, route, dtype)
 
 # ---- what a GPU is told of a pack whose sequences begin alike; its kernel in plain operations
 def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
@@ -705,19 +705,19 @@ def test_keys_that_all_sequences_see(kind, monkeypatch):
     rng, cfg = np.random.default_rng(0), REAL[kind]()
     cfg._attn_implementation = 'packed'
     torch.manual_seed(0)
-    judge = Judge(AutoModelForCausalLM.from_config(cfg), [5, 6, 7])
+    classifier = Classifier(AutoModelForCausalLM.from_config(cfg), [5, 6, 7])
     head = rng.integers(3, 500, 21).astype(np.int32)
     own = [rng.integers(3, 500, k).astype(np.int32) for k in (30, 5, 61, 1)]
     packs = collate([np.append(head, i) for i in own]), collate(own)
     assert [p['bounds'][0] for p in packs] == [21, 0]
     def said(pack):
-        judge.zero_grad()
-        with torch.set_grad_enabled(kind != 'gemma2'): out = judge(**pack)  # FlexAttention has no gradients on a CPU
+        classifier.zero_grad()
+        with torch.set_grad_enabled(kind != 'gemma2'): out = classifier(**pack)  # FlexAttention has no gradients on a CPU
         if kind != 'gemma2': out.square().sum().backward()
         return out.detach(), torch.cat([torch.zeros(1),
-                                        *(p.grad.flatten() for p in judge.parameters() if p.grad is not None)])
+                                        *(p.grad.flatten() for p in classifier.parameters() if p.grad is not None)])
     want = [said(p) for p in packs]
     monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', _varlen_attn)
-    monkeypatch.setattr(Judge, 'varlen', True)
+    monkeypatch.setattr(Classifier, 'varlen', True)
     for pack, w in zip(packs, want) if kind != 'gemma2' else [(packs[0], want[0])]:
         for got, same in zip(said(pack), w): assert (got-same).abs().max() <= 1e-5*(1+same.abs().max())

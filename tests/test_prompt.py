@@ -1,18 +1,23 @@
-"Prompts over many kinds of tokenizer and template: the frame, the cut, special-looking text, swaps, hashes, packs"
-import itertools, json, os, subprocess, sys, time
+"Prompts over many kinds of tokenizer and template: ends, truncation, control tokens, swaps, hashes, the token cache"
+import copy, itertools, json, os, subprocess, sys, time
 from functools import lru_cache
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from competition_kit import prompt as P
 from competition_kit.core import Refusal, damage, root_at
-from competition_kit.prompt import (Prompt, Tokens, ask, control_tokens, cut, encode_cached, encode_texts, fields, frame, labels, length_report, load_encoded, pack, pick_rows,
-                                    plan_steps, save_encoded, shares, swapped, tokenizer_hash, whole_share)
+from competition_kit.prompt import (Prompt, Tokens, allot, captions, control_tokens, encode_cached, encode_texts,
+                                    fields, instructions, length_report, load_encoded, pick_rows, prefix_suffix,
+                                    save_encoded, swapped, tokenizer_hash, truncate, whole_share)
 from competition_kit.rows import tasks
 
 # ---- tokenizers, trained here on a few lines
-LINES = [*ask.values(), 'Answer: A B C D E F G', 'the quick brown fox jumps over the lazy dog one two three four five six word0 word1 word2 user assistant system',
+LINES = [*instructions.values(), 'Answer: A B C D E F G',
+         'the quick brown fox jumps over the lazy dog one two three four five six '
+         'word0 word1 word2 user assistant system',
          'abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,:?![]()/<>|_\n']*3
 SPECIAL = ['<unk>', '<s>', '</s>', '<|im_start|>', '<|im_end|>']
 BYTES = [f'<0x{i:02X}>' for i in range(256)]
@@ -20,13 +25,15 @@ BYTES = [f'<0x{i:02X}>' for i in range(256)]
 def _bytelevel():  # GPT-2, Qwen, Llama 3
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return t, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    return t, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 def _sentencepiece(*first):  # Llama 2 with a prepended space, Gemma without
     t = Tokenizer(models.BPE(unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     t.normalizer = normalizers.Sequence([*first, normalizers.Replace(' ', '▁')])
     t.pre_tokenizer = pre_tokenizers.Split('▁', 'merged_with_next')
-    t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(' ', 1, 0)] if first else [])])
+    strip = [decoders.Strip(' ', 1, 0)] if first else []
+    t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return t, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL+BYTES, show_progress=False)
 
 def _unigram():  # XGLM
@@ -36,10 +43,13 @@ def _unigram():  # XGLM
 
 def _wordpiece():
     t = Tokenizer(models.WordPiece(unk_token='<unk>'))
-    t.normalizer, t.pre_tokenizer, t.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    t.decoder = decoders.WordPiece()
     return t, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
 
-KINDS = dict(bytelevel=_bytelevel, llama2=lambda: _sentencepiece(normalizers.Prepend('▁')), gemma=_sentencepiece, unigram=_unigram, wordpiece=_wordpiece)
+def _llama2(): return _sentencepiece(normalizers.Prepend('▁'))
+
+KINDS = dict(bytelevel=_bytelevel, llama2=_llama2, gemma=_sentencepiece, unigram=_unigram, wordpiece=_wordpiece)
 
 @lru_cache
 def backend(kind):
@@ -50,21 +60,35 @@ def backend(kind):
     if kind in ('llama2', 'gemma'): d['pre_tokenizer'] = None
     return json.dumps(d)
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+CHATML = ("{% for m in messages %}"+TURN+"{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TEMPLATES = dict(
     system=CHATML,
-    default_system="{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"+CHATML,
-    refuses="{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-            "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}",
-    folds="{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
-          "{% for m in rest %}<|im_start|>{{ m['role'] }}\n{{ (s if loop.first else '') + m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
-    drops="{{ bos_token }}{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    default_system="{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+                   "You are a helpful assistant.<|im_end|>\n{% endif %}"+CHATML,
+    refuses="{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+            "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+            "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+            "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}",
+    folds="{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}"
+          "{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
+          "{% for m in rest %}<|im_start|>{{ m['role'] }}\n"
+          "{{ (s if loop.first else '') + m['content'] | trim }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    drops="{{ bos_token }}{% for m in messages if m['role'] != 'system' %}"+TURN+"{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     none=None)
+
+def fast(tokenizer, **kw):
+    special = dict(unk_token='<unk>', bos_token='<s>', eos_token='</s>')
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **kw)
 
 def made(kind, template='system', bos=False, extra=()):
     t = Tokenizer.from_str(backend(kind))
-    if bos: t.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', 1)])
-    h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='</s>')  # pad = eos
+    if bos:
+        t.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', 1)])
+    h = fast(t, pad_token='</s>')  # pad = eos
     h.chat_template = TEMPLATES.get(template, template)
     if extra: h.add_tokens(list(extra))
     return h
@@ -73,71 +97,85 @@ def made(kind, template='system', bos=False, extra=()):
 def any_tok(request, tok): return tok if request.param == 'smollm2' else made(request.param, 'folds', True)
 
 # ---- rows
-def pair(*rows): return pd.DataFrame([dict(id=str(i), prompt=q, response_a=a, response_b=b) for i, (q, a, b) in enumerate(rows)])
-def choice(*rows): return pd.DataFrame([dict(id=str(i), problem=p, question=q, options=o) for i, (p, q, o) in enumerate(rows)])
-def rows_of(task): return choice(('If P then Q. P.', 'Q?', ['yes', 'no', 'unknown'])) if task == 'choice' else pair((['one', 'two'], ['three', 'four'], ['five', 'six']))
-def ends_whole(pr, ids): return (ids[:len(pr.before)] == pr.before).all() and (ids[len(ids)-len(pr.after):] == pr.after).all()
+def pair(*rows):
+    return pd.DataFrame([dict(id=str(i), prompt=q, response_a=a, response_b=b) for i, (q, a, b) in enumerate(rows)])
+def choice(*rows):
+    return pd.DataFrame([dict(id=str(i), problem=p, question=q, options=o) for i, (p, q, o) in enumerate(rows)])
+def rows_of(task):
+    if task == 'choice': return choice(('If P then Q. P.', 'Q?', ['yes', 'no', 'unknown']))
+    return pair((['one', 'two'], ['three', 'four'], ['five', 'six']))
+def ends_whole(pr, ids):
+    return (ids[:len(pr.before)] == pr.before).all() and (ids[len(ids)-len(pr.after):] == pr.after).all()
 def roomy(tok, task='preference', side='middle', more=60):
     "A prompt with a little room"
-    b, a, _ = frame(tok, ask[task])
-    return Prompt(tok, task, len(b)+len(a)+max(sum(map(len, encode_texts(tok, labels(n, task)))) for n in range(2, 10))+more, side)
+    before, after, _ = prefix_suffix(tok, instructions[task])
+    between = max(sum(map(len, encode_texts(tok, captions(n, task)))) for n in range(2, 10))
+    return Prompt(tok, task, len(before)+len(after)+between+more, side)
 
-# ---- the frame
-@pytest.mark.parametrize('template', TEMPLATES)
-@pytest.mark.parametrize('kind', ['smollm2', *KINDS])
-def test_answer_position(kind, template, tok):
-    if kind == 'smollm2':
-        if template not in ('system', 'none'): pytest.skip('its own template, or none')
-        t = tok
-        if template == 'none':
-            import copy; t = copy.deepcopy(tok); t.chat_template = None
-    for bos in ((False,) if kind == 'smollm2' else (False, True)):
-        if kind != 'smollm2': t = made(kind, template, bos)
-        for task in ask:
-            text = P._rendered(t, ask[task]); head, tail = text.split(P._mark)
-            assert text.count(ask[task]) == 1 and ask[task] in head and 'helpful assistant' not in text.replace(ask[task], '')
-            pr = Prompt(t, task, 256); names = tasks[task].letters
-            assert len(set(pr.letters)) == len(names) and t.unk_token_id not in pr.letters and not set(pr.letters) & set(t.all_special_ids)
-            assert [t.decode([i]).strip().upper() for i in pr.letters] == list(names)
-            e = pr.encode(rows_of(task))
-            for ids in e.ids:
-                assert ends_whole(pr, ids) and ids.dtype == np.int32
-                for i, c in zip(pr.letters, names):  # what follows the prompt is exactly the letter's token
-                    assert any(list(encode_texts(t, ['x'+tail+s+c], special=True)[0][-len(pr.after)-1:]) == [*pr.after, i] for s in ('', ' '))
-            if template in ('refuses', 'folds', 'drops') or template == 'none' and t.bos_token:
-                assert pr.before[0] == t.bos_token_id and all((ids == t.bos_token_id).sum() == (pr.before == t.bos_token_id).sum()+(pr.after == t.bos_token_id).sum() for ids in e.ids)
-            if t.bos_token_id not in encode_texts(t, [text], special=True)[0]: assert t.bos_token_id not in e.ids[0]
+# ---- before and after the row
+@pytest.mark.parametrize('kind,template,bos', [('smollm2', 'system', False), ('smollm2', 'none', False),
+                                               *itertools.product(KINDS, TEMPLATES, (False, True))])
+def test_answer_position(kind, template, bos, tok):
+    t = copy.deepcopy(tok) if kind == 'smollm2' else made(kind, template, bos)
+    if template == 'none': t.chat_template = None
+    for task, instruction in instructions.items():
+        text = P._template(t, instruction)
+        head, tail = text.split(P._mark)
+        assert text.count(instruction) == 1
+        assert instruction in head
+        assert 'helpful assistant' not in text.replace(instruction, '')
+        pr, names = Prompt(t, task, 256), tasks[task].letters
+        assert len(set(pr.letters)) == len(names)
+        assert not set(pr.letters) & {t.unk_token_id, *t.all_special_ids}
+        assert [t.decode([i]).strip().upper() for i in pr.letters] == list(names)
+        e = pr.encode(rows_of(task))
+        for ids in e.ids:
+            assert ends_whole(pr, ids)
+            assert ids.dtype == np.int32
+        for i, c in zip(pr.letters, names):  # what follows the prompt is exactly the letter's token
+            spellings = [encode_texts(t, ['x'+tail+blank+c], special=True)[0].tolist() for blank in ('', ' ')]
+            assert [*pr.after, i] in [ids[-len(pr.after)-1:] for ids in spellings]
+        def beginnings(ids): return (np.asarray(ids) == t.bos_token_id).sum()
+        if template in ('refuses', 'folds', 'drops') or template == 'none' and t.bos_token:
+            assert pr.before[0] == t.bos_token_id
+            for ids in e.ids: assert beginnings(ids) == beginnings(pr.before)+beginnings(pr.after)
+        if t.bos_token_id not in encode_texts(t, [text], special=True)[0]: assert t.bos_token_id not in e.ids[0]
 
 def test_whole_text_is_the_same_as_its_pieces(tok):
     "For a short row the tokens are those of the rendered chat, encoded whole"
     pr = Prompt(tok, 'preference', 256)
     body = 'Two?\n[A] Two it is.\n[B] Not so.'
-    text = P._rendered(tok, ask['preference']).replace(P._mark, body)
+    text = P._template(tok, instructions['preference']).replace(P._mark, body)
     ids = pr.encode(pair((['Two?'], ['Two it is.'], ['Not so.']))).ids[0]
     assert tok.decode(ids) == text == tok.decode(tok(text, add_special_tokens=False).input_ids)
 
 def test_letters_that_cannot_be_told_apart():
     "A vocabulary without A, B and C: one unknown token for all of them is no answer"
-    t = Tokenizer(models.WordLevel({'<unk>': 0, '<s>': 1, '</s>': 2, 'which': 3, 'response': 4, ':': 5}, unk_token='<unk>'))
+    vocab = ['<unk>', '<s>', '</s>', 'which', 'response', ':']
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
-    h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
-    with pytest.raises(Refusal, match='letters'): Prompt(h, 'preference', 256)
+    with pytest.raises(Refusal, match='letters'): Prompt(fast(t), 'preference', 256)
 
 def test_letters_that_merge_with_the_prompt():
     t = json.loads(backend('bytelevel'))
-    v = t['model']['vocab']
+    vocab, merges = t['model']['vocab'], t['model']['merges']
     for m in (('Ċ', 'A'), ('Ġ', 'A'), ('Ċ', 'ĠA')):
-        if list(m) not in t['model']['merges']: t['model']['merges'].insert(0, list(m)); v.setdefault(''.join(m), len(v)+50)
-    h = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(t)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATML)
+        if list(m) not in merges:
+            merges.insert(0, list(m))
+            vocab.setdefault(''.join(m), len(vocab)+50)
+    h = fast(Tokenizer.from_str(json.dumps(t)), chat_template=CHATML)
     try: pr = Prompt(h, 'preference', 256)
     except Refusal as e: assert 'score route' in str(e)
     else: assert len(set(pr.letters)) == 3
 
-def test_same_frame_on_any_day(tok):
-    "Llama 3.2 writes the date into its system turn; a model must not depend on when it is asked"
+def test_same_prompt_on_any_day(tok):
+    "Llama 3.2 writes the date into its system turn; a model must not depend on the day"
     t = made('bytelevel', "{{ bos_token }}{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}"+CHATML)
-    one = Prompt(t, 'preference', 256); time.sleep(.002); two = Prompt(t, 'preference', 256)
-    assert one.hash == two.hash and one.before.tolist() == two.before.tolist()
+    one = Prompt(t, 'preference', 256)
+    time.sleep(.002)
+    two = Prompt(t, 'preference', 256)
+    assert one.hash == two.hash
+    assert one.before.tolist() == two.before.tolist()
 
 def test_refused_settings(tok):
     with pytest.raises(Refusal, match='truncation'): Prompt(tok, 'preference', 256, 'center')
@@ -146,29 +184,41 @@ def test_refused_settings(tok):
     assert Prompt(tok, 'preference', least).max_len == least
     with pytest.raises(Refusal, match='leaves no room'): Prompt(tok, 'preference', least-1)
 
-# ---- cutting
+# ---- truncation
 @settings(max_examples=200)
-@given(st.lists(st.one_of(st.integers(0, 40), st.integers(0, 5000), st.just(200_000)), min_size=3, max_size=9), st.integers(32, 4000), st.sampled_from([1/3, 1/2]))
-def test_shares(n, room, first):
-    s, n = shares(n, room, first), np.array(n)
-    assert s.sum() <= room and (s >= 0).all() and (s <= n).all() and ((s > 0) | (n == 0)).all()
-    if n.sum() <= room: assert (s == n).all()
-    else:
-        assert s.sum() > room-len(n)                     # nothing is wasted
-        assert s[0] <= max(int(room*first), room-n[1:].sum())  # the first is capped
-        assert (np.diff(s[1:][np.argsort(n[1:], kind='stable')]) >= 0).all()  # the longer keeps no less
-        assert shares(np.r_[n[0], n[1:][::-1]], room, first).tolist() == [s[0], *s[1:][::-1]]
+@given(st.lists(st.one_of(st.integers(0, 40), st.integers(0, 5000), st.just(200_000)), min_size=3, max_size=9),
+       st.integers(32, 4000), st.sampled_from([1/3, 1/2]))
+def test_allot(n, room, first):
+    keep, n = allot(n, room, first), np.array(n)
+    assert keep.sum() <= room
+    assert (keep >= 0).all() and (keep <= n).all()
+    assert ((keep > 0) | (n == 0)).all(), 'a field lost everything'
+    if n.sum() <= room:
+        assert (keep == n).all()
+        return
+    assert keep.sum() > room-len(n), 'room was wasted'
+    assert keep[0] <= max(int(room*first), room-n[1:].sum()), 'the first field is capped'
+    by_length = keep[1:][np.argsort(n[1:], kind='stable')]
+    assert (np.diff(by_length) >= 0).all(), 'a longer field keeps less'
+    assert allot(np.r_[n[0], n[1:][::-1]], room, first).tolist() == [keep[0], *keep[1:][::-1]]
 
 @pytest.mark.parametrize('side', ['middle', 'right', 'left'])
-def test_cut(side):
+def test_truncate(side):
     for n, keep, dots in itertools.product(range(14), range(16), range(5)):
-        x = np.arange(100, 100+n, dtype=np.int32); got = cut(x, keep, side, [-1]*dots)
-        if n <= keep: assert (got == x).all(); continue
+        x = np.arange(100, 100+n, dtype=np.int32)
+        got = truncate(x, keep, side, [-1]*dots)
+        if n <= keep:
+            assert (got == x).all()
+            continue
         own = got[got >= 0]
-        assert len(got) == keep and (np.diff(own) > 0).all() and np.isin(own, x).all()
-        if keep and side == 'right': assert own[0] == x[0] and (np.diff(own) == 1).all(), (n, keep, dots)
-        if keep and side == 'left': assert own[-1] == x[-1] and (np.diff(own) == 1).all(), (n, keep, dots)
-        if keep > dots+1 and side == 'middle': assert own[0] == x[0] and own[-1] == x[-1] and (got < 0).sum() == dots
+        assert len(got) == keep, (n, keep, dots)
+        assert (np.diff(own) > 0).all() and np.isin(own, x).all(), (n, keep, dots)
+        if keep and side != 'middle':
+            assert own[0 if side == 'right' else -1] == x[0 if side == 'right' else -1], (n, keep, dots)
+            assert (np.diff(own) == 1).all(), (n, keep, dots)
+        if keep > dots+1 and side == 'middle':
+            assert own[0] == x[0] and own[-1] == x[-1]
+            assert (got < 0).sum() == dots
 
 MAX = 300
 @lru_cache
@@ -182,47 +232,59 @@ lengths = st.one_of(st.sampled_from([0, 1, 2, MAX-1, MAX, MAX+1, 20_000]), st.in
 @settings(max_examples=120)
 @given(st.lists(lengths, min_size=3, max_size=9), st.sampled_from(['middle', 'right', 'left']), st.booleans())
 def test_any_lengths(n, side, is_choice):
-    "Tokens of field k are the id 1000+k: both responses, every option and the frame are there, whatever is cut"
+    "Tokens of field k are the id 1000+k: every field and both ends are there, whatever is truncated"
     task = 'choice' if is_choice or len(n) != 3 else 'preference'
     pr = prompts(task, side)
     parts = [np.full(k, 1000+i, np.int32) for i, k in enumerate(n)]
-    one, two = P._one(pr, parts, 0), P._one(pr, parts, 1)
-    full = len(pr.before)+len(pr.after)+sum(map(len, pr.labels[len(n)]))+sum(n)
-    count = lambda ids: [(ids == 1000+i).sum() for i in range(len(n))]
+    one, two = P._view(pr, parts, 0), P._view(pr, parts, 1)
+    full = len(pr.before)+len(pr.after)+sum(map(len, pr.captions[len(n)]))+sum(n)
+    def counts(ids): return [(ids == 1000+i).sum() for i in range(len(n))]
     for ids in (one, two):
-        assert len(ids) <= MAX and ends_whole(pr, ids) and (full <= MAX) == (len(ids) == full)
-        assert all((c > 0) == (k > 0) for c, k in zip(count(ids), n))
+        assert len(ids) <= MAX
+        assert ends_whole(pr, ids)
+        assert (full <= MAX) == (len(ids) == full)
+        assert all((c > 0) == (k > 0) for c, k in zip(counts(ids), n))
         if full > MAX: assert len(ids) > MAX-len(n)
-    assert len(one) == len(two) and count(one) == count(two)
-    first = lambda ids, i: np.flatnonzero(ids == 1000+i)[0]
+    assert len(one) == len(two) and counts(one) == counts(two)
+    def order(ids): return sorted(seen, key=lambda i: np.flatnonzero(ids == 1000+i)[0])
     seen = [i for i, k in enumerate(n) if k]
-    assert sorted(seen, key=lambda i: first(one, i)) == seen
-    mirror = seen if task == 'choice' and len(n) == 3 else [i for i in seen if i < (1 if task != 'choice' else 2)]+[i for i in seen[::-1] if i >= (1 if task != 'choice' else 2)]
-    assert sorted(seen, key=lambda i: first(two, i)) == mirror
+    fixed = len(n) if task == 'choice' and len(n) == 3 else 2 if task == 'choice' else 1
+    assert order(one) == seen
+    assert order(two) == [i for i in seen if i < fixed]+[i for i in seen[::-1] if i >= fixed]
 
 @pytest.mark.parametrize('side', ['middle', 'right', 'left'])
-def test_every_tokenizer_cuts_alike(any_tok, side):
+def test_every_tokenizer_truncates_alike(any_tok, side):
     pr = roomy(any_tok, side=side)
-    long = lambda w: [' '.join([w]*400)]
-    e = pr.encode(pair((['one'], ['two'], ['three']), (long('one'), long('two'), long('three')), ([''], [''], ['']), (['one'], long('two'), ['three']), (long('one'), [''], ['three'])))
-    text = [any_tok.decode(i) for i in e.ids]
-    assert (e.n <= pr.max_len).all() and all(ends_whole(pr, i) for i in e.ids) and (e.cut[e.row.isin([0, 2])] == 0).all() and (e.cut[e.row.isin([1, 3, 4])] > 0).all()
-    for r, t in zip(e.row, text):
-        if r != 2: assert 'three' in t and ('two' in t or r == 4)
-    assert not {any_tok.eos_token_id} & {int(i) for ids in e.ids for i in ids[len(pr.before):len(ids)-len(pr.after)]}  # the gap is marked by text
+    def long(w): return [' '.join([w]*400)]
+    e = pr.encode(pair((['one'], ['two'], ['three']), (long('one'), long('two'), long('three')), ([''], [''], ['']),
+                       (['one'], long('two'), ['three']), (long('one'), [''], ['three'])))
+    assert (e.n <= pr.max_len).all()
+    assert ((e.cut > 0) == e.row.isin([1, 3, 4])).all()
+    for row, ids in zip(e.row, e.ids):
+        text, body = any_tok.decode(ids), ids[len(pr.before):len(ids)-len(pr.after)]
+        assert ends_whole(pr, ids)
+        assert any_tok.eos_token_id not in body, 'the gap is marked by text'
+        if row != 2: assert 'three' in text
+        if row not in (2, 4): assert 'two' in text
 
 def test_200k_tokens_as_text(tok):
-    for task, rows in (('preference', pair((['a '*200_000], ['b '*200_000], ['c']), (['q'], ['x'], ['z '*200_000]))), ('choice', choice(('p '*200_000, 'q?', ['yes', 'no', 'o '*200_000])))):
+    pairs = pair((['a '*200_000], ['b '*200_000], ['c']), (['q'], ['x'], ['z '*200_000]))
+    choices = choice(('p '*200_000, 'q?', ['yes', 'no', 'o '*200_000]))
+    for task, rows in (('preference', pairs), ('choice', choices)):
         pr = Prompt(tok, task, 512)
         e = pr.encode(rows)
-        assert (e.n <= 512).all() and (e.n > 500).all() and all(ends_whole(pr, i) for i in e.ids) and (e.cut > 190_000).all()
+        assert e.n.between(501, 512).all()
+        assert (e.cut > 190_000).all()
+        assert all(ends_whole(pr, i) for i in e.ids)
 
 def test_the_end_is_what_left_keeps(tok):
-    pr = Prompt(tok, 'preference', 128, 'left')
-    t = pr.show(pair((['first '+'x '*500+'question'], ['first '+'y '*500+'final'], ['first '+'z '*9000+'closing'])).iloc[0])
-    assert all(w in t for w in ('question', 'final', 'closing')) and 'first' not in t
-    t = Prompt(tok, 'preference', 128, 'middle').show(pair((['first '+'x '*500+'question'], ['start '+'y '*500+'final'], ['begin '+'z '*900+'closing'])).iloc[0])
-    assert all(w in t for w in 'first question start final begin closing'.split())
+    row = pair((['first '+'x '*500+'question'], ['start '+'y '*500+'final'], ['begin '+'z '*9000+'closing'])).iloc[0]
+    text = Prompt(tok, 'preference', 128, 'left').show(row)
+    assert all(w in text for w in ('question', 'final', 'closing'))
+    assert 'first' not in text
+    assert 'begin' not in text
+    text = Prompt(tok, 'preference', 128, 'middle').show(row)
+    assert all(w in text for w in 'first question start final begin closing'.split())
 
 # ---- text that looks like a special token
 def hostile(tok, more=()):
@@ -234,11 +296,12 @@ def test_special_text_is_plain_text(kind, tok):
     t = tok if kind == 'smollm2' else made(kind, 'folds', True)
     marks = [i for i in dict.fromkeys([*t.all_special_ids, *t.added_tokens_decoder]) if i != t.unk_token_id]
     pr, bad = Prompt(t, 'preference', 2000), hostile(t)
-    count = lambda ids: [(ids == i).sum() for i in marks]
+    def count(ids): return [(ids == i).sum() for i in marks]
     calm = count(pr.encode(pair((['x'], ['x'], ['x']))).ids[0])
     assert sum(calm) > 1
     for ids in pr.encode(pair(*[([h], [h], [h, h]) for h in bad])).ids: assert count(ids) == calm
-    c = Prompt(t, 'choice', 2000); calm = count(c.encode(choice(('x', 'x', ['x', 'x']))).ids[0])
+    c = Prompt(t, 'choice', 2000)
+    calm = count(c.encode(choice(('x', 'x', ['x', 'x']))).ids[0])
     for ids in c.encode(choice(*[(h, h, [h, h]) for h in bad])).ids: assert count(ids) == calm
     cutter = roomy(t)
     calm = count(cutter.encode(pair((['x'], ['x'], ['x']))).ids[0])
@@ -246,9 +309,10 @@ def test_special_text_is_plain_text(kind, tok):
     if kind in ('smollm2', 'bytelevel'): assert [t.decode(i) for i in encode_texts(t, bad)] == bad
 
 def test_turn_tokens_that_are_not_flagged_special():
-    "DeepSeek's <｜User｜> and <｜Assistant｜> are added tokens with special=False, and end and begin turns all the same"
+    "DeepSeek's <｜User｜> and <｜Assistant｜> end and begin turns, and are added tokens with special=False"
     turns = ['<｜User｜>', '<｜Assistant｜>']
-    t = made('bytelevel', "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% else %}<｜User｜>{{ m['content'] }}{% endif %}{% endfor %}<｜Assistant｜>", extra=turns)
+    t = made('bytelevel', "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+             "{% else %}<｜User｜>{{ m['content'] }}{% endif %}{% endfor %}<｜Assistant｜>", extra=turns)
     pr = Prompt(t, 'preference', 500)
     for ids in pr.encode(pair((['x'+turns[1]+'A'], [turns[0]+'x'], ['x'+turns[1]+'B']))).ids:
         for mark in turns: assert (ids == t.convert_tokens_to_ids(mark)).sum() == 1
@@ -267,127 +331,166 @@ def test_state_is_put_back(tok):
     assert len(ids[0]) == 1 and len(ids[1]) > 40
 
 # ---- control tokens
-ROLES = "{% for m in messages %}<turn>{{ '[SYS]' if m['role'] == 'system' else '<|'+m['role']+'|>' }}{{ m['content'] }}</s>{% endfor %}<|im_start|>assistant\n"
+ROLES = ("{% for m in messages %}<turn>{{ '[SYS]' if m['role'] == 'system' else '<|'+m['role']+'|>' }}"
+         "{{ m['content'] }}</s>{% endfor %}<|im_start|>assistant\n")
 OF_ROLES = ['<|user|>', '<|tool|>', '<turn>', '[SYS]']
 
 def odd_backend(kind):
-    if kind == 'words':  # what stands between blanks is a token: marks too
-        t = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *'ABCxy?.', 'user', 'assistant', 'Which', '[SYS]'])}, unk_token='<unk>'))
+    if kind == 'words':  # white space separates tokens, and a mark can be one
+        words = [*SPECIAL, *'ABCxy?.', 'user', 'assistant', 'Which', '[SYS]']
+        t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>'))
         t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return t
     t = Tokenizer.from_str(backend(kind.removesuffix('-lower')))
-    if kind.endswith('-lower'): t.normalizer = normalizers.Sequence([n for n in (t.normalizer, normalizers.Lowercase(), normalizers.Strip()) if n])
+    if kind.endswith('-lower'):
+        steps = [t.normalizer] if t.normalizer else []
+        t.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase(), normalizers.Strip()])
     return t
 
 @pytest.mark.parametrize('kind', ['words', *KINDS, *(k+'-lower' for k in KINDS)])
 def test_no_text_becomes_a_control_token(kind):
     for flags in ({}, *({flag: True} for flag in ('special', 'lstrip', 'rstrip', 'single_word', 'normalized'))):
-        t = PreTrainedTokenizerFast(tokenizer_object=odd_backend(kind), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=ROLES)
+        t = fast(odd_backend(kind), chat_template=ROLES)
         t.add_tokens([AddedToken(r, **flags) for r in OF_ROLES])
         control, vocab = control_tokens(t), t.get_vocab()
         assert control >= {*OF_ROLES, '<s>', '</s>', '<|im_start|>'}
         never = {vocab[c] for c in control if c in vocab}-{t.unk_token_id}
-        texts = [x for c in sorted(control) for x in (c, c.upper(), f'a{c}b', f' {c} ', c+c, f'x {c} y', f'\u00a0{c}')]
+        forms = [(c, c.upper(), f'a{c}b', f' {c} ', c+c, f'x {c} y', f'\u00a0{c}') for c in sorted(control)]
+        texts = [text for same in forms for text in same]
         for text, ids in zip(texts, encode_texts(t, texts)):
             assert not never & set(ids.tolist()), (text, t.convert_ids_to_tokens(ids))
             if kind in ('bytelevel', 'gemma'): assert t.decode(ids) == text
 
-def test_tokens_keep_their_numbers(tok):
-    "The control tokens stand between tokens that are none: those keep their ids"
-    import copy
-    t = copy.deepcopy(tok); t.add_tokens(['<a>', '<b>', '<c>', 'longword'])
+def test_tokens_keep_their_ids(tok):
+    "Also those between which control tokens stand"
+    t = copy.deepcopy(tok)
+    t.add_tokens(['<a>', '<b>', '<c>', 'longword'])
     t.chat_template = CHATML+'{# <b> #}'
-    ids = {w: encode_texts(t, [w])[0].tolist() for w in ('<a>', '<b>', '<c>', 'longword')}
-    assert [ids[w] for w in ('<a>', '<c>', 'longword')] == [[t.convert_tokens_to_ids(w)] for w in ('<a>', '<c>', 'longword')] and len(ids['<b>']) > 1
+    a, b, c, word = (ids.tolist() for ids in encode_texts(t, ['<a>', '<b>', '<c>', 'longword']))
+    assert [a, c, word] == [[t.convert_tokens_to_ids(w)] for w in ('<a>', '<c>', 'longword')]
+    assert len(b) > 1
 
 def test_named_templates_and_composed_roles(tok):
-    import copy
-    t = copy.deepcopy(tok); t.add_tokens(['<|user|>', '<|assistant|>', '<call>', '<lone>'])
-    t.chat_template = dict(default="{% for m in messages %}{{ '<|'+m['role']+'|>' + m['content'] }}{% endfor %}{{ '<|'+'assistant'+'|>' }}", tool_use="{{ '<'+'call>' }}")
-    assert {'<|user|>', '<|assistant|>', '<call>'} <= control_tokens(t) and '<lone>' not in control_tokens(t)
+    t = copy.deepcopy(tok)
+    t.add_tokens(['<|user|>', '<|assistant|>', '<call>', '<lone>'])
+    t.chat_template = dict(default="{% for m in messages %}{{ '<|'+m['role']+'|>' + m['content'] }}{% endfor %}"
+                           "{{ '<|'+'assistant'+'|>' }}", tool_use="{{ '<'+'call>' }}")
+    assert {'<|user|>', '<|assistant|>', '<call>'} <= control_tokens(t)
+    assert '<lone>' not in control_tokens(t)
     assert Prompt(t, 'preference', 256).after.tolist() == [t.convert_tokens_to_ids('<|assistant|>')]
     t.chat_template = dict(rag=CHATML)
     with pytest.raises(Refusal, match='none named default'): Prompt(t, 'preference', 256)
 
 def test_unknown_characters_are_no_turn():
     "Where the unknown token ends a turn too, unknown characters are left out"
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['</s>', 'A', 'B', 'C', 'x'])}, unk_token='</s>')); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['</s>', 'A', 'B', 'C', 'x'])}, unk_token='</s>'))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='</s>', eos_token='</s>')
     assert encode_texts(h, ['x </s> ?? A'])[0].tolist() == [4, 1]
 
 def test_bytes_of_unigram_are_no_text():
-    t = Tokenizer(models.Unigram([('<unk>', 0.), *((f'<0x{i:02X}>', -1.) for i in range(256)), *((c, -9.) for c in '<>0xA▁b')], 0, True))
+    vocab = [('<unk>', 0.), *((f'<0x{i:02X}>', -1.) for i in range(256)), *((c, -9.) for c in '<>0xA▁b')]
+    t = Tokenizer(models.Unigram(vocab, 0, True))
     t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     h = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>')
     assert [h.decode(i) for i in encode_texts(h, ['<0x0A>b', '\n'])] == ['<0x0A>b', '\n']
 
 # ---- SentencePiece, and prompts as whole texts
-ZEPHYR = "{% for m in messages %}{{ '<|'+m['role']+'|>\n'+m['content']+eos_token+'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-INST = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% elif m['role'] == 'user' %}{{ bos_token+'[INST] '+m['content'].strip()+' [/INST]' }}"
+ZEPHYR = ("{% for m in messages %}{{ '<|'+m['role']+'|>\n'+m['content']+eos_token+'\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+INST = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
+        "{% elif m['role'] == 'user' %}{{ bos_token+'[INST] '+m['content'].strip()+' [/INST]' }}"
         "{% else %}{{ ' '+m['content']+' '+eos_token }}{% endif %}{% endfor %}")
-VICUNA = ("{% for m in messages %}{{ m['content']+' ' if m['role'] == 'system' else 'USER: '+m['content']+' ' if m['role'] == 'user' else 'ASSISTANT: '+m['content']+eos_token }}{% endfor %}"
+VICUNA = ("{% for m in messages %}{{ m['content']+' ' if m['role'] == 'system' else 'USER: '+m['content']+' ' "
+          "if m['role'] == 'user' else 'ASSISTANT: '+m['content']+eos_token }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'ASSISTANT:BLANK' }}{% endif %}")
-CHATS = dict(zephyr=ZEPHYR, inst=INST, vicuna=VICUNA.replace('BLANK', ''), blank=VICUNA.replace('BLANK', ' '), direct="{% for m in messages %}{{ '<s>'+m['content'] }}{% endfor %}</s>", chatml=CHATML, none=None)
+CHATS = dict(zephyr=ZEPHYR, inst=INST, vicuna=VICUNA.replace('BLANK', ''), blank=VICUNA.replace('BLANK', ' '),
+             direct="{% for m in messages %}{{ '<s>'+m['content'] }}{% endfor %}</s>", chatml=CHATML, none=None)
 
 @pytest.mark.parametrize('chat', CHATS)
 @pytest.mark.parametrize('kind', ['prepend', 'first', 'always', 'never', 'unigram', 'bytelevel'])
 def test_tokens_of_the_whole_text(kind, chat):
     d = json.loads(backend(kind if kind in KINDS else 'llama2'))
-    if kind in ('first', 'always', 'never'): d.update(normalizer=None, pre_tokenizer=dict(type='Metaspace', replacement='▁', prepend_scheme=kind, split=False))
-    t = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(d)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATS[chat])
-    pr, rows = Prompt(t, 'preference', 400), pair((['alpha river'], ['beta stone.'], ['gamma lamps']), (['one?', 'two'], ['A. x\nB. y'], ['the quick  fox']))
+    if kind in ('first', 'always', 'never'):
+        d['normalizer'] = None
+        d['pre_tokenizer'] = dict(type='Metaspace', replacement='▁', prepend_scheme=kind, split=False)
+    t = fast(Tokenizer.from_str(json.dumps(d)), chat_template=CHATS[chat])
+    pr, rows = Prompt(t, 'preference', 400), pair((['alpha river'], ['beta stone.'], ['gamma lamps']),
+                                                  (['one?', 'two'], ['A. x\nB. y'], ['the quick  fox']))
     share = whole_share(pr, rows)
-    assert share['rows'] == 2 and share['same_text'] == 1
+    assert share['rows'] == 2
+    assert share['same_text'] == 1
     if kind not in ('never', 'bytelevel'): assert share['same_tokens'] == 1
     spelled = t.convert_ids_to_tokens(pr.letters)[0]
     if chat in ('inst', 'vicuna', 'blank'): assert spelled in ('▁A', 'ĠA')
-    if chat in ('zephyr', 'chatml', 'none'): assert spelled == 'A' and t.convert_ids_to_tokens(pr.others)[0] in ('▁A', 'ĠA')
+    if chat in ('zephyr', 'chatml', 'none'):
+        assert spelled == 'A'
+        assert t.convert_ids_to_tokens(pr.others)[0] in ('▁A', 'ĠA')
 
 def test_a_text_is_the_middle_of_one():
     t = made('llama2')
-    assert t.convert_ids_to_tokens(encode_texts(t, ['fox'])[0])[0] != '▁' and t.decode(encode_texts(t, ['  fox '])[0]) in ('  fox ', ' fox ')  # its decoder takes a blank off
+    assert t.convert_ids_to_tokens(encode_texts(t, ['fox'])[0])[0] != '▁'
+    assert t.decode(encode_texts(t, ['  fox '])[0]) in ('  fox ', ' fox ')  # its decoder takes a blank off
     assert t.convert_ids_to_tokens(encode_texts(t, ['fox'], special=True)[0])[0].startswith('▁')
 
 # ---- the borders between texts
 @pytest.mark.parametrize('kind', [k for k in KINDS if k != 'wordpiece'])  # which reads line breaks as blanks
 def test_a_response_cannot_pose_as_two(kind):
-    any_tok = made(kind)
-    pr, ids = Prompt(any_tok, 'preference', 2000), lambda pr, e: pr.encode(e, 1).ids[0].tolist()
-    f = lambda a, b, q='q': ids(pr, pair(([q], [a], [b])))
-    assert f('x\n[B] y', 'z') != f('x', 'y\n[B] z') and f('x', 'y', 'q\n[A] w') != f('w\n[A] x', 'y')
-    texts = fields(pair((['[A] q\n[B] '], ['x\r\n[B] y\nA. ok'], ['[B] z\n[C] w'])), 'preference')[0]
-    assert texts == [' [A] q\n [B] ', 'x\r\n [B] y\nA. ok', '[B] z\n[C] w']
-    ch = Prompt(any_tok, 'choice', 2000)
-    g = lambda *o: ids(ch, choice(('p', 'q', list(o))))
-    assert g('x\nB. y', 'z') != g('x', 'y\nB. z') and g('x\nB. y') != g('x', 'y')
-    assert fields(choice(('A. p', 'B. q', ['C. x', '\nD. x', '[A] x'])), 'choice')[0] == [' A. p', ' B. q', 'C. x', '\n D. x', '[A] x']
+    t = made(kind)
+    pairs, choices = Prompt(t, 'preference', 2000), Prompt(t, 'choice', 2000)
+    def of_pair(a, b, q='q'): return pairs.encode(pair(([q], [a], [b])), 1).ids[0].tolist()
+    def of_options(*o): return choices.encode(choice(('p', 'q', list(o))), 1).ids[0].tolist()
+    assert of_pair('x\n[B] y', 'z') != of_pair('x', 'y\n[B] z')
+    assert of_pair('x', 'y', 'q\n[A] w') != of_pair('w\n[A] x', 'y')
+    assert of_options('x\nB. y', 'z') != of_options('x', 'y\nB. z')
+    assert of_options('x\nB. y') != of_options('x', 'y')
+
+def test_lines_that_look_like_captions():
+    pairs = pair((['[A] q\n[B] '], ['x\r\n[B] y\nA. ok'], ['[B] z\n[C] w']))
+    assert fields(pairs, 'preference')[0] == [' [A] q\n [B] ', 'x\r\n [B] y\nA. ok', '[B] z\n[C] w']
+    choices = choice(('A. p', 'B. q', ['C. x', '\nD. x', '[A] x']))
+    assert fields(choices, 'choice')[0] == [' A. p', ' B. q', 'C. x', '\n D. x', '[A] x']
 
 # ---- templates that cannot be used
-BAD = dict(loop="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", long="{% for a in range(99999) %}{{ messages }}{% endfor %}", range="{% for i in range(10**9) %}{% endfor %}",
-           memory="{{ 'a'*4000000000 }}", doubled="{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}", power="{{ 9**9**9**9 }}",
-           endless="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", unsafe="{{ ''.__class__.__mro__[1].__subclasses__() }}", system="{{ cycler.__init__.__globals__.os.system('false') }}", syntax='{% for %}', plain='hello',
-           twice=CHATML+"{{ messages[-1]['content'] }}", lower=CHATML.replace("m['content']", "m['content'] | lower"), upper=CHATML.replace("m['content']", "m['content'] | upper"),
-           html=CHATML.replace("m['content']", "m['content'] | e"), parts=CHATML.replace("m['content']", "m['content'][0]['text']"), name=CHATML.replace("m['role']", "'' + m['name']"),
-           tools="{{ tools[0]['function'] }}", date="{{ now() }}", first_words=CHATML.replace("m['content']", "m['content'][:9]"))
+CONTENT = "m['content']"
+BAD = dict(
+    loop="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    long="{% for a in range(99999) %}{{ messages }}{% endfor %}", range="{% for i in range(10**9) %}{% endfor %}",
+    memory="{{ 'a'*4000000000 }}", power="{{ 9**9**9**9 }}",
+    doubled="{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    endless="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    unsafe="{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    system="{{ cycler.__init__.__globals__.os.system('false') }}", syntax='{% for %}', plain='hello',
+    twice=CHATML+"{{ messages[-1]['content'] }}", lower=CHATML.replace(CONTENT, CONTENT+' | lower'),
+    upper=CHATML.replace(CONTENT, CONTENT+' | upper'), html=CHATML.replace(CONTENT, CONTENT+' | e'),
+    parts=CHATML.replace(CONTENT, CONTENT+"[0]['text']"), name=CHATML.replace("m['role']", "'' + m['name']"),
+    tools="{{ tools[0]['function'] }}", date="{{ now() }}", first_words=CHATML.replace(CONTENT, CONTENT+'[:9]'))
 
 @pytest.mark.parametrize('name', BAD)
 def test_bad_templates(name, tok):
-    import copy
-    t = copy.deepcopy(tok); t.chat_template, start = BAD[name], time.time()
+    t = copy.deepcopy(tok)
+    t.chat_template = BAD[name]
     with pytest.raises(Refusal, match='chat template of this tokenizer') as e: Prompt(t, 'preference', 256)
-    assert t.name_or_path in str(e.value) and time.time()-start < 30
+    assert t.name_or_path in str(e.value)
+
+FAITHFUL = dict(
+    TEMPLATES, zephyr=ZEPHYR,
+    generation="{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
+    json="{% for m in messages %}{{ m | tojson }}{% if loop.first %}{% continue %}{% endif %}\n"
+         "  {% break %}{% endfor %}")
 
 def test_templates_are_rendered_as_by_transformers(tok):
-    chats = [[dict(role='user', content='x')], [dict(role=r, content=r+' <b> é') for r in 'system user assistant'.split()]]
-    for name, source in dict(TEMPLATES, zephyr=ZEPHYR, own=tok.chat_template, generation="{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
-                             json="{% for m in messages %}{{ m | tojson }}{% if loop.first %}{% continue %}{% endif %}\n  {% break %}{% endfor %}").items():
+    roles = 'system user assistant'.split()
+    chats = [[dict(role='user', content='x')], [dict(role=r, content=r+' <b> é') for r in roles]]
+    for name, source in dict(FAITHFUL, own=tok.chat_template).items():
         if source is None: continue
         t = made('bytelevel', source)
         for chat in chats:
-            got, fault = P._render(json.dumps([dict(t.special_tokens_map, template=source, messages=chat, add_generation_prompt=True, tools=None)]))[0]
+            request = dict(t.special_tokens_map, template=source, messages=chat, add_generation_prompt=True, tools=None)
+            text, error = P._render(json.dumps([request]))[0]
             try: want = t.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            except Exception: assert fault, name
-            else: assert got == want and not fault, name
+            except Exception: assert error, name
+            else: assert (text, error) == (want, ''), name
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_tokenizer_that_names_no_special_token(kind):
@@ -396,7 +499,8 @@ def test_a_tokenizer_that_names_no_special_token(kind):
     assert all(ends_whole(pr, i) for i in pr.encode(rows_of('preference')).ids)
 
 def test_a_tokenizer_that_cannot_read():
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate('ABC')})); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate('ABC')}))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(Refusal): Prompt(PreTrainedTokenizerFast(tokenizer_object=t), 'preference', 256)
 
 # ---- swapping
@@ -407,7 +511,7 @@ def test_swapped_twice(parts, is_choice):
     assert P._views(parts, 'choice')[1] == (parts if len(parts) == 3 else parts[:2]+parts[2:][::-1])
 
 @pytest.mark.parametrize('side', ['middle', 'right', 'left'])
-@pytest.mark.parametrize('task', list(ask))
+@pytest.mark.parametrize('task', list(instructions))
 def test_view_1_is_the_swapped_row(any_tok, task, side):
     pr = roomy(any_tok, task, side)
     texts = ['one', 'two three '*3, '', 'word0 '*300, 'fox jumps over '*40, 'B', 'lazy dog']
@@ -418,11 +522,14 @@ def test_view_1_is_the_swapped_row(any_tok, task, side):
         rows = pair(*[(['brown '*n], [a], [b, 'again']) for n in (3, 300) for a in texts for b in texts])
         other = rows.rename(columns=dict(response_a='response_b', response_b='response_a'))
     a, b = pr.encode(rows), pr.encode(other)
-    views = lambda e, v: [i.tolist() for i in e.ids[e.view == v]]
-    assert views(a, 1) == views(b, 0) and views(a, 0) == views(b, 1) and (a.cut > 0).any()
-    assert (a.n[a.view == 0].to_numpy() == a.n[a.view == 1].to_numpy()).all()
+    def views(e, view): return [i.tolist() for i in e.ids[e['view'] == view]]
+    assert views(a, 1) == views(b, 0)
+    assert views(a, 0) == views(b, 1)
+    assert (a.cut > 0).any()
+    assert (a.n[a['view'] == 0].to_numpy() == a.n[a['view'] == 1].to_numpy()).all()
     assert [i.tolist() for i in pr.encode(rows, views=1).ids] == views(a, 0)
-    assert list(a.columns) == ['row', 'view', 'ids', 'n', 'cut'] and a.row.tolist() == [i for i in range(len(rows)) for _ in 'ab']
+    assert list(a.columns) == ['row', 'view', 'ids', 'n', 'cut']
+    assert a.row.tolist() == [i for i in range(len(rows)) for _ in 'ab']
 
 def test_choices_of_one_to_seven(tok):
     pr = Prompt(tok, 'choice', 400)
@@ -434,8 +541,9 @@ def test_choices_of_one_to_seven(tok):
     with pytest.raises(Exception): pr.encode(choice(('P', 'Q?', ['x']*8)))
 
 # ---- odd texts
-ODD = ['', ' ', '\n', 'null', 'NA', 'None', 'nan', 'N/A', 'a\u2028b\u2029c', '😀👩‍👩‍👧‍👦', 'שלום עולם', 'مرحبا', 'nul\x00in', '骑士和无赖', 'e\u0301', '\ufffd', '\ufeffbom', '\r\n\t', '{{ x }}{% raw %}',
-       P._mark, '[A] [B] [C]', 'Answer: B', '\u202eabc', 'x'*3000, '</think>', '\x7f\x1b[0m']
+ODD = ['', ' ', '\n', 'null', 'NA', 'None', 'nan', 'N/A', 'a\u2028b\u2029c', '😀👩‍👩‍👧‍👦', 'שלום עולם',
+       'مرحبا', 'nul\x00in', '骑士和无赖', 'e\u0301', '\ufffd', '\ufeffbom', '\r\n\t', '{{ x }}{% raw %}', P._mark,
+       '[A] [B] [C]', 'Answer: B', '\u202eabc', 'x'*3000, '</think>', '\x7f\x1b[0m']
 
 def test_odd_texts(any_tok):
     pr = Prompt(any_tok, 'preference', 4000)
@@ -452,244 +560,219 @@ def test_odd_texts_come_back(tok):
         assert f'[1] {o}\n[2] {o}\n[A] {o}\n[B] {o}<|im_end|>' in t
 
 def test_turns_stay_apart():
-    f = fields(pair((['a\nb', 'c'], ['x'], ['y', 'z', ''])), 'preference')[0]
-    assert f == ['[1] a\nb\n[2] c', 'x', '[1] y\n[2] z\n[3] ']
-    t = pair((['a', 'b'], ['x'], ['y'])); t['prompt'] = [np.array(['a', 'b'], object)]  # as parquet gives them back
-    assert fields(t, 'preference')[0][0] == '[1] a\n[2] b'
+    texts = fields(pair((['a\nb', 'c'], ['x'], ['y', 'z', ''])), 'preference')[0]
+    assert texts == ['[1] a\nb\n[2] c', 'x', '[1] y\n[2] z\n[3] ']
+    from_parquet = pair((['a', 'b'], ['x'], ['y']))
+    from_parquet['prompt'] = [np.array(['a', 'b'], object)]
+    assert fields(from_parquet, 'preference')[0][0] == '[1] a\n[2] b'
 
 # ---- time
 def test_every_text_is_encoded_once(tok, monkeypatch):
-    pr = {t: Prompt(tok, t, 128) for t in ('preference', 'choice')}
-    calls, real = [], P.encode_texts
-    monkeypatch.setattr(P, 'encode_texts', lambda tok, texts, special=False: calls.append(list(texts)) or real(tok, calls[-1], special))
+    pairs, choices, calls, encode = Prompt(tok, 'preference', 128), Prompt(tok, 'choice', 128), [], P.encode_texts
+    def counted(tok, texts, special=False):
+        calls.append(list(texts))
+        return encode(tok, calls[-1], special)
+    monkeypatch.setattr(P, 'encode_texts', counted)
     rows = pair(*[([f'q{i} '*i*9], [f'a{i}'], [f'b{i} '*99]) for i in range(20)])
-    pr['preference'].encode(rows, views=2)
-    assert len(calls) == 1 and calls[0] == [t for f in fields(rows, 'preference') for t in f]
-    calls.clear(); pr['choice'].encode(choice(('p '*500, 'q', list('wxyz'))), views=2)
-    assert len(calls) == 1 and len(calls[0]) == 6
-    assert len(pr['preference'].encode(rows.iloc[:0])) == 0
+    pairs.encode(rows, views=2)
+    assert calls == [[t for row in fields(rows, 'preference') for t in row]]
+    calls.clear()
+    choices.encode(choice(('p '*500, 'q', list('wxyz'))), views=2)
+    assert [len(texts) for texts in calls] == [6]
+    assert len(pairs.encode(rows.iloc[:0])) == 0
 
 # ---- hashes
 def test_hash_tells_options_apart(tok):
-    all_ = [Prompt(tok, task, n, side).hash for task in ask for n in (256, 257) for side in ('middle', 'right', 'left')]
-    assert len(set(all_)) == len(all_)
-    toks = [made(k, t) for k in KINDS for t in ('system', 'folds', 'refuses', 'none')]
-    hashes = [Prompt(t, 'preference', 256).hash for t in (tok, *toks)]
-    assert len(set(hashes)) == len(hashes) == len({tokenizer_hash(t) for t in (tok, *toks)})
+    sides = 'middle', 'right', 'left'
+    hashes = [Prompt(tok, *args).hash for args in itertools.product(instructions, (256, 257), sides)]
+    assert len(set(hashes)) == len(hashes)
+    toks = [tok, *(made(k, t) for k in KINDS for t in ('system', 'folds', 'refuses', 'none'))]
+    hashes = [Prompt(t, 'preference', 256).hash for t in toks]
+    assert len(set(hashes)) == len(hashes) == len({tokenizer_hash(t) for t in toks})
 
-def test_hash_follows_the_builder(tok, monkeypatch):
-    want = Prompt(tok, 'preference', 256).hash
-    for name, new in dict(ask=dict(ask, preference='Which is better?'), labels=lambda n, t: ['', '\nA: ', '\nB: '], shares=lambda n, room, first: shares(n, room, .4),
-                          cut=lambda i, k, s, d: cut(i, k, s, ()), _joined='\n'.join).items():
-        with monkeypatch.context() as m:
-            m.setattr(P, name, new)
-            assert Prompt(tok, 'preference', 256).hash != want, name
-    assert Prompt(tok, 'preference', 256).hash == want
+CHANGES = dict(
+    instructions=dict(instructions, preference='Which is better?'), _joined='\n'.join,
+    captions=lambda n, task: ['', '\nA: ', '\nB: '], allot=lambda n, room, first: allot(n, room, .4),
+    truncate=lambda ids, keep, side, dots: truncate(ids, keep, side, ()))
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_hash_follows_the_builder(tok, monkeypatch, name):
+    before = Prompt(tok, 'preference', 256).hash
+    monkeypatch.setattr(P, name, CHANGES[name])
+    assert Prompt(tok, 'preference', 256).hash != before
 
 def test_hash_is_the_same_in_every_process(tok, smollm2):
-    want = [Prompt(tok, t, 300).hash for t in ask]+[tokenizer_hash(tok)]
-    code = ('from competition_kit.base import load_tokenizer; from competition_kit.prompt import *\n'
-            f't = load_tokenizer({smollm2!r}); print(*[Prompt(t, k, 300).hash for k in {list(ask)}], tokenizer_hash(t))')
-    out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo'), capture_output=True, text=True, check=True).stdout
-    assert out.split() == want
+    code = ('import sys\nfrom competition_kit.base import load_tokenizer\nfrom competition_kit.prompt import *\n'
+            't = load_tokenizer(sys.argv[1])\n'
+            'print(*[Prompt(t, k, 300).hash for k in instructions], tokenizer_hash(t))')
+    env = dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo')
+    command = [sys.executable, '-c', code, str(smollm2)]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == [Prompt(tok, t, 300).hash for t in instructions]+[tokenizer_hash(tok)]
 
-def test_tokenizer_hash_is_of_the_tokenizer_not_of_its_use(tok):
-    t = made('bytelevel', bos=True); want = tokenizer_hash(t), Prompt(t, 'preference', 256).hash
-    t(['a', 'b b'], padding=True); assert tokenizer_hash(t) == want[0]
-    t(['a', 'b b'], truncation=True, max_length=2); assert tokenizer_hash(t) == want[0]
-    assert Prompt(t, 'preference', 256).hash == want[1]
-    t.chat_template = TEMPLATES['folds']; assert tokenizer_hash(t) != want[0]
-    assert tokenizer_hash(made('bytelevel', bos=True, extra=['<x>'])) != want[0] == tokenizer_hash(made('bytelevel', bos=True))
-    d = json.loads(backend('bytelevel')); d['model']['merges'].pop()
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(d)), unk_token='<unk>', bos_token='<s>', eos_token='</s>', chat_template=CHATML)
-    assert tokenizer_hash(other) != tokenizer_hash(made('bytelevel'))
+def test_tokenizer_hash_is_of_the_tokenizer_not_of_its_use():
+    t = made('bytelevel', bos=True)
+    before, prompt_before = tokenizer_hash(t), Prompt(t, 'preference', 256).hash
+    t(['a', 'b b'], padding=True)
+    assert tokenizer_hash(t) == before
+    t(['a', 'b b'], truncation=True, max_length=2)
+    assert tokenizer_hash(t) == before
+    assert Prompt(t, 'preference', 256).hash == prompt_before
+    assert tokenizer_hash(made('bytelevel', bos=True)) == before
 
-# ---- packs
-@settings(max_examples=100)
-@given(st.lists(st.integers(1, 300), max_size=80), st.integers(50, 400))
-def test_pack(n, budget):
-    packs = pack(n, budget)
-    assert sorted(int(i) for p in packs for i in p) == list(range(len(n)))
-    for p in packs: assert len(p) and (sum(n[i] for i in p) <= budget or len(p) == 1)
-    assert [max(n[i] for i in p) for p in packs] == sorted((max(n[i] for i in p) for p in packs), reverse=True)  # longest first
-    if n: assert sum(sum(n[i] for i in p) <= budget/2 for p in packs) <= 1
-    assert [p.tolist() for p in pack(pd.Series(n, dtype=int), budget)] == [p.tolist() for p in packs]
-
-@pytest.mark.parametrize('budget', [2048, 4096, 8192])
-def test_packs_are_full(budget):
-    for seed in range(5):
-        n = np.random.default_rng(seed).lognormal(6.5, .8, 2000).astype(int).clip(20, 2048)
-        packs = pack(n, budget)
-        assert n.sum()/(budget*len(packs)) >= .9
-
-def lines(k, views=2, seed=0):
-    n = np.random.default_rng(seed).integers(5, 300, k).repeat(views)
-    return pd.DataFrame(dict(row=np.arange(k).repeat(views), view=np.tile(np.arange(views), k), n=n))
-
-@settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([.2, .5, 1, 1.5, 2, 3]), st.integers(1, 2), st.integers(0, 99))
-def test_plan(k, rows_a_step, epochs, views, seed):
-    enc = lines(k, views)
-    steps, again = ([s for (s,) in plan_steps(enc, rows_a_step, epochs, 512, seed)] for _ in range(2))
-    assert [[p.tolist() for p in s] for s in steps] == [[p.tolist() for p in s] for s in again]
-    total = round(k*epochs); sizes = []
-    for s in steps:
-        at = np.concatenate(s); sizes.append(len(at))
-        assert all(len(set(enc.view[at][enc.row[at] == r])) == views and (enc.row[at] == r).sum() % views == 0 for r in set(enc.row[at]))  # both views, this step
-        assert all(enc.n[p].sum() <= 512 or len(p) == 1 for p in s)
-    assert sum(sizes) == total*views and all(o == rows_a_step*views for o in sizes[:-1]) and (not sizes or 0 < sizes[-1] <= rows_a_step*views)
-    got = enc.row[np.concatenate([p for s in steps for p in s])].value_counts()/views if steps else pd.Series([], dtype=float)
-    assert set(got) <= {np.floor(epochs), np.ceil(epochs)}-{0.}
-
-def test_plan_follows_its_seed():
-    enc = lines(30)
-    rows = lambda **kw: [sorted(enc.row[np.concatenate(s)]) for (s,) in plan_steps(enc, **dict(rows_a_step=4, epochs=2, budget=512, seed=0) | kw)]
-    assert rows() != rows(seed=1) and rows() == rows(budget=4096)[:15]  # the budget decides packs, not steps
-    assert rows()[:7] == rows(epochs=1)[:7]  # a longer training begins like a shorter one
-    code = 'import pandas as pd, numpy as np; from competition_kit.prompt import plan_steps; e = pd.DataFrame(dict(row=np.arange(30).repeat(2), n=9)); print([p.tolist() for (s,) in plan_steps(e, 4, 1, 99, 5) for p in s])'
-    a, b = (subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
-    assert a == b and a
-
-def test_plan_of_nothing_and_of_odd_rows():
-    assert plan_steps(lines(0), 4, 1, 512, 0) == [] == plan_steps(lines(1), 4, .2, 512, 0)
-    with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(5).iloc[1:], 2, 1, 512, 0)
-    with pytest.raises(Refusal, match='fewer views'): plan_steps(lines(6).iloc[[0, 1, 2, 3, 4, 6]], 2, 1, 512, 0)
-    some = lines(20); some = some[some.row % 3 > 0].reset_index(drop=True)  # a fold's part, with the table's own positions
-    steps = [s for (s,) in plan_steps(some, 4, 1, 512, 0, phase=np.arange(20) >= 10)]
-    assert sorted(np.concatenate([p for s in steps for p in s])) == list(range(len(some))) and set(some.row[np.concatenate(steps[0])]) <= set(range(10))
-    mixed = lines(9).sample(frac=1, random_state=0)  # lines in any order
-    for (s,) in plan_steps(mixed, 3, 1, 512, 0): assert mixed.row.iloc[np.concatenate(s)].value_counts().tolist() == [2, 2, 2]
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 4), st.integers(2, 5), st.sampled_from([.5, 1, 2]), st.integers(1, 2), st.sampled_from([150, 512, 4096]), st.integers(0, 99))
-def test_plan_for_ranks(k, rows_a_rank, ranks, epochs, views, budget, seed):
-    enc, size = lines(k, views, seed), rows_a_rank*ranks
-    one, many = (plan_steps(enc, size, epochs, budget, seed, ranks=r) for r in (1, ranks))
-    at = lambda packs: sorted(np.concatenate([np.empty(0, int), *packs]).tolist())
-    assert len(one) == len(many) and all(at(a) == at([p for r in b for p in r]) for (a,), b in zip(one, many))  # the same rows in the same steps
-    for k, step in enumerate(many):
-        rows = [enc.row[at(r)] for r in step]
-        assert len(step) == ranks and all((r.value_counts() % views == 0).all() for r in rows)  # both views on one rank
-        n = [len(r)//views for r in rows]
-        assert max(n)-min(n) <= 1 and (k == len(many)-1 or set(n) == {rows_a_rank})
-        if min(n) == max(n): assert len(set(map(len, step))) == 1  # as many packs on each
-        assert all(len(p) and (enc.n[p].sum() <= budget or len(p) == 1) for r in step for p in r)
-
-def arena(k, seed=0):
-    n = (np.random.default_rng(seed).lognormal(6.2547, .7475, k).round().clip(16, 16384)+160).clip(max=2048).astype(int)
-    return pd.DataFrame(dict(row=np.arange(k).repeat(2), view=np.tile([0, 1], k), n=n.repeat(2)))
-
-def test_ranks_have_equal_work():
-    for seed in range(3):
-        enc = arena(8192, seed)
-        work = np.array([[sum(enc.n.to_numpy()[p].sum() for p in r) for r in s] for s in plan_steps(enc, 128, 1, 16384, seed, ranks=8)])
-        assert work.sum()/(8*work.max(1).sum()) >= .99
-    with pytest.raises(Refusal, match='multiple of 3'): plan_steps(lines(9), 8, 1, 512, 0, ranks=3)
-
-def test_packs_of_a_step_are_few_and_equal():
-    enc = arena(16384); n = enc.n.to_numpy()
-    for rows in (32, 128, 512):
-        sizes = [np.array([n[p].sum() for p in s]) for (s,) in plan_steps(enc, rows, 1, 16384, 0)]
-        assert sum(map(len, sizes)) <= 1.02*sum(-(-s.sum()//16384) for s in sizes)  # few: hardly more than the tokens ask for
-        assert sum(s.sum() for s in sizes) >= .98*sum(len(s)*s.max() for s in sizes)  # equal
-    assert n.sum() >= .97*16384*sum(map(len, sizes)) and n.sum() >= .97*16384*len(pack(n, 16384))
-
-def test_phases():
-    phase = np.random.default_rng(0).integers(0, 3, 50)*5-2
-    enc = lines(50)
-    for epochs, ranks in ((1, 1), (2, 1), (1.5, 2)):
-        steps = [sum(s, []) for s in plan_steps(enc, 4, epochs, 512, 3, ranks=ranks, phase=phase)]
-        seen = [set(phase[enc.row[np.concatenate(s)]]) for s in steps]
-        assert all(len(p) == 1 for p in seen) and [p.pop() for p in seen] == sorted(phase[enc.row[np.concatenate(s)]][0] for s in steps)
-        rows = enc.row[np.concatenate([p for s in steps for p in s])]
-        for p in set(phase): assert (phase[rows] == p).sum() == 2*round((phase == p).sum()*epochs)
-    same = lambda **kw: [[p.tolist() for p in s] for (s,) in plan_steps(enc, 4, 1, 512, 3, **kw)]
-    assert same() == same(phase=np.zeros(50, int)) == same(phase=[7]*50)
+def test_tokenizer_hash_tells_tokenizers_apart():
+    d = json.loads(backend('bytelevel'))
+    d['model']['merges'].pop()
+    toks = [made('bytelevel', bos=True), made('bytelevel'), made('bytelevel', 'folds', True),
+            made('bytelevel', bos=True, extra=['<x>']), fast(Tokenizer.from_str(json.dumps(d)), chat_template=CHATML)]
+    assert len({tokenizer_hash(t) for t in toks}) == len(toks)
 
 # ---- tokens, flat and kept
 def test_tokens_as_a_column(tok):
     e = Prompt(tok, 'preference', 200).encode(pair(*[([f'q {"x "*i}'], ['a'], ['b']) for i in range(6)]))
-    want = [i.tolist() for i in e.ids]
-    as_lists = lambda ids: [i.tolist() for i in ids]
-    assert isinstance(e.ids.array, Tokens) and e.ids[3].tolist() == want[3] == e.ids.iloc[3].tolist() and e.n.tolist() == [len(i) for i in want]
+    def as_lists(ids): return [i.tolist() for i in ids]
+    want = as_lists(e.ids)
+    assert isinstance(e.ids.array, Tokens)
+    assert e.ids[3].tolist() == want[3] == e.ids.iloc[3].tolist()
+    assert e.n.tolist() == [len(i) for i in want]
     at = np.array([5, 0, 5, -1])
     assert as_lists(e.ids.iloc[at]) == [want[i] for i in at] == as_lists(e.iloc[at].ids)
-    assert as_lists(e.ids[e.view == 1]) == want[1::2] == as_lists(e[e.view == 1].reset_index(drop=True).ids) == as_lists(e.ids[1::2])
+    assert as_lists(e.ids[e['view'] == 1]) == want[1::2] == as_lists(e.ids[1::2])
+    assert as_lists(e[e['view'] == 1].reset_index(drop=True).ids) == want[1::2]
     assert as_lists(e.sort_values('n', ascending=False, kind='stable').ids)[0] == max(want, key=len)
     assert as_lists(pd.concat([e, e.iloc[:2]], ignore_index=True).ids) == want+want[:2]
-    assert [o.ids.tolist() for o in e.itertuples()] == want and e.drop(columns='ids').shape == (12, 4) and 'ids' in repr(e)
-    assert as_lists(e.assign(ids=list(e.ids)).ids) == want and not e.ids.isna().any() and e.copy().ids.array.flat is e.ids.array.flat
+    assert [line.ids.tolist() for line in e.itertuples()] == want
+    assert e.drop(columns='ids').shape == (12, 4)
+    assert 'ids' in repr(e)
+    assert as_lists(e.assign(ids=list(e.ids)).ids) == want
+    assert not e.ids.isna().any()
+    assert e.copy().ids.array.flat is e.ids.array.flat
     with pytest.raises(ValueError): e.ids.reindex([0, 99])
     assert e.memory_usage(deep=True).ids < 4*e.n.sum()+100*len(e)
 
-def big_rows(k=300, **kw): return pair(*[([f'q{i} '*(i%7)], [f'a{i} '*(i%40)], [f'b {i}']) for i in range(k)]).assign(**kw)
+def big_rows(k=300, **kw):
+    return pair(*[([f'q{i} '*(i%7)], [f'a{i} '*(i%40)], [f'b {i}']) for i in range(k)]).assign(**kw)
 
-def same_enc(a, b): return a.drop(columns='ids').equals(b.drop(columns='ids')) and all((x == y).all() and x.dtype == y.dtype == np.int32 for x, y in zip(a.ids, b.ids))
+def same_enc(a, b):
+    if not a.drop(columns='ids').equals(b.drop(columns='ids')): return False
+    return all((x == y).all() and x.dtype == y.dtype == np.int32 for x, y in zip(a.ids, b.ids))
 
 def test_more_rows_than_a_call(tok):
     pr, rows = Prompt(tok, 'preference', 96), big_rows(2500)
     e = pr.encode(rows)
-    assert e.row.tolist() == list(np.arange(2500).repeat(2)) and all(ends_whole(pr, i) for i in e.ids)
-    for at in (0, 1023, 1024, 2499): assert same_enc(e[e.row == at].reset_index(drop=True).assign(row=0), pr.encode(rows.iloc[[at]]))
+    assert e.row.tolist() == list(np.arange(2500).repeat(2))
+    assert all(ends_whole(pr, i) for i in e.ids)
+    for at in (0, 1023, 1024, 2499):
+        assert same_enc(e[e.row == at].reset_index(drop=True).assign(row=0), pr.encode(rows.iloc[[at]]))
 
 def test_saved_and_mapped(tok, tmp_path):
     pr = Prompt(tok, 'preference', 96)
     for k in (0, 1, 300):
-        e = pr.encode(big_rows(300).iloc[:k]); save_encoded(e, tmp_path/f'{k}'); got = load_encoded(tmp_path/f'{k}')
-        assert same_enc(e, got) and len(got) == 2*k and list(got.columns) == list(e.columns)
-    assert isinstance(got.ids.array.flat.base, np.memmap) or isinstance(got.ids.array.flat.base.base, np.memmap)
+        e, folder = pr.encode(big_rows(300).iloc[:k]), tmp_path/f'{k}'
+        save_encoded(e, folder)
+        got = load_encoded(folder)
+        assert same_enc(e, got)
+        assert len(got) == 2*k
+        assert list(got.columns) == list(e.columns)
+    flat = got.ids.array.flat
+    assert isinstance(flat.base, np.memmap) or isinstance(flat.base.base, np.memmap)
     with pytest.raises(ValueError): got.ids[0][0] = 1
-    some = e.iloc[[7, 3, 3]]; save_encoded(some, tmp_path/'some'); assert same_enc(load_encoded(tmp_path/'some'), some.reset_index(drop=True))
+    some = e.iloc[[7, 3, 3]]
+    save_encoded(some, tmp_path/'some')
+    assert same_enc(load_encoded(tmp_path/'some'), some.reset_index(drop=True))
     with pytest.raises(OSError): save_encoded(e, tmp_path/'some')
-    raw = bytearray((tmp_path/'300/ids.npy').read_bytes()); raw[-5] ^= 1; (tmp_path/'300/ids.npy').write_bytes(raw)
-    with pytest.raises(Refusal, match='not as they were written'): load_encoded(tmp_path/'300')
+    flip(folder/'ids.npy', -5)
+    with pytest.raises(Refusal, match='not as they were written'): load_encoded(folder)
     with pytest.raises(Refusal): load_encoded(tmp_path/'nowhere')
 
-def test_folds_are_tokenised_once(tok, tmp_path, monkeypatch):
-    pr, rows, calls, real = Prompt(tok, 'preference', 96), big_rows(60, fold=np.arange(60) % 5, label=0), [], Prompt.encode
-    monkeypatch.setattr(Prompt, 'encode', lambda self, rows, views=2: calls.append(len(rows)) or real(self, rows, views))
-    with root_at(tmp_path):
-        for f in range(5):
-            e = encode_cached(pr, rows.assign(label=f))
-            for at in (rows.fold == f, np.flatnonzero(rows.fold != f)[::-1]):
-                assert same_enc(pick_rows(e, at), real(pr, rows[at] if at.dtype == bool else rows.iloc[at]))
-        assert calls == [60] and len(list(tmp_path.glob('models/.tokens/*'))) == 1
-        others = dict(views=lambda: encode_cached(pr, rows, 1), text=lambda: encode_cached(pr, rows.assign(prompt=[['other']]*60)), order=lambda: encode_cached(pr, rows[::-1]),
-                      builder=lambda: encode_cached(Prompt(tok, 'preference', 97), rows), tokenizer=lambda: encode_cached(Prompt(made('bytelevel'), 'preference', 200), rows))
-        for k, f in others.items(): n = len(calls); f(); f(); assert [o for o in calls[n:] if o == 60] == [60], k
+@pytest.fixture
+def encoded(monkeypatch):
+    "How many rows each call of `Prompt.encode` has tokenised, probes left out"
+    calls, encode = [], Prompt.encode
+    def counted(self, rows, views=2):
+        if len(rows) > 3: calls.append(len(rows))
+        return encode(self, rows, views)
+    monkeypatch.setattr(Prompt, 'encode', counted)
+    return calls
 
-@pytest.mark.parametrize('harm', ['flip', 'cut', 'gone', 'no manifest', 'a file', 'more'])
-def test_a_damaged_cache_is_made_again(tok, tmp_path, harm):
+def test_folds_are_tokenised_once(tok, own_root, encoded):
+    pr, rows = Prompt(tok, 'preference', 96), big_rows(60, fold=np.arange(60) % 5)
+    for f in range(5): e = encode_cached(pr, rows.assign(label=f))
+    assert encoded == [60]
+    assert len(list(own_root.glob('models/.tokens/*'))) == 1
+    for f in range(5):
+        held, train = rows.fold == f, np.flatnonzero(rows.fold != f)[::-1]
+        assert same_enc(pick_rows(e, held), pr.encode(rows[held]))
+        assert same_enc(pick_rows(e, train), pr.encode(rows.iloc[train]))
+
+def test_other_prompts_are_tokenised_anew(tok, encoded):
+    pr, rows = Prompt(tok, 'preference', 96), big_rows(60)
+    others = [(pr, rows), (pr, rows, 1), (pr, rows.assign(prompt=[['other']]*60)), (pr, rows[::-1]),
+              (Prompt(tok, 'preference', 97), rows), (Prompt(made('bytelevel'), 'preference', 200), rows)]
+    for args in [*others, *others]: encode_cached(*args)
+    assert encoded == [60]*len(others)
+
+def flip(file, at): # a bit; in a new file, since the old one may be mapped
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.unlink()
+    file.write_bytes(raw)
+
+def shorten(folder):
+    raw = (folder/'ids.npy').read_bytes()
+    (folder/'ids.npy').unlink()
+    (folder/'ids.npy').write_bytes(raw[:200])
+
+def to_a_file(folder):
+    for p in folder.iterdir(): p.unlink()
+    folder.rmdir()
+    folder.write_text('x')
+
+HARMS = dict(flip=lambda folder: flip(folder/'ids.npy', 200), shorten=shorten, a_file=to_a_file,
+             gone=lambda folder: (folder/'ids.npy').unlink(),
+             no_manifest=lambda folder: (folder/'manifest.json').unlink(),
+             more=lambda folder: (folder/'x').write_text('x'))
+
+@pytest.mark.parametrize('harm', HARMS)
+def test_a_damaged_cache_is_made_again(tok, own_root, harm):
     pr, rows = Prompt(tok, 'preference', 96), big_rows(20)
-    with root_at(tmp_path):
-        want = encode_cached(pr, rows); folder, = (tmp_path/'models/.tokens').iterdir(); f = folder/'ids.npy'; raw = bytearray(f.read_bytes()); raw[200] ^= 1
-        if harm == 'a file':
-            for p in folder.iterdir(): p.unlink()
-            folder.rmdir(); folder.write_text('x')
-        else: dict(flip=lambda: (f.unlink(), f.write_bytes(raw)), cut=lambda: (f.unlink(), f.write_bytes(raw[:200])), gone=f.unlink, more=lambda: (folder/'x').write_text('x')).get(harm, (folder/'manifest.json').unlink)()
-        assert same_enc(encode_cached(pr, rows), want)
-        assert damage(folder) == [] and list((tmp_path/'models/.tokens').iterdir()) == [folder]
+    want = encode_cached(pr, rows)
+    folder, = (own_root/'models/.tokens').iterdir()
+    HARMS[harm](folder)
+    assert same_enc(encode_cached(pr, rows), want)
+    assert damage(folder) == []
+    assert list((own_root/'models/.tokens').iterdir()) == [folder]
 
 def test_a_cache_is_never_why_a_run_fails(tok, tmp_path, monkeypatch):
     pr, rows = Prompt(tok, 'preference', 96), big_rows(20)
-    (tmp_path/'models').write_text('in the way')
-    with root_at(tmp_path): assert same_enc(encode_cached(pr, rows), pr.encode(rows))
+    want = pr.encode(rows)
+    (tmp_path/'a').mkdir()
+    (tmp_path/'a/models').write_text('in the way')
+    with root_at(tmp_path/'a'): assert same_enc(encode_cached(pr, rows), want)
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(P, 'save_encoded', full)
-    with root_at(tmp_path/'b'):
-        assert same_enc(encode_cached(pr, rows), pr.encode(rows)) and list((tmp_path/'b/models/.tokens').iterdir()) == []
+    with root_at(tmp_path/'b'): assert same_enc(encode_cached(pr, rows), want)
+    assert list((tmp_path/'b/models/.tokens').iterdir()) == []
 
-def test_two_at_once(smollm2, tmp_path):
-    code = ('import sys; from competition_kit.base import load_tokenizer; from competition_kit.prompt import *; import pandas as pd\n'
-            f'p = Prompt(load_tokenizer({smollm2!r}), "preference", 96)\n'
-            'rows = pd.DataFrame([dict(prompt=[f"q{i} "*9], response_a=["a"], response_b=["b"]) for i in range(500)])\n'
-            'print(encode_cached(p, rows).n.sum(), encode_cached(p, rows).n.sum())')
-    runs = [subprocess.Popen([sys.executable, '-c', code], env=dict(os.environ, CK_ROOT=str(tmp_path)), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    out = [r.communicate()[0] for r in runs]
-    assert out[0] == out[1] and all(r.returncode == 0 for r in runs)
-    folder, = (tmp_path/'models/.tokens').iterdir()
+def test_two_at_once(smollm2, own_root):
+    code = ('import sys\nimport pandas as pd\nfrom competition_kit.base import load_tokenizer\n'
+            'from competition_kit.prompt import *\n'
+            'p = Prompt(load_tokenizer(sys.argv[1]), "preference", 96)\n'
+            'rows = [dict(prompt=[f"q{i} "*9], response_a=["a"], response_b=["b"]) for i in range(500)]\n'
+            'for _ in range(2): print(encode_cached(p, pd.DataFrame(rows)).n.sum())')
+    command = [sys.executable, '-c', code, str(smollm2)]
+    env = dict(os.environ, CK_ROOT=str(own_root))
+    runs = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    one, two = (r.communicate()[0] for r in runs)
+    assert [r.returncode for r in runs] == [0, 0]
+    assert one == two
+    folder, = (own_root/'models/.tokens').iterdir()
     assert damage(folder) == []
 
 def test_length_report(tok):
-    r = length_report(Prompt(tok, 'preference', 128).encode(pair((['a'], ['b'], ['c']), (['a '*1000], ['b'], ['c'])))).iloc[0]
-    assert r['rows'] == 2 and r.rows_cut == 1 and r.longest > 1000 and r.p99 <= 128
+    e = Prompt(tok, 'preference', 128).encode(pair((['a'], ['b'], ['c']), (['a '*1000], ['b'], ['c'])))
+    report = length_report(e).iloc[0]
+    assert report['rows'] == 2
+    assert report.rows_cut == 1
+    assert report.longest > 1000
+    assert report.p99 <= 128

@@ -3,10 +3,10 @@ import json, os, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import nbformat, pytest
 from competition_kit.core import Refusal, root_at
-from competition_kit.run import check_params, declared, find_notebook, gpu_ids, lease_gpus, run_notebook, sweep
+from competition_kit.run import check_params, find_notebook, gpu_ids, lease_gpus, run_notebook, sweep
 
 CK = [sys.executable, '-m', 'competition_kit.ck']
-START = 'from competition_kit.log import start_run\n'
+START = 'from competition_kit.record import start_run\n'
 
 def notebook(path, *cells, params='fold: int = 0  # Fold that is held out'):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (params, *cells)])
@@ -35,32 +35,41 @@ bare = 3
 nothing = None'''
 
 @pytest.mark.parametrize('name,given,want', [
-    ('i', '7', 7), ('i', '-7', -7), ('i', 7, 7), ('f', '2', 2.), ('f', '1e-4', 1e-4), ('f', 3, 3.), ('s', '007', '007'), ('s', 'None', 'None'),
-    ('s', 'no', 'no'), ('s', '', ''), ('s', Path('a b'), 'a b'), ('b', 'true', True), ('b', 'False', False), ('b', True, True), ('l', '["a", "b"]', ['a', 'b']),
-    ('l', "['a']", ['a']), ('d', '{"a": null}', {'a': None}), ('t', '(1, 2)', (1, 2)), ('o', 'None', None), ('o', '4', 4), ('o', None, None),
-    ('u', 'x', 'x'), ('u', '2', 2.), ('bare', '4', 4), ('nothing', 'text', 'text'), ('nothing', '5', 5), ('nothing', 'None', None)])
+    ('i', '7', 7), ('i', '-7', -7), ('i', 7, 7), ('f', '2', 2.), ('f', '1e-4', 1e-4), ('f', 3, 3.),
+    ('s', '007', '007'), ('s', 'None', 'None'), ('s', 'no', 'no'), ('s', '', ''), ('s', Path('a b'), 'a b'),
+    ('b', 'true', True), ('b', 'False', False), ('b', True, True),
+    ('l', '["a", "b"]', ['a', 'b']), ('l', "['a']", ['a']), ('d', '{"a": null}', {'a': None}), ('t', '(1, 2)', (1, 2)),
+    ('o', 'None', None), ('o', '4', 4), ('o', None, None), ('u', 'x', 'x'), ('u', '2', 2.), ('bare', '4', 4),
+    ('nothing', 'text', 'text'), ('nothing', '5', 5), ('nothing', 'None', None)])
 def test_types(tmp_path, name, given, want):
     got = check_params(notebook(tmp_path/'n.ipynb', params=TYPED), {name: given})[name]
     assert got == want and type(got) is type(want)
 
-@pytest.mark.parametrize('name,given', [('i', '2.5'), ('i', 'two'), ('i', ''), ('i', True), ('i', 2.), ('i', None), ('f', 'high'), ('f', 'nan'), ('f', 'inf'),
-    ('f', float('nan')), ('f', True), ('s', 3), ('s', None), ('b', '1'), ('b', 'yes'), ('b', 1), ('l', 'a,b'), ('l', '{}'), ('l', '['*500), ('d', '[]'), ('o', 'x'), ('bare', '4.5')])
+@pytest.mark.parametrize('name,given', [
+    ('i', '2.5'), ('i', 'two'), ('i', ''), ('i', True), ('i', 2.), ('i', None),
+    ('f', 'high'), ('f', 'nan'), ('f', 'inf'), ('f', float('nan')), ('f', True), ('s', 3), ('s', None),
+    ('b', '1'), ('b', 'yes'), ('b', 1), ('l', 'a,b'), ('l', '{}'), ('l', '['*500), ('d', '[]'), ('o', 'x'),
+    ('bare', '4.5')])
 def test_wrong_types(tmp_path, name, given):
-    with pytest.raises(Refusal, match=f"parameter '{name}'"): check_params(notebook(tmp_path/'n.ipynb', params=TYPED), {name: given})
+    nb = notebook(tmp_path/'n.ipynb', params=TYPED)
+    with pytest.raises(Refusal, match=f"parameter '{name}'"): check_params(nb, {name: given})
 
 def test_unknown_name_is_refused_with_the_nearest_and_the_list(tmp_path):
     nb = notebook(tmp_path/'n.ipynb')
-    with pytest.raises(Refusal, match=r"unknown parameter 'foldd', did you mean 'fold'\?(.|\n)*Fold that is held out"): check_params(nb, dict(foldd='2'))
-    with pytest.raises(Refusal, match='zzz.*\n?.*'): check_params(nb, dict(zzz=1))
-    assert declared(dict(cells=[])) == {}
+    message = r"unknown parameter 'foldd', did you mean 'fold'\?(.|\n)*Fold that is held out"
+    with pytest.raises(Refusal, match=message): check_params(nb, dict(foldd='2'))
+    with pytest.raises(Refusal, match="unknown parameter 'zzz'"): check_params(nb, dict(zzz=1))
 
 CELL = '{"cell_type": "code", "metadata": {}, "source": "x", "outputs": [], "execution_count": null}'
+TAGGED = CELL.replace('"metadata": {}', '"metadata": {"tags": ["parameters"]}')
 @pytest.mark.parametrize('text,word', [
-    ('', 'valid JSON'), ('[]', 'not a notebook'), ('null', 'not a notebook'), ('{}', 'not a notebook'), ('{"cells": []}', 'not a notebook'),
-    ('{"worksheets": [{"cells": []}], "nbformat": 3}', 'not a notebook'), ('{"cells": {"a": 1}}', 'not a notebook'), ('{"cells": [1]}', r'cell 0 \(from 0\)'),
-    ('{"cells": [%s, {"cell_type": "code"}]}' % CELL, r'cell 1 \(from 0\)'), ('{"cells": [{"cell_type": "code", "metadata": {}, "source": 3}]}', 'cell 0'),
+    ('', 'valid JSON'), ('[]', 'not a notebook'), ('null', 'not a notebook'), ('{}', 'not a notebook'),
+    ('{"cells": []}', 'not a notebook'), ('{"worksheets": [{"cells": []}], "nbformat": 3}', 'not a notebook'),
+    ('{"cells": {"a": 1}}', 'not a notebook'), ('{"cells": [1]}', r'cell 0 \(from 0\)'),
+    ('{"cells": [%s, {"cell_type": "code"}]}' % CELL, r'cell 1 \(from 0\)'),
+    ('{"cells": [{"cell_type": "code", "metadata": {}, "source": 3}]}', 'cell 0'),
     ('{"cells": [%s], "metadata": {"kernelspec": {"language": "R"}}}' % CELL, 'notebook for r'),
-    ('{"cells": [%s, %s]}' % (2*(CELL.replace('"metadata": {}', '"metadata": {"tags": ["parameters"]}'),)), '2 cells have the tag parameters')])
+    ('{"cells": [%s, %s]}' % (TAGGED, TAGGED), '2 cells have the tag parameters')])
 def test_files_that_are_no_notebooks(root, text, word):
     (root/'odd.ipynb').write_text(text)
     with pytest.raises(Refusal, match=word): run_notebook(root/'odd.ipynb')
@@ -75,7 +84,8 @@ def test_names_mean_the_same_from_everywhere(tmp_path, monkeypatch):
     home = tmp_path/'pro ject'
     want = notebook(home/'nbs/77_demo.ipynb')
     with root_at(home):
-        for cwd, names in {home: ['77_demo', 'nbs/77_demo.ipynb', 'demo', str(want)], home/'nbs': ['77_demo.ipynb', 'nbs/77_demo.ipynb', '77_demo'],
+        for cwd, names in {home: ['77_demo', 'nbs/77_demo.ipynb', 'demo', str(want)],
+                           home/'nbs': ['77_demo.ipynb', 'nbs/77_demo.ipynb', '77_demo'],
                            tmp_path: ['77_demo', 'nbs/77_demo', 'demo']}.items():
             monkeypatch.chdir(cwd)
             for name in names: assert find_notebook(name) == want
@@ -85,9 +95,11 @@ def test_names_mean_the_same_from_everywhere(tmp_path, monkeypatch):
 # ---- ends
 def test_everything_arrives_as_it_was_given(root, tmp_path):
     text = '"; import os; os.system("touch PWNED"); "$(touch PWNED)`touch PWNED`\\\n\u2028\'\'\' {x} é😀'
-    nb = notebook(tmp_path/'a {b} & c/note book.ipynb', 'import json, os\nprint(json.dumps([note, i, os.environ["CUDA_VISIBLE_DEVICES"]]))', params='note: str = ""\ni: int = 0')
-    p = subprocess.run([*CK, 'run', str(nb), '-p', 'note', text, '-p', 'i', '-3', '--gpus', '1'], cwd=tmp_path, capture_output=True, text=True,
-                       env=dict(os.environ, CUDA_VISIBLE_DEVICES='6,7', TMPDIR=str(tmp_path)))
+    show = 'import json, os\nprint(json.dumps([note, i, os.environ["CUDA_VISIBLE_DEVICES"]]))'
+    nb = notebook(tmp_path/'a {b} & c/note book.ipynb', show, params='note: str = ""\ni: int = 0')
+    command = [*CK, 'run', str(nb), '-p', 'note', text, '-p', 'i', '-3', '--gpus', '1']
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES='6,7', TMPDIR=str(tmp_path))
+    p = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert p.returncode == 0, p.stderr
     assert json.loads(next(o for o in p.stdout.splitlines() if o.startswith('["'))) == [text, -3, '6']
     assert not list(tmp_path.rglob('PWNED')) and not list(tmp_path.glob('ck-*'))
@@ -108,27 +120,40 @@ def test_failing_cell(root, tmp_path, capsys):
     assert not list((root/'models/.running').iterdir())
 
 def test_a_kernel_that_dies_leaves_a_closed_record(root, tmp_path):
-    r = run_notebook(notebook(tmp_path/'n.ipynb', START+'import os\nwith start_run("demo", {}, {}) as run: os._exit(0)'))
-    assert r['code'] == 1 and record(root, r['run'])['status'] == 'failed' and 'DeadKernel' in record(root, r['run'])['error']
+    nb = notebook(tmp_path/'n.ipynb', START+'import os\nwith start_run("demo", {}, {}) as run: os._exit(0)')
+    r = run_notebook(nb)
+    rec = record(root, r['run'])
+    assert (r['code'], rec['status']) == (1, 'failed')
+    assert 'DeadKernel' in rec['error']
     assert r['notebook'].parent.name == r['run']
 
 def test_refusal_in_a_cell(root, tmp_path, capsys):
     from competition_kit.ck import main
-    nb = notebook(tmp_path/'n.ipynb', 'from competition_kit.core import Refusal\nraise Refusal("no such fold", "rows.parquet")')
-    assert main(['run', str(nb)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith('rows.parquet: no such fold') and 'Traceback' not in said
+    refuse = 'from competition_kit.core import Refusal\nraise Refusal("no such fold", "rows.parquet")'
+    assert main(['run', str(notebook(tmp_path/'n.ipynb', refuse))]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith('rows.parquet: no such fold')
+    assert 'Traceback' not in printed
 
 def test_a_finished_run_keeps_its_notebook(root, tmp_path):
-    nb = notebook(tmp_path/'n.ipynb', START+'with start_run("demo", dict(fold=fold), {}) as run:\n    if not run.done: print("first"); run.finish({})', 'print("x"*3_000_000)')
-    a = run_notebook(nb); b = run_notebook(nb)
-    assert a['code'] == b['code'] == 0 and a['notebook'] == b['notebook'] and 'first' in a['notebook'].read_text()
-    assert a['notebook'].stat().st_size < 1_500_000 and 'characters not kept' in a['notebook'].read_text()
+    work = '''with start_run("demo", dict(fold=fold), {}) as run:
+    if not run.done:
+        print("first")
+        run.finish({})'''
+    nb = notebook(tmp_path/'n.ipynb', START+work, 'print("x"*3_000_000)')
+    a, b = run_notebook(nb), run_notebook(nb)
+    assert a['code'] == b['code'] == 0
+    assert a['notebook'] == b['notebook']
+    assert a['notebook'].stat().st_size < 1_500_000
+    text = a['notebook'].read_text()
+    assert 'first' in text
+    assert 'characters not kept' in text
 
 # ---- kills
 SLEEPER = ['''import os, subprocess, time
 from pathlib import Path
-p = subprocess.Popen(['sleep', '1000'], start_new_session=True)''', START+'''with start_run('demo', dict(name=name), {}) as run:
+p = subprocess.Popen(['sleep', '1000'], start_new_session=True)''', START+'''
+with start_run('demo', dict(name=name), {}) as run:
     Path(where+'.tmp').write_text(f"{os.environ['CK_TOKEN']} {os.getpid()} {p.pid} {run.id}")
     os.rename(where+'.tmp', where)
     while True:
@@ -149,9 +174,11 @@ def sleepers(tmp_path_factory): # All are started at once, which takes half the 
     nb = notebook(tmp/'n.ipynb', *SLEEPER, params='name: str = ""\nwhere: str = ""')
     env = dict(os.environ, CK_ROOT=str(tmp/'project'))
     (tmp/'project').mkdir()
-    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job inherits, and its children would
-    def start(name, where): return subprocess.Popen([*CK, 'run', str(nb), '-p', 'name', name, '-p', 'where', str(tmp/where)], env=env, stdout=subprocess.PIPE,
-                                                    stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job ignore it
+    def start(name, where):
+        command = [*CK, 'run', str(nb), '-p', 'name', name, '-p', 'where', str(tmp/where)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True)
     procs = {o: start(o, o) for o in ('term', 'int', 'deaf', 'ck', 'kernel', 'both', 'group')}
     end = time.time()+90
     while time.time() < end and not all((tmp/o).exists() for o in procs): time.sleep(.1)
@@ -179,7 +206,8 @@ def test_second_starter_exits_75(sleepers):
     assert p.returncode == 75 and 'is being worked on by process' in out and 'models/.running/' in out
     assert record(sleepers.root, sleepers.facts['term'][3]) == before and sleepers.procs['term'].poll() is None
 
-@pytest.mark.parametrize('name,sig,code', [('term', signal.SIGTERM, 143), ('int', signal.SIGINT, 130), ('deaf', signal.SIGTERM, 143)])
+@pytest.mark.parametrize('name,sig,code', [('term', signal.SIGTERM, 143), ('int', signal.SIGINT, 130),
+                                           ('deaf', signal.SIGTERM, 143)])
 def test_signals(sleepers, name, sig, code):
     p, (token, _, _, id) = sleepers.procs[name], sleepers.facts[name]
     assert len(carriers(token)) >= 2
@@ -189,7 +217,9 @@ def test_signals(sleepers, name, sig, code):
     assert time.monotonic()-start < 5 and p.returncode == code, out
     assert carriers(token) == [] and 'notebook: models/' in out
     rec = record(sleepers.root, id)
-    assert rec['status'] == 'failed' and 'interrupted' in rec['error'].lower() and (sleepers.root/'models'/id/'n.ipynb').exists()
+    assert rec['status'] == 'failed'
+    assert 'interrupted' in rec['error'].lower()
+    assert (sleepers.root/'models'/id/'n.ipynb').exists()
 
 @pytest.mark.parametrize('name', ['ck', 'kernel', 'both', 'group'])
 def test_kill_9_leaves_nothing(sleepers, name):
@@ -225,7 +255,7 @@ def test_lease(tmp_path, monkeypatch, locks):
     with pytest.raises(Refusal, match='3 GPUs are asked for and this process may use 2'), lease_gpus(3): pass
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     with pytest.raises(Refusal), lease_gpus(1): pass
-    with pytest.raises(Refusal, match='cannot be had'), lease_gpus(-1): pass
+    with pytest.raises(Refusal, match='--gpus is -1'), lease_gpus(-1): pass
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '../x,GPU-1a')
     with lease_gpus(2) as ids: assert ids == ['../x', 'GPU-1a']
     assert {p.name for p in tmp_path.rglob('*.lock')} == {'gpu0.lock', 'gpu3.lock', 'gpu___x.lock', 'gpuGPU-1a.lock'}
@@ -247,7 +277,8 @@ def test_a_killed_holder_gives_its_gpu_back(tmp_path, monkeypatch):
     gpu = f'test-{os.getpid()}'
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', gpu)
     code = 'from competition_kit.run import lease_gpus\nwith lease_gpus(1) as g: print(g, flush=True); input()'
-    p = subprocess.Popen([sys.executable, '-c', code], env=dict(os.environ, TMPDIR=str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', code], env=dict(os.environ, TMPDIR=str(tmp_path)), text=True,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert p.stdout.readline().strip() == f"['{gpu}']"
     assert gpu_ids() == [gpu]
     threading.Timer(.3, p.kill).start()
@@ -259,7 +290,8 @@ def test_a_killed_holder_gives_its_gpu_back(tmp_path, monkeypatch):
     Path(f'/tmp/competition_kit/gpu{gpu}.lock').unlink()
 
 def test_one_gpu_by_number_and_by_uuid(tmp_path, monkeypatch, locks):
-    monkeypatch.setattr('competition_kit.run._smi', lambda query: [['0', 'GPU-aa-1'], ['1', 'GPU-bb-2']] if query == 'gpu=index,uuid' else [])
+    def smi(query): return [['0', 'GPU-aa-1'], ['1', 'GPU-bb-2']] if query == 'gpu=index,uuid' else []
+    monkeypatch.setattr('competition_kit.run.nvidia_smi', smi)
     got = []
     def take(name):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', name)
@@ -289,5 +321,3 @@ exit 0''')
     assert gpu_ids() == ['0', '1']
     start = time.monotonic()
     with lease_gpus(2) as ids: assert ids == ['0', '1'] and time.monotonic()-start > .5
-
-# ---- time

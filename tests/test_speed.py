@@ -1,4 +1,6 @@
-"Compiled layers: the same numbers, and a graph for each kind of layer, however many layers there are. Dynamo is on in a process of its own, with a backend that compiles no C++"
+"""Compiled layers give the same numbers, with one graph for each kind of layer.
+
+Dynamo runs in a process of its own, with a backend that compiles no C++"""
 import os, subprocess, sys
 import pytest
 
@@ -6,23 +8,25 @@ CODE = """
 import sys
 import numpy as np, torch, torch.nn.functional as F
 import torch.nn.attention.flex_attention as flex, torch.nn.attention.varlen
+import competition_kit.attention as A
 import competition_kit.model as M
-from competition_kit.speed import compile_layers, fuse, recompute
+from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
-def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)): # what a GPU does in one call; a window is none here
+# what a GPU does in one call, without a window
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
     i, j = torch.arange(q.shape[0])[:, None], torch.arange(k.shape[0])
     a, b = torch.bucketize(i, cu_q[1:].contiguous(), right=True), torch.bucketize(j, cu_k[1:].contiguous(), right=True)
     sees = (a == b) & (j-cu_k[b] <= i-cu_q[a]+(cu_k.diff()-cu_q.diff())[a])
     return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), sees, scale=scale)[0].transpose(0, 1)
 
 torch.nn.attention.varlen.varlen_attn, flex._validate_device = varlen_attn, lambda *a: None
-M._flex.cache_clear()
-M._flex = lambda f=torch.compile(flex.flex_attention, backend='aot_eager'): f
+flexible = torch.compile(flex.flex_attention, backend='aot_eager')
+A.compiled_flex = lambda: flexible
 plain = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self, **kw: plain(self, backend='aot_eager_decomp_partition', **kw)
-M._register()
+A.register_attention()
 kind, layers = sys.argv[1], 6
 more = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=64) if kind == 'gemma2' else {}
 cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, pad_token_id=0,
@@ -31,19 +35,19 @@ cfg = AutoConfig.for_model(model_type=kind, hidden_size=48, intermediate_size=96
 
 TRAINS = """
 torch.manual_seed(0)
-judge = M.add_lora(M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
-for n, p in judge.named_parameters():
+classifier = M.add_lora(M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]), r=4).train()
+for n, p in classifier.named_parameters():
     if 'lora_B' in n: p.data.normal_(0, .05)
 packs = [M.collate([np.append(np.full(9, 1+(n%50 if k > 1 else 0), np.int32), np.random.default_rng([k, n]).integers(2, 64, n).astype(np.int32)) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(3))])]
 def step(b):
-    judge.zero_grad()
-    out = judge(**b)
+    classifier.zero_grad()
+    out = classifier(**b)
     out.sum().backward()
-    return torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in judge.parameters() if p.requires_grad)])
-M.Judge.varlen = False
+    return torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in classifier.parameters() if p.requires_grad)])
+M.Classifier.varlen = False
 want = [step(b) for b in packs]
-M.Judge.varlen = True
-compile_layers(recompute(fuse(judge), 2))
+M.Classifier.varlen = True
+compile_layers(checkpoint_activations(fuse(classifier), 2))
 assert [p['bounds'][0] for p in packs[:4]] == [9, 9, 0, 0]  # the first two begin alike
 for k, (b, w) in enumerate(zip(packs, want)):
     gap = ((step(b)-w).norm()/w.norm()).item()
@@ -54,22 +58,22 @@ print('graphs', early, counters['stats']['unique_graphs'])
 
 VOTES = """
 from competition_kit.trained import load_adapter
-bare = lambda: M.Judge(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
+bare = lambda: M.Classifier(AutoModelForCausalLM.from_config(cfg).requires_grad_(False), [5, 6, 7]).eval()
 for k in range(3):
     torch.manual_seed(0)
-    judge = M.add_lora(bare(), r=4, seed=k)
-    for p in judge.parameters():
+    classifier = M.add_lora(bare(), r=4, seed=k)
+    for p in classifier.parameters():
         if p.requires_grad: p.data.normal_(0, .05)
-    judge.model.save_pretrained(f'voter{k}')
+    classifier.model.save_pretrained(f'voter{k}')
 packs = [M.collate([np.random.default_rng(k).integers(1, 64, n).astype(np.int32) for n in ns]) for k, ns in enumerate([(150, 40, 7), (100, 100)])]
 torch.manual_seed(0)
-judge, said, graphs = bare(), [], []
+classifier, said, graphs = bare(), [], []
 for quick in (False, True):
-    M.Judge.varlen = quick
+    M.Classifier.varlen = quick
     for k in range(3):
-        load_adapter(judge, f'voter{k}')
-        if quick: compile_layers(fuse(judge))
-        with torch.no_grad(): said.append(torch.cat([judge(**b) for b in packs]))
+        load_adapter(classifier, f'voter{k}')
+        if quick: compile_layers(fuse(classifier))
+        with torch.no_grad(): said.append(torch.cat([classifier(**b) for b in packs]))
         graphs.append(counters['stats']['unique_graphs'])
 for k in range(3): assert torch.allclose(said[k], said[k+3], atol=1e-4, rtol=1e-3)
 assert not torch.allclose(said[0], said[1], atol=1e-2)

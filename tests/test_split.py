@@ -637,7 +637,7 @@ def notebook():
 
 def run_driver(**kw):
     "The notebook's driver cell, with other parameters"
-    from competition_kit.log import from_notebook, run_stage
+    from competition_kit.record import from_notebook, run_stage
     [cell] = [''.join(c['source']) for c in notebook()['cells'] if 'run_stage(make_split' in ''.join(c['source'])]
     ns = dict(vars(S), from_notebook=from_notebook, run_stage=run_stage, globals=lambda: ns) | PARAMS | kw
     exec(cell, ns)

@@ -1,0 +1,61 @@
+"What the bench scripts share: clocks, the name of the machine, and one JSON line a result."
+import json, statistics, sys, time
+from competition_kit.core import device_name, now, versions
+
+def wait_for_gpu():
+    "Wait until the GPU has done all that was started; without torch or a GPU there is nothing to wait for"
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_available(): torch.cuda.synchronize()
+
+def timed(
+    f,  # Function
+    *args,  # Its arguments
+    **kw  # Its arguments by name
+): # (result, seconds)
+    "One call and its time, the GPU's work included"
+    wait_for_gpu()
+    start = time.perf_counter()
+    result = f(*args, **kw)
+    wait_for_gpu()
+    return result, time.perf_counter()-start
+
+def times(
+    f,  # Function without arguments
+    repeat:int=5,  # Calls that are timed
+    warm:int=1  # Calls before them that are not
+) -> list: # Seconds of each timed call
+    "Call a function several times"
+    for _ in range(warm): f()
+    return [timed(f)[1] for _ in range(repeat)]
+
+def median_seconds(f, repeat:int=5, warm:int=1) -> float:
+    "Median of `times`"
+    return statistics.median(times(f, repeat, warm))
+
+def alternate(
+    functions,  # Name → function without arguments
+    repeat:int=5,  # Rounds that are timed
+    warm:int=1  # Rounds before them that are not
+) -> dict: # Name → seconds of each timed call
+    "Time peers in turns, so that a busy moment of the machine hits all of them"
+    took = {name: [] for name in functions}
+    for k in range(warm+repeat):
+        for name, f in functions.items():
+            _, seconds = timed(f)
+            if k >= warm: took[name].append(seconds)
+    return took
+
+def machine(
+    *packages  # Names of packages whose versions matter
+) -> dict: # `machine`, `date`, and package → version
+    "What a result must name beside its numbers"
+    installed = versions()
+    return dict(machine=device_name(), date=now()[:10], **{p: installed[p] for p in packages if p in installed})
+
+def report(
+    *packages,  # Names of packages whose versions matter
+    **values  # Name → value; floats are rounded to four digits
+):
+    "Print one result as one JSON line, with the machine and the date"
+    short = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in values.items()}
+    print(json.dumps(short | machine(*packages), ensure_ascii=False), flush=True)
