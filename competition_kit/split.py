@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['leak_report', 'leak_text', 'leak_table', 'plot_split', 'save_split', 'SplitArgs', 'make_split', 'Part', 'Task',
-           '_carry', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text', 'is_held_out',
-           'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix', 'publish',
-           'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse', 'sample_files',
-           'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks',
-           'write_rows']
+           'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text',
+           'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix',
+           'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse',
+           'sample_files', 'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path',
+           'tasks', 'write_rows']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
 import json
@@ -20,16 +20,18 @@ import pandas as pd
 
 from .core import sha256, write_json
 from .folds import check_fold, fold_rows, is_held_out, make_folds
-from .groups import _key, _level, group_rows, group_text, second_look
-from .rows import (Task, _texts, correct, layouts, n_options, read_corrections, read_csv, read_meta, read_raw, read_utf8, refuse,
-                                  swap_label, swap_probs, tasks)
-from .tables import (Part, _carry, check_texts, load_mix, load_rows, make_raw, parse_mix, publish, raw_files, sample_files, samples,
-                                    split, table_hashes, table_name, table_path, write_rows)
-_all_ = ['Part', 'Task', '_carry', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text', 'is_held_out', 'layouts', 'load_mix',
-         'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix', 'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw',
-         'read_utf8', 'refuse', 'sample_files', 'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks',
-         'write_rows']  # of the notebooks below, for those who work with tables
+from .groups import group_rows, group_text, normalize, second_look, text_hash
+from .rows import (Task, correct, layouts, n_options, read_corrections, read_csv, read_meta, read_raw, read_utf8,
+                                  refuse, swap_label, swap_probs, tasks, text_columns)
+from .tables import (Part, carry_folds, check_texts, load_mix, load_rows, make_raw, parse_mix, publish, raw_files,
+                                    sample_files, samples, split, table_hashes, table_name, table_path, write_rows)
 
+# public here as well, for those who work with tables
+_all_ = ['Part', 'Task', 'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text',
+         'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix', 'publish',
+         'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse', 'sample_files', 'samples',
+         'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks', 'write_rows']
+_carry = carry_folds
 
 # %% ../nbs/02_split.ipynb #b58e90f8
 def _across(part, where): # rows whose part also has rows somewhere else
@@ -48,7 +50,7 @@ def leak_report(
 ) -> dict: # Plain values, ready for JSON; counts are rows
     "What is shared between folds, with the test set and between mixed tables, and how even the folds are"
     n, text = len(rows), group_text(*([rows] if test_rows is None else [rows, test_rows]))
-    exact, grouped = np.array([_key(_level(t)) for t in text], np.uint64), group_rows(text)
+    exact, grouped = np.array([text_hash(normalize(t)) for t in text], np.uint64), group_rows(text)
     pairs, checked, recall = second_look(text)
     near = _joined(grouped, pairs)
     fold, in_test = rows['fold'].to_numpy(), np.arange(len(text)) >= n
@@ -125,7 +127,7 @@ def plot_split(
     share.plot.bar(ax=a, rot=0, title='label shares by fold', xlabel='fold').legend(fontsize=8, ncols=3, loc='lower center')
     size = rows['group'].value_counts().value_counts().sort_index()
     b.bar(size.index.astype(str), size); b.set(title='sizes of groups', xlabel='rows in a group', ylabel='groups', yscale='log' if len(size) > 1 else 'linear')
-    for name in _texts['pair' if 'prompt' in rows else 'choice']:
+    for name in text_columns['pair' if 'prompt' in rows else 'choice']:
         n = [max(1, len(v) if isinstance(v, str) else sum(map(len, v))) for v in rows[name]]
         c.hist(n, bins=np.geomspace(1, max(n)+1, 40), histtype='step', label=name)
     c.set(title='lengths', xlabel='characters', ylabel='rows', xscale='log'); c.legend(fontsize=8)
@@ -160,12 +162,14 @@ class SplitArgs:
     def __post_init__(self): check_texts(type(self), vars(self))
     @cached_property
     def files(self): return raw_files(self.data, self.train, self.test, self.corrections)
-    def inputs(self): return {k: sha256(p) for k, p in self.files.items()}
+    @cached_property
+    def hashes(self): return {role: sha256(path) for role, path in self.files.items()}
+    def inputs(self): return self.hashes
 
 def make_split(
     run,             # From `run_stage`
     args:SplitArgs,
 ):
     "Split the raw files, report leaks, write both tables, and finish the run"
-    rows, test_rows = split(**asdict(args))
+    rows, test_rows = split(**asdict(args), files=args.files, hashes=args.hashes)
     save_split(run, rows, test_rows, leak_report(rows, test_rows))

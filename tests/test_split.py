@@ -11,7 +11,8 @@ from competition_kit.folds import check_fold, make_folds
 from competition_kit.groups import group_rows, group_text
 from competition_kit.rows import correct, n_options, read_meta, read_raw, swap_label, swap_probs, tasks
 from competition_kit.split import leak_report
-from competition_kit.tables import load_rows, parse_mix, raw_files, split, table_hashes, write_rows
+from competition_kit import tables
+from competition_kit.tables import load_rows, parse_mix, publish, raw_files, split, table_hashes, write_rows
 
 @pytest.fixture
 def root(tmp_path):
@@ -317,7 +318,7 @@ def test_one_line_has_a_limit(tmp_path, monkeypatch):
     f.write_text('id,prompt\n1,"' + 'x\n'*2000 + '"\n')
     with pytest.raises(Refusal, match='line'): R.read_csv(f)
     (tmp_path/'a.json').write_text(json.dumps([dict(id='1', prompt='x'*2000)]))
-    with pytest.raises(Refusal, match='JSON Lines'): R._columns(tmp_path/'a.json')
+    with pytest.raises(Refusal, match='JSON Lines'): R.read_columns(tmp_path/'a.json')
 
 @pytest.mark.parametrize('orient', ['records', 'columns', 'list'])
 def test_json_as_pandas_writes_it(tmp_path, orient):
@@ -331,7 +332,7 @@ def test_json_that_holds_no_rows(tmp_path):
     for text, match in [('3', 'it holds 3'), ('[]', 'no rows'), ('[{"id": 1}, 7]', 'a list with 7 in it'), ('{"id": 3}', r"an object with the keys \['id'\]"),
                         ('{"id": [1, 2], "t": [1]}', 'and no rows'), ('[{"id": 1, "id": 2}]', 'a key occurs twice'), ('[{"id": 1', 'not valid JSON'), ('['*10**6, 'not valid JSON')]:
         f.write_text(text)
-        with pytest.raises(Refusal, match=match): R._columns(f)
+        with pytest.raises(Refusal, match=match): R.read_columns(f)
     f.write_text(jsonl_text(tianchi(3)))                                    # JSON Lines under another name
     assert len(read_raw(f)[0]) == 6
     f.rename(tmp_path/'a.jsonl').write_text(json.dumps(tianchi(3), indent=1))
@@ -380,7 +381,7 @@ def test_lists_written_by_python(turns, numpy):
     said = R.Counter()
     if numpy: cell = '[' + ' '.join(map(repr, turns)) + ']'
     else: cell = repr(turns)
-    assert R._turns(cell, said, True) == ([R._text(t, R.Counter()) for t in turns] or [''])
+    assert R._turns(cell, said, True) == ([R.to_text(t, R.Counter()) for t in turns] or [''])
 
 def test_lists_in_a_csv_are_counted(tmp_path):
     base = [dict(r, prompt=json.dumps(['x', 'y'])) for r in lmsys(6)]
@@ -624,6 +625,67 @@ def test_schema_is_explicit(root):
         assert isinstance((back.options if name == 't' else back.prompt)[0], list) and back.target[0] is None and back.main.all()
         meta = back.attrs['meta']
         assert meta['folds'] == 5 and meta['seed'] == 0 and meta['files']['train']['sha256'] == sha256(raw_files(name)['train'])
+
+def test_further_columns_are_kept(root):
+    table('train', language='en', teacher=[[.5, .3, .2]]*20)
+    table('extra', 5, 1000)
+    rows = load_rows('train')
+    assert rows.language.tolist() == ['en']*20
+    assert rows.teacher[0] == [.5, .3, .2]
+    mixed = load_rows('train + extra')
+    assert mixed.language.tolist() == ['en']*20+[None]*5
+    write_rows(mixed, data_path('mixed.parquet'))
+    names = pq.read_schema(data_path('mixed.parquet')).names
+    assert names[-2:] == ['language', 'teacher']
+    assert not {'main', 'phase'} & set(names)
+    assert load_rows('mixed').teacher.tolist() == [[.5, .3, .2]]*20+[None]*5
+
+def test_publish_takes_what_the_run_has(root):
+    table('made')
+    folder = models_path('some-run')
+    folder.mkdir(parents=True)
+    data_path('made.parquet').rename(folder/'rows.parquet')
+    publish(folder, 'mine')
+    assert sorted(p.name for p in data_path().glob('*.parquet')) == ['mine.parquet']
+    (folder/'soft.parquet').write_bytes((folder/'rows.parquet').read_bytes())
+    publish(folder, 'mine', ('rows', 'soft'))
+    assert len(load_rows('mine_soft')) == 20
+
+def test_a_mix_is_grouped_once(root, monkeypatch):
+    grouped = []
+    def counting(texts):
+        grouped.append(len(texts))
+        return group_rows(texts)
+    table('train')
+    table('extra', 5, 1000)
+    monkeypatch.setattr(tables, 'group_rows', counting)
+    rows = load_rows('train + extra')
+    whole = rows.copy()
+    rows.loc[0, 'label'] = 2
+    rows.prompt[0].append('changed by the caller')
+    rows.attrs['meta']['mix']['rows']['train'] = 0
+    again = load_rows('train + extra')
+    assert grouped == [25]
+    assert again.label.tolist() == whole.label.tolist()
+    assert again.prompt[0] == [words(0)]
+    assert again.attrs['meta']['mix']['rows'] == dict(train=20, extra=5)
+    load_rows('train + extra', seed=1)
+    table('extra', 5, 1000, weight=.5)
+    assert load_rows('train + extra').weight[20] == .5
+    assert grouped == [25, 25, 25]
+
+def test_files_are_hashed_once(root, monkeypatch):
+    hashed = []
+    def counting(path):
+        hashed.append(Path(path).name)
+        return sha256(path)
+    put(data_path('l/train.csv'), lmsys())
+    monkeypatch.setattr(S, 'sha256', counting)
+    monkeypatch.setattr(tables, 'sha256', counting)
+    run = run_driver(data='l')
+    assert hashed.count('train.csv') == 1
+    assert load_rows('l').attrs['meta']['files']['train']['sha256'] == sha256(data_path('l/train.csv'))
+    assert run.done
 
 def test_failed_write_leaves_the_old_table(root, monkeypatch):
     t = table('train'); before = tree(root)
