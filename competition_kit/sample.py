@@ -29,15 +29,18 @@ def _legs(n, rng, seed):
         zoo = ', '.join(f'{k} {a}' for a, k in x['metadata']['animals'].items())
         return _item(f'How many legs: {zoo}?', [f"{zoo}: {x['answer']}", f"With {zoo} there are {x['answer']} legs.",
                      f"{x['answer']} legs, for {zoo}"], None)
-    return _other([item(x) for x in _gym('leg_counting', n, seed, min_animals=2, max_animals=2, min_instances=2, max_instances=9)], rng)
+    raw = _gym('leg_counting', n, seed, min_animals=2, max_animals=2, min_instances=2, max_instances=9)
+    return _other([item(x) for x in raw], rng)
 
 def _who(n, rng, seed):
     "Who does what: an answer about people the question never mentions is wrong"
     def item(x):
         facts, ask = x['question'].split('\n')
         fact = next(f for f in facts.split('. ') if f.startswith(x['answer'])).rstrip('. ')
-        return _item(f"{facts.strip()} {ask.split('?')[0]}?", [x['answer'], f'{fact}.', f"{x['answer']}, because {fact}."], None)
-    return _other([item(x) for x in _gym('needle_haystack', n, seed, min_num_statements=2, max_num_statements=2)], rng)
+        right = [x['answer'], f'{fact}.', f"{x['answer']}, because {fact}."]
+        return _item(f"{facts.strip()} {ask.split('?')[0]}?", right, None)
+    raw = _gym('needle_haystack', n, seed, min_num_statements=2, max_num_statements=2)
+    return _other([item(x) for x in raw], rng)
 
 # %% ../nbs/lib/01b_sample.ipynb #b23b28d7
 kinds = dict(legs=_legs, who=_who)
@@ -73,7 +76,9 @@ _zh_names = '赵一 钱二 张三 李四 王五 陈六 孙七 周八 吴九 郑�
 
 def _tell(tree, names, say):
     op, *args = tree
-    if op in ('telling-truth', 'lying'): return say['be'].format(names[args[0]], say['knight' if op == 'telling-truth' else 'knave'])
+    if op in ('telling-truth', 'lying'):
+        kind = say['knight' if op == 'telling-truth' else 'knave']
+        return say['be'].format(names[args[0]], kind)
     parts = [_tell(o, names, say) for o in args]
     return say['no'].format(*parts) if op == 'not' else say['join'][op].format(*parts)
 
@@ -81,12 +86,16 @@ def _true(tree, world):
     op, *args = tree
     if op in ('telling-truth', 'lying'): return world[args[0]] == (op == 'telling-truth')
     v = [_true(o, world) for o in args]
-    return {'not': lambda: not v[0], 'and': lambda: all(v), 'or': lambda: any(v), '->': lambda: not v[0] or v[1], '<=>': lambda: v[0] == v[1]}[op]()
+    if op == 'not': return not v[0]
+    if op == '->': return not v[0] or v[1]
+    if op == '<=>': return v[0] == v[1]
+    return all(v) if op == 'and' else any(v)
 
 # %% ../nbs/lib/01b_sample.ipynb #df6d24c8
 def knight_worlds(statements) -> list: # Tuples of True (knight) and False (knave), one entry a person
     "Every assignment in which knights' statements are true and knaves' are false"
-    return [w for w in itertools.product((True, False), repeat=len(statements)) if all(_true(s, w) == k for s, k in zip(statements, w))]
+    worlds = itertools.product((True, False), repeat=len(statements))
+    return [world for world in worlds if all(_true(s, world) == knight for s, knight in zip(statements, world))]
 
 def _choices(question, right, options, rng):
     options = list(options)
@@ -97,7 +106,8 @@ def _knights(x, lang, rng, id):
     say, m = _say[lang], x['metadata']
     world, = knight_worlds(m['statements'])
     names = [str(o) for o in m['names']] if lang == 'en' else rng.sample(_zh_names, len(m['names']))
-    told = '\n'.join(say['line'].format(i+1, n, _tell(s, names, say)) for i, (n, s) in enumerate(zip(names, m['statements'])))
+    lines = [say['line'].format(i, n, _tell(s, names, say)) for i, (n, s) in enumerate(zip(names, m['statements']), 1)]
+    told = '\n'.join(lines)
     two = [say['knight'].capitalize(), say['knave'].capitalize()]
     asked = [_choices(say['ask'].format(n), two[not k], two, rng) for n, k in zip(names, world)]
     asked.append(_choices(say['many'], str(sum(world)), map(str, range(len(world)+1)), rng))
@@ -107,7 +117,8 @@ def _knights(x, lang, rng, id):
 def _zebra(x, rng, id):
     story, ask = x['question'].split('\n\nWhat is ')
     people = story.split('unique name: ')[1].split('\n')[0].split(', ')
-    return dict(id=id, problem=story, questions=[_choices(f"Who lives in {ask.split('in ')[1].split('?')[0]}?", x['answer'], people, rng)])
+    house = ask.split('in ')[1].split('?')[0]
+    return dict(id=id, problem=story, questions=[_choices(f'Who lives in {house}?', x['answer'], people, rng)])
 
 def logic_problems(
     n:int,        # Number of problems; the questions are about three times as many
@@ -117,7 +128,8 @@ def logic_problems(
     rng, k = random.Random(seed), n-n//4
     knights = _gym('knights_knaves', k, seed, n_people=2)
     out = [_knights(x, 'zh' if i%3 == 2 else 'en', rng, f'knights-{seed}-{i}') for i, x in enumerate(knights)]
-    out += [_zebra(x, rng, f'zebra-{seed}-{i}') for i, x in enumerate(_gym('zebra_puzzles', n-k, seed, num_people=3, num_characteristics=3))]
+    zebras = _gym('zebra_puzzles', n-k, seed, num_people=3, num_characteristics=3)
+    out += [_zebra(x, rng, f'zebra-{seed}-{i}') for i, x in enumerate(zebras)]
     rng.shuffle(out)
     return out
 
@@ -133,7 +145,11 @@ def _csv(path, rows):
     with atomic(path) as tmp: tmp.write_text(text.getvalue(), encoding='utf-8')
 
 def _jsonl(path, rows):
-    with atomic(path) as tmp: tmp.write_text(''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in rows), encoding='utf-8')
+    text = ''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in rows)
+    with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
+
+def _texts_of(row): return {c: json.dumps(row[c]) for c in ('prompt', 'response_a', 'response_b')}
+def _one_hot(row): return {c: int(row['winner'] == w) for w, c in _winners.items()}
 
 def write_arena(
     folder:Path,  # Where to
@@ -143,22 +159,25 @@ def write_arena(
 ):
     "Write the files of a `sample_arena` of any size"
     rows = [dict(id=str(i), **r) for i, r in enumerate(arena_rows(n_train+n_test, seed))]
-    texts = lambda r: {k: json.dumps(r[k]) for k in ('prompt', 'response_a', 'response_b')}
-    won = lambda r: {c: int(r['winner'] == w) for w, c in _winners.items()}
     train, test = rows[:n_train], rows[n_train:]
-    _csv(folder/'train.csv', [dict(id=r['id'], model_a=r['model_a'], model_b=r['model_b'], **texts(r), **won(r)) for r in train])
-    _csv(folder/'test.csv', [dict(id=r['id'], **texts(r)) for r in test])
-    _csv(folder/'sample_submission.csv', [dict(id=r['id'], **{c: round(1/3, 6) for c in _winners.values()}) for r in test])
-    _csv(folder/'solution.csv', [dict(id=r['id'], **won(r)) for r in test])
+    even = dict.fromkeys(_winners.values(), round(1/3, 6))
+    models = [dict(id=r['id'], model_a=r['model_a'], model_b=r['model_b']) for r in train]
+    _csv(folder/'train.csv', [m | _texts_of(r) | _one_hot(r) for m, r in zip(models, train)])
+    _csv(folder/'test.csv', [dict(id=r['id'], **_texts_of(r)) for r in test])
+    _csv(folder/'sample_submission.csv', [dict(id=r['id'], **even) for r in test])
+    _csv(folder/'solution.csv', [dict(id=r['id'], **_one_hot(r)) for r in test])
 
 # %% ../nbs/lib/01b_sample.ipynb #a87b1434
+def _asked(problem, of): # the questions of a problem, each replaced by what a function makes of it
+    return dict(questions=[of(q) for q in problem['questions']])
+
 def _write_logic(folder, n_train, n_test, seed):
-    strip = lambda p, *keys: dict(p, questions=[{k: v for k, v in q.items() if k not in keys} for q in p['questions']])
     problems = logic_problems(n_train+n_test, seed)
-    _jsonl(folder/'train.jsonl', problems[:n_train])
-    _jsonl(folder/'test.jsonl', [strip(p, 'answer') for p in problems[n_train:]])
-    _jsonl(folder/'sample_submission.jsonl', [dict(id=p['id'], questions=[dict(answer='A') for _ in p['questions']]) for p in problems[n_train:]])
-    _jsonl(folder/'solution.jsonl', [dict(id=p['id'], questions=[dict(answer=q['answer']) for q in p['questions']]) for p in problems[n_train:]])
+    train, test = problems[:n_train], problems[n_train:]
+    _jsonl(folder/'train.jsonl', train)
+    _jsonl(folder/'test.jsonl', [p | _asked(p, lambda q: dict(question=q['question'], options=q['options'])) for p in test])
+    _jsonl(folder/'sample_submission.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer='A')) for p in test])
+    _jsonl(folder/'solution.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer=q['answer'])) for p in test])
 
 def make_sample(
     name:str,      # `sample_arena` or `sample_logic`
