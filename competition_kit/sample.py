@@ -69,7 +69,8 @@ _say = dict(
             '->': 'if {} then {}', '<=>': '{} if and only if {}'}, be='{} is a {}', line='{}. {} says: "{}".',
             head='On an island every person is a knight, who always tells the truth, or a knave, who always lies.',
             ask='Is {} a knight or a knave?', many='How many of them are knights?'),
-    zh=dict(knight='骑士', knave='骗子', no='并非{}', join={'and': '{}并且{}', 'or': '{}或者{}', '->': '如果{}那么{}', '<=>': '{}当且仅当{}'},
+    zh=dict(knight='骑士', knave='骗子', no='并非{}',
+            join={'and': '{}并且{}', 'or': '{}或者{}', '->': '如果{}那么{}', '<=>': '{}当且仅当{}'},
             be='{}是{}', line='{}. {}说：“{}”。', head='岛上的人不是骑士就是骗子：骑士永远说真话，骗子永远说假话。',
             ask='{}是骑士还是骗子？', many='他们当中有几个骑士？'))
 _zh_names = '赵一 钱二 张三 李四 王五 陈六 孙七 周八 吴九 郑十'.split()
@@ -175,7 +176,8 @@ def _write_logic(folder, n_train, n_test, seed):
     problems = logic_problems(n_train+n_test, seed)
     train, test = problems[:n_train], problems[n_train:]
     _jsonl(folder/'train.jsonl', train)
-    _jsonl(folder/'test.jsonl', [p | _asked(p, lambda q: dict(question=q['question'], options=q['options'])) for p in test])
+    unanswered = [p | _asked(p, lambda q: dict(question=q['question'], options=q['options'])) for p in test]
+    _jsonl(folder/'test.jsonl', unanswered)
     _jsonl(folder/'sample_submission.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer='A')) for p in test])
     _jsonl(folder/'solution.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer=q['answer'])) for p in test])
 

@@ -28,9 +28,9 @@ from .tables import (Part, carry_folds, check_texts, load_mix, load_rows, make_r
 
 # public here as well, for those who work with tables
 _all_ = ['Part', 'Task', 'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text',
-         'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix', 'publish',
-         'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse', 'sample_files', 'samples',
-         'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks', 'write_rows']
+         'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix',
+         'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse', 'sample_files',
+         'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks', 'write_rows']
 _carry = carry_folds
 
 # %% ../nbs/02_split.ipynb #b58e90f8
@@ -51,7 +51,7 @@ def _group_sizes(rows, kept): # of the `group` column; `kept` rows have a fold o
     return dict(rows=len(rows), groups=len(size), largest_group=int(size.iloc[0]),
                 largest_share=round(float(size.iloc[0]/len(rows)), 4), groups_cut=int(cut.sum()))
 
-# %% ../nbs/02_split.ipynb #0b20ad00
+# %% ../nbs/02_split.ipynb #3ac0cc5e
 def leak_report(
     rows,           # Table of rows
     test_rows=None, # Rows to be predicted
@@ -92,17 +92,21 @@ def _contents(rows): # one text a row; a pair and its swapped copy are the same
 # %% ../nbs/02_split.ipynb #a1ed25b4
 def _folds_text(leaks):
     n, cut = leaks['rows'], leaks['near_between_folds']
-    if cut: found = f'{cut} of {n} training rows have an equal or nearly equal text in another fold, so held-out scores come out too good'
+    if cut:
+        found = (f'{cut} of {n} training rows have an equal or nearly equal text in another fold, '
+                 'so held-out scores come out too good')
     else: found = f'No text of the {n} training rows was found in two folds, neither equal nor nearly equal'
-    return (f"{found} (a second search looked at {leaks['second_look_rows']} texts, found {leaks['second_look_missed']} "
-            f"that the groups had missed, and finds {leaks['second_look_recall']:.0%} of planted copies).")
+    return (f"{found} (a second search looked at {leaks['second_look_rows']} texts, "
+            f"found {leaks['second_look_missed']} that the groups had missed, "
+            f"and finds {leaks['second_look_recall']:.0%} of planted copies).")
 
 def _test_text(leaks):
     n, among = leaks['rows'], leaks.get('near_in_test')
     if among is None: return 'There is no test file to compare with.'
     if not among: return 'No training row has its prompt or problem in the test file.'
     equal, ids = leaks['exact_in_test'], ', '.join(leaks['in_test_ids'][:3])
-    return (f'{among} of {n} training rows have their prompt or problem in the test file, too ({equal} of them equal, such as {ids}): '
+    return (f'{among} of {n} training rows have their prompt or problem in the test file, too '
+            f'({equal} of them equal, such as {ids}): '
             'a public score will be better than one on new prompts.')
 
 def leak_text(
@@ -159,7 +163,7 @@ def _plot_lengths(ax, rows): # characters of each text column
     ax.set(title='lengths', xlabel='characters', ylabel='rows', xscale='log')
     ax.legend(fontsize=8)
 
-# %% ../nbs/02_split.ipynb #0e00901f
+# %% ../nbs/02_split.ipynb #cbee4db0
 def plot_split(
     rows,  # Table of rows with folds
 ): # A matplotlib figure

@@ -50,7 +50,8 @@ def table_name(
     "The name under which a table lies in `data/`"
     check_texts(table_name, locals())
     name = _stem(data) if _is_file_name(data) else data
-    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(name)): raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
+    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(name)):
+        raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
     return name
 
 # %% ../nbs/lib/01f_tables.ipynb #29ee3a21
@@ -70,28 +71,31 @@ def make_raw(
 
 # %% ../nbs/lib/01f_tables.ipynb #d7e3ab6d
 def _candidates(role, folder): # files that could be the training or the test file
-    files = [p for p in sorted(set(folder.glob('[!.]*'))-set(sample_files(folder))) if p.is_file() and _is_file_name(p.name)]
+    names = sorted(set(folder.glob('[!.]*'))-set(sample_files(folder)))
+    files = [p for p in names if p.is_file() and _is_file_name(p.name)]
     plain = {_stem(p) for p in files if p.suffix.lower() not in packed_suffixes}
     files = [p for p in files if p.suffix.lower() not in packed_suffixes or _stem(p) not in plain]
     return [p for p in files if re.search(role, p.name.lower())]
 
 def _find(role, folder):
-    got = _candidates(role, folder)
-    if len(got) > 1:
-        raise Refusal(f'several files could be the {role} file: {[p.name for p in got]}', folder, fix=f'Name one with {role}=')
-    return got[0] if got else None
+    found = _candidates(role, folder)
+    if len(found) > 1:
+        names = [p.name for p in found]
+        raise Refusal(f'several files could be the {role} file: {names}', folder, fix=f'Name one with {role}=')
+    return found[0] if found else None
 
-def _beside(train): # the test file that belongs to a training file: the same name, else the only one of its folder
+def _test_beside(train): # the test file of a training file: the same name, else the only one of its folder
     train = _root_path(train)
-    got = [p for p in _candidates('(?<![a-z])test', train.parent) if p.name != train.name]
-    twins = [p for p in got if _stem(p) == _stem(train).replace('train', 'test')]
-    return (twins or got)[0] if len(twins or got) == 1 else None
+    found = [p for p in _candidates('(?<![a-z])test', train.parent) if p.name != train.name]
+    found = [p for p in found if _stem(p) == _stem(train).replace('train', 'test')] or found
+    return found[0] if len(found) == 1 else None
 
 def sample_files(
     folder,  # Where a competition's files are
 ) -> list: # Paths
-    "The files that could be the host's sample submission: those with `sample` and `submi` in their names"
-    return [p for p in sorted(Path(folder).glob('*')) if 'sample' in p.name.lower() and 'submi' in p.name.lower()]
+    "The files with `sample` and `submi` in their names, which could be the host's sample submission"
+    files = sorted(Path(folder).glob('*'))
+    return [p for p in files if 'sample' in p.name.lower() and 'submi' in p.name.lower()]
 
 # %% ../nbs/lib/01f_tables.ipynb #0ace69a6
 def raw_files(
@@ -106,13 +110,14 @@ def raw_files(
     if name in samples and not train: make_raw(name)
     if not train and _is_file_name(data): train = os.fspath(data)
     folder = data_path(name)
-    test = test or (_beside(train) if train else None) or _find('test', folder)
-    got = dict(train=train or _find('train', folder), test=test, corrections=corrections)
-    if not got['train']:
-        there = sorted(p.name for p in folder.glob('*'))[:12] if folder.is_dir() else 'nothing: there is no such folder'
-        raise Refusal(f'no training file called *train*{{{",".join(file_readers)}}}; found {there}', folder,
+    test = test or (_test_beside(train) if train else None) or _find('test', folder)
+    train = train or _find('train', folder)
+    if not train:
+        found = sorted(p.name for p in folder.glob('*'))[:12] if folder.is_dir() else 'nothing: there is no such folder'
+        raise Refusal(f'no training file called *train*{{{",".join(file_readers)}}}; found {found}', folder,
                       fix='Put the raw files there, or name one with train=')
-    return {k: _root_path(p) for k, p in got.items() if p}
+    files = dict(train=train, test=test, corrections=corrections)
+    return {role: _root_path(path) for role, path in files.items() if path}
 
 # %% ../nbs/lib/01f_tables.ipynb #b80d5541
 def split(
@@ -128,13 +133,14 @@ def split(
     "Read, check, correct, group and fold; nothing is written"
     files = files or raw_files(data, train, test, corrections)
     rows, info = read_raw(files['train'])
-    lone = (rows.label < 0) & rows.target.isna()
-    refuse(lone, f"no label; columns that were not read: {info['ignored'][:12]}", files['train'], rows.id.tolist(),
-           'A training file needs winner columns, or answers')
+    unlabelled = (rows.label < 0) & rows.target.isna()
+    refuse(unlabelled, f"no label; columns that were not read: {info['ignored'][:12]}", files['train'],
+           rows.id.tolist(), 'A training file needs winner columns, or answers')
     fixes = read_corrections(files['corrections']) if 'corrections' in files else []
     rows = correct(rows, fixes, info['task'], files.get('corrections')) if fixes else rows
-    meta = dict(name=table_name(data), task=info['task'], folds=folds, seed=seed, corrections=len(fixes),
-                files={k: dict(file=p.name, sha256=(hashes or {}).get(k) or sha256(p)) for k, p in files.items()},
+    hashes = hashes or {role: sha256(path) for role, path in files.items()}
+    origin = {role: dict(file=path.name, sha256=hashes[role]) for role, path in files.items()}
+    meta = dict(name=table_name(data), task=info['task'], folds=folds, seed=seed, corrections=len(fixes), files=origin,
                 read=dict(train=info))
     both = [rows]
     if 'test' in files: both.append(_read_test(files['test'], rows, meta))
@@ -146,31 +152,39 @@ def split(
     return rows, both[1] if len(both) > 1 else None
 
 # %% ../nbs/lib/01f_tables.ipynb #05b020a7
-def _same_writing(ids, others, path, where): # refuse 123.0 here and 123 there
+def _as_number(i): return str(int(float(i))) if float_id.fullmatch(i) and float(i) < 2**53 else i.strip().lstrip('0')
+
+def _check_spelling(ids, others, path, where): # refuse 123.0 in one file and 123 in the other
     for a, b in ((float_id, whole_id), (whole_id, float_id)):
         if all(map(a.fullmatch, ids)) and all(map(b.fullmatch, others)):
             raise Refusal(f'ids are written {ids[0]!r} here and {others[0]!r} in {where}', path,
                           fix='Write them in one way, as whole numbers: one of the files has been through pandas')
-    number = lambda i: str(int(float(i))) if float_id.fullmatch(i) and float(i) < 2**53 else i.strip().lstrip('0')
-    here, there = ({number(i): i for i in o} for o in (ids, others))
-    if here.keys() == there.keys() and (odd := next((k for k in here if here[k] != there[k]), None)) is not None:
+    here, there = ({_as_number(i): i for i in o} for o in (ids, others))
+    odd = next((k for k in here if here[k] != there[k]), None) if here.keys() == there.keys() else None
+    if odd is not None:
         raise Refusal(f'ids are written {here[odd]!r} here and {there[odd]!r} in {where}', path,
                       fix='Write them in one way in both files')
 
 # %% ../nbs/lib/01f_tables.ipynb #4afc974c
+def _check_submission_ids(test, pair, path): # the test rows must be those of a sample submission beside their file
+    ids = list(test.id) if pair else list(dict.fromkeys(i.rsplit('-', 1)[0] for i in test.id))
+    for sample in sample_files(path.parent):
+        if not _is_file_name(sample.name): continue
+        wanted = [to_text(i, Counter()) for i in read_columns(sample).get('id', [])]
+        if not wanted or set(wanted) in (set(ids), set(test.id)): continue
+        _check_spelling(ids, wanted, path, sample.name)
+        raise Refusal(f'other ids than {sample.name} ({len(ids)} and {len(wanted)} rows): cut, or of another version',
+                      path, sorted(set(wanted) ^ set(ids)))
+
 def _read_test(path, rows, meta):
     test, info = read_raw(path)
     meta['read']['test'] = info
-    if tasks[info['task']].pair != tasks[meta['task']].pair: raise Refusal(f"the training file is {meta['task']}, the test file {info['task']}", path)
+    pair = tasks[info['task']].pair
+    if pair != tasks[meta['task']].pair:
+        raise Refusal(f"the training file is {meta['task']}, the test file {info['task']}", path)
     if both := sorted(set(rows.id) & set(test.id)): raise Refusal('ids that the training file has, too', path, both)
-    _same_writing(list(test.id), list(rows.id), path, 'the training file')
-    have = list(test.id) if tasks[info['task']].pair else list(dict.fromkeys(i.rsplit('-', 1)[0] for i in test.id))
-    for p in sample_files(path.parent):
-        if not _is_file_name(p.name): continue
-        want = [to_text(i, Counter()) for i in read_columns(p).get('id', [])]
-        if want and set(want) not in (set(have), set(test.id)):
-            _same_writing(have, want, path, p.name)
-            raise Refusal(f'other ids than {p.name} ({len(have)} and {len(want)} rows): cut, or of another version', path, sorted(set(want) ^ set(have)))
+    _check_spelling(list(test.id), list(rows.id), path, 'the training file')
+    _check_submission_ids(test, pair, path)
     return test.assign(label=-1, target=pd.Series([None]*len(test), dtype=object))
 
 # %% ../nbs/lib/01f_tables.ipynb #bfa830b9
@@ -178,7 +192,8 @@ ROW_COLUMNS = 'id', 'group', 'source', 'fold', 'label', 'target', 'weight'
 
 def _schema(rows): # stated types for the kit's own columns, inferred ones for all others
     import pyarrow as pa
-    lists, texts = (*text_columns['pair'], 'options'), ('id', 'group', 'source', 'model_a', 'model_b', 'problem', 'question')
+    lists = *text_columns['pair'], 'options'
+    texts = 'id', 'group', 'source', 'model_a', 'model_b', 'problem', 'question'
     types = dict(fold=pa.int64(), label=pa.int64(), weight=pa.float32(), target=pa.list_(pa.float32()))
     types |= dict.fromkeys(lists, pa.list_(pa.string())) | dict.fromkeys(texts, pa.string())
     others = pa.Schema.from_pandas(rows[[c for c in rows if c not in types]], preserve_index=False)
@@ -201,7 +216,7 @@ def publish(
     data:str,  # As for `raw_files`
     names=('rows', 'test'),  # Tables of the run: `rows` becomes `<name>`, any other `<name>_<other>`
 ):
-    "Copy a run's tables to `data/<name>.parquet`, `data/<name>_test.parquet`; one that the run does not have is passed over"
+    "Copy a run's tables to `data/<name>.parquet` and `data/<name>_test.parquet`, as far as it has them"
     for name in reversed(names):
         table = table_name(data) if name == 'rows' else f'{table_name(data)}_{name}'
         source, target = Path(folder)/f'{name}.parquet', data_path(f'{table}.parquet')
@@ -219,10 +234,11 @@ def table_path(
     path, base = data_path(f'{table_name(name)}.parquet'), name.removesuffix('_test')
     if path.exists(): return path
     if base not in samples:
-        raise Refusal(f"no table called {name}; there are {', '.join(_known())}", data_path(), fix=f'Split it first: ck run 02_split -p data {base}')
+        raise Refusal(f"no table called {name}; there are {', '.join(_known())}", data_path(),
+                      fix=f'Split it first: ck run 02_split -p data {base}')
     rows, test = split(base)
-    for df, p in ((test, data_path(f'{base}_test.parquet')), (rows, data_path(f'{base}.parquet'))):
-        if not p.exists(): write_rows(df, p)
+    for table, file in ((test, data_path(f'{base}_test.parquet')), (rows, data_path(f'{base}.parquet'))):
+        if not file.exists(): write_rows(table, file)
     return path
 
 # %% ../nbs/lib/01f_tables.ipynb #9e943d44
@@ -251,17 +267,20 @@ def parse_mix(
     for phase, term in [(k, t) for k, side in enumerate(mix.split('>')) for t in side.split('+')]:
         m = re.fullmatch(r'\s*([A-Za-z0-9_-]{1,64})\s*(?::\s*(\d+)|@\s*(\d*\.?\d+))?\s*', term)
         if not m:
-            raise Refusal(f'{term.strip()!r} in the mix {mix!r} cannot be read', fix='Write name, name:rows or name@share, joined by + (and > between phases)')
+            raise Refusal(f'{term.strip()!r} in the mix {mix!r} cannot be read',
+                          fix='Write name, name:rows or name@share, joined by + (and > between phases)')
         part = Part(m[1], int(m[2]) if m[2] else None, float(m[3]) if m[3] else None, phase)
         if part.n == 0 or part.share == 0 or (part.share or 1) > 1:
             raise Refusal(f'{term.strip()!r} in the mix takes no rows, or more than there are')
         parts.append(part)
-    if twice := [n for n, c in Counter(p.name for p in parts).items() if c > 1]: raise Refusal(f'the mix {mix!r} names {twice[0]} twice')
+    twice = [name for name, n in Counter(p.name for p in parts).items() if n > 1]
+    if twice: raise Refusal(f'the mix {mix!r} names {twice[0]} twice')
     return parts
 
 # %% ../nbs/lib/01f_tables.ipynb #951c440e
 def _draw(rows, part, seed):
-    if part.n and part.n > len(rows): raise Refusal(f'the mix asks for {part.n} rows of {part.name}, which has {len(rows)}')
+    if part.n and part.n > len(rows):
+        raise Refusal(f'the mix asks for {part.n} rows of {part.name}, which has {len(rows)}')
     n = part.n or round((part.share or 1)*len(rows))
     if n == len(rows): return rows
     chance = np.array([text_hash(f'{seed} {i}') for i in rows['id']], np.uint64)
@@ -271,13 +290,16 @@ def _draw(rows, part, seed):
 def _mix_parts(mix): # the tables of a mix, the validated one first
     parts = parse_mix(mix)
     first = next(p for p in parts if p.phase == parts[-1].phase)
-    if unknown := [p.name for p in parts if p.name not in _known() and p.name.removesuffix('_test') not in samples]:
-        raise Refusal(f"the mix {mix!r} names an unknown table: {', '.join(unknown)}; there are {', '.join(_known())}", data_path())
+    known = _known()
+    unknown = [p.name for p in parts if p.name not in known and p.name.removesuffix('_test') not in samples]
+    if unknown:
+        raise Refusal(f"the mix {mix!r} names an unknown table: {', '.join(unknown)}; there are {', '.join(known)}",
+                      data_path())
     return [first, *(p for p in parts if p is not first)]
 
 def _joined(parts, tables): # one table; a column that only some of them have is None elsewhere
-    kept = [t.assign(main=k == 0, phase=p.phase, fold=t['fold'] if k == 0 else -1) for k, (p, t) in enumerate(zip(parts, tables))]
-    rows = pd.concat(kept, ignore_index=True)
+    first, *extra = [t.assign(main=True, phase=p.phase) for p, t in zip(parts, tables)]
+    rows = pd.concat([first, *(t.assign(main=False, fold=-1) for t in extra)], ignore_index=True)
     for c in rows:
         if all(c in t for t in tables) or pd.api.types.is_numeric_dtype(rows[c]): continue
         rows[c] = pd.Series([None if gap else v for v, gap in zip(rows[c], rows[c].isna())], dtype=object)
@@ -296,7 +318,7 @@ def _make_mix(mix, parts, seed):
     rows.attrs['meta'] = dict(tables[0].attrs['meta'], mix=dict(about, same_row=same, **counts))
     return rows
 
-# %% ../nbs/lib/01f_tables.ipynb #313bbacd
+# %% ../nbs/lib/01f_tables.ipynb #a42dfd02
 _mixes = {}  # key → pickled table; the last four
 
 def _file_key(path): return content_hash(path), path.stat().st_mtime_ns, str(path)
@@ -330,21 +352,26 @@ def _once(rows, mix): # an id stands for one row
     content = [json.dumps(r) for r in zip(*(rows.loc[twice, c].tolist() for c in own))]
     both = pd.Series(content).groupby(rows['id'][twice].to_numpy()).nunique()
     if (both > 1).any():
-        raise Refusal(f'the mix {mix!r} has other content under one id in two tables', data_path(), both.index[both > 1], 'Give one of them ids of its own')
+        raise Refusal(f'the same id has different content in two tables of the mix {mix!r}', data_path(),
+                      both.index[both > 1], 'Give the rows of one table ids of their own')
     return rows.drop_duplicates('id', ignore_index=True), int(twice.sum()-len(both))
 
 # %% ../nbs/lib/01f_tables.ipynb #e03b6f28
-def carry_folds(rows, first): # the folds of the first table, carried over to what resembles it
+def carry_folds(
+    rows,   # Rows of a mix, with `main`
+    first,  # Name of the main table; its test table is looked at as well
+): # (rows, counts): the rows without those that match two folds, and what happened to how many
+    "Give extra rows the fold and the group of the main rows that they resemble"
     test = data_path(f'{first}_test.parquet')
-    n, part = len(rows), group_rows(group_text(*([rows, load_rows(f'{first}_test')] if test.exists() else [rows])))
-    main = rows['main'].to_numpy()
-    held = rows[main].groupby(part[:n][main])
+    tables = [rows, load_rows(f'{first}_test')] if test.exists() else [rows]
+    n, every = len(rows), group_rows(group_text(*tables))
+    part, main = pd.Series(every[:n]), rows['main'].to_numpy()
+    held = rows[main].groupby(every[:n][main])
     low, high = held['fold'].min(), held['fold'].max()
-    cut = set(low.index[low != high])
-    own = pd.Series(part[:n])
-    out = ~main & own.isin(cut).to_numpy()
-    rows['fold'] = np.where(main, rows['fold'], own.map(low).fillna(-1).astype(int))
-    rows['group'] = np.where(main, rows['group'], own.map(held['group'].min()).fillna(own))
-    counts = dict(left_out=int(out.sum()), held_with_fold=int((~main & ~out & (rows['fold'] >= 0)).sum()),
-                  in_test=int((~main & ~out & own.isin(set(part[n:]))).sum()))
+    out = ~main & part.isin(set(low.index[low != high])).to_numpy()
+    rows['fold'] = np.where(main, rows['fold'], part.map(low).fillna(-1).astype(int))
+    rows['group'] = np.where(main, rows['group'], part.map(held['group'].min()).fillna(part))
+    extra = ~main & ~out
+    counts = dict(left_out=int(out.sum()), held_with_fold=int((extra & (rows['fold'] >= 0)).sum()),
+                  in_test=int((extra & part.isin(set(every[n:]))).sum()))
     return rows[~out].reset_index(drop=True), counts

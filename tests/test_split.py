@@ -595,7 +595,7 @@ def test_mix_refusals(root):
         with pytest.raises(Refusal, match=match): load_rows(mix)
     with pytest.raises(Refusal, match='no table called nothing; there are'): load_rows('nothing')
     table('same', 3, 300, id=['train0', 's1', 's2'])
-    with pytest.raises(Refusal, match='other content under one id.*train0'): load_rows('train + same')
+    with pytest.raises(Refusal, match='the same id has different content.*train0'): load_rows('train + same')
     write_rows(load_rows('train').head(2), data_path('equal.parquet'), task='preference')
     rows = load_rows('train + equal')
     assert len(rows) == 20 and rows.main.all() and rows.attrs['meta']['mix']['same_row'] == 2
