@@ -31,7 +31,8 @@ def text_hash(
 
 # %% ../nbs/lib/01c_groups.ipynb #59f30dc7
 _accents = re.compile('[\u0300-\u036f\u0591-\u05c7\u064b-\u0652]')
-_unseen = re.compile('[\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]')
+_unseen = re.compile('[\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164'
+                     '\ufe00-\ufe0f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]')
 _signs = {ord(c): 0xe000+k for k, c in enumerate('+-*/=<>^%#&|~$@\\!().')}
 _sign = re.compile(r'[-+*/=<>^%#&|~$@\\]+')
 _operator = re.compile('|'.join((
@@ -42,12 +43,14 @@ _operator = re.compile('|'.join((
 _point = re.compile(r'(?<=\d)\.(?=\d)')
 
 # %% ../nbs/lib/01c_groups.ipynb #c05f05c4
-_no_blanks = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')
+_no_blanks = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff'
+                        '\U00020000-\U0003ffff]')
 
 class _Kept(dict): # what `str.translate` makes of a character; filled as characters are met
     def __missing__(self, c):
         char, kind = chr(c), unicodedata.category(chr(c))
-        alone = 0xe000 <= c < _signs[ord('.')] or (kind == 'Sm' and c > 127) or (kind == 'Lo' and _no_blanks.match(char))
+        alone = 0xe000 <= c < _signs[ord('.')] or (kind == 'Sm' and c > 127)
+        alone = alone or (kind == 'Lo' and _no_blanks.match(char))
         blank = ' ' if kind in ('Zs', 'Zl', 'Zp', 'Cc') else None
         self[c] = f' {char} ' if alone else char if kind[0] in 'LNM' or c == _signs[ord('.')] else blank
         return self[c]
@@ -55,18 +58,23 @@ _kept = _Kept()
 
 # %% ../nbs/lib/01c_groups.ipynb #6588d75a
 def _plain(text): # without accents and characters that nobody sees
-    return unicodedata.normalize('NFC', _accents.sub('', unicodedata.normalize('NFD', _unseen.sub('', text).casefold())))
+    text = unicodedata.normalize('NFD', _unseen.sub('', text).casefold())
+    return unicodedata.normalize('NFC', _accents.sub('', text))
 
-def _words(level): # of a text that `normalize` has been through; a doubled word counts once
-    text = level if level.isascii() else _plain(level)
+def _counts_twice(word): return word[0].isdigit() or (len(word) == 1 and word not in 'ai')
+
+def _words(normal): # of a text that `normalize` has been through; a doubled word counts once
+    text = normal if normal.isascii() else _plain(normal)
     if _sign.search(text): text = _operator.sub(lambda m: m[0].translate(_signs), text)
     if '.' in text and _point.search(text): text = _point.sub(chr(_signs[ord('.')]), text)
     words = text.translate(_kept).split()
-    return [w for w, before in zip(words, ['', *words]) if w != before or w[0].isdigit() or (len(w) == 1 and w not in 'ai')] or level.split() or ['']
+    kept = [w for w, before in zip(words, ['', *words]) if w != before or _counts_twice(w)]
+    return kept or normal.split() or ['']
 
 # %% ../nbs/lib/01c_groups.ipynb #d9d9b91d
 _u = np.uint64
-_Table = namedtuple('_Table', 'text hash start n')  # texts in a fixed order, all their word hashes, where each begins, how many words it has
+# texts in a fixed order, all their word hashes, where the hashes of each text begin, how many words it has
+_Table = namedtuple('_Table', 'text hash start n')
 
 class _Hashes(dict):
     def __missing__(self, word):
@@ -102,7 +110,7 @@ def _one_less(t, most=256): # (keys, rows): each whole text, and each text witho
     return np.r_[last-first, less], np.r_[np.arange(len(t.n)), row]
 
 # %% ../nbs/lib/01c_groups.ipynb #bd2adeac
-def _meet(key, row, shift=0): # codes of pairs of rows whose keys agree, but for the lowest `shift` bits, which only order them
+def _meet(key, row, shift=0): # codes of pairs of rows with equal keys; the lowest `shift` bits only order them
     order = np.argsort(key, kind='stable')
     key, row = key[order] >> _u(shift), row[order]
     for d in range(1, 4):
@@ -164,7 +172,8 @@ def _line(t): # text number → a string with one character a word, which rapidf
     return lambda k: line[t.start[k]:t.start[k]+t.n[k]]
 
 def _edits(line, i, j): # words to change, add, drop or swap
-    return cpdist([line(k) for k in i], [line(k) for k in j], scorer=OSA.distance, dtype=np.int32) if len(i) else np.zeros(0, np.int32)
+    if not len(i): return np.zeros(0, np.int32)
+    return cpdist([line(k) for k in i], [line(k) for k in j], scorer=OSA.distance, dtype=np.int32)
 
 # %% ../nbs/lib/01c_groups.ipynb #b1d3f1f3
 _number = re.compile(r'(?:^|(?<= ))(?:\S*\d\S*|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])')
@@ -176,7 +185,8 @@ def _same_numbers(a, b):
         x, y = a[op.src_start:op.src_end], b[op.dest_start:op.dest_end]
         in_a, in_b = (bool(_number.search(' '.join(v))) for v in (x, y))
         doubled = (x or b[op.dest_start-len(y):op.dest_start]) == (y or a[op.src_start-len(x):op.src_start])
-        if not (doubled and (x or y)[0][0].isdigit()) and x != y and (in_a and in_b or (in_a or in_b) and op.tag != 'replace'): return False
+        if x == y or (doubled and (x or y)[0][0].isdigit()): continue
+        if in_a and in_b or (in_a or in_b) and op.tag != 'replace': return False
     return True
 
 # %% ../nbs/lib/01c_groups.ipynb #dfa198b3
@@ -209,9 +219,11 @@ def _counts(t, who, counted): # [2**24] in how many of the counted texts each ru
     return count
 
 # %% ../nbs/lib/01c_groups.ipynb #a9b38343
-def _parts(i, j, n): return connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
+def _parts(i, j, n): # [n] number of the connected component
+    links = coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
+    return connected_components(links, directed=False)[1]
 
-def _counted(t, line, i, j, share, rounds=8): # [texts] True: counts; in each round a lot's first text speaks for those close to it
+def _counted(t, line, i, j, share, rounds=8): # [texts] False where a close text of the same lot counts for it
     part, counted, left = _parts(i, j, len(t.n)), np.ones(len(t.n), bool), np.unique(np.r_[i, j])
     for _ in range(rounds):
         if not len(left): break
@@ -244,17 +256,21 @@ def _other_problem(a, b, long, count, limit): # two looks: do they differ as two
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks
-    if long.endswith(' '+short): return len(long) <= 3*len(short)+40 and not re.search('[\ue000-\ue012]', long[:-len(short)])
+    if long.endswith(' '+short):
+        return len(long) <= 3*len(short)+40 and not re.search('[\ue000-\ue012]', long[:-len(short)])
     more = long[len(short)+1:]
     few = long.startswith(short+' ') and more.count(' ')+1 <= .2*(long.count(' ')+1)
     return few and not _number.search(more) and not (b.covered >= .25 and (a.three-b.three) & a.form)
 
 # %% ../nbs/lib/01c_groups.ipynb #fda8d3b2
+def _candidates(t, less, share, check): # codes of pairs of text numbers
+    if len(check): return np.unique([min(p)*2**32+max(p) for p in check])
+    return np.unique(np.concatenate([np.zeros(0, int), *_meet(*less), *_drawn(t, share)]))
+
 def _copies(t, share, check=()): # [pairs, 2] text numbers
     less = _shared(*_one_less(t))
     crowd = _crowd(*less, len(t.n))
-    got = [np.zeros(0, int), *_meet(*less), *_drawn(t, share)] if not len(check) else [np.array([min(p)*2**32+max(p) for p in check])]
-    i, j = np.divmod(np.unique(np.concatenate(got)), 2**32)
+    i, j = np.divmod(_candidates(t, less, share, check), 2**32)
     i, j = i[i != j], j[i != j]
     line, held = _line(t), list(_held(t))
     edits, most = _edits(line, i, j), np.maximum(t.n[i], t.n[j])
@@ -263,33 +279,34 @@ def _copies(t, share, check=()): # [pairs, 2] text numbers
     who = np.unique(np.r_[i[near], j[near], np.array(held, int).reshape(-1)]).tolist()
     count, limit = _counts(t, who, counted), max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
     looks = {k: _look(t, k, count, limit, crowd) for k in who}
-    out = [(a, b) for a, b, d in zip(*(v.tolist() for v in (i[near], j[near], close[near])))
-           if not _other_problem(looks[a], looks[b], d, count, limit) and _same_numbers(t.text[a], t.text[b])]
+    out = [(a, b) for a, b, long in zip(i[near].tolist(), j[near].tolist(), close[near].tolist())
+           if not _other_problem(looks[a], looks[b], long, count, limit) and _same_numbers(t.text[a], t.text[b])]
     one = ~near & (edits == 1)
     out += [(a, b) for a, b in zip(i[one].tolist(), j[one].tolist()) if _typo(t.text[a], t.text[b])]
     longer = Counter(b for _, b in held)
-    out += [(a, b) for a, b in held if _added(t.text[a], t.text[b], looks[a], looks[b]) and (looks[b].own or longer[b] <= 5)]
+    held = [(a, b) for a, b in held if looks[b].own or longer[b] <= 5]
+    out += [(a, b) for a, b in held if _added(t.text[a], t.text[b], looks[a], looks[b])]
     return np.array([*out, *_same_letters(t.text)], int).reshape(-1, 2)
 
 # %% ../nbs/lib/01c_groups.ipynb #b561bc72
-def _in_order(level): # (table of the different texts, number of each row's text)
+def _in_order(normal): # (table of the different texts, number of each row's text)
     seen = {}
-    back = np.fromiter((seen.setdefault(' '.join(_words(t)), len(seen)) for t in level), int, len(level))
+    back = np.fromiter((seen.setdefault(' '.join(_words(t)), len(seen)) for t in normal), int, len(normal))
     texts = list(seen)
     order = np.argsort(np.array([text_hash(t) for t in texts], _u), kind='stable')
     return _table([texts[k] for k in order]), np.argsort(order)[back]
 
 def group_rows(
     texts,            # What rows must share to be a group: the prompt, or the problem
-    near:float=0.95,  # Least share of words that a long copy keeps; in a short one a word may differ, see `_allowed`
-) -> np.ndarray: # Group ids, 16 hex digits: the smallest text hash of the group, so neither row order nor process matters
+    near:float=0.95,  # Least share of words that a long copy keeps; in a short one a word may differ
+) -> np.ndarray: # Group ids, 16 hex digits: the smallest text hash of the group
     "Group equal and nearly equal texts"
     if not len(texts): return np.zeros(0, object)
-    level = [normalize(t) for t in texts]
-    t, back = _in_order(level)
+    normal = [normalize(t) for t in texts]
+    t, back = _in_order(normal)
     part = _parts(*_copies(t, 1-near).T, len(t.n))[back]
     head = np.full(part.max()+1, 2**64-1, _u)
-    np.minimum.at(head, part, np.array([text_hash(v) for v in level], _u))
+    np.minimum.at(head, part, np.array([text_hash(v) for v in normal], _u))
     return np.array([f'{k:016x}' for k in head], object)[part]
 
 # %% ../nbs/lib/01c_groups.ipynb #ff9b5974
@@ -302,24 +319,27 @@ def copied(
     return np.isin(part[:len(texts)], part[len(texts):])
 
 # %% ../nbs/lib/01c_groups.ipynb #15896b84
-def _telling(text, longer): # the text, or the longer one where it tells nothing about it
-    level = [' '.join(_words(normalize(t))) for t in text]
-    asked = Counter(a for a, _ in set(zip(level, longer)))
-    empty = lambda t: not t.strip()
-    return [m if empty(t) or asked[a] > max(10, a.count(' ')+1) else t for t, a, m in zip(text, level, longer)]
+def _or_longer(text, longer): # each text, or the longer one where many different ones share the text
+    short = [' '.join(_words(normalize(t))) for t in text]
+    asked = Counter(t for t, _ in set(zip(short, longer)))
+    shared = [asked[t] > max(10, t.count(' ')+1) for t in short]
+    return [more if many or not t.strip() else t for t, many, more in zip(text, shared, longer)]
+
+def _column(tables, c): return [v for rows in tables for v in rows[c]]
 
 def group_text(
     *tables, # Tables of rows that will be grouped together
 ) -> list: # One text a row, the tables one after the other
     "The text by which rows are grouped: what the label depends on"
-    both = lambda c: [v for rows in tables for v in rows[c]]
-    if 'prompt' in tables[0]:
-        prompt = ['\n'.join(t) for t in both('prompt')]
-        if all(t.strip() for t in prompt): return prompt
-        answers = ['\n'.join(sorted(['\n'.join(a), '\n'.join(b)])) for a, b in zip(both('response_a'), both('response_b'))]
-        return [t if t.strip() else a for t, a in zip(prompt, answers)]
-    whole = ['\n'.join([q, *sorted(o)]) for q, o in zip(both('question'), both('options'))]
-    return _telling(both('problem'), _telling(both('question'), whole))
+    if 'prompt' not in tables[0]:
+        problem, question, options = (_column(tables, c) for c in ('problem', 'question', 'options'))
+        whole = ['\n'.join([q, *sorted(o)]) for q, o in zip(question, options)]
+        return _or_longer(problem, _or_longer(question, whole))
+    prompt = ['\n'.join(turns) for turns in _column(tables, 'prompt')]
+    if all(t.strip() for t in prompt): return prompt
+    both = zip(_column(tables, 'response_a'), _column(tables, 'response_b'))
+    answers = ['\n'.join(sorted(['\n'.join(a), '\n'.join(b)])) for a, b in both]
+    return [t if t.strip() else a for t, a in zip(prompt, answers)]
 
 # %% ../nbs/lib/01c_groups.ipynb #3a8641b9
 def _runs(texts): # [texts, 2**18] how often each run of four characters occurs
@@ -336,7 +356,7 @@ def _runs(texts): # [texts, 2**18] how often each run of four characters occurs
     start = np.searchsorted(key[first], np.arange(len(texts)+1)*2**18)
     return csr_array((count, key[first] % 2**18, start), shape=(len(texts), 2**18))
 
-# %% ../nbs/lib/01c_groups.ipynb #2fa64bb1
+# %% ../nbs/lib/01c_groups.ipynb #b08e3796
 def _nearest(texts, asked, k=5): # pairs (asked, text) with the largest cosine
     query = _runs([texts[a] for a in asked])
     texts_with = np.bincount(query.indices, minlength=query.shape[1])
@@ -365,7 +385,7 @@ def second_look(
     texts,           # As from `group_text`
     sample:int=400,  # Texts that are looked up
     seed:int=0,      # Which
-): # (pairs, checked, recall): [pairs, 2] numbers of copies, how many texts were looked up, share of the planted copies found
+): # (pairs, checked, recall): [pairs, 2] numbers of copies, texts looked up, share of the planted copies found
     "Find copies by TF-IDF neighbours instead of the hashes that made the groups"
     rng = np.random.default_rng(seed)
     asked = np.sort(rng.permutation(len(texts))[:sample])
@@ -378,4 +398,5 @@ def second_look(
     pairs = [(a, b) for a, b in found if back[a] == back[b] or frozenset((back[a], back[b])) in near]
     planted = {(a, b) for a, b in pairs if a >= len(texts)}
     recall = np.mean([(len(texts)+k, m) in planted for k, m in enumerate(model.tolist())])
-    return np.array([p for p in pairs if max(p) < len(texts)], int).reshape(-1, 2), len(asked)-len(model), float(recall)
+    pairs = [p for p in pairs if max(p) < len(texts)]
+    return np.array(pairs, int).reshape(-1, 2), len(asked)-len(model), float(recall)
