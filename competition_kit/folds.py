@@ -27,7 +27,8 @@ def make_folds(
     "Stratified folds that never cut a group; the same for every row order"
     code, names = pd.factorize(np.asarray(group, object), sort=True)
     if k < 2 or len(names) < k:
-        raise Refusal(f'{len(names)} groups cannot make {k} folds', fix='Two folds or more, and at least one group for each')
+        raise Refusal(f'{len(names)} groups cannot make {k} folds',
+                      fix='Use two folds or more, with at least one group for each')
     label = np.unique(np.asarray(label), return_inverse=True)[1]
     held = np.bincount(code*(label.max()+1)+label, minlength=len(names)*(label.max()+1)).reshape(len(names), -1)
     held = np.c_[held, held.sum(1)]                       # the last column balances the sizes

@@ -51,7 +51,8 @@ def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options 
     meta = df.attrs['meta']
     task, options = meta.get('task'), meta.get('options')
     if task in tasks and options != list(tasks[task].options):
-        raise Refusal(f'its options are {options}, not those of {task}', path, fix='Write it again in the order of the task')
+        raise Refusal(f'its options are {options}, not those of {task}', path,
+                      fix='Write it again in the order of the task')
     if hash_obj(list(df.id)) != meta.get('ids'): raise Refusal('the ids are not those it was written with', path)
     return df
 
@@ -67,7 +68,8 @@ def align(
         if d.id.duplicated().any(): raise Refusal('an id occurs twice', where, d.id[d.id.duplicated()])
     pos = pd.Index(probs.id).get_indexer(pd.Index(rows.id))
     if (pos < 0).any():
-        raise Refusal('rows without a probability', where, np.asarray(rows.id)[pos < 0], 'Predict these rows, or leave them out')
+        raise Refusal('rows without a probability', where, np.asarray(rows.id)[pos < 0],
+                      'Predict these rows, or leave them out')
     width = width or len(probs.attrs['meta']['options'])
     out = np.zeros((len(rows), width), np.float32)
     p = probs.p.to_numpy()[pos]
@@ -197,7 +199,8 @@ def plot_reliability(p, label, ax=None):
     d = reliability(p, label)
     ax.plot([0, 1], [0, 1], color='0.6', lw=1)
     ax.bar(d.confidence, d.accuracy, width=.01+.08*d.rows/d.rows.max(), color='C0', alpha=.7)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy', title=f'calibration error {ece(p, label):.3f}')
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy',
+           title=f'calibration error {ece(p, label):.3f}')
     return ax
 
 def plot_confusion(p, label, task:str, ax=None):
@@ -205,7 +208,8 @@ def plot_confusion(p, label, task:str, ax=None):
     import matplotlib.pyplot as plt
     ax = ax or plt.figure(figsize=(3.2, 3)).gca()
     used = sorted(set(map(int, label)) | set(map(int, np.asarray(p).argmax(1))))
-    count = pd.crosstab(np.asarray(label), np.asarray(p).argmax(1)).reindex(index=used, columns=used, fill_value=0).to_numpy()
+    count = pd.crosstab(np.asarray(label), np.asarray(p).argmax(1))
+    count = count.reindex(index=used, columns=used, fill_value=0).to_numpy()
     ax.imshow(count, cmap='Blues')
     for i, j in np.ndindex(count.shape):
         color = 'white' if count[i, j] > count.max()/2 else 'black'

@@ -38,7 +38,8 @@ tasks = {t.name: t for t in (
 # %% ../nbs/lib/01d_rows.ipynb #646ba9f1
 def _task(task, where=''):
     if isinstance(task := tasks.get(task, task), Task): return task
-    raise Refusal(f"no task called {task}; there are {', '.join(tasks)}", where, fix='Put your own into `tasks` before its rows are read')
+    raise Refusal(f"no task called {task}; there are {', '.join(tasks)}", where,
+                  fix='Put your own into `tasks` before its rows are read')
 
 def n_options(
     rows,  # Table of rows
@@ -84,7 +85,8 @@ def _bounded(f, size, path): # what is in an open file whose bytes on the disk a
         n += len(part)
         if n > _most: raise Refusal(f'more than {_most >> 20} MiB of text', path, fix=_too_much)
         if n > max(2**26, 200*size):
-            raise Refusal(f'{size} bytes that unpack to more than {n >> 20} MiB: no table does that', path, fix='Fetch it again')
+            raise Refusal(f'{size} bytes that unpack to more than {n >> 20} MiB: no table does that', path,
+                          fix='Fetch it again')
     return b''.join(parts)
 
 def _member(z, path): # the one file in an open zip
@@ -169,6 +171,15 @@ def _commas(head, path): # refuse a header whose columns are separated by anothe
                           '.to_csv(file, index=False)')
 
 # %% ../nbs/lib/01d_rows.ipynb #68dfe2de
+def _check_lines(head, lines, path): # each line is its last line's number and its cells
+    if len(set(head)) < len(head):
+        raise Refusal(f'a column name occurs twice: {Counter(head).most_common(1)[0][0]!r}', path)
+    bad = [(n, row) for n, row in lines if len(row) != len(head)]
+    if not bad: return
+    n, row = bad[0]
+    raise Refusal(f'a row ending at line {n} has {len(row)} fields instead of {len(head)}: cut or badly quoted', path,
+                  [row[0] for _, row in bad], 'Fetch the file again')
+
 def read_csv(
     path, # Of a CSV with a header, perhaps packed as .gz or .zip
 ) -> dict: # Column → list of cells, all of them text
@@ -178,17 +189,16 @@ def read_csv(
     reader = csv.reader(_decoded(raw, path), strict=True)
     try:
         _commas(next(filter(str.strip, _decoded(raw, path)), ''), path)
-        got = [(reader.line_num, r) for r in reader if r]
-    except csv.Error as e: raise Refusal(f'cut or broken CSV at line {reader.line_num} ({e})', path, fix='Fetch the file again') from e
+        lines = [(reader.line_num, r) for r in reader if r]
+    except csv.Error as e:
+        raise Refusal(f'cut or broken CSV at line {reader.line_num} ({e})', path, fix='Fetch the file again') from e
     finally: csv.field_size_limit(old)
-    head, got = got[0][1], got[1:]
-    if len(set(head)) < len(head): raise Refusal(f'a column name occurs twice: {Counter(head).most_common(1)[0][0]!r}', path)
-    bad = [(n, r) for n, r in got if len(r) != len(head)]
-    if bad: raise Refusal(f'a row ending at line {bad[0][0]} has {len(bad[0][1])} fields instead of {len(head)}: cut or badly quoted',
-                          path, [r[0] for _, r in bad], 'Fetch the file again')
-    if got and raw[-1:] not in b'\r\n' and not (head[-1].startswith('winner') or _as_list(got[-1][1][-1])):
-        raise Refusal('no newline at the end: the last row may be cut', path, [got[-1][1][0]], 'Add a newline if the row is whole')
-    return {c: [r[j] for _, r in got] for j, c in enumerate(head)}
+    head, lines = lines[0][1], lines[1:]
+    _check_lines(head, lines, path)
+    if lines and raw[-1:] not in b'\r\n' and not (head[-1].startswith('winner') or _as_list(lines[-1][1][-1])):
+        raise Refusal('no newline at the end: the last row may be cut', path, [lines[-1][1][0]],
+                      'Add a newline if the row is whole')
+    return {c: [row[j] for _, row in lines] for j, c in enumerate(head)}
 
 # %% ../nbs/lib/01d_rows.ipynb #ad55f87e
 def _object(pairs):
@@ -221,7 +231,8 @@ def read_jsonl(
 def _read_json(path):
     raw = _text_bytes(path)
     if len(raw) > _longest:
-        raise Refusal(f'more than {_longest >> 20} MiB of JSON in one piece', path, fix='Write it as JSON Lines (.jsonl), one object a line')
+        raise Refusal(f'more than {_longest >> 20} MiB of JSON in one piece', path,
+                      fix='Write it as JSON Lines (.jsonl), one object a line')
     try: got = _json(''.join(_decoded(raw, path)))
     except (ValueError, RecursionError) as e:
         if isinstance(e, Refusal): raise
@@ -293,9 +304,10 @@ _python_list = re.compile(rf'\s*\[\s*(?:{_item}(?:\s*,\s*{_item})*+\s*,?|{_item}
 _escape = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|[nrt'\"\\])")
 _escaped = {'n': '\n', 'r': '\r', 't': '\t'}
 
+def _unescaped(m): return _escaped.get(m[1]) or (chr(int(m[1][1:], 16)) if len(m[1]) > 1 else m[1])
+
 def _python_value(s):
-    said = lambda m: _escaped.get(m[1]) or (chr(int(m[1][1:], 16)) if len(m[1]) > 1 else m[1])
-    if s[0] in '\'"': return _escape.sub(said, s[1:-1])
+    if s[0] in '\'"': return _escape.sub(_unescaped, s[1:-1])
     return None if s.lower() in ('none', 'nan') else {'True': True, 'False': False}.get(s, s)
 
 def _as_list(s, seen=None): # the list that a cell holds, as JSON, Python or NumPy writes one; None if it holds none
@@ -372,8 +384,8 @@ def _named(names, options, ids, path, what='a label outside the options'):
     if all(none): return np.full(len(ids), -1)
     bad = [v not in o for v, o in zip(names, options)]
     known = ', '.join(sorted(set().union(*map(set, options)))) if any(bad) else ''
-    said = _few_of(str(v) for v, n in zip(names, none) if not n)
-    refuse(none, f'no label, where other rows say {said}', path, ids)
+    given = _few_of(str(v) for v, n in zip(names, none) if not n)
+    refuse(none, f'no label, where other rows say {given}', path, ids)
     odd = _few_of(str(v) for v, b in zip(names, bad) if b)
     refuse(bad, f'{what}: {odd}; known are {known}', path, ids)
     return np.array([o.index(v) for v, o in zip(names, options)], int)
@@ -381,8 +393,8 @@ def _named(names, options, ids, path, what='a label outside the options'):
 # %% ../nbs/lib/01d_rows.ipynb #3185e477
 def _targets(cols, ids, path): # [rows, 3] in option order, NaN where a row has none
     if not {'p_model_a', 'p_model_b'} <= set(cols): return np.full((len(ids), 3), np.nan)
-    num = lambda v: np.nan if v in (None, '') else float(v)
-    try: p = np.array([[num(v) for v in cols.get(c, [None]*len(ids))] for c in ('p_model_a', 'p_model_b', 'p_tie')]).T.reshape(-1, 3)
+    columns = [cols.get(c, [None]*len(ids)) for c in ('p_model_a', 'p_model_b', 'p_tie')]
+    try: p = np.array([[np.nan if v in (None, '') else float(v) for v in column] for column in columns]).T.reshape(-1, 3)
     except (TypeError, ValueError) as e: raise Refusal(f'a soft label is not a number ({e})', path) from e
     if 'p_tie' not in cols: p[:, 2] = np.where(np.isnan(p[:, 0]), np.nan, 0)
     some = ~np.isnan(p).all(1)
@@ -424,7 +436,8 @@ def _ids(values, path, what='an id'):
     ids = [to_text(v, Counter()) for v in values]
     if not ids: raise Refusal('no rows', path)
     refuse([not i for i in ids], 'rows without an id; their numbers from 0', path, range(len(ids)))
-    if twice := [i for i, n in Counter(ids).items() if n > 1]: raise Refusal(f'{what} occurs twice', path, twice, 'Keep one row of each id')
+    twice = [i for i, n in Counter(ids).items() if n > 1]
+    if twice: raise Refusal(f'{what} occurs twice', path, twice, 'Keep one row of each id')
     return ids
 
 # %% ../nbs/lib/01d_rows.ipynb #048cb9fd
@@ -440,7 +453,7 @@ def _table(ids, label, target, texts, **more): # what every layout becomes; a co
 def _names(cols, names): # the given columns as text, where the file has them
     return {c: [to_text(v, Counter()) for v in cols[c]] for c in names if c in cols}
 
-# %% ../nbs/lib/01d_rows.ipynb #cd3a7f41
+# %% ../nbs/lib/01d_rows.ipynb #5058c578
 def _pair_task(cols, label, p, prompt_has_turns):
     ties = 'winner_tie' in cols or (label == 2).any() or (p[:, 2] > 0).any()
     ties = ties or (prompt_has_turns and (label < 0).all())
@@ -494,7 +507,8 @@ def _own_texts(cols, kind, path, notes): # the text columns of one of the kit's 
     if lack := [c for c in text_columns[kind] if c not in cols]:
         raise Refusal(f"missing columns: {', '.join(lack)}", path)
     lists = ('options',) if kind == 'choice' else text_columns['pair']
-    texts = {c: [_turns(v, notes, False) if c in lists else to_text(v, notes) for v in cols[c]] for c in text_columns[kind]}
+    texts = {}
+    for c in text_columns[kind]: texts[c] = [_turns(v, notes, False) if c in lists else to_text(v, notes) for v in cols[c]]
     models = _names(cols, ('model_a', 'model_b'))
     return texts | models if kind == 'pair' else models | texts
 
@@ -511,7 +525,7 @@ def _own_task(cols, kind, label, path): # the name in the file's metadata, or el
     if _kind(path) != '.parquet': return task
     with _on_disk(path) as file: return read_meta(file).get('task', task)
 
-# %% ../nbs/lib/01d_rows.ipynb #f809da23
+# %% ../nbs/lib/01d_rows.ipynb #3ad92aa7
 def _is_label(v, n): return isinstance(v, (int, float)) and v == int(v) and -1 <= v < n
 
 def _is_target(t, n):
@@ -553,8 +567,8 @@ def read_raw(
     layout = _layout(cols, path)
     rows, notes = layout_readers[layout](cols, path)
     ignored = sorted(set(cols)-set(rows)-set(layouts[layout].split())-{'p_model_a', 'p_tie', 'p_model_b'})
-    info = dict(file=path.name, layout=layout, task=notes.pop('task'), rows=len(rows), labelled=int((rows.label >= 0).sum()),
-                ignored=ignored, **notes)
+    labelled = int((rows.label >= 0).sum())
+    info = dict(file=path.name, layout=layout, task=notes.pop('task'), rows=len(rows), labelled=labelled, ignored=ignored, **notes)
     return rows, info
 
 # %% ../nbs/lib/01d_rows.ipynb #cae36e88
@@ -563,7 +577,8 @@ def read_corrections(
 ) -> list: # Dictionaries, in the order of the file
     "Read a list of corrections"
     cols, need = read_columns(path), ('id', 'field', 'old', 'new', 'why')
-    if lack := [c for c in need if c not in cols]: raise Refusal(f"missing columns: {', '.join(lack)}; found {list(cols)}", path)
+    lack = [c for c in need if c not in cols]
+    if lack: raise Refusal(f"missing columns: {', '.join(lack)}; found {list(cols)}", path)
     return [dict(zip(need, r)) for r in zip(*(cols[c] for c in need))]
 
 # %% ../nbs/lib/01d_rows.ipynb #3912985c
@@ -583,11 +598,13 @@ def correct(
     "Apply corrections in order; refused as a whole if one of them does not fit"
     task, new = _task(task), rows.to_dict('list')
     at, bad = {i: j for j, i in enumerate(new['id'])}, {}
-    fields = {'answer': 'label', 'winner': 'label'} | {c: c for c in rows if c not in ('id', 'group', 'source', 'fold', 'target', 'main', 'phase')}
+    fixed = 'id', 'group', 'source', 'fold', 'target', 'main', 'phase'
+    fields = {'answer': 'label', 'winner': 'label'} | {c: c for c in rows if c not in fixed}
     for ch in changes:
         i, field = str(ch['id']), fields.get(ch['field'])
         if i not in at or field is None:
-            bad.setdefault('an unknown id' if i not in at else f"a field that cannot be corrected ({ch['field']})", []).append(i)
+            why = 'an unknown id' if i not in at else f"a field that cannot be corrected ({ch['field']})"
+            bad.setdefault(why, []).append(i)
             continue
         j = at[i]
         row = {c: v[j] for c, v in new.items()}
@@ -601,5 +618,6 @@ def correct(
             if field == 'label': new['target'][j] = None
     if bad: raise Refusal(next(iter(bad)), where, next(iter(bad.values())), 'Correct the list; nothing was applied')
     out = rows.copy()
-    for c in {f for ch in changes if (f := fields[ch['field']])} | {'target'}: out[c] = pd.Series(new[c], index=rows.index, dtype=rows[c].dtype)
+    for c in {'target', *(fields[change['field']] for change in changes)}:
+        out[c] = pd.Series(new[c], index=rows.index, dtype=rows[c].dtype)
     return out

@@ -21,16 +21,18 @@ import pandas as pd
 from .core import sha256, write_json
 from .folds import check_fold, fold_rows, is_held_out, make_folds
 from .groups import group_rows, group_text, normalize, second_look, text_hash
-from .rows import (Task, correct, layouts, n_options, read_corrections, read_csv, read_meta, read_raw, read_utf8,
-                                  refuse, swap_label, swap_probs, tasks, text_columns)
-from .tables import (Part, carry_folds, check_texts, load_mix, load_rows, make_raw, parse_mix, publish, raw_files,
-                                    sample_files, samples, split, table_hashes, table_name, table_path, write_rows)
+from .rows import (Task, correct, layouts, n_options, read_corrections, read_csv, read_meta,
+                                  read_raw, read_utf8, refuse, swap_label, swap_probs, tasks, text_columns)
+from .tables import (Part, carry_folds, check_texts, load_mix, load_rows, make_raw, parse_mix,
+                                    publish, raw_files, sample_files, samples, split, table_hashes, table_name,
+                                    table_path, write_rows)
 
 # public here as well, for those who work with tables
-_all_ = ['Part', 'Task', 'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text',
-         'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix',
-         'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse', 'sample_files',
-         'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks', 'write_rows']
+_all_ = ['Part', 'Task', 'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows',
+         'group_text', 'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options',
+         'parse_mix', 'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw',
+         'read_utf8', 'refuse', 'sample_files', 'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes',
+         'table_name', 'table_path', 'tasks', 'write_rows']
 _carry = carry_folds
 
 # %% ../nbs/02_split.ipynb #b58e90f8
@@ -51,7 +53,7 @@ def _group_sizes(rows, kept): # of the `group` column; `kept` rows have a fold o
     return dict(rows=len(rows), groups=len(size), largest_group=int(size.iloc[0]),
                 largest_share=round(float(size.iloc[0]/len(rows)), 4), groups_cut=int(cut.sum()))
 
-# %% ../nbs/02_split.ipynb #3ac0cc5e
+# %% ../nbs/02_split.ipynb #53f3d91b
 def leak_report(
     rows,           # Table of rows
     test_rows=None, # Rows to be predicted
@@ -163,7 +165,7 @@ def _plot_lengths(ax, rows): # characters of each text column
     ax.set(title='lengths', xlabel='characters', ylabel='rows', xscale='log')
     ax.legend(fontsize=8)
 
-# %% ../nbs/02_split.ipynb #cbee4db0
+# %% ../nbs/02_split.ipynb #1f54f802
 def plot_split(
     rows,  # Table of rows with folds
 ): # A matplotlib figure

@@ -17,8 +17,8 @@ import pandas as pd
 from .core import Refusal, atomic, content_hash, data_path, project_root, read_table, sha256, write_table
 from .folds import make_folds
 from .groups import text_hash, group_rows, group_text
-from .rows import (correct, file_readers, float_id, packed_suffixes, read_columns, read_corrections, read_raw, refuse,
-                                  tasks, text_columns, to_text, whole_id)
+from .rows import (correct, file_readers, float_id, packed_suffixes, read_columns, read_corrections,
+                                  read_raw, refuse, tasks, text_columns, to_text, whole_id)
 
 # %% ../nbs/lib/01f_tables.ipynb #828556fe
 samples = ('sample_arena', 'sample_logic')
@@ -318,7 +318,7 @@ def _make_mix(mix, parts, seed):
     rows.attrs['meta'] = dict(tables[0].attrs['meta'], mix=dict(about, same_row=same, **counts))
     return rows
 
-# %% ../nbs/lib/01f_tables.ipynb #a42dfd02
+# %% ../nbs/lib/01f_tables.ipynb #bb8c7f8b
 _mixes = {}  # key → pickled table; the last four
 
 def _file_key(path): return content_hash(path), path.stat().st_mtime_ns, str(path)
