@@ -356,7 +356,7 @@ def _runs(texts): # [texts, 2**18] how often each run of four characters occurs
     start = np.searchsorted(key[first], np.arange(len(texts)+1)*2**18)
     return csr_array((count, key[first] % 2**18, start), shape=(len(texts), 2**18))
 
-# %% ../nbs/lib/01c_groups.ipynb #b08e3796
+# %% ../nbs/lib/01c_groups.ipynb #232c1107
 def _nearest(texts, asked, k=5): # pairs (asked, text) with the largest cosine
     query = _runs([texts[a] for a in asked])
     texts_with = np.bincount(query.indices, minlength=query.shape[1])

@@ -124,15 +124,17 @@ def _kind(path): # the suffix of what is read: in an archive, that of the file i
     except _broken as e: raise Refusal(f'not a whole zip file ({e})', path, fix='Fetch the file again') from e
 
 # %% ../nbs/lib/01d_rows.ipynb #6b68ec03
-_starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\xd0\xcf\x11\xe0': 'an Excel workbook', b'\x1f\x8b': 'a gzip file',
-           b'PAR1': 'a Parquet file', b'%PDF': 'a PDF', b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML',
+_starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\xd0\xcf\x11\xe0': 'an Excel workbook',
+           b'\x1f\x8b': 'a gzip file', b'PAR1': 'a Parquet file', b'%PDF': 'a PDF',
+           b'<!doctype': 'a web page', b'<html': 'a web page', b'<?xml': 'XML',
            b'version https://git-lfs': 'a pointer of Git LFS instead of the file', bytes(8): 'full of zero bytes'}
 
 def _text_bytes(path): # the bytes of a text file, or a refusal that says what it is instead
     if not (raw := _raw(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
     start = raw[:30].lower()
     if what := next((w for b, w in _starts.items() if start.startswith(b.lower())), None):
-        raise Refusal(f'the file is {what}, whatever its name says', path, fix='Fetch it again, or name it by what it is')
+        raise Refusal(f'the file is {what}, whatever its name says', path,
+                      fix='Fetch it again, or name it by what it is')
     if raw[:2] in (b'\xff\xfe', b'\xfe\xff') or 0 in raw[:2]:
         raise Refusal(f'UTF-16, not UTF-8: byte 0x{raw[0]:02x} at offset 0', path,
                       fix='Save it as UTF-8; Excel calls that "CSV UTF-8"')
@@ -143,11 +145,13 @@ def _decoded(raw, path): # its lines
     at, f = 0, io.BytesIO(raw)
     while line := f.readline(_longest+1):
         if len(line) > _longest:
-            raise Refusal(f'a line of more than {_longest >> 20} MiB', path, fix='Fetch the file again, or write it as Parquet')
+            raise Refusal(f'a line of more than {_longest >> 20} MiB', path,
+                          fix='Fetch the file again, or write it as Parquet')
         try: text = line.decode()
         except UnicodeDecodeError as e:
             near = line[max(0, e.start-20):e.start+20].decode('cp1252', 'replace')
-            raise Refusal(f'not UTF-8: byte 0x{line[e.start]:02x} at offset {at+e.start}; as Windows-1252 it says {near!r}', path,
+            byte = f'byte 0x{line[e.start]:02x} at offset {at+e.start}'
+            raise Refusal(f'not UTF-8: {byte}; as Windows-1252 it says {near!r}', path,
                           fix='Save it as UTF-8, or fetch it again') from e
         yield text if at else text.removeprefix('\ufeff')
         at += len(line)
@@ -270,7 +274,8 @@ def _read_parquet(path):
         try:
             parts = pq.read_metadata(file)
             size = sum(parts.row_group(k).total_byte_size for k in range(parts.num_row_groups))/2**30
-            if size > 4: raise Refusal(f'{size:.1f} GiB when unpacked, more than 4 GiB', path, fix='Write it in several tables')
+            if size > 4:
+                raise Refusal(f'{size:.1f} GiB when unpacked, more than 4 GiB', path, fix='Write it in several tables')
             df = read_table(file)
             return {c: [_plain(v) for v in df[c].tolist()] for c in df}
         except pa.ArrowException as e:
@@ -295,7 +300,7 @@ def read_columns(
     if not path.is_file(): raise Refusal('no such file', path)
     if (kind := _kind(path)) not in file_readers:
         raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path,
-                      fix=f"Write it as CSV with commas, or use one of {', '.join(file_readers)}, also in a .zip or .gz")
+                      fix=f"Write it as CSV with commas, or use one of {', '.join(file_readers)}, also in .zip or .gz")
     return file_readers[kind](path)
 
 # %% ../nbs/lib/01d_rows.ipynb #d06de261
@@ -394,7 +399,7 @@ def _named(names, options, ids, path, what='a label outside the options'):
 def _targets(cols, ids, path): # [rows, 3] in option order, NaN where a row has none
     if not {'p_model_a', 'p_model_b'} <= set(cols): return np.full((len(ids), 3), np.nan)
     columns = [cols.get(c, [None]*len(ids)) for c in ('p_model_a', 'p_model_b', 'p_tie')]
-    try: p = np.array([[np.nan if v in (None, '') else float(v) for v in column] for column in columns]).T.reshape(-1, 3)
+    try: p = np.array([[np.nan if v in (None, '') else float(v) for v in cells] for cells in columns]).T.reshape(-1, 3)
     except (TypeError, ValueError) as e: raise Refusal(f'a soft label is not a number ({e})', path) from e
     if 'p_tie' not in cols: p[:, 2] = np.where(np.isnan(p[:, 0]), np.nan, 0)
     some = ~np.isnan(p).all(1)
@@ -453,7 +458,7 @@ def _table(ids, label, target, texts, **more): # what every layout becomes; a co
 def _names(cols, names): # the given columns as text, where the file has them
     return {c: [to_text(v, Counter()) for v in cols[c]] for c in names if c in cols}
 
-# %% ../nbs/lib/01d_rows.ipynb #5058c578
+# %% ../nbs/lib/01d_rows.ipynb #a6b34180
 def _pair_task(cols, label, p, prompt_has_turns):
     ties = 'winner_tie' in cols or (label == 2).any() or (p[:, 2] > 0).any()
     ties = ties or (prompt_has_turns and (label < 0).all())
@@ -470,8 +475,9 @@ def _read_pairs(cols, path):
     uneven = sum(len(set(map(len, turns))) > 1 for turns in zip(*texts.values()))
     if uneven: notes['turns_differ'] = uneven
     empty = [None]*len(ids)
-    models = _names(dict(model_a=cols.get('model_a', empty), model_b=cols.get('model_b', empty)), ('model_a', 'model_b'))
-    rows = _table(ids, label, target, texts | models, **_names(cols, ['source']))
+    models = dict.fromkeys(('model_a', 'model_b'), empty) | {c: cols[c] for c in ('model_a', 'model_b') if c in cols}
+    texts |= _names(models, models)
+    rows = _table(ids, label, target, texts, **_names(cols, ['source']))
     return rows, dict(task=task.name, **notes)
 
 # %% ../nbs/lib/01d_rows.ipynb #79a88728
@@ -508,7 +514,8 @@ def _own_texts(cols, kind, path, notes): # the text columns of one of the kit's 
         raise Refusal(f"missing columns: {', '.join(lack)}", path)
     lists = ('options',) if kind == 'choice' else text_columns['pair']
     texts = {}
-    for c in text_columns[kind]: texts[c] = [_turns(v, notes, False) if c in lists else to_text(v, notes) for v in cols[c]]
+    for c in text_columns[kind]:
+        texts[c] = [_turns(v, notes, False) if c in lists else to_text(v, notes) for v in cols[c]]
     models = _names(cols, ('model_a', 'model_b'))
     return texts | models if kind == 'pair' else models | texts
 
@@ -525,7 +532,7 @@ def _own_task(cols, kind, label, path): # the name in the file's metadata, or el
     if _kind(path) != '.parquet': return task
     with _on_disk(path) as file: return read_meta(file).get('task', task)
 
-# %% ../nbs/lib/01d_rows.ipynb #3ad92aa7
+# %% ../nbs/lib/01d_rows.ipynb #4251e8ed
 def _is_label(v, n): return isinstance(v, (int, float)) and v == int(v) and -1 <= v < n
 
 def _is_target(t, n):
@@ -541,7 +548,8 @@ def _read_rows(cols, path):
     label = _own_labels(cols['label'], path)
     task = _own_task(cols, kind, label, path)
     n = n_options(texts if kind == 'choice' else ids, _task(task, path))
-    refuse([not _is_label(v, k) for v, k in zip(label.tolist(), n)], f'a label outside the options of {task}', path, ids)
+    refuse([not _is_label(v, k) for v, k in zip(label.tolist(), n)],
+           f'a label outside the options of {task}', path, ids)
     refuse([not _is_target(t, k) for t, k in zip(cols['target'], n)],
            'a soft label that is not one number for each option, summing to 1', path, ids)
     refuse([not _is_weight(w) for w in cols['weight']], 'a weight that is not a number from 0', path, ids)
@@ -568,7 +576,8 @@ def read_raw(
     rows, notes = layout_readers[layout](cols, path)
     ignored = sorted(set(cols)-set(rows)-set(layouts[layout].split())-{'p_model_a', 'p_tie', 'p_model_b'})
     labelled = int((rows.label >= 0).sum())
-    info = dict(file=path.name, layout=layout, task=notes.pop('task'), rows=len(rows), labelled=labelled, ignored=ignored, **notes)
+    info = dict(file=path.name, layout=layout, task=notes.pop('task'), rows=len(rows), labelled=labelled,
+                ignored=ignored, **notes)
     return rows, info
 
 # %% ../nbs/lib/01d_rows.ipynb #cae36e88

@@ -318,7 +318,7 @@ def _make_mix(mix, parts, seed):
     rows.attrs['meta'] = dict(tables[0].attrs['meta'], mix=dict(about, same_row=same, **counts))
     return rows
 
-# %% ../nbs/lib/01f_tables.ipynb #bb8c7f8b
+# %% ../nbs/lib/01f_tables.ipynb #d89bf7fc
 _mixes = {}  # key → pickled table; the last four
 
 def _file_key(path): return content_hash(path), path.stat().st_mtime_ns, str(path)
