@@ -48,11 +48,11 @@ def many(copies, n): # groups of one prompt in many copies that end in two words
     near = [f'{base} {sentence(2)}' for _ in range(copies)]
     return len(set(group_rows(near + [sentence(30) for _ in range(n-copies)])[:copies]))
 
-puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={}, needle_haystack={},
-               chain_sum={}, propositional_logic={}, calendar_arithmetic={}, spell_backward={}, circuit_logic={},
+puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={},
+               needle_haystack={}, chain_sum={}, propositional_logic={}, calendar_arithmetic={}, spell_backward={}, circuit_logic={},
                gsm_symbolic={})
 
-def texts(n, planted, rng): # n texts of 45 words in the mean; the last `planted` are copies with one or two words changed
+def texts(n, planted, rng): # n texts of 45 words in the mean; the last `planted` are copies with a word or two changed
     ends = 'n r s mo ti lab ker'.split()
     words = np.array([f'{a}{b}{c}' for a in 'bcdfghjklmnprst' for b in 'aeiou' for c in ends])
     zipf = 1/np.arange(1, len(words)+1)**.8
@@ -95,8 +95,8 @@ if __name__ == '__main__':
     fold, took = min((timed(make_folds, group, label) for _ in range(5)), key=lambda o: o[1])
     share = pd.crosstab(fold, label, normalize='index')
     spread = (share-np.bincount(label)/n).abs().to_numpy().max()
-    print(f'make_folds   {n} rows: {took:.3f} s, label shares within {spread:.4%}, fold sizes {np.bincount(fold).tolist()}, '
-          f'groups cut {(pd.Series(fold).groupby(group).nunique() > 1).sum()}')
+    print(f'make_folds   {n} rows: {took:.3f} s, label shares within {spread:.4%}, '
+          f'fold sizes {np.bincount(fold).tolist()}, groups cut {(pd.Series(fold).groupby(group).nunique() > 1).sum()}')
     from sklearn.model_selection import StratifiedGroupKFold
     _, slow = timed(lambda: list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(label, label, group)))
     print(f'scikit-learn {n} rows: {slow:.1f} s, {slow/took:.0f} times as long')

@@ -75,7 +75,8 @@ def test_planted_copies_are_found():
     vocab = [f'{a}{b}' for a in WORDS for b in WORDS]
     texts = [' '.join(rng.choice(vocab, 60)) for _ in range(2000)]
     def edit(t):
-        t = t.split(); t[rng.integers(60)] = 'changed'
+        t = t.split()
+        t[rng.integers(60)] = 'changed'
         return ' '.join(t).title() + ' !'
     g = group_rows(texts + [edit(t) for t in texts[:300]])
     assert (g[:300] == g[2000:]).mean() >= .99

@@ -33,7 +33,8 @@ def csv_text(rows): return pd.DataFrame(rows).to_csv(index=False)
 def jsonl_text(rows): return ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows)
 
 def put(path, rows):
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.parquet': pq.write_table(pa.Table.from_pylist(rows), path)
     else: path.write_text(csv_text(rows) if path.suffix == '.csv' else jsonl_text(rows), encoding='utf-8')
     return path
@@ -44,7 +45,8 @@ def tree(root): return sorted((str(p.relative_to(root)), p.read_bytes()) for p i
 
 # -- layouts -------------------------------------------------------------------------------------------------------
 def test_lmsys(root):
-    put(data_path('l/train.csv'), lmsys()); put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(7), 'model_a', 'model_b', *hot[6:])])
+    put(data_path('l/train.csv'), lmsys())
+    put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(7), 'model_a', 'model_b', *hot[6:])])
     rows, test = split('l', folds=4)
     assert rows.attrs['meta']['task'] == 'preference' and rows.attrs['meta']['read']['train']['layout'] == 'lmsys'
     assert list(rows.id) == [f'{i:03}' for i in range(40)] and list(rows.label) == [i % 3 for i in range(40)]
@@ -91,7 +93,8 @@ def test_own_table_and_own_task(root, monkeypatch):
     assert read_meta(data_path('again/train.parquet'))['task'] == again.attrs['meta']['task'] == 'preference2'
     assert (again.weight == .5).all() and list(again.prompt) == list(rows.prompt) and list(again.group) == list(rows.group)
     with pytest.raises(Refusal, match='outside the options of preference2.*w1'): 
-        write_rows(rows.assign(label=np.where(rows.id == 'w1', 2, rows.label)), data_path('bad.parquet')); read_raw(data_path('bad.parquet'))
+        write_rows(rows.assign(label=np.where(rows.id == 'w1', 2, rows.label)), data_path('bad.parquet'))
+        read_raw(data_path('bad.parquet'))
     mine = S.Task('grade', ('poor', 'fair', 'good'), 'ABC', 'accuracy')
     monkeypatch.setitem(tasks, 'grade', mine)
     write_rows(rows, data_path('mine/train.parquet'), task='grade')
@@ -112,12 +115,14 @@ def test_own_table_refused(root):
     refused(root, 'alien/train.parquet', None, 'no task called grade; there are preference, preference2, choice')
 
 def test_layout_by_path_and_relative_paths(root):
-    put(root/'raw/my_train.csv', lmsys()); put(root/'raw/other.csv', lmsys(3))
+    put(root/'raw/my_train.csv', lmsys())
+    put(root/'raw/other.csv', lmsys(3))
     rows, test = split('raw/my_train.csv')
     assert rows.attrs['meta']['name'] == 'my_train' and test is None
     assert set(raw_files('x', train='raw/my_train.csv', corrections=str(root/'raw/other.csv'))) == {'train', 'corrections'}
     with pytest.raises(Refusal, match='no training file'): raw_files('nothing')
-    put(root/'data/two/train.csv', lmsys()); put(root/'data/two/train.parquet', wsdm())
+    put(root/'data/two/train.csv', lmsys())
+    put(root/'data/two/train.parquet', wsdm())
     with pytest.raises(Refusal, match='several files'): raw_files('two')
     for bad in ('../x', 'a b', '', 'a;touch P', 'x'*65, 'a\0b'):
         with pytest.raises(Refusal, match='not a name'): raw_files(bad)
@@ -187,7 +192,8 @@ def test_refused_columns(root):
     refused(root, 'c/train.jsonl', without(tianchi(), 'questions'), r'tianchi, which lacks questions')
     refused(root, 'd/train.parquet', without(wsdm(), 'id'), r'which lacks id')
     refused(root, 'e/train.csv', without(lmsys(), *hot[6:]), 'no label', ['000', '001'])
-    write_path = data_path('f/train.csv'); put(write_path, lmsys())
+    write_path = data_path('f/train.csv')
+    put(write_path, lmsys())
     write_path.write_text(write_path.read_text().replace('model_b,', 'model_a,', 1))
     refused(root, 'f/train.csv', None, 'column name occurs twice')
 
@@ -235,7 +241,9 @@ def test_refused_files(root):
             ('i/train.parquet', b'PAR1 but not really PAR1', 'not a whole parquet'),
             ('j/train.jsonl', b'{"a":'*100_000, 'line 1 is not valid JSON'),
             ('k/train.csv', csv_text(lmsys()).encode()[:-40], 'cut')]:
-        f = data_path(name); f.parent.mkdir(parents=True); f.write_bytes(content)
+        f = data_path(name)
+        f.parent.mkdir(parents=True)
+        f.write_bytes(content)
         refused(root, name, None, match)
     with pytest.raises(Refusal, match='no such file.*|.*no such file'): split('x', train='nowhere/train.csv')
     (root/'t.txt').write_text('x')
@@ -257,10 +265,13 @@ def test_cut_anywhere(tmp_path, name, rows):
 
 def test_flipped_bits_in_parquet(root):
     put(data_path('w/train.csv'), [dict(r, model_a='m') for r in wsdm()])
-    rows, _ = split('w'); write_rows(rows, data_path('w.parquet'))
+    rows, _ = split('w')
+    write_rows(rows, data_path('w.parquet'))
     whole, want = data_path('w.parquet').read_bytes(), load_rows('w').to_json()
     for at in range(4, len(whole)-1, 97):
-        raw = bytearray(whole); raw[at] ^= 4; data_path('w.parquet').write_bytes(raw)
+        raw = bytearray(whole)
+        raw[at] ^= 4
+        data_path('w.parquet').write_bytes(raw)
         try: got = load_rows('w')
         except Refusal: continue
         except Exception as e: pytest.fail(f'{at}: {e!r}') if at < len(whole)-3000 else None    # damage in the footer's own text may raise elsewhere
@@ -313,7 +324,8 @@ def test_archives_refused(tmp_path):
 
 def test_one_line_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(R, '_longest', 1000)
-    f = tmp_path/'a.csv'; f.write_text('id,prompt\n1,' + 'x'*2000 + '\n')
+    f = tmp_path/'a.csv'
+    f.write_text('id,prompt\n1,' + 'x'*2000 + '\n')
     with pytest.raises(Refusal, match='a line of more than'): R.read_csv(f)
     f.write_text('id,prompt\n1,"' + 'x\n'*2000 + '"\n')
     with pytest.raises(Refusal, match='line'): R.read_csv(f)
@@ -362,11 +374,16 @@ def test_multiple_choice_in_columns_is_told_its_form(tmp_path):
     assert read_raw(put(tmp_path/'b.jsonl', [json.loads(line)]))[0].label.tolist() == [1]   # the form that it shows is read
 
 def test_the_test_file_beside_a_training_file(root):
-    put(root/'raw/train.csv', lmsys()); put(root/'raw/test.csv', without(lmsys(3), *hot[6:])); put(root/'raw/latest.csv', lmsys(2)); put(root/'raw/sample_submission_test.csv', lmsys(2))
+    put(root/'raw/train.csv', lmsys())
+    put(root/'raw/test.csv', without(lmsys(3), *hot[6:]))
+    put(root/'raw/latest.csv', lmsys(2))
+    put(root/'raw/sample_submission_test.csv', lmsys(2))
     assert raw_files('x', train='raw/train.csv')['test'] == root/'raw/test.csv' and raw_files('raw/train.csv')['test'] == root/'raw/test.csv'
-    put(root/'raw/round2_train.csv', lmsys()); put(root/'raw/round2_test.csv', lmsys(3))
+    put(root/'raw/round2_train.csv', lmsys())
+    put(root/'raw/round2_test.csv', lmsys(3))
     assert raw_files('x', train='raw/round2_train.csv')['test'] == root/'raw/round2_test.csv'
-    zipped(data_path('z/train.csv.zip'), **{'train.csv': csv_text(lmsys())}); put(data_path('z/train.csv'), lmsys())
+    zipped(data_path('z/train.csv.zip'), **{'train.csv': csv_text(lmsys())})
+    put(data_path('z/train.csv'), lmsys())
     assert raw_files('z')['train'].name == 'train.csv'                      # unpacked beside it
 
 @pytest.mark.parametrize('value', [7, 1e5, None, True])
@@ -397,12 +414,14 @@ def test_lists_in_a_csv_are_counted(tmp_path):
 @pytest.mark.parametrize('train,test,sample,shown', [('12', ['7.0', '8.0'], '78', ('7.0', '1')), (['1.0', '2.0'], '78', '78', ('7', '1.0')), (['a', 'b'], ['7.0', '8.0'], '78', ('7.0', '7')),
                                                      (['a', 'b'], ['007', '008'], '78', ('007', '7')), (['a', 'b'], '78', ['7.0', '8'], ('7', '7.0'))])
 def test_ids_written_in_two_ways(root, train, test, sample, shown):
-    put(data_path('x/train.csv'), [dict(r, id=i, model_a='m') for r, i in zip(wsdm(), train)]); put(data_path('x/SampleSubmission.csv'), [dict(id=i, winner='model_a') for i in sample])
+    put(data_path('x/train.csv'), [dict(r, id=i, model_a='m') for r, i in zip(wsdm(), train)])
+    put(data_path('x/SampleSubmission.csv'), [dict(id=i, winner='model_a') for i in sample])
     refused(root, 'x/test.csv', [dict(r, id=i) for r, i in zip(without(wsdm(), 'winner', 'model_a'), test)], 'ids are written', [repr(o) for o in shown])
 
 def test_ids_as_floats_everywhere_are_one_way(root):
     put(data_path('x/train.csv'), [dict(r, id=f'{i}.0', model_a='m') for i, r in enumerate(wsdm())])
-    put(data_path('x/test.csv'), [dict(r, id=f'{i+50}.0') for i, r in enumerate(without(wsdm(4), 'winner', 'model_a'))]); put(data_path('x/sample_submission.csv'), [dict(id=f'{i+50}.0', winner='model_a') for i in range(4)])
+    put(data_path('x/test.csv'), [dict(r, id=f'{i+50}.0') for i, r in enumerate(without(wsdm(4), 'winner', 'model_a'))])
+    put(data_path('x/sample_submission.csv'), [dict(id=f'{i+50}.0', winner='model_a') for i in range(4)])
     rows, test = split('x')
     assert test.id[0] == '50.0' and rows.attrs['meta']['read']['train']['ids_as_floats'] == 40
     with pytest.raises(Refusal, match='ids are floats, such as 1.0'): read_raw(put(root/'a.parquet', [dict(r, id=float(i+1)) for i, r in enumerate(wsdm(3))]))
@@ -419,7 +438,8 @@ def test_test_file_cut_between_rows_is_found(root):
     test = [dict(r, id='t'+r['id']) for r in without(lmsys(6), *hot[6:])]
     put(data_path('l/sample_submission.csv'), [dict(id=r['id'], winner_model_a=.3) for r in test])
     refused(root, 'l/test.csv', test[:4], 'other ids than sample_submission.csv', ['t004', 't005'])
-    put(data_path('l/test.csv'), test); split('l')
+    put(data_path('l/test.csv'), test)
+    split('l')
     refused(root, 'l/test.csv', changed(test, 2, id='other'), 'other ids', ['other', 't002'])
 
 def test_tasks_must_agree(root):
@@ -456,7 +476,8 @@ def fixes(path, *rows): return put(path, [dict(zip(('id', 'field', 'old', 'new',
 
 @pytest.mark.parametrize('suffix', ['csv', 'jsonl'])
 def test_corrections(root, suffix):
-    put(data_path('t/train.jsonl'), tianchi()); put(data_path('l/train.csv'), lmsys())
+    put(data_path('t/train.jsonl'), tianchi())
+    put(data_path('l/train.csv'), lmsys())
     options = json.dumps(['x', 'y', 'z']) if suffix == 'csv' else ['x', 'y', 'z']
     old = tianchi()[1]['questions'][0]['options']
     f = fixes(root/f'fix.{suffix}', ('p01-0', 'answer', 'B', 'A', 'checked'), ('p01-0', 'question', 'q0', 'null', 'w'),
@@ -522,7 +543,8 @@ def test_folds_at_100k(kind):
 
 # -- leaks ---------------------------------------------------------------------------------------------------------
 def test_leaks_are_found(root):
-    put(data_path('l/train.csv'), lmsys()); put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(42)[37:], *hot[6:])])
+    put(data_path('l/train.csv'), lmsys())
+    put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(42)[37:], *hot[6:])])
     rows, test = split('l')
     report = leak_report(rows, test)
     json.dumps(report)
@@ -547,7 +569,9 @@ def table(name, n=20, start=0, task='preference', **kw):
     return rows
 
 def test_mix_draws_the_same_rows(root):
-    table('train'); table('gpt4', 200, 1000); t = table('pseudo', 100, 5000)
+    table('train')
+    table('gpt4', 200, 1000)
+    t = table('pseudo', 100, 5000)
     rows = load_rows('train + gpt4:50 + pseudo@0.8')
     assert rows.groupby('source').size().to_dict() == dict(train=20, gpt4=50, pseudo=80)
     assert rows.attrs['meta']['mix']['rows'] == dict(train=20, gpt4=50, pseudo=80) and rows.attrs['meta']['task'] == 'preference'
@@ -580,15 +604,20 @@ def test_mix_keeps_copies_out_of_validation(root):
 
 def test_mix_leaves_out_a_bridge(root):
     a, b = words(1, 40), words(2, 40)
-    t = table('train', 4); t['prompt'] = [[a], [' '.join(a.split()[:34])], [b], [words(3)]]; t['fold'] = [0, 1, 0, 1]
+    t = table('train', 4)
+    t['prompt'] = [[a], [' '.join(a.split()[:34])], [b], [words(3)]]
+    t['fold'] = [0, 1, 0, 1]
     write_rows(t, data_path('train.parquet'), task='preference')
-    x = table('x', 1, 900); x['prompt'] = [[a]]
+    x = table('x', 1, 900)
+    x['prompt'] = [[a]]
     write_rows(x, data_path('x.parquet'), task='preference')
     rows = load_rows('train + x')                                  # resembles rows of two folds
     assert rows.attrs['meta']['mix']['left_out'] == 1 and rows.main.all() and rows.fold.tolist() == [0, 1, 0, 1]
 
 def test_mix_refusals(root):
-    table('train'); table('extra', 5, 100); table('other', 5, 200, task='preference2')
+    table('train')
+    table('extra', 5, 100)
+    table('other', 5, 200, task='preference2')
     for mix, match in [('train + extar', 'unknown table: extar; there are extra, other, sample_arena, sample_logic, train'), ('train + other', 'different tasks'),
                        ('train + extra:6', 'asks for 6 rows of extra, which has 5'), ('train + train', 'twice'), ('train + ', 'cannot be read'),
                        ('train @ 2', 'no rows, or more'), ('train:3@.5', 'cannot be read'), ('../x + train', 'cannot be read')]:
@@ -615,9 +644,11 @@ def test_mix_strings(parts):
 
 # -- tables and the stage ------------------------------------------------------------------------------------------
 def test_schema_is_explicit(root):
-    put(data_path('t/train.jsonl'), tianchi()); put(data_path('l/train.csv'), lmsys())
+    put(data_path('t/train.jsonl'), tianchi())
+    put(data_path('l/train.csv'), lmsys())
     for name, own in (('t', 'problem question options'), ('l', 'prompt response_a response_b model_a model_b')):
-        rows, _ = split(name); write_rows(rows, data_path(f'{name}.parquet'))
+        rows, _ = split(name)
+        write_rows(rows, data_path(f'{name}.parquet'))
         s = pq.read_schema(data_path(f'{name}.parquet'))
         assert s.names == 'id group source fold label target weight'.split() + own.split()
         assert s.field('target').type == pa.list_(pa.float32()) and s.field('fold').type == pa.int64() and s.field('id').type == pa.string()
@@ -688,7 +719,8 @@ def test_files_are_hashed_once(root, monkeypatch):
     assert run.done
 
 def test_failed_write_leaves_the_old_table(root, monkeypatch):
-    t = table('train'); before = tree(root)
+    t = table('train')
+    before = tree(root)
     with pytest.raises(Exception): write_rows(t.assign(label='x'), data_path('train.parquet'))
     assert tree(root) == before
 
@@ -725,7 +757,8 @@ def test_stage(root, monkeypatch):
     assert not list((root/'elsewhere').iterdir())
 
 def test_a_refused_stage_publishes_nothing(root):
-    put(data_path('l/train.csv'), lmsys()); run_driver(data='l')
+    put(data_path('l/train.csv'), lmsys())
+    run_driver(data='l')
     old = data_path('l.parquet').read_bytes()
     put(data_path('l/train.csv'), changed(lmsys(), 5, winner_tie=0))
     with pytest.raises(Refusal, match='005'): run_driver(data='l')
