@@ -49,8 +49,8 @@ def many(copies, n): # groups of one prompt in many copies that end in two words
     return len(set(group_rows(near + [sentence(30) for _ in range(n-copies)])[:copies]))
 
 puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={},
-               needle_haystack={}, chain_sum={}, propositional_logic={}, calendar_arithmetic={}, spell_backward={}, circuit_logic={},
-               gsm_symbolic={})
+               needle_haystack={}, chain_sum={}, propositional_logic={}, calendar_arithmetic={}, spell_backward={},
+               circuit_logic={}, gsm_symbolic={})
 
 def texts(n, planted, rng): # n texts of 45 words in the mean; the last `planted` are copies with a word or two changed
     ends = 'n r s mo ti lab ker'.split()
