@@ -101,6 +101,7 @@ if __name__ == '__main__':
     p.add_argument('--teacher', default='smollm2')
     p.add_argument('--lines', nargs='+', default=list(LINES))
     p.add_argument('--folds', type=int, default=5)
+    p.add_argument('--seeds', type=int, default=3, help='the most seeds of a line')
     p.add_argument('--jobs', type=int, default=4)
     p.add_argument('--until', type=float, default=1e9, help='seconds after which no run is begun')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
@@ -108,6 +109,7 @@ if __name__ == '__main__':
     a = p.parse_args()
     FIT.update(a.set)
     LINES['teacher: qwen']['args']['base'] = a.teacher
+    for line in LINES.values(): line['seeds'] = min(line['seeds'], a.seeds)
     began = time.time()
     from competition_kit.core import bases_path, data_path
     from competition_kit.tables import split, write_rows

@@ -2,7 +2,7 @@
 import random, resource, sys, time
 import numpy as np, pandas as pd
 from competition_kit.folds import make_folds
-from competition_kit.groups import group_rows
+from competition_kit.groups import group_rows, second_look
 
 def timed(f, *args, **kw):
     t = time.perf_counter()
@@ -23,11 +23,18 @@ def doubled(s):
     k = rng.randrange(len(w))
     return ' '.join([*w[:k], w[k], *w[k:]])
 
+def full_width(s): return ''.join(chr(ord(c)+0xfee0) if '!' <= c <= '~' else c for c in s)
+
 families = {  # name → (words of a prompt, the copy)
-    'exclamation mark': ((3, 4, 6, 8, 9), lambda s: s+'!'), 'zero-width characters': ((4, 30), lambda s: s.replace(' ', '\u200b ', 2)),
-    'accents': ((4, 30), lambda s: s.replace('a', '\u00e1')), 'capitals': ((4, 30), str.upper),
-    'full width': ((4, 30), lambda s: ''.join(chr(ord(c)+0xfee0) if '!' <= c <= '~' else c for c in s)), 'emoji': ((4, 30), lambda s: s+' \U0001f642'),
-    'one word changed': ((8, 12, 20, 30, 40, 60), one_word), 'a doubled word': ((8, 30), doubled), 'a sentence in front': ((8, 30), lambda s: f'{sentence(7)}. {s}')}
+    'exclamation mark': ((3, 4, 6, 8, 9), lambda s: s+'!'),
+    'zero-width characters': ((4, 30), lambda s: s.replace(' ', '\u200b ', 2)),
+    'accents': ((4, 30), lambda s: s.replace('a', '\u00e1')),
+    'capitals': ((4, 30), str.upper),
+    'full width': ((4, 30), full_width),
+    'emoji': ((4, 30), lambda s: s+' \U0001f642'),
+    'one word changed': ((8, 12, 20, 30, 40, 60), one_word),
+    'a doubled word': ((8, 30), doubled),
+    'a sentence in front': ((8, 30), lambda s: f'{sentence(7)}. {s}')}
 
 def recall(lengths, copy, n=1000): # least share of the copies found, over the lengths
     def found(k):
@@ -38,13 +45,16 @@ def recall(lengths, copy, n=1000): # least share of the copies found, over the l
 
 def many(copies, n): # groups of one prompt in many copies that end in two words of their own
     base = sentence(40)
-    return len(set(group_rows([f'{base} {sentence(2)}' for _ in range(copies)] + [sentence(30) for _ in range(n-copies)])[:copies]))
+    near = [f'{base} {sentence(2)}' for _ in range(copies)]
+    return len(set(group_rows(near + [sentence(30) for _ in range(n-copies)])[:copies]))
 
-puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={}, needle_haystack={}, chain_sum={}, propositional_logic={},
-               calendar_arithmetic={}, spell_backward={}, circuit_logic={}, gsm_symbolic={})
+puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={},
+               needle_haystack={}, chain_sum={}, propositional_logic={}, calendar_arithmetic={}, spell_backward={},
+               circuit_logic={}, gsm_symbolic={})
 
-def texts(n, planted, rng): # n texts of 45 words in the mean, each of the last `planted` a copy of an earlier one with one or two words changed
-    words = np.array([f'{a}{b}{c}' for a in 'bcdfghjklmnprst' for b in 'aeiou' for c in ('n', 'r', 's', 'mo', 'ti', 'lab', 'ker')])
+def texts(n, planted, rng): # n texts of 45 words in the mean; the last `planted` are copies with a word or two changed
+    ends = 'n r s mo ti lab ker'.split()
+    words = np.array([f'{a}{b}{c}' for a in 'bcdfghjklmnprst' for b in 'aeiou' for c in ends])
     zipf = 1/np.arange(1, len(words)+1)**.8
     rows = [rng.choice(words, k, p=zipf/zipf.sum()) for k in rng.poisson(45, n-planted).clip(3)]
     copies = []
@@ -60,7 +70,8 @@ def groups(n, rng):
 
 if __name__ == '__main__':
     for name, family in families.items(): print(f'recall, {name}: {recall(*family):.2%}')
-    print('groups of one prompt in many copies:', {f'{c} of {n}': many(c, n) for n in (200, 1000, 5000) for c in (15, 30, 60, 110)})
+    crowds = {f'{c} of {n}': many(c, n) for n in (200, 1000, 5000) for c in (15, 30, 60, 110)}
+    print('groups of one prompt in many copies:', crowds)
     import reasoning_gym
     for name, kw in puzzles.items():
         made = list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset(name, size=1000, seed=1, **kw)))
@@ -73,13 +84,19 @@ if __name__ == '__main__':
     cpu = time.process_time()-cpu
     found = (g[:n//20] == g[-(n//20):]).mean()
     rss = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/n
-    print(f'group_rows   {n} rows: {took:.2f} s ({cpu:.2f} s of CPU), {rss:.2f} KB a row, {found:.1%} of the planted copies found, largest group {pd.Series(g).value_counts().iloc[0]}')
+    print(f'group_rows   {n} rows: {took:.2f} s ({cpu:.2f} s of CPU), {rss:.2f} KB a row, '
+          f'{found:.1%} of the planted copies found, largest group {pd.Series(g).value_counts().iloc[0]}')
+    cpu = time.process_time()
+    (_, checked, share), took = timed(second_look, t)
+    cpu = time.process_time()-cpu
+    print(f'second_look  {n} rows: {took:.2f} s ({cpu:.2f} s of CPU), {checked} looked up, '
+          f'{share:.1%} of the planted copies found')
     group, label = groups(n, rng)
     fold, took = min((timed(make_folds, group, label) for _ in range(5)), key=lambda o: o[1])
     share = pd.crosstab(fold, label, normalize='index')
     spread = (share-np.bincount(label)/n).abs().to_numpy().max()
-    print(f'make_folds   {n} rows: {took:.3f} s, label shares within {spread:.4%}, fold sizes {np.bincount(fold).tolist()}, '
-          f'groups cut {(pd.Series(fold).groupby(group).nunique() > 1).sum()}')
+    print(f'make_folds   {n} rows: {took:.3f} s, label shares within {spread:.4%}, '
+          f'fold sizes {np.bincount(fold).tolist()}, groups cut {(pd.Series(fold).groupby(group).nunique() > 1).sum()}')
     from sklearn.model_selection import StratifiedGroupKFold
     _, slow = timed(lambda: list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(label, label, group)))
     print(f'scikit-learn {n} rows: {slow:.1f} s, {slow/took:.0f} times as long')

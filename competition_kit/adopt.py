@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from .core import Refusal, one_of, sha256
 from .record import run_stage
-from .probs import _prior as class_prior, scores, write_probs
+from .probs import class_prior, scores, write_probs
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, table_hashes
 from .teach import Teacher, check_teacher

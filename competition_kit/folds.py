@@ -11,10 +11,10 @@ import pandas as pd
 from .core import Refusal
 
 # %% ../nbs/lib/01e_folds.ipynb #d897016a
-def _place(groups, held, have, fold): # each group in turn to the fold that lacks most of what it holds
-    want, weight = held.sum(0)/len(have), 1/held.sum(0)**2  # squared: what is rare is hard to level later
+def _place(groups, held, have, fold): # put each group in turn into the fold that lacks most of its rows
+    mean, weight = held.sum(0)/len(have), 1/held.sum(0)**2  # squared: rare labels are hard to even out later
     for g, c in zip(groups, held[groups]*weight):
-        fold[g] = f = ((have-want) @ c).argmin()
+        fold[g] = f = ((have-mean) @ c).argmin()
         have[f] += held[g]
 
 # %% ../nbs/lib/01e_folds.ipynb #1a82e2d6
@@ -26,7 +26,9 @@ def make_folds(
 ) -> np.ndarray: # [rows] fold numbers from 0
     "Stratified folds that never cut a group; the same for every row order"
     code, names = pd.factorize(np.asarray(group, object), sort=True)
-    if k < 2 or len(names) < k: raise Refusal(f'{len(names)} groups cannot make {k} folds', fix='Two folds or more, and at least one group for each')
+    if k < 2 or len(names) < k:
+        raise Refusal(f'{len(names)} groups cannot make {k} folds',
+                      fix='Use two folds or more, with at least one group for each')
     label = np.unique(np.asarray(label), return_inverse=True)[1]
     held = np.bincount(code*(label.max()+1)+label, minlength=len(names)*(label.max()+1)).reshape(len(names), -1)
     held = np.c_[held, held.sum(1)]                       # the last column balances the sizes
@@ -47,7 +49,9 @@ def check_fold(
 ):
     "Refuse a fold that the table does not have"
     have = sorted(set(rows['fold'])-{-1})
-    if fold not in have: raise Refusal(f'fold {fold} does not exist: the table has {have}', fix='Choose one of them, or split again with more folds')
+    if fold not in have:
+        raise Refusal(f'fold {fold} does not exist: the table has {have}',
+                      fix='Choose one of them, or split again with more folds')
 
 # %% ../nbs/lib/01e_folds.ipynb #aedfb0bd
 def is_held_out(

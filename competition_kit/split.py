@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['leak_report', 'leak_text', 'leak_table', 'plot_split', 'save_split', 'SplitArgs', 'make_split', 'Part', 'Task',
-           '_carry', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text', 'is_held_out',
-           'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix', 'publish',
-           'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse', 'sample_files',
-           'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks',
-           'write_rows']
+           'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text',
+           'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix',
+           'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw', 'read_utf8', 'refuse',
+           'sample_files', 'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path',
+           'tasks', 'write_rows']
 
 # %% ../nbs/02_split.ipynb #6ef45df2
 import json
@@ -20,50 +20,60 @@ import pandas as pd
 
 from .core import sha256, write_json
 from .folds import check_fold, fold_rows, is_held_out, make_folds
-from .groups import _key, _level, group_rows, group_text, second_look
-from .rows import (Task, _texts, correct, layouts, n_options, read_corrections, read_csv, read_meta, read_raw, read_utf8, refuse,
-                                  swap_label, swap_probs, tasks)
-from .tables import (Part, _carry, check_texts, load_mix, load_rows, make_raw, parse_mix, publish, raw_files, sample_files, samples,
-                                    split, table_hashes, table_name, table_path, write_rows)
-_all_ = ['Part', 'Task', '_carry', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows', 'group_text', 'is_held_out', 'layouts', 'load_mix',
-         'load_rows', 'make_folds', 'make_raw', 'n_options', 'parse_mix', 'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw',
-         'read_utf8', 'refuse', 'sample_files', 'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes', 'table_name', 'table_path', 'tasks',
-         'write_rows']  # of the notebooks below, for those who work with tables
+from .groups import group_rows, group_text, normalize, second_look, text_hash
+from .rows import (Task, correct, layouts, n_options, read_corrections, read_csv, read_meta,
+                                  read_raw, read_utf8, refuse, swap_label, swap_probs, tasks, text_columns)
+from .tables import (Part, carry_folds, check_texts, load_mix, load_rows, make_raw, parse_mix,
+                                    publish, raw_files, sample_files, samples, split, table_hashes, table_name,
+                                    table_path, write_rows)
 
+# public here as well, for those who work with tables
+_all_ = ['Part', 'Task', 'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows',
+         'group_text', 'is_held_out', 'layouts', 'load_mix', 'load_rows', 'make_folds', 'make_raw', 'n_options',
+         'parse_mix', 'publish', 'raw_files', 'read_corrections', 'read_csv', 'read_meta', 'read_raw',
+         'read_utf8', 'refuse', 'sample_files', 'samples', 'split', 'swap_label', 'swap_probs', 'table_hashes',
+         'table_name', 'table_path', 'tasks', 'write_rows']
+_carry = carry_folds
 
 # %% ../nbs/02_split.ipynb #b58e90f8
-def _across(part, where): # rows whose part also has rows somewhere else
+def _also_elsewhere(part, where): # [rows] whether rows of the same part lie somewhere else, too
     return pd.Series(where).groupby(part).transform('nunique').to_numpy() > 1
 
-def _joined(part, pairs): # the parts, where a pair of rows joins two of them
+def _merged(part, pairs): # the parts, where each pair of rows joins two of them
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     code = np.unique(part, return_inverse=True)[1]
     i, j = code[pairs].reshape(-1, 2).T
-    return connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(code.max()+1,)*2), directed=False)[1][code]
+    links = coo_array((np.ones(len(i), bool), (i, j)), shape=(code.max()+1,)*2)
+    return connected_components(links, directed=False)[1][code]
 
+def _group_sizes(rows, kept): # of the `group` column; `kept` rows have a fold of the main table
+    size, fold = pd.Series(rows['group']).value_counts(), pd.Series(rows['fold'].to_numpy()[kept])
+    cut = fold.groupby(rows['group'].to_numpy()[kept]).nunique() > 1
+    return dict(rows=len(rows), groups=len(size), largest_group=int(size.iloc[0]),
+                largest_share=round(float(size.iloc[0]/len(rows)), 4), groups_cut=int(cut.sum()))
+
+# %% ../nbs/02_split.ipynb #53f3d91b
 def leak_report(
     rows,           # Table of rows
     test_rows=None, # Rows to be predicted
 ) -> dict: # Plain values, ready for JSON; counts are rows
     "What is shared between folds, with the test set and between mixed tables, and how even the folds are"
     n, text = len(rows), group_text(*([rows] if test_rows is None else [rows, test_rows]))
-    exact, grouped = np.array([_key(_level(t)) for t in text], np.uint64), group_rows(text)
+    exact, grouped = np.array([text_hash(normalize(t)) for t in text], np.uint64), group_rows(text)
     pairs, checked, recall = second_look(text)
-    near = _joined(grouped, pairs)
+    near = _merged(grouped, pairs)
     fold, in_test = rows['fold'].to_numpy(), np.arange(len(text)) >= n
     main = rows.get('main', pd.Series(True, rows.index)).to_numpy(bool)
     kept = (fold >= 0) & main
-    size = pd.Series(rows['group']).value_counts()
-    out = dict(rows=n, groups=len(size), largest_group=int(size.iloc[0]), largest_share=round(float(size.iloc[0]/n), 4),
-               groups_cut=int((pd.Series(fold[kept]).groupby(rows['group'].to_numpy()[kept]).nunique() > 1).sum()))
+    out = _group_sizes(rows, kept)
     for name, part in dict(exact=exact, near=near).items():
-        out[f'{name}_between_folds'] = int(_across(part[:n][kept], fold[kept]).sum())
-        if test_rows is not None: out[f'{name}_in_test'] = int(_across(part, in_test)[:n].sum())
-        if not main.all(): out[f'{name}_between_tables'] = int(_across(part[:n], main).sum())
-    if test_rows is not None: out['in_test_ids'] = rows['id'][_across(near, in_test)[:n]].head(10).tolist()
-    missed = len({k for a, b in pairs if grouped[a] != grouped[b] for k in (a, b)})
-    out |= dict(second_look_rows=checked, second_look_recall=round(recall, 4), second_look_missed=missed)
+        out[f'{name}_between_folds'] = int(_also_elsewhere(part[:n][kept], fold[kept]).sum())
+        if test_rows is not None: out[f'{name}_in_test'] = int(_also_elsewhere(part, in_test)[:n].sum())
+        if not main.all(): out[f'{name}_between_tables'] = int(_also_elsewhere(part[:n], main).sum())
+    if test_rows is not None: out['in_test_ids'] = rows['id'][_also_elsewhere(near, in_test)[:n]].head(10).tolist()
+    missed = {k for pair in pairs if grouped[pair[0]] != grouped[pair[1]] for k in pair}
+    out |= dict(second_look_rows=checked, second_look_recall=round(recall, 4), second_look_missed=len(missed))
     out['repeated_rows'] = int(pd.Series(_contents(rows)).duplicated(keep=False).sum())
     return out | _evenness(rows['label'].to_numpy()[kept], fold[kept])
 
@@ -76,59 +86,96 @@ def _evenness(label, fold):
                 share_spread=round(float(spread), 5), fold_sizes=np.bincount(fold).tolist())
 
 def _contents(rows): # one text a row; a pair and its swapped copy are the same
-    if 'prompt' not in rows: return [json.dumps([p, q, sorted(o)]) for p, q, o in zip(rows['problem'], rows['question'], rows['options'])]
+    if 'prompt' not in rows:
+        columns = rows['problem'], rows['question'], rows['options']
+        return [json.dumps([problem, question, sorted(options)]) for problem, question, options in zip(*columns)]
     return [json.dumps([p, sorted([a, b])]) for p, a, b in zip(rows['prompt'], rows['response_a'], rows['response_b'])]
 
 # %% ../nbs/02_split.ipynb #a1ed25b4
+def _folds_text(leaks):
+    n, cut = leaks['rows'], leaks['near_between_folds']
+    if cut:
+        found = (f'{cut} of {n} training rows have an equal or nearly equal text in another fold, '
+                 'so held-out scores come out too good')
+    else: found = f'No text of the {n} training rows was found in two folds, neither equal nor nearly equal'
+    return (f"{found} (a second search looked at {leaks['second_look_rows']} texts, "
+            f"found {leaks['second_look_missed']} that the groups had missed, "
+            f"and finds {leaks['second_look_recall']:.0%} of planted copies).")
+
+def _test_text(leaks):
+    n, among = leaks['rows'], leaks.get('near_in_test')
+    if among is None: return 'There is no test file to compare with.'
+    if not among: return 'No training row has its prompt or problem in the test file.'
+    equal, ids = leaks['exact_in_test'], ', '.join(leaks['in_test_ids'][:3])
+    return (f'{among} of {n} training rows have their prompt or problem in the test file, too '
+            f'({equal} of them equal, such as {ids}): '
+            'a public score will be better than one on new prompts.')
+
 def leak_text(
     leaks:dict, # As `leak_report` returns it
 ) -> str: # Two sentences
     "What the leak report says, for people"
-    n, cut, among = leaks['rows'], leaks['near_between_folds'], leaks.get('near_in_test')
-    found = (f"{cut} of {n} training rows have an equal or nearly equal text in another fold, so held-out scores come out too good" if cut else
-             f"No text of the {n} training rows was found in two folds, neither equal nor nearly equal")
-    found += (f" (a second search looked at {leaks['second_look_rows']} texts, found {leaks['second_look_missed']} that the groups had missed, "
-              f"and finds {leaks['second_look_recall']:.0%} of planted copies).")
-    if among is None: return found + ' There is no test file to compare with.'
-    some = f", such as {', '.join(leaks['in_test_ids'][:3])}" if among else ''
-    return found + (f" {among} of {n} training rows have their prompt or problem in the test file, too ({leaks['exact_in_test']} of them equal{some}): "
-                    'a public score will be better than one on new prompts.' if among else ' No training row has its prompt or problem in the test file.')
+    return f'{_folds_text(leaks)} {_test_text(leaks)}'
 
 # %% ../nbs/02_split.ipynb #90ed747c
 _leak_keys = dict(
-    rows='training rows', groups='groups of rows with equal or nearly equal texts', largest_group='rows in the largest group',
-    largest_share='its share of all rows', groups_cut='groups with rows in two folds; 0 unless folds were made elsewhere',
-    exact_between_folds='rows whose text stands in another fold, too', near_between_folds='the same, near copies included',
-    exact_in_test='training rows whose text stands in the test file', near_in_test='the same, near copies included',
-    exact_between_tables='rows of a mix whose text stands in the first table and in another', near_between_tables='the same, near copies included',
-    in_test_ids='ids of the first ten training rows that are in the test file', second_look_rows='texts that the second search looked up',
-    second_look_recall='share of planted copies that the second search finds', second_look_missed='rows that it found to be copies and the groups had missed',
-    repeated_rows='rows that stand in the table twice, answers and all', shares='share of each label in each fold',
-    share_spread='largest distance of such a share from that of the whole table', fold_sizes='rows of each fold')
+    rows='training rows',
+    groups='groups of rows with equal or nearly equal texts',
+    largest_group='rows in the largest group',
+    largest_share='its share of all rows',
+    groups_cut='groups with rows in two folds; 0 unless folds were made elsewhere',
+    exact_between_folds='rows whose text stands in another fold, too',
+    near_between_folds='the same, near copies included',
+    exact_in_test='training rows whose text stands in the test file',
+    near_in_test='the same, near copies included',
+    exact_between_tables='rows of a mix whose text stands in the first table and in another',
+    near_between_tables='the same, near copies included',
+    in_test_ids='ids of the first ten training rows that are in the test file',
+    second_look_rows='texts that the second search looked up',
+    second_look_recall='share of planted copies that the second search finds',
+    second_look_missed='rows that it found to be copies and the groups had missed',
+    repeated_rows='rows that stand in the table twice, answers and all',
+    shares='share of each label in each fold',
+    share_spread='largest distance of such a share from that of the whole table',
+    fold_sizes='rows of each fold')
 
 def leak_table(
     leaks:dict, # As `leak_report` returns it
 ): # DataFrame: key, value, what it means
     "The leak report with each key explained"
-    return pd.DataFrame([(k, str(v), _leak_keys[k]) for k, v in leaks.items()], columns=['key', 'value', 'what it means'])
+    lines = [(k, str(v), _leak_keys[k]) for k, v in leaks.items()]
+    return pd.DataFrame(lines, columns=['key', 'value', 'what it means'])
 
 # %% ../nbs/02_split.ipynb #75fe1e8a
+def _plot_labels(ax, rows, task): # rows by fold and label
+    count = pd.crosstab(rows['fold'], rows['label'])
+    count.columns = ['unknown' if i < 0 else task.options[i] for i in count]
+    count.plot.bar(ax=ax, rot=0, stacked=True, title='rows by fold and label', xlabel='fold', ylabel='rows')
+    ax.legend(fontsize=8, ncols=3, loc='lower center')
+
+def _plot_sizes(ax, rows): # groups by size
+    count = rows['group'].value_counts().value_counts().sort_index()
+    ax.bar(count.index.astype(str), count)
+    ax.set(title='sizes of groups', xlabel='rows in a group', ylabel='groups', yscale='log')
+
+def _plot_lengths(ax, rows): # characters of each text column
+    for name in text_columns['pair' if 'prompt' in rows else 'choice']:
+        n = [max(1, len(v) if isinstance(v, str) else sum(map(len, v))) for v in rows[name]]
+        ax.hist(n, bins=np.geomspace(1, max(n)+1, 40), histtype='step', label=name)
+    ax.set(title='lengths', xlabel='characters', ylabel='rows', xscale='log')
+    ax.legend(fontsize=8)
+
+# %% ../nbs/02_split.ipynb #1f54f802
 def plot_split(
     rows,  # Table of rows with folds
 ): # A matplotlib figure
-    "Label shares of each fold, sizes of groups, lengths of rows"
+    "Rows by fold and label, sizes of groups where they differ, lengths of texts"
     import matplotlib.pyplot as plt
-    task = tasks[rows.attrs['meta']['task']]
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.2), layout='constrained')
-    share = pd.crosstab(rows['fold'], rows['label'], normalize='index')
-    share.columns = ['unknown' if i < 0 else task.options[i] for i in share]
-    share.plot.bar(ax=a, rot=0, title='label shares by fold', xlabel='fold').legend(fontsize=8, ncols=3, loc='lower center')
-    size = rows['group'].value_counts().value_counts().sort_index()
-    b.bar(size.index.astype(str), size); b.set(title='sizes of groups', xlabel='rows in a group', ylabel='groups', yscale='log' if len(size) > 1 else 'linear')
-    for name in _texts['pair' if 'prompt' in rows else 'choice']:
-        n = [max(1, len(v) if isinstance(v, str) else sum(map(len, v))) for v in rows[name]]
-        c.hist(n, bins=np.geomspace(1, max(n)+1, 40), histtype='step', label=name)
-    c.set(title='lengths', xlabel='characters', ylabel='rows', xscale='log'); c.legend(fontsize=8)
+    sizes_differ = rows['group'].value_counts().nunique() > 1
+    fig, ax = plt.subplots(1, 2+sizes_differ, figsize=(13 if sizes_differ else 9, 3.2), layout='constrained')
+    _plot_labels(ax[0], rows, tasks[rows.attrs['meta']['task']])
+    if sizes_differ: _plot_sizes(ax[1], rows)
+    _plot_lengths(ax[-1], rows)
     plt.close(fig)
     return fig
 
@@ -141,10 +188,10 @@ def save_split(
 ):
     "Write a split into the folder of its run and finish the run"
     tables = dict(rows=rows) if test_rows is None else dict(rows=rows, test=test_rows)
-    for name, df in tables.items(): write_rows(df, run.folder/f'{name}.parquet', run=run.id)
+    for name, table in tables.items(): write_rows(table, run.folder/f'{name}.parquet', run=run.id)
     write_json(run.folder/'leaks.json', leaks)
-    shown = [k for k, v in leaks.items() if isinstance(v, (int, float))]
-    run.finish(metrics={k: leaks[k] for k in shown}, outputs=[f'{k}.parquet' for k in tables]+['leaks.json'])
+    numbers = {k: v for k, v in leaks.items() if isinstance(v, (int, float))}
+    run.finish(metrics=numbers, outputs=[f'{name}.parquet' for name in tables]+['leaks.json'])
 
 # %% ../nbs/02_split.ipynb #e02652d4
 @dataclass(frozen=True)
@@ -160,12 +207,14 @@ class SplitArgs:
     def __post_init__(self): check_texts(type(self), vars(self))
     @cached_property
     def files(self): return raw_files(self.data, self.train, self.test, self.corrections)
-    def inputs(self): return {k: sha256(p) for k, p in self.files.items()}
+    @cached_property
+    def hashes(self): return {role: sha256(path) for role, path in self.files.items()}
+    def inputs(self): return self.hashes
 
 def make_split(
     run,             # From `run_stage`
     args:SplitArgs,
 ):
     "Split the raw files, report leaks, write both tables, and finish the run"
-    rows, test_rows = split(**asdict(args))
+    rows, test_rows = split(**asdict(args), files=args.files, hashes=args.hashes)
     save_split(run, rows, test_rows, leak_report(rows, test_rows))

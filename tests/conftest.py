@@ -38,11 +38,11 @@ def tiny(tmp_path_factory):
 def trained(tmp_path_factory, tiny):
     "A root with five finished runs and their ids: two seeds with two folds each, and one with a score head"
     from competition_kit.core import data_path
-    from competition_kit.sample import _write_arena
+    from competition_kit.sample import write_arena
     from competition_kit.train import train_fold
     with root_at(tmp_path_factory.mktemp('trained')) as root:
         data_path('sample_arena').mkdir(parents=True)
-        _write_arena(data_path('sample_arena'), 40, 12, 0)
+        write_arena(data_path('sample_arena'), 40, 12, 0)
         kw = dict(base=tiny, max_len=160, lr=1e-2, lora_r=2, dtype='fp32')
         ids = [train_fold(fold=f, seed=s, **kw).id for s in (0, 1) for f in (0, 1)]
         ids.append(train_fold(route='score', **kw).id)

@@ -50,7 +50,8 @@ def bad_values():
 
 @pytest.mark.parametrize('kind', bad_values())
 def test_not_probabilities(good, kind):
-    _, _, f = good; before = f.read_bytes()
+    _, _, f = good
+    before = f.read_bytes()
     with pytest.raises(Refusal, match=r'probs.parquet.*Rows \(1\): y'), np.errstate(all='ignore'): write_probs(f, table('xyz'), bad_values()[kind], 'preference')
     assert f.read_bytes() == before
 
@@ -58,7 +59,8 @@ def test_not_probabilities(good, kind):
 @given(st.lists(st.floats(width=32), min_size=3, max_size=3))
 def test_any_three_numbers(tmp_path_factory, v):
     f = tmp_path_factory.mktemp('p')/'p.parquet'
-    p = np.array([v]); ok = np.isfinite(p).all() and (p >= -1e-6).all() and abs(p.sum()-1) <= 1e-3
+    p = np.array([v])
+    ok = np.isfinite(p).all() and (p >= -1e-6).all() and abs(p.sum()-1) <= 1e-3
     if not ok:
         with pytest.raises(Refusal): write_probs(f, table('a'), p, 'preference')
         assert not f.exists()
@@ -72,7 +74,9 @@ def test_nearly_a_probability_is_made_one(own_root):
     p = np.array([[.5, .3, .2009], [.5, .3, .1991], [1+5e-7, -5e-7, 0]])
     write_probs(f, table('abc'), p, 'preference')
     got = align(read_probs(f), table('abc'))
-    assert (got >= 0).all(); np.testing.assert_allclose(got.sum(1), 1, atol=1e-6); np.testing.assert_allclose(got, p, atol=1e-3)
+    assert (got >= 0).all()
+    np.testing.assert_allclose(got.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(got, p, atol=1e-3)
     write_probs(f, table('abc'), random_p(3, 3).astype(np.float16), 'preference')  # float16 is coarse, not wrong
 
 @pytest.mark.parametrize('shape', [(2, 3), (4, 3), (1, 3), (3, 2), (3, 1), (3, 4), (0, 3), (3,)])
@@ -83,9 +87,12 @@ def test_wrong_shapes(own_root, shape):
     assert not f.exists()
 
 def test_probability_on_an_option_the_row_lacks(own_root):
-    p = np.zeros((2, 7)); p[0, :2] = .5; p[1, [0, 3]] = .5
+    p = np.zeros((2, 7))
+    p[0, :2] = .5
+    p[1, [0, 3]] = .5
     with pytest.raises(Refusal, match=r'Rows \(1\): b'): write_probs(own_root/'p.parquet', table('ab', 'choice', [2, 3]), p, 'choice')
-    p[1] = 0; p[1, :3] = 1/3
+    p[1] = 0
+    p[1, :3] = 1/3
     write_probs(own_root/'p.parquet', table('ab', 'choice', [2, 3]), p[:, :5], 'choice')  # no row has more than five
     assert align(read_probs(own_root/'p.parquet'), table('ab')).shape == (2, 7)
 
@@ -120,7 +127,9 @@ def test_not_a_probability_table(own_root):
 @pytest.mark.parametrize('options', [['model_b', 'model_a', 'tie'], ['tie', 'model_a', 'model_b'], ['model_a', 'model_b']])
 def test_options_in_another_order(good, options):
     "A teacher's file made elsewhere with its columns in another order: put right by name, or refused, never taken as it is"
-    rows, p, f = good; t = read_table(f); m = t.attrs['meta']
+    rows, p, f = good
+    t = read_table(f)
+    m = t.attrs['meta']
     write_table(t, f, **{k: v for k, v in (m | dict(options=options)).items() if k in ('task', 'ids', 'run', 'options')})
     try: got = align(read_probs(f), rows)
     except Refusal: return
@@ -144,9 +153,11 @@ def test_align_names_what_is_missing(good):
     with pytest.raises(Refusal, match=r'Rows \(5\)'): align(read_probs(f).iloc[:0], rows)
 
 def test_align_is_one_to_one(good):
-    rows, _, f = good; probs = read_probs(f)
+    rows, _, f = good
+    probs = read_probs(f)
     with pytest.raises(Refusal): align(probs, table('aab'))
-    twice = pd.concat([probs, probs.iloc[:1]]); twice.attrs = probs.attrs
+    twice = pd.concat([probs, probs.iloc[:1]])
+    twice.attrs = probs.attrs
     with pytest.raises(Refusal): align(twice, rows)
 
 def test_align_width(good):
@@ -178,7 +189,8 @@ def test_ece_bounds(k, n, seed, bins):
 
 def test_ece_of_the_calibrated_and_the_boastful():
     rng = np.random.default_rng(0)
-    p = rng.dirichlet([1]*3, 20_000); label = (rng.random((20_000, 1)) > p.cumsum(1)).sum(1).clip(0, 2)
+    p = rng.dirichlet([1]*3, 20_000)
+    label = (rng.random((20_000, 1)) > p.cumsum(1)).sum(1).clip(0, 2)
     assert ece(p, label) < .015 and ece(np.eye(3)[rng.integers(0, 3, 3000)], rng.integers(0, 3, 3000)) == pytest.approx(2/3, abs=.05)
 
 def test_certain_and_wrong_is_finite():
@@ -209,11 +221,13 @@ def test_baselines_of_pairs():
     assert set(baselines(two[:100], two[100:], 'preference2')) == set(got)
 
 def test_baselines_find_what_is_there():
-    rows = pairs(240); rows['label'] = longer_wins(rows)
+    rows = pairs(240)
+    rows['label'] = longer_wins(rows)
     for task in ('preference', 'preference2'):
         got = baselines(rows[:160], rows[160:], task)
         assert got['longer response']['accuracy'] > .95 > got['class prior']['accuracy'] and got['longer response']['log_loss'] < .5*got['class prior']['log_loss']
-    rng = np.random.default_rng(0); rows['label'] = rng.integers(0, 2, len(rows))
+    rng = np.random.default_rng(0)
+    rows['label'] = rng.integers(0, 2, len(rows))
     for c, k in (('response_a', 0), ('response_b', 1)): rows[c] = [[t[0]+(' sesame' if y == k else ' poppy')] for t, y in zip(rows[c], rows.label)]
     assert baselines(rows[:160], rows[160:], 'preference2')['tf-idf + logistic regression']['accuracy'] > .95
 
@@ -231,9 +245,12 @@ def test_baselines_of_choices():
     assert got['tf-idf + logistic regression']['log_loss'] == pytest.approx(-np.log(1/n[200:]).mean(), abs=.01)
 
 def test_baselines_of_few_and_empty_rows():
-    rows = pairs(24); rows.loc[3, 'response_a'] = rows.loc[3, 'response_b'] = rows.loc[3, 'prompt'] = None
+    rows = pairs(24)
+    rows.loc[3, 'response_a'] = rows.loc[3, 'response_b'] = rows.loc[3, 'prompt'] = None
     for c in ('response_a', 'response_b', 'prompt'): rows[c] = [o if o is not None else [''] for o in rows[c]]
-    rows.at[4, 'prompt'] = ['a', 'b']; rows.at[4, 'response_a'] = ['null', '']; rows.at[4, 'response_b'] = ['\u2028', '骑士 😀']
+    rows.at[4, 'prompt'] = ['a', 'b']
+    rows.at[4, 'response_a'] = ['null', '']
+    rows.at[4, 'response_b'] = ['\u2028', '骑士 😀']
     got = baselines(rows[:12], rows[12:], 'preference')
     assert all(np.isfinite(v) for s in got.values() for v in s.values())
     a = baselines(rows[:12].sample(frac=1, random_state=0), rows[12:], 'preference')  # the order of the rows means nothing
@@ -241,7 +258,8 @@ def test_baselines_of_few_and_empty_rows():
 
 def test_baselines_that_cannot_be_fitted_are_left_out():
     "They are fitted when hours of training are over: nothing in the rows may stop them"
-    rows = pairs(60); train, held = rows[:40], rows[40:]
+    rows = pairs(60)
+    train, held = rows[:40], rows[40:]
     texts = lambda d, t: d.assign(**{c: [[t]]*len(d) for c in ('prompt', 'response_a', 'response_b')})
     word = 'tf-idf + logistic regression'
     for task, t, h, gone in [('preference', train.assign(label=2), held, {word: 'same label'}), ('preference', train.assign(label=-1), held, {'longer response': 'no training row', word: 'no training row'}),
@@ -255,8 +273,10 @@ def test_baselines_that_cannot_be_fitted_are_left_out():
     assert baselines(train[:0], held, 'preference')['class prior']['log_loss'] == pytest.approx(np.log(3), abs=1e-4)
 
 def test_pictures():
-    import matplotlib; matplotlib.use('Agg')
-    rng = np.random.default_rng(0); p, y = random_p(40, 3), rng.integers(0, 3, 40)
+    import matplotlib
+    matplotlib.use('Agg')
+    rng = np.random.default_rng(0)
+    p, y = random_p(40, 3), rng.integers(0, 3, 40)
     assert plot_reliability(p, y).get_title().endswith(f'{ece(p, y):.3f}')
     assert len(plot_confusion(p, y, 'preference').texts) == 9
     plot_confusion(np.eye(7)[[0, 6]], [0, 3], 'choice')

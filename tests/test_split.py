@@ -11,7 +11,8 @@ from competition_kit.folds import check_fold, make_folds
 from competition_kit.groups import group_rows, group_text
 from competition_kit.rows import correct, n_options, read_meta, read_raw, swap_label, swap_probs, tasks
 from competition_kit.split import leak_report
-from competition_kit.tables import load_rows, parse_mix, raw_files, split, table_hashes, write_rows
+from competition_kit import tables
+from competition_kit.tables import load_rows, parse_mix, publish, raw_files, split, table_hashes, write_rows
 
 @pytest.fixture
 def root(tmp_path):
@@ -32,7 +33,8 @@ def csv_text(rows): return pd.DataFrame(rows).to_csv(index=False)
 def jsonl_text(rows): return ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows)
 
 def put(path, rows):
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.parquet': pq.write_table(pa.Table.from_pylist(rows), path)
     else: path.write_text(csv_text(rows) if path.suffix == '.csv' else jsonl_text(rows), encoding='utf-8')
     return path
@@ -43,7 +45,8 @@ def tree(root): return sorted((str(p.relative_to(root)), p.read_bytes()) for p i
 
 # -- layouts -------------------------------------------------------------------------------------------------------
 def test_lmsys(root):
-    put(data_path('l/train.csv'), lmsys()); put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(7), 'model_a', 'model_b', *hot[6:])])
+    put(data_path('l/train.csv'), lmsys())
+    put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(7), 'model_a', 'model_b', *hot[6:])])
     rows, test = split('l', folds=4)
     assert rows.attrs['meta']['task'] == 'preference' and rows.attrs['meta']['read']['train']['layout'] == 'lmsys'
     assert list(rows.id) == [f'{i:03}' for i in range(40)] and list(rows.label) == [i % 3 for i in range(40)]
@@ -90,7 +93,8 @@ def test_own_table_and_own_task(root, monkeypatch):
     assert read_meta(data_path('again/train.parquet'))['task'] == again.attrs['meta']['task'] == 'preference2'
     assert (again.weight == .5).all() and list(again.prompt) == list(rows.prompt) and list(again.group) == list(rows.group)
     with pytest.raises(Refusal, match='outside the options of preference2.*w1'): 
-        write_rows(rows.assign(label=np.where(rows.id == 'w1', 2, rows.label)), data_path('bad.parquet')); read_raw(data_path('bad.parquet'))
+        write_rows(rows.assign(label=np.where(rows.id == 'w1', 2, rows.label)), data_path('bad.parquet'))
+        read_raw(data_path('bad.parquet'))
     mine = S.Task('grade', ('poor', 'fair', 'good'), 'ABC', 'accuracy')
     monkeypatch.setitem(tasks, 'grade', mine)
     write_rows(rows, data_path('mine/train.parquet'), task='grade')
@@ -111,12 +115,14 @@ def test_own_table_refused(root):
     refused(root, 'alien/train.parquet', None, 'no task called grade; there are preference, preference2, choice')
 
 def test_layout_by_path_and_relative_paths(root):
-    put(root/'raw/my_train.csv', lmsys()); put(root/'raw/other.csv', lmsys(3))
+    put(root/'raw/my_train.csv', lmsys())
+    put(root/'raw/other.csv', lmsys(3))
     rows, test = split('raw/my_train.csv')
     assert rows.attrs['meta']['name'] == 'my_train' and test is None
     assert set(raw_files('x', train='raw/my_train.csv', corrections=str(root/'raw/other.csv'))) == {'train', 'corrections'}
     with pytest.raises(Refusal, match='no training file'): raw_files('nothing')
-    put(root/'data/two/train.csv', lmsys()); put(root/'data/two/train.parquet', wsdm())
+    put(root/'data/two/train.csv', lmsys())
+    put(root/'data/two/train.parquet', wsdm())
     with pytest.raises(Refusal, match='several files'): raw_files('two')
     for bad in ('../x', 'a b', '', 'a;touch P', 'x'*65, 'a\0b'):
         with pytest.raises(Refusal, match='not a name'): raw_files(bad)
@@ -186,7 +192,8 @@ def test_refused_columns(root):
     refused(root, 'c/train.jsonl', without(tianchi(), 'questions'), r'tianchi, which lacks questions')
     refused(root, 'd/train.parquet', without(wsdm(), 'id'), r'which lacks id')
     refused(root, 'e/train.csv', without(lmsys(), *hot[6:]), 'no label', ['000', '001'])
-    write_path = data_path('f/train.csv'); put(write_path, lmsys())
+    write_path = data_path('f/train.csv')
+    put(write_path, lmsys())
     write_path.write_text(write_path.read_text().replace('model_b,', 'model_a,', 1))
     refused(root, 'f/train.csv', None, 'column name occurs twice')
 
@@ -234,7 +241,9 @@ def test_refused_files(root):
             ('i/train.parquet', b'PAR1 but not really PAR1', 'not a whole parquet'),
             ('j/train.jsonl', b'{"a":'*100_000, 'line 1 is not valid JSON'),
             ('k/train.csv', csv_text(lmsys()).encode()[:-40], 'cut')]:
-        f = data_path(name); f.parent.mkdir(parents=True); f.write_bytes(content)
+        f = data_path(name)
+        f.parent.mkdir(parents=True)
+        f.write_bytes(content)
         refused(root, name, None, match)
     with pytest.raises(Refusal, match='no such file.*|.*no such file'): split('x', train='nowhere/train.csv')
     (root/'t.txt').write_text('x')
@@ -256,10 +265,13 @@ def test_cut_anywhere(tmp_path, name, rows):
 
 def test_flipped_bits_in_parquet(root):
     put(data_path('w/train.csv'), [dict(r, model_a='m') for r in wsdm()])
-    rows, _ = split('w'); write_rows(rows, data_path('w.parquet'))
+    rows, _ = split('w')
+    write_rows(rows, data_path('w.parquet'))
     whole, want = data_path('w.parquet').read_bytes(), load_rows('w').to_json()
     for at in range(4, len(whole)-1, 97):
-        raw = bytearray(whole); raw[at] ^= 4; data_path('w.parquet').write_bytes(raw)
+        raw = bytearray(whole)
+        raw[at] ^= 4
+        data_path('w.parquet').write_bytes(raw)
         try: got = load_rows('w')
         except Refusal: continue
         except Exception as e: pytest.fail(f'{at}: {e!r}') if at < len(whole)-3000 else None    # damage in the footer's own text may raise elsewhere
@@ -312,12 +324,13 @@ def test_archives_refused(tmp_path):
 
 def test_one_line_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(R, '_longest', 1000)
-    f = tmp_path/'a.csv'; f.write_text('id,prompt\n1,' + 'x'*2000 + '\n')
+    f = tmp_path/'a.csv'
+    f.write_text('id,prompt\n1,' + 'x'*2000 + '\n')
     with pytest.raises(Refusal, match='a line of more than'): R.read_csv(f)
     f.write_text('id,prompt\n1,"' + 'x\n'*2000 + '"\n')
     with pytest.raises(Refusal, match='line'): R.read_csv(f)
     (tmp_path/'a.json').write_text(json.dumps([dict(id='1', prompt='x'*2000)]))
-    with pytest.raises(Refusal, match='JSON Lines'): R._columns(tmp_path/'a.json')
+    with pytest.raises(Refusal, match='JSON Lines'): R.read_columns(tmp_path/'a.json')
 
 @pytest.mark.parametrize('orient', ['records', 'columns', 'list'])
 def test_json_as_pandas_writes_it(tmp_path, orient):
@@ -331,7 +344,7 @@ def test_json_that_holds_no_rows(tmp_path):
     for text, match in [('3', 'it holds 3'), ('[]', 'no rows'), ('[{"id": 1}, 7]', 'a list with 7 in it'), ('{"id": 3}', r"an object with the keys \['id'\]"),
                         ('{"id": [1, 2], "t": [1]}', 'and no rows'), ('[{"id": 1, "id": 2}]', 'a key occurs twice'), ('[{"id": 1', 'not valid JSON'), ('['*10**6, 'not valid JSON')]:
         f.write_text(text)
-        with pytest.raises(Refusal, match=match): R._columns(f)
+        with pytest.raises(Refusal, match=match): R.read_columns(f)
     f.write_text(jsonl_text(tianchi(3)))                                    # JSON Lines under another name
     assert len(read_raw(f)[0]) == 6
     f.rename(tmp_path/'a.jsonl').write_text(json.dumps(tianchi(3), indent=1))
@@ -361,11 +374,16 @@ def test_multiple_choice_in_columns_is_told_its_form(tmp_path):
     assert read_raw(put(tmp_path/'b.jsonl', [json.loads(line)]))[0].label.tolist() == [1]   # the form that it shows is read
 
 def test_the_test_file_beside_a_training_file(root):
-    put(root/'raw/train.csv', lmsys()); put(root/'raw/test.csv', without(lmsys(3), *hot[6:])); put(root/'raw/latest.csv', lmsys(2)); put(root/'raw/sample_submission_test.csv', lmsys(2))
+    put(root/'raw/train.csv', lmsys())
+    put(root/'raw/test.csv', without(lmsys(3), *hot[6:]))
+    put(root/'raw/latest.csv', lmsys(2))
+    put(root/'raw/sample_submission_test.csv', lmsys(2))
     assert raw_files('x', train='raw/train.csv')['test'] == root/'raw/test.csv' and raw_files('raw/train.csv')['test'] == root/'raw/test.csv'
-    put(root/'raw/round2_train.csv', lmsys()); put(root/'raw/round2_test.csv', lmsys(3))
+    put(root/'raw/round2_train.csv', lmsys())
+    put(root/'raw/round2_test.csv', lmsys(3))
     assert raw_files('x', train='raw/round2_train.csv')['test'] == root/'raw/round2_test.csv'
-    zipped(data_path('z/train.csv.zip'), **{'train.csv': csv_text(lmsys())}); put(data_path('z/train.csv'), lmsys())
+    zipped(data_path('z/train.csv.zip'), **{'train.csv': csv_text(lmsys())})
+    put(data_path('z/train.csv'), lmsys())
     assert raw_files('z')['train'].name == 'train.csv'                      # unpacked beside it
 
 @pytest.mark.parametrize('value', [7, 1e5, None, True])
@@ -380,7 +398,7 @@ def test_lists_written_by_python(turns, numpy):
     said = R.Counter()
     if numpy: cell = '[' + ' '.join(map(repr, turns)) + ']'
     else: cell = repr(turns)
-    assert R._turns(cell, said, True) == ([R._text(t, R.Counter()) for t in turns] or [''])
+    assert R._turns(cell, said, True) == ([R.to_text(t, R.Counter()) for t in turns] or [''])
 
 def test_lists_in_a_csv_are_counted(tmp_path):
     base = [dict(r, prompt=json.dumps(['x', 'y'])) for r in lmsys(6)]
@@ -396,12 +414,14 @@ def test_lists_in_a_csv_are_counted(tmp_path):
 @pytest.mark.parametrize('train,test,sample,shown', [('12', ['7.0', '8.0'], '78', ('7.0', '1')), (['1.0', '2.0'], '78', '78', ('7', '1.0')), (['a', 'b'], ['7.0', '8.0'], '78', ('7.0', '7')),
                                                      (['a', 'b'], ['007', '008'], '78', ('007', '7')), (['a', 'b'], '78', ['7.0', '8'], ('7', '7.0'))])
 def test_ids_written_in_two_ways(root, train, test, sample, shown):
-    put(data_path('x/train.csv'), [dict(r, id=i, model_a='m') for r, i in zip(wsdm(), train)]); put(data_path('x/SampleSubmission.csv'), [dict(id=i, winner='model_a') for i in sample])
+    put(data_path('x/train.csv'), [dict(r, id=i, model_a='m') for r, i in zip(wsdm(), train)])
+    put(data_path('x/SampleSubmission.csv'), [dict(id=i, winner='model_a') for i in sample])
     refused(root, 'x/test.csv', [dict(r, id=i) for r, i in zip(without(wsdm(), 'winner', 'model_a'), test)], 'ids are written', [repr(o) for o in shown])
 
 def test_ids_as_floats_everywhere_are_one_way(root):
     put(data_path('x/train.csv'), [dict(r, id=f'{i}.0', model_a='m') for i, r in enumerate(wsdm())])
-    put(data_path('x/test.csv'), [dict(r, id=f'{i+50}.0') for i, r in enumerate(without(wsdm(4), 'winner', 'model_a'))]); put(data_path('x/sample_submission.csv'), [dict(id=f'{i+50}.0', winner='model_a') for i in range(4)])
+    put(data_path('x/test.csv'), [dict(r, id=f'{i+50}.0') for i, r in enumerate(without(wsdm(4), 'winner', 'model_a'))])
+    put(data_path('x/sample_submission.csv'), [dict(id=f'{i+50}.0', winner='model_a') for i in range(4)])
     rows, test = split('x')
     assert test.id[0] == '50.0' and rows.attrs['meta']['read']['train']['ids_as_floats'] == 40
     with pytest.raises(Refusal, match='ids are floats, such as 1.0'): read_raw(put(root/'a.parquet', [dict(r, id=float(i+1)) for i, r in enumerate(wsdm(3))]))
@@ -418,7 +438,8 @@ def test_test_file_cut_between_rows_is_found(root):
     test = [dict(r, id='t'+r['id']) for r in without(lmsys(6), *hot[6:])]
     put(data_path('l/sample_submission.csv'), [dict(id=r['id'], winner_model_a=.3) for r in test])
     refused(root, 'l/test.csv', test[:4], 'other ids than sample_submission.csv', ['t004', 't005'])
-    put(data_path('l/test.csv'), test); split('l')
+    put(data_path('l/test.csv'), test)
+    split('l')
     refused(root, 'l/test.csv', changed(test, 2, id='other'), 'other ids', ['other', 't002'])
 
 def test_tasks_must_agree(root):
@@ -455,7 +476,8 @@ def fixes(path, *rows): return put(path, [dict(zip(('id', 'field', 'old', 'new',
 
 @pytest.mark.parametrize('suffix', ['csv', 'jsonl'])
 def test_corrections(root, suffix):
-    put(data_path('t/train.jsonl'), tianchi()); put(data_path('l/train.csv'), lmsys())
+    put(data_path('t/train.jsonl'), tianchi())
+    put(data_path('l/train.csv'), lmsys())
     options = json.dumps(['x', 'y', 'z']) if suffix == 'csv' else ['x', 'y', 'z']
     old = tianchi()[1]['questions'][0]['options']
     f = fixes(root/f'fix.{suffix}', ('p01-0', 'answer', 'B', 'A', 'checked'), ('p01-0', 'question', 'q0', 'null', 'w'),
@@ -521,7 +543,8 @@ def test_folds_at_100k(kind):
 
 # -- leaks ---------------------------------------------------------------------------------------------------------
 def test_leaks_are_found(root):
-    put(data_path('l/train.csv'), lmsys()); put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(42)[37:], *hot[6:])])
+    put(data_path('l/train.csv'), lmsys())
+    put(data_path('l/test.csv'), [dict(r, id='t'+r['id']) for r in without(lmsys(42)[37:], *hot[6:])])
     rows, test = split('l')
     report = leak_report(rows, test)
     json.dumps(report)
@@ -546,7 +569,9 @@ def table(name, n=20, start=0, task='preference', **kw):
     return rows
 
 def test_mix_draws_the_same_rows(root):
-    table('train'); table('gpt4', 200, 1000); t = table('pseudo', 100, 5000)
+    table('train')
+    table('gpt4', 200, 1000)
+    t = table('pseudo', 100, 5000)
     rows = load_rows('train + gpt4:50 + pseudo@0.8')
     assert rows.groupby('source').size().to_dict() == dict(train=20, gpt4=50, pseudo=80)
     assert rows.attrs['meta']['mix']['rows'] == dict(train=20, gpt4=50, pseudo=80) and rows.attrs['meta']['task'] == 'preference'
@@ -579,22 +604,27 @@ def test_mix_keeps_copies_out_of_validation(root):
 
 def test_mix_leaves_out_a_bridge(root):
     a, b = words(1, 40), words(2, 40)
-    t = table('train', 4); t['prompt'] = [[a], [' '.join(a.split()[:34])], [b], [words(3)]]; t['fold'] = [0, 1, 0, 1]
+    t = table('train', 4)
+    t['prompt'] = [[a], [' '.join(a.split()[:34])], [b], [words(3)]]
+    t['fold'] = [0, 1, 0, 1]
     write_rows(t, data_path('train.parquet'), task='preference')
-    x = table('x', 1, 900); x['prompt'] = [[a]]
+    x = table('x', 1, 900)
+    x['prompt'] = [[a]]
     write_rows(x, data_path('x.parquet'), task='preference')
     rows = load_rows('train + x')                                  # resembles rows of two folds
     assert rows.attrs['meta']['mix']['left_out'] == 1 and rows.main.all() and rows.fold.tolist() == [0, 1, 0, 1]
 
 def test_mix_refusals(root):
-    table('train'); table('extra', 5, 100); table('other', 5, 200, task='preference2')
+    table('train')
+    table('extra', 5, 100)
+    table('other', 5, 200, task='preference2')
     for mix, match in [('train + extar', 'unknown table: extar; there are extra, other, sample_arena, sample_logic, train'), ('train + other', 'different tasks'),
                        ('train + extra:6', 'asks for 6 rows of extra, which has 5'), ('train + train', 'twice'), ('train + ', 'cannot be read'),
                        ('train @ 2', 'no rows, or more'), ('train:3@.5', 'cannot be read'), ('../x + train', 'cannot be read')]:
         with pytest.raises(Refusal, match=match): load_rows(mix)
     with pytest.raises(Refusal, match='no table called nothing; there are'): load_rows('nothing')
     table('same', 3, 300, id=['train0', 's1', 's2'])
-    with pytest.raises(Refusal, match='other content under one id.*train0'): load_rows('train + same')
+    with pytest.raises(Refusal, match='the same id has different content.*train0'): load_rows('train + same')
     write_rows(load_rows('train').head(2), data_path('equal.parquet'), task='preference')
     rows = load_rows('train + equal')
     assert len(rows) == 20 and rows.main.all() and rows.attrs['meta']['mix']['same_row'] == 2
@@ -614,9 +644,11 @@ def test_mix_strings(parts):
 
 # -- tables and the stage ------------------------------------------------------------------------------------------
 def test_schema_is_explicit(root):
-    put(data_path('t/train.jsonl'), tianchi()); put(data_path('l/train.csv'), lmsys())
+    put(data_path('t/train.jsonl'), tianchi())
+    put(data_path('l/train.csv'), lmsys())
     for name, own in (('t', 'problem question options'), ('l', 'prompt response_a response_b model_a model_b')):
-        rows, _ = split(name); write_rows(rows, data_path(f'{name}.parquet'))
+        rows, _ = split(name)
+        write_rows(rows, data_path(f'{name}.parquet'))
         s = pq.read_schema(data_path(f'{name}.parquet'))
         assert s.names == 'id group source fold label target weight'.split() + own.split()
         assert s.field('target').type == pa.list_(pa.float32()) and s.field('fold').type == pa.int64() and s.field('id').type == pa.string()
@@ -625,8 +657,70 @@ def test_schema_is_explicit(root):
         meta = back.attrs['meta']
         assert meta['folds'] == 5 and meta['seed'] == 0 and meta['files']['train']['sha256'] == sha256(raw_files(name)['train'])
 
+def test_further_columns_are_kept(root):
+    table('train', language='en', teacher=[[.5, .3, .2]]*20)
+    table('extra', 5, 1000)
+    rows = load_rows('train')
+    assert rows.language.tolist() == ['en']*20
+    assert rows.teacher[0] == [.5, .3, .2]
+    mixed = load_rows('train + extra')
+    assert mixed.language.tolist() == ['en']*20+[None]*5
+    write_rows(mixed, data_path('mixed.parquet'))
+    names = pq.read_schema(data_path('mixed.parquet')).names
+    assert names[-2:] == ['language', 'teacher']
+    assert not {'main', 'phase'} & set(names)
+    assert load_rows('mixed').teacher.tolist() == [[.5, .3, .2]]*20+[None]*5
+
+def test_publish_takes_what_the_run_has(root):
+    table('made')
+    folder = models_path('some-run')
+    folder.mkdir(parents=True)
+    data_path('made.parquet').rename(folder/'rows.parquet')
+    publish(folder, 'mine')
+    assert sorted(p.name for p in data_path().glob('*.parquet')) == ['mine.parquet']
+    (folder/'soft.parquet').write_bytes((folder/'rows.parquet').read_bytes())
+    publish(folder, 'mine', ('rows', 'soft'))
+    assert len(load_rows('mine_soft')) == 20
+
+def test_a_mix_is_grouped_once(root, monkeypatch):
+    grouped = []
+    def counting(texts):
+        grouped.append(len(texts))
+        return group_rows(texts)
+    table('train')
+    table('extra', 5, 1000)
+    monkeypatch.setattr(tables, 'group_rows', counting)
+    rows = load_rows('train + extra')
+    whole = rows.copy()
+    rows.loc[0, 'label'] = 2
+    rows.prompt[0].append('changed by the caller')
+    rows.attrs['meta']['mix']['rows']['train'] = 0
+    again = load_rows('train + extra')
+    assert grouped == [25]
+    assert again.label.tolist() == whole.label.tolist()
+    assert again.prompt[0] == [words(0)]
+    assert again.attrs['meta']['mix']['rows'] == dict(train=20, extra=5)
+    load_rows('train + extra', seed=1)
+    table('extra', 5, 1000, weight=.5)
+    assert load_rows('train + extra').weight[20] == .5
+    assert grouped == [25, 25, 25]
+
+def test_files_are_hashed_once(root, monkeypatch):
+    hashed = []
+    def counting(path):
+        hashed.append(Path(path).name)
+        return sha256(path)
+    put(data_path('l/train.csv'), lmsys())
+    monkeypatch.setattr(S, 'sha256', counting)
+    monkeypatch.setattr(tables, 'sha256', counting)
+    run = run_driver(data='l')
+    assert hashed.count('train.csv') == 1
+    assert load_rows('l').attrs['meta']['files']['train']['sha256'] == sha256(data_path('l/train.csv'))
+    assert run.done
+
 def test_failed_write_leaves_the_old_table(root, monkeypatch):
-    t = table('train'); before = tree(root)
+    t = table('train')
+    before = tree(root)
     with pytest.raises(Exception): write_rows(t.assign(label='x'), data_path('train.parquet'))
     assert tree(root) == before
 
@@ -663,7 +757,8 @@ def test_stage(root, monkeypatch):
     assert not list((root/'elsewhere').iterdir())
 
 def test_a_refused_stage_publishes_nothing(root):
-    put(data_path('l/train.csv'), lmsys()); run_driver(data='l')
+    put(data_path('l/train.csv'), lmsys())
+    run_driver(data='l')
     old = data_path('l.parquet').read_bytes()
     put(data_path('l/train.csv'), changed(lmsys(), 5, winner_tie=0))
     with pytest.raises(Refusal, match='005'): run_driver(data='l')
