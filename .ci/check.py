@@ -40,6 +40,8 @@ def source_checks():
     expect('notebooks and package agree', not changed, f'clean and export changed {changed}')
     step('ruff F', 'ruff', 'check', '--select', 'F', 'competition_kit', 'tests', 'bench', '.ci', 'setup.py')
     step('ruff E501, E731', 'ruff', 'check', '--select', 'E501,E731', 'nbs', 'tests', 'bench', '.ci')
+    step('the site', sys.executable, '.ci/docs.py')
+    step('links of the site', sys.executable, '.ci/links.py')
     step('README is of the index', sys.executable, '.ci/readme.py', '--check')
     step('the embedded base', sys.executable, '-c', 'from competition_kit.base import base_path; base_path()')
 

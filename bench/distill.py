@@ -1,6 +1,6 @@
-"""What do teachers and pseudo-labels give a small student? Every fold of a table under several ways to teach, beside labels alone.
+"""What do teachers and pseudo-labels give a small student? Every fold of a table, beside labels alone.
 
-usage: python bench/distill.py open=FILE alpaca=FILE --teacher BASE [--lines labels qwen …] [--folds 5] [--jobs 4]
+usage: python bench/distill.py open=FILE alpaca=FILE --teacher BASE [--lines labels …] [--folds 5] [--jobs 4]
 The first table is trained on and held out; the second gives unlabelled rows (its labels are hidden), or real labels.
 Each line of the result is compared with `labels`, fold by fold and seed by seed; `least` is the smallest difference
 that two standard errors of these pairs can tell."""
@@ -91,8 +91,9 @@ def table(said, folds): # one line a way to teach
         least = 2*d.std()/len(d)**.5
         told = '' if name == 'labels' else 'no gain' if d.mean() > -least else 'gain'
         if d.mean() > least: told = 'worse'
-        out.append(dict(line=name, runs=len(own), log_loss=own.log_loss.mean(), sd_of_seeds=own.log_loss.groupby('seed').mean().std(),
-                        accuracy=own.accuracy.mean(), against_labels=d.mean(), least=least, told=told))
+        out.append(dict(line=name, runs=len(own), log_loss=own.log_loss.mean(), accuracy=own.accuracy.mean(),
+                        sd_of_seeds=own.log_loss.groupby('seed').mean().std(), against_labels=d.mean(),
+                        least=least, told=told))
     return pd.DataFrame(out)
 
 if __name__ == '__main__':
@@ -136,7 +137,8 @@ if __name__ == '__main__':
             if 'pseudo' in line and n not in made:
                 made.add(n)
                 teachers = ' '.join(ids[k] for k in line['needs'])
-                running[pool.submit(one, n, 'pseudo', dict(line['pseudo'], name=line['table'], teachers=teachers))] = None
+                args = dict(line['pseudo'], name=line['table'], teachers=teachers)
+                running[pool.submit(one, n, 'pseudo', args)] = None
                 left[n] = 1
                 continue
             if 'pseudo' in line and left.get(n): continue
@@ -158,7 +160,8 @@ if __name__ == '__main__':
             else:
                 ids.setdefault(n, run)
                 said.append(held.assign(line=n))
-                print(f"{n} | fold {args['fold']} seed {args['seed']}: {took:.0f} s, {time.time()-began:.0f} s in all", flush=True)
+                which = f"{n} | fold {args['fold']} seed {args['seed']}"
+                print(f'{which}: {took:.0f} s, {time.time()-began:.0f} s in all', flush=True)
                 pd.concat(said).to_parquet(Path(a.out)/'said.parquet')
     t = table(pd.concat(said), a.folds)
     t.to_json(Path(a.out)/'distill.json', orient='records', indent=1)

@@ -35,9 +35,11 @@ def option_columns(
     if len(asked) not in (0, 1, len(tasks[task].options)):
         raise Refusal(f'{len(asked)} columns for {len(tasks[task].options)} options', fix=f'Name one each for {order}')
     if asked: return asked
-    lists = [c for c in ('p', 'probs', 'preds', 'probabilities', 'logits') if c in df and np.ndim(df[c].iloc[:1].squeeze())]
+    lists = [c for c in ('p', 'probs', 'preds', 'probabilities', 'logits')
+             if c in df and np.ndim(df[c].iloc[:1].squeeze())]
     found = [names for names in _names(task) if set(names) <= set(df)] + [[c] for c in lists]
-    if not found: raise Refusal('no columns for the options', fix=f'Name them with --columns, in the order {order}. {have}')
+    if not found:
+        raise Refusal('no columns for the options', fix=f'Name them with --columns, in the order {order}. {have}')
     return found[0]
 
 # %% ../nbs/lib/02i_adopt.ipynb #3bf54ca7
@@ -63,11 +65,13 @@ def read_foreign(
 
 def _check_ids(df, rows, path):
     if 'id' not in df:
-        raise Refusal('no column id', path, fix=f"Rename the column that holds the table's ids. The file has {', '.join(df)}")
+        raise Refusal('no column id', path,
+                      fix=f"Rename the column that holds the table's ids. The file has {', '.join(df)}")
     ids = df.id.astype(str)
     if ids.duplicated().any(): raise Refusal('an id occurs twice', path, ids[ids.duplicated()].tolist())
     if len(none := ids[~ids.isin(set(rows.id))]):
-        raise Refusal('ids that the table does not have', path, none.tolist(), 'Name the table that these rows belong to')
+        raise Refusal('ids that the table does not have', path, none.tolist(),
+                      'Name the table that these rows belong to')
 
 def _softmax(z):
     e = np.exp(z-z.max(1, keepdims=True))
@@ -96,9 +100,11 @@ class AdoptArgs:
     def __post_init__(self):
         check_texts(type(self), vars(self))
         one_of(self, seen=('no', 'yes', 'unknown', 'fold'))
-        if not re.fullmatch(r'[\w-]+', self.name): raise Refusal(f'name={self.name!r}', fix='Use letters, digits, - and _')
+        if not re.fullmatch(r'[\w-]+', self.name):
+            raise Refusal(f'name={self.name!r}', fix='Use letters, digits, - and _')
         if not Path(self.file).is_file(): raise Refusal('no such file', self.file)
-        if (self.seen == 'fold') != (self.fold >= 0): raise Refusal('seen=fold needs a fold, and a fold needs seen=fold', self.file)
+        if (self.seen == 'fold') != (self.fold >= 0):
+            raise Refusal('seen=fold needs a fold, and a fold needs seen=fold', self.file)
 
     @cached_property
     def table(self): return load_rows(self.rows)
@@ -145,7 +151,7 @@ def adopt_files(
     folds = [fold_of(f) if more.get('seen') == 'fold' else -1 for f in files]
     if len(set(folds)) < len(files):
         raise Refusal(f'{len(files)} files of one teacher, with the fold numbers {folds}', name,
-                      fix='Give --seen fold and file names with fold numbers if each held out one fold; else a name for each file')
+                      fix='If each held out a fold: --seen fold, and fold numbers in their names; else a name each')
     return [run_stage(adopt, AdoptArgs(name, str(f), rows, k, **more)) for f, k in zip(files, folds)]
 
 def adopted_text(
@@ -155,6 +161,9 @@ def adopted_text(
     lines = []
     for run in runs:
         m = run.record['metrics']
-        score = f"log-loss {m['log_loss']:.3f}, class prior {m['baselines']['class prior']['log_loss']:.3f}" if 'log_loss' in m else 'no labels'
-        lines.append(f"{run.id}: {run.record['rows']} rows, {m['missing']} of the table missing; seen: {run.record['params']['seen']}; {score}")
+        score = 'no labels'
+        if 'log_loss' in m:
+            score = f"log-loss {m['log_loss']:.3f}, class prior {m['baselines']['class prior']['log_loss']:.3f}"
+        lines.append(f"{run.id}: {run.record['rows']} rows, {m['missing']} of the table missing; "
+                     f"seen: {run.record['params']['seen']}; {score}")
     return '\n'.join(lines)

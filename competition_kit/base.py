@@ -6,8 +6,8 @@
 __all__ = ['local_base', 'base_path', 'base_name', 'load_tokenizer', 'base_hash', 'pick_dtype', 'tiny_base']
 
 # %% ../nbs/lib/02b_base.ipynb #0cb0dbeb
-from .core import (Refusal, bases_path, damage_cached, file_sums, hash_obj, project_root, read_json, seal,
-                                  sha256)
+from .core import (Refusal, bases_path, damage_cached, file_sums, hash_obj, project_root,
+                                  read_json, seal, sha256)
 from pathlib import Path
 import importlib.util, os, shutil
 

@@ -178,7 +178,8 @@ def check_teachers(
         check_teacher(t, rows, args.prompt.task)
         if args.missing == 'refuse' and not t.has.all():
             raise Refusal(f'{t.name} has no probability for {(~t.has).sum()} of {len(rows)} rows',
-                          ids=rows.id[~t.has].tolist(), fix='Train its other folds, take missing=label, or in_sample=True')
+                          ids=rows.id[~t.has].tolist(),
+                          fix='Train its other folds, take missing=label, or in_sample=True')
     table = teacher_table(teachers, rows)
     found = [s for t in teachers for s in signs(t, rows, best_unseen(args))]
     print(table.to_string(), *found, f'{args.targets.cleaned.sum()} rows cleaned', sep='\n', flush=True)

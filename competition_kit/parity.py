@@ -46,7 +46,8 @@ def check_length(
 
 # %% ../nbs/lib/02e_parity.ipynb #bc1d571b
 _text = ('The river runs under seven bright lamps, and nobody asked why 12 of them were lit at noon. Which '
-         'answer is better? A letter\nfrom Oslo came late; its stamps (blue, torn) said "1987". Multiply both sides by x, '
+         'answer is better? A letter\nfrom Oslo came late; its stamps (blue, torn) said "1987". '
+         'Multiply both sides by x, '
          'then subtract. She laughed: no bread, two cats, one violin!')
 
 def _windows(config): # the sizes of windows, chunks and kernels

@@ -17,8 +17,7 @@ from .groups import copied, group_text
 from .probs import scores
 from .record import find_run
 from .rows import n_options, read_meta
-from .tables import (check_texts, load_rows, parse_mix, publish, table_hashes, table_path,
-                                    write_rows)
+from .tables import check_texts, load_rows, parse_mix, table_hashes, table_path, write_rows
 from .teach import check_teacher, read_teachers, write_teachers
 from .teachers import ask_teacher, members, run_mix, teacher_inputs, validated_table
 
@@ -50,7 +49,8 @@ def filter_rows(
     by:str='label',   # `label`, or a column of the table such as `language`
 ) -> np.ndarray: # [rows], text: `kept`, or the filter that drops the row
     "What happens to each row"
-    if by != 'label' and by not in rows: raise Refusal(f'the table has no column {by}', fix=f"Use label, {', '.join(rows)}")
+    if by != 'label' and by not in rows:
+        raise Refusal(f'the table has no column {by}', fix=f"Use label, {', '.join(rows)}")
     size, out = margins(p), np.full(len(rows), 'kept', object)
     share = np.mean([np.argmax(v, 1) == np.argmax(p, 1) for v in voters], 0)
     keys = np.argmax(p, 1) if by == 'label' else rows[by].to_numpy()
@@ -119,7 +119,8 @@ class PseudoArgs:
         one_of(self, rule=('mean', 'logits', 'majority'), near=('drop', 'refuse', 'keep'))
         at_least(self, 0, 'margin', 'agree', 'per_prompt', 'quota', 'own')
         object.__setattr__(self, 'name', self.name or f'{self.data}_pseudo')
-        if not self.names: raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
+        if not self.names:
+            raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
         if self.weights and len(self.weights.split()) != len(self.names):
             raise Refusal(f'{len(self.weights.split())} weights for {len(self.names)} teachers')
@@ -184,7 +185,8 @@ def pseudo(
     rows, (teachers, p) = args.rows, vote_of(run, args)
     why = reasons(args, teachers, p)
     kept = why == 'kept'
-    if not kept.any(): raise Refusal('no row is left', fix=f'Loosen the filters: {pd.Series(why).value_counts().to_dict()}')
+    if not kept.any():
+        raise Refusal('no row is left', fix=f'Loosen the filters: {pd.Series(why).value_counts().to_dict()}')
     test = args.data.endswith('_test')
     out = soft_rows(rows[kept], p[kept], n_options(rows, rows.attrs['meta']['task'])[kept], args.own, args.weight,
                     'test_pseudo' if test else 'pseudo').reset_index(drop=True)

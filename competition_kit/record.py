@@ -177,7 +177,7 @@ def start_run(
     lock = FileLock(file.with_name('.lock'), timeout=.5, thread_local=False)
     old = _lock_record(file, lock)
     if old.get('status') == 'done': return _finished(old, code)
-    for tmp in file.parent.glob('.record.json.*.tmp'): tmp.unlink()
+    for tmp in file.parent.glob('.*.tmp'): tmp.unlink()  # of killed processes: this one holds the lock
     _sweep_temporary()
     t = now()
     record = dict(run_id=id, stage=stage, fold=None if fold is None else int(fold), params=params, inputs=inputs,

@@ -23,7 +23,8 @@ def members(
     if found := adopted(name): return found
     rec = find_run(name)
     if rec['stage'] == 'adopt': return adopted(rec['params']['name'])
-    if rec['stage'] not in model_stages: raise Refusal(f"{rec['run_id']} has no model", fix='Name a run of 04_train or 07_distill')
+    if rec['stage'] not in model_stages:
+        raise Refusal(f"{rec['run_id']} has no model", fix='Name a run of 04_train or 07_distill')
     if rec.get('status') != 'done': raise Refusal(f"{rec['run_id']} is {rec.get('status')}", fix='Finish it first')
     done = [r for r in records() if r['stage'] == rec['stage'] and r.get('status') == 'done']
     latest = {r['fold']: r for r in done if recipe_key(r) == recipe_key(rec)}  # records come by time
@@ -33,14 +34,15 @@ def adopted(
     name:str, # Of a teacher
 ) -> list: # Records of the latest adopted files, one for each table and fold; empty where there are none
     "The runs that adopted probabilities under a name"
-    found = [r for r in records() if r['stage'] == 'adopt' and r.get('status') == 'done' and r['params']['name'] == name]
+    done = [r for r in records() if r['stage'] == 'adopt' and r.get('status') == 'done']
+    found = [r for r in done if r['params']['name'] == name]
     latest = {(r['params']['rows'], r['fold']): r for r in found}
     return [latest[k] for k in sorted(latest)]
 
 def adopted_table(
     name:str, # Of a teacher
 ): # A probability table, as of `read_probs`
-    "All probabilities adopted under a name, one row an id: the mean of the files that have not seen the row, else of all"
+    "All probabilities adopted under a name: for each id the mean of the files that have not seen it, else of all"
     tables = [read_probs(models_path(r['run_id'], 'probs.parquet')) for r in adopted(name)]
     every = pd.concat(tables, ignore_index=True)
     unseen = every.seen.eq(False).fillna(False)
@@ -121,7 +123,7 @@ def ask_teacher(
     seen = np.max([np.where(u, t.seen, -1) for u, t in zip(use, tables)], 0)
     return Teacher(name, p, seen.astype(np.int8))
 
-def _predicted(recs, tables, use, rows, task, folder, pack_tokens): # the same tables, with the predictions that are missing
+def _predicted(recs, tables, use, rows, task, folder, pack_tokens): # the same tables, with missing predictions
     lack = [u & ~t.has & (r['stage'] != 'adopt') for r, t, u in zip(recs, tables, use)]
     asked = np.logical_or.reduce(lack)
     runs = [r['run_id'] for r, l in zip(recs, lack) if l.any()]

@@ -26,7 +26,8 @@ from .submission import (check_submission, find_sample, make_submission, practic
                                         read_sample)
 from .tables import check_texts, load_rows, parse_mix, table_name, table_path
 from .teachers import adopted, adopted_table
-from .trained import check_run, load_adapter, model_stages, predict_runs, recipe_key, same_tables, trusted_prompt
+from .trained import (check_run, load_adapter, model_stages, predict_runs, recipe_key, same_tables,
+                                     trusted_prompt)
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
@@ -89,13 +90,14 @@ def _names(params): # a name for each of several sets of arguments: its number, 
 # %% ../nbs/10_vote.ipynb #f908f1af
 def voters(
     data:str='sample_arena',  # Name of the table that the runs were trained on
-    runs:str='',              # Run ids or their beginnings, adopted names, paths of probability files; separated by spaces
+    runs:str='',              # Run ids or their beginnings, adopted names, probability files; separated by spaces
 ): # DataFrame with a line a run: `voter`, `run`, `fold`, its scores, and its weight from the workbook
     "The runs that vote, by voter; without `runs`, by the column `keep`"
     check_texts(voters, locals())
     asked, marks = (runs or '').split(), people()
     files, names = [n for n in asked if _is_table(n)], [n for n in asked if not _is_table(n)]
-    if lost := [n for n in files if _is_file(n) and not (project_root()/n).is_file()]: raise Refusal('no such file', lost[0])
+    lost = [n for n in files if _is_file(n) and not (project_root()/n).is_file()]
+    if lost: raise Refusal('no such file', lost[0])
     groups = group_by_recipe(candidates(data, names)) if names or not files else []
     table = [_ballot_line(voter, rec, marks) for voter, group in zip(_names([g[0]['params'] for g in groups]), groups)
              for rec in group]

@@ -1,11 +1,11 @@
-"Teachers, distillation and pseudo-labels: planted faults are refused or counted; a killed run continues to the same result."
+"Teachers, distillation and pseudo-labels: planted faults are refused or counted; a killed run ends the same."
 import re
 import numpy as np
 import pandas as pd
 import pytest
-from competition_kit.adopt import AdoptArgs, adopt_files
+from competition_kit.adopt import adopt_files
 from competition_kit.ck import main
-from competition_kit.core import Refusal, data_path, models_path
+from competition_kit.core import Refusal, data_path
 from competition_kit.distill import DistillArgs, distill_fold
 from competition_kit.probs import read_probs
 from competition_kit.pseudo import PseudoArgs, pseudo
@@ -14,7 +14,7 @@ from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, publish, write_rows
 from competition_kit.teachers import adopted_table, ask_teacher, members
 from competition_kit.train import train_fold
-from competition_kit.vote import oof_probs, score_vote, voters
+from competition_kit.vote import score_vote, voters
 
 small = dict(mix='sample_arena:60', lora_r=4, max_len=192, epochs=.5)
 options = list(tasks['preference'].options)
@@ -121,7 +121,7 @@ def test_a_student_of_itself_votes_beside_its_teacher(tiny, capsys):
 
 def test_a_killed_distillation_continues_to_the_same_weights(tiny, monkeypatch):
     from competition_kit import fit
-    adopt = skilled(load_rows(small['mix']))
+    skilled(load_rows(small['mix']))
     rows = load_rows('sample_arena')
     adopt_files([foreign(data_path('t.csv'), rows)], 'sample_arena', 't', seen='no')
     args = dict(small, base=tiny, teachers='t', save_every=4)
