@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Form', 'named_form', 'loss_terms', 'distill_loss', 'DistillArgs', 'trained_runs', 'own_run', 'teacher_lines',
-           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold', 'plot_terms', 'plot_teachers',
-           'student_and_teachers']
+           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold', 'plot_terms', 'plot_teachers']
 
 # %% ../nbs/07_distill.ipynb #06e26b59
 import functools
@@ -225,25 +224,19 @@ def plot_teachers(
     import matplotlib.pyplot as plt
     rows, teachers = rows_at(args.rows, args.fold_at[0]), args.taught
     label, k = rows.label.to_numpy(), len(teachers)
-    fig, ax = plt.subplots(1, k+1, figsize=(3.3*(k+1), 3), layout='constrained')
-    for a, t in zip(ax, teachers):
+    n = k + (k > 1)
+    fig, ax = plt.subplots(1, n, figsize=(3.3*n, 3), layout='constrained', squeeze=False)
+    for a, t in zip(ax[0], teachers):
         here = t.has & (label >= 0)
         if here.any(): plot_reliability(t.p[here], label[here], a)
         a.set_title(f'{t.name}, {(t.seen == 1).sum()} rows seen', fontsize=9)
-    best = np.array([np.nan_to_num(t.p).argmax(1) for t in teachers])
-    ax[-1].imshow((best[:, None] == best).mean(-1), vmin=0, vmax=1, cmap='Blues')
-    for i, j in np.ndindex(k, k): ax[-1].text(j, i, f'{(best[i] == best[j]).mean():.2f}', ha='center', va='center')
-    ax[-1].set(title='agreement', xticks=range(k), yticks=range(k))
+    if k > 1: _plot_agreement(teachers, ax[0, -1])
     plt.close(fig)
     return fig
 
-def student_and_teachers(
-    run,  # A finished run
-    args, # Its `DistillArgs`
-) -> pd.DataFrame: # A line for the student, each teacher and each baseline, best first
-    "Scores on the student's held-out rows, which the teachers' runs of the same fold have held out too"
-    table = run_table(run)
-    for name in args.names:
-        same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
-        if same: table.loc[name] = {k: same[0]['metrics'].get(k) for k in table}
-    return table.rename(index={'this run': 'the student'}).sort_values('log_loss')
+def _plot_agreement(teachers, ax): # how often any two choose the same option
+    k = len(teachers)
+    best = np.array([np.nan_to_num(t.p).argmax(1) for t in teachers])
+    ax.imshow((best[:, None] == best).mean(-1), vmin=0, vmax=1, cmap='Blues')
+    for i, j in np.ndindex(k, k): ax.text(j, i, f'{(best[i] == best[j]).mean():.2f}', ha='center', va='center')
+    ax.set(title='agreement', xticks=range(k), yticks=range(k))
