@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Form', 'named_form', 'loss_terms', 'distill_loss', 'DistillArgs', 'trained_runs', 'own_run', 'teacher_lines',
-           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold', 'plot_terms', 'plot_teachers']
+           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold', 'plot_terms', 'plot_teachers',
+           'student_and_teachers']
 
 # %% ../nbs/07_distill.ipynb #06e26b59
 import functools
@@ -240,3 +241,14 @@ def _plot_agreement(teachers, ax): # how often any two choose the same option
     ax.imshow((best[:, None] == best).mean(-1), vmin=0, vmax=1, cmap='Blues')
     for i, j in np.ndindex(k, k): ax.text(j, i, f'{(best[i] == best[j]).mean():.2f}', ha='center', va='center')
     ax.set(title='agreement', xticks=range(k), yticks=range(k))
+
+def student_and_teachers(
+    run,  # A finished run
+    args, # Its `DistillArgs`
+) -> pd.DataFrame: # A line for the student, each teacher and each baseline, best first
+    "Scores on the student's held-out rows, which the teachers' runs of the same fold have held out too"
+    table = run_table(run)
+    for name in args.names:
+        same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
+        if same: table.loc[name] = {k: same[0]['metrics'].get(k) for k in table}
+    return table.rename(index={'this run': 'the student'}).sort_values('log_loss')

@@ -125,7 +125,7 @@ def dequantise_triton(
     C=1024,   # Outputs of a block
     warps=4,  # Of a block
 ): # [in_features, out_features]
-    "`dequantise` on a GPU, for each block size; `bench/dequant.py` compares them"
+    "Dequantise on a GPU, for each block size; `bench/dequant.py` compares them"
     rows, out = qweight.shape
     w = qweight.new_empty((rows*32//bits, out), dtype=dtype)
     with torch.cuda.device_of(w):
