@@ -133,6 +133,8 @@ def adopt(
     score = _scores(p[known], rows[known], task) if known.any() else {}
     run.finish(dict(score, missing=len(table)-len(rows)), ['probs.parquet'], task=task, rows=len(rows))
 
+
+# %% ../nbs/lib/02i_adopt.ipynb #cea0d651
 def fold_of(
     path, # Such as `fold3/3_preds.parquet`
 ) -> int: # -1 where neither the file nor its folder has a number
@@ -154,6 +156,8 @@ def adopt_files(
                       fix='If each held out a fold: --seen fold, and fold numbers in their names; else a name each')
     return [run_stage(adopt, AdoptArgs(name, str(f), rows, k, **more)) for f, k in zip(files, folds)]
 
+
+# %% ../nbs/lib/02i_adopt.ipynb #c4c56116
 def adopted_text(
     runs, # From `adopt_files`
 ) -> str: # Lines to print

@@ -169,6 +169,8 @@ def cached_teachers(
         write_teachers(file, teachers, rows)
     return read_teachers(file, rows)
 
+
+# %% ../nbs/07_distill.ipynb #fbcd9397
 def check_teachers(
     args, # `DistillArgs`
 ) -> dict: # Facts for the record
@@ -192,6 +194,8 @@ def best_unseen(
     found = [r['metrics'].get('log_loss') for r in trained_runs() if r['params'].get('mix') == args.mix]
     return min((f for f in found if f is not None), default=None)
 
+
+# %% ../nbs/07_distill.ipynb #b71ddd8b
 def distill(
     run,              # From `run_stage`
     args:DistillArgs,
@@ -218,6 +222,8 @@ def plot_terms(
     loss.ewm(span=10).mean().plot(ax=ax, xlabel='step', ylabel='loss', title=f"form {run.record['params']['form']}")
     return ax
 
+
+# %% ../nbs/07_distill.ipynb #5655ada3
 def plot_teachers(
     args, # `DistillArgs`
 ): # A matplotlib figure
@@ -242,6 +248,8 @@ def _plot_agreement(teachers, ax): # how often any two choose the same option
     for i, j in np.ndindex(k, k): ax.text(j, i, f'{(best[i] == best[j]).mean():.2f}', ha='center', va='center')
     ax.set(title='agreement', xticks=range(k), yticks=range(k))
 
+
+# %% ../nbs/07_distill.ipynb #11e4c9e7
 def student_and_teachers(
     run,  # A finished run
     args, # Its `DistillArgs`
