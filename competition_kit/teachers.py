@@ -30,6 +30,8 @@ def members(
     latest = {r['fold']: r for r in done if recipe_key(r) == recipe_key(rec)}  # records come by time
     return [latest[k] for k in sorted(latest)]
 
+
+# %% ../nbs/lib/03i_teachers.ipynb #c14f798e
 def adopted(
     name:str, # Of a teacher
 ) -> list: # Records of the latest adopted files, one for each table and fold; empty where there are none
@@ -55,6 +57,8 @@ def adopted_table(
     out.attrs['meta'] = tables[0].attrs['meta']
     return out
 
+
+# %% ../nbs/lib/03i_teachers.ipynb #95a89d06
 def teacher_inputs(
     names:list, # Of teachers
 ) -> dict: # `teacher.<run id>` → hash
@@ -75,6 +79,8 @@ def validated_table(r) -> str: # Name of a table
     parts = parse_mix(run_mix(r))
     return next(p.name for p in parts if p.phase == parts[-1].phase)
 
+
+# %% ../nbs/lib/03i_teachers.ipynb #f86449e8
 def _check_texts(r, rows): # the same id must be the same row
     own = load_rows(run_mix(r), r['params'].get('seed', 0)).set_index('id')
     shared = rows[rows.id.isin(own.index)].set_index('id')
@@ -130,8 +136,7 @@ def _predicted(recs, tables, use, rows, task, folder, pack_tokens): # the same t
     if not runs: return tables
     some = rows[asked].reset_index(drop=True)
     some.attrs['meta'] = rows.attrs['meta']
-    views = {r['run_id']: r['params']['views'] for r in recs}
-    new = {r: predict_runs([r], some, folder, views[r], pack_tokens)[r] for r in runs}
-    new = {r: join_probs(r, t, rows, task) for r, t in new.items()}
+    views = recs[0]['params']['views']  # runs of one teacher differ in nothing but their folds
+    new = {r: join_probs(r, t, rows, task) for r, t in predict_runs(runs, some, folder, views, pack_tokens).items()}
     def filled(t): return np.where(t.has[:, None], t.p, new[t.name].p) if t.name in new else t.p
     return [Teacher(t.name, filled(t), t.seen) for t in tables]
