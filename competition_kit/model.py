@@ -227,7 +227,7 @@ def load_classifier(
 
 # %% ../nbs/lib/03c_model.ipynb #ff202abe
 def add_lora(
-    classifier,                         # From `load_classifier`, without an adapter
+    classifier,                    # From `load_classifier`, without an adapter
     r:int=16,                      # Rank
     alpha:int=32,                  # Scale: the update is multiplied by alpha/r, or alpha/sqrt(r) with `rslora`
     dropout:float=0.,              # On the LoRA's input
@@ -266,7 +266,7 @@ def linear_names(
 
 # %% ../nbs/lib/03c_model.ipynb #de28f24d
 def continue_from(
-    classifier,                # From `add_lora`, with the same rank
+    classifier,           # From `add_lora`, with the same rank
     adapter,              # Folder of the earlier stage's adapter
     keep_head:bool=True,  # Take over its score head too
 ):
@@ -307,7 +307,7 @@ def pack_loss(
 # %% ../nbs/lib/03c_model.ipynb #e16e5ef0
 @torch.no_grad()
 def view_probs(
-    classifier,             # A `Classifier`
+    classifier,        # A `Classifier`
     enc,               # From `Prompt.encode`
     n,                 # Options of each row
     budget:int=4096,   # Tokens in a pack
@@ -327,7 +327,7 @@ def view_probs(
 
 # %% ../nbs/lib/03c_model.ipynb #b5b5cb1f
 def predict(
-    classifier,             # A `Classifier`
+    classifier,        # A `Classifier`
     prompt,            # Its `Prompt`
     rows,              # Rows of the task
     views:int=2,       # 1: as they are; 2: also swapped
@@ -345,9 +345,9 @@ def predict(
 # %% ../nbs/lib/03c_model.ipynb #68d5a598
 @torch.no_grad()
 def letter_mass(
-    classifier,   # A `Classifier` of the answer route
-    prompt,  # Its `Prompt`
-    rows,    # A few rows of the task; the whole vocabulary is computed for each
+    classifier, # A `Classifier` of the answer route
+    prompt,     # Its `Prompt`
+    rows,       # A few rows of the task; the whole vocabulary is computed for each
 ) -> dict: # `letters`: mean probability of all letters together; `others`: of their other spelling
     "The share of the vocabulary's probability that the model gives to the answer's letters"
     own = classifier.letters
@@ -362,9 +362,9 @@ def letter_mass(
 
 # %% ../nbs/lib/03c_model.ipynb #9ad9407f
 def choose_letters(
-    classifier,   # A `Classifier` of the answer route that has not been trained, changed in place
-    prompt,  # Its `Prompt`
-    rows,    # As for `letter_mass`
+    classifier, # A `Classifier` of the answer route that has not been trained, changed in place
+    prompt,     # Its `Prompt`
+    rows,       # As for `letter_mass`
 ) -> dict: # As of `letter_mass`
     "Take the other spelling of the letters if the base gives it over twice the probability, and 1 % or more"
     mass = letter_mass(classifier, prompt, rows)
