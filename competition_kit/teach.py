@@ -7,11 +7,12 @@ __all__ = ['Teacher', 'join_probs', 'write_teachers', 'read_teachers', 'permutat
            'label_support', 'Targets', 'student_targets']
 
 # %% ../nbs/lib/02h_teach.ipynb #9d482625
+import hashlib, json
 from dataclasses import dataclass
 from itertools import combinations
 import numpy as np
 import pandas as pd
-from .core import Refusal, read_table, write_table
+from .core import Refusal, atomic, to_json
 from .probs import log_loss, scores
 from .rows import n_options, tasks
 
@@ -27,13 +28,21 @@ class Teacher:
     def has(self): return np.isfinite(self.p[:, 0])  # [rows]: is there a probability?
 
 # %% ../nbs/lib/02h_teach.ipynb #7068540e
-def _find(have, wanted, where): # the position of each wanted id, -1 where there is none
+def _once(ids, where): # as an Arrow array
     import pyarrow as pa, pyarrow.compute as pc
-    for ids in (have, wanted):
-        if not ids.is_unique: raise Refusal('an id occurs twice', where, ids[ids.duplicated()])
-    wanted, have = pa.array(wanted, pa.string()), pa.array(have, pa.string())
+    ids = pa.array(ids, pa.large_string())
+    if len(ids.unique()) < len(ids):
+        n = ids.value_counts()
+        raise Refusal('an id occurs twice', where, n.filter(pc.greater(n.field('counts'), 1)).field('values'))
+    return ids
+
+def _find(have, wanted, where): # the position of each wanted id, -1 where there is none; `have` has none twice
+    import pyarrow as pa, pyarrow.compute as pc
+    wanted = pa.array(wanted, pa.large_string())
     at = pc.index_in(wanted, value_set=have)  # three times as fast as pandas' index
-    return pc.fill_null(at, -1).to_numpy(zero_copy_only=False)
+    at = pc.fill_null(at, -1).to_numpy(zero_copy_only=False)
+    if (np.bincount(at[at >= 0]) > 1).any() or (at < 0).any(): _once(wanted, where)
+    return at
 
 # %% ../nbs/lib/02h_teach.ipynb #5264fcd4
 def join_probs(
@@ -44,7 +53,7 @@ def join_probs(
 ) -> Teacher:
     "A teacher's probabilities in the order of `rows`, joined by id"
     width, wanted = len(tasks[task].options), n_options(rows, task)
-    at = _find(probs.id, rows.id, name)
+    at = _find(_once(probs.id, name), rows.id, name)
     found = np.flatnonzero(at >= 0)
     n = np.fromiter(map(len, probs.p), int, len(probs))
     other = found[n[at[found]] != wanted[found]]
@@ -58,29 +67,51 @@ def join_probs(
     return Teacher(name, p, seen)
 
 # %% ../nbs/lib/02h_teach.ipynb #31ea6fd3
+def _teachers_hash(t, names): # of a flat table's values
+    import pyarrow as pa
+    h = hashlib.blake2b(to_json([names, t.column_names, len(t)]).encode(), digest_size=16)
+    ids = pa.concat_arrays(t['id'].cast(pa.large_string()).chunks or [pa.array([], pa.large_string())])
+    ends = np.frombuffer(ids.buffers()[1], np.int64)[ids.offset:ids.offset+len(ids)+1]
+    h.update(ends-ends[0])
+    h.update(memoryview(ids.buffers()[2] or b'')[ends[0]:ends[-1]])
+    for name in t.column_names[1:]: h.update(np.ascontiguousarray(t[name].to_numpy()))
+    return h.hexdigest()
+
 def write_teachers(
     path,      # Parquet file
     teachers,  # `Teacher`s of the same rows
     rows,      # Those rows
-    **meta,    # Such as the hashes of what the teachers were made from
 ):
-    "Keep the probabilities of several teachers in one flat table"
+    "Keep the probabilities of several teachers in one flat table, with a hash of its values"
+    import pyarrow as pa, pyarrow.parquet as pq
     columns = {f'p{k}_{i}': t.p[:, i] for k, t in enumerate(teachers) for i in range(t.p.shape[1])}
     columns |= {f'seen{k}': t.seen for k, t in enumerate(teachers)}
-    write_table(pd.DataFrame(dict(id=list(rows.id), **columns)), path, teachers=[t.name for t in teachers], **meta)
+    t, names = pa.table(dict(id=_once(rows.id, path), **columns)), [t.name for t in teachers]
+    t = t.replace_schema_metadata(dict(teachers=to_json(names), hash=_teachers_hash(t, names)))
+    with atomic(path) as tmp: pq.write_table(t, tmp, write_page_checksum=True, compression='zstd')
+
+# %% ../nbs/lib/02h_teach.ipynb #a4b06432
+def _read_flat(path): # (the flat table, names of its teachers)
+    import pyarrow as pa, pyarrow.parquet as pq
+    try:
+        t = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+        names = json.loads(t.schema.metadata[b'teachers'])
+        if _teachers_hash(t, names) != t.schema.metadata[b'hash'].decode(): raise ValueError('its content was changed')
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as e:
+        raise Refusal(f'not a whole table of teachers ({e})', path, fix='Delete it: the teachers are asked again') from e
+    return t, names
 
 def read_teachers(
     path,  # From `write_teachers`
     rows,  # Rows wanted, in any order; refused where the file lacks one
 ) -> list: # `Teacher`s
     "The teachers of a flat table, in the order of `rows`"
-    df = read_table(path)
-    at = _find(df.id, rows.id, path)
+    t, names = _read_flat(path)
+    at = _find(t['id'].combine_chunks(), rows.id, path)
     if (at < 0).any(): raise Refusal('rows without teacher probabilities', path, rows.id[at < 0].tolist())
-    width = sum(c.startswith('p0_') for c in df)
-    def array(k): return np.stack([df[f'p{k}_{i}'].to_numpy()[at] for i in range(width)], 1)
-    names = df.attrs['meta']['teachers']
-    return [Teacher(name, array(k), df[f'seen{k}'].to_numpy()[at]) for k, name in enumerate(names)]
+    width = sum(c.startswith('p0_') for c in t.column_names)
+    def array(k): return np.stack([t[f'p{k}_{i}'].to_numpy()[at] for i in range(width)], 1)
+    return [Teacher(name, array(k), t[f'seen{k}'].to_numpy()[at]) for k, name in enumerate(names)]
 
 # %% ../nbs/lib/02h_teach.ipynb #a69ca9f5
 def permutations(
