@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['samples', 'ROW_COLUMNS', 'Part', 'check_texts', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split',
-           'write_rows', 'publish', 'table_path', 'load_rows', 'parse_mix', 'load_mix', 'table_hashes', 'carry_folds']
+           'write_rows', 'publish', 'table_path', 'load_rows', 'parse_mix', 'main_part', 'load_mix', 'table_hashes',
+           'carry_folds']
 
 # %% ../nbs/lib/01f_tables.ipynb #6a9985c7
 import inspect, json, os, pickle, re, shutil, tempfile
@@ -278,6 +279,12 @@ def parse_mix(
     return parts
 
 # %% ../nbs/lib/01f_tables.ipynb #951c440e
+def main_part(
+    parts, # From `parse_mix`
+): # A `Part`
+    "The table of a mix that is validated on: the first one of the last phase"
+    return next(p for p in parts if p.phase == parts[-1].phase)
+
 def _draw(rows, part, seed):
     if part.n and part.n > len(rows):
         raise Refusal(f'the mix asks for {part.n} rows of {part.name}, which has {len(rows)}')
@@ -289,7 +296,7 @@ def _draw(rows, part, seed):
 # %% ../nbs/lib/01f_tables.ipynb #793b5ac2
 def _mix_parts(mix): # the tables of a mix, the validated one first
     parts = parse_mix(mix)
-    first = next(p for p in parts if p.phase == parts[-1].phase)
+    first = main_part(parts)
     known = _known()
     unknown = [p.name for p in parts if p.name not in known and p.name.removesuffix('_test') not in samples]
     if unknown:
