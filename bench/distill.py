@@ -16,7 +16,7 @@ FIT = dict(mix='open', max_len=640, batch=32, pack_tokens=32768, warmup=.1, sche
            epochs=2., lr=1e-3, recompute=0, compiled='no', dtype='bf16')
 TWO_TABLES = 'open + alpaca'
 
-# name → seeds, arguments; `needs`: lines whose runs must be finished first; `against`: the line that it is compared with
+# name → seeds, arguments; `needs`: lines whose runs must be finished first; `against`: the line to compare with
 LINES = {
     'labels': dict(seeds=3),
     'labels, alpaca rows with real labels': dict(seeds=3, args=dict(mix=TWO_TABLES)),

@@ -1,7 +1,7 @@
 """How long does a kept table of teacher probabilities take to join, and how much memory?
 
 usage: python bench/teachers.py [--rows 1150000] [--teachers 3]
-The rows stand in another order than the table. Memory is the process's peak, with the imports and the rows themselves."""
+The rows stand in another order than the table. Memory is the process's peak, with the imports and the rows."""
 import argparse, tempfile
 import numpy as np
 import pandas as pd

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from .adopt import best_log_loss
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json
 from .fit import line_probs
 from .probs import plot_reliability
@@ -174,7 +175,7 @@ def teacher_lines(
     p[at], use[at] = targets.p, targets.use
     return dict(teacher=line_probs(p, enc, rows, task), use=torch.from_numpy(use[enc.row]))
 
-# %% ../nbs/07_distill.ipynb #78526e8e
+# %% ../nbs/07_distill.ipynb #3fa7a9fc
 def online_lines(
     args, # `DistillArgs`
     enc,  # As for `teacher_lines`
@@ -238,14 +239,11 @@ def cleaned_rows(
     "The rows whose label gets less than `clean_below` from the teachers"
     rows = args.train_rows[['id', 'label']].assign(support=label_support(args.taught, args.train_rows).round(4))
     return rows[args.targets.cleaned].sort_values('support', ignore_index=True)
-
 def best_unseen(
     args, # `DistillArgs`
 ): # Log-loss, or None where no run on this table is finished
     "The best out-of-fold log-loss of the trained runs on this table"
-    found = [r['metrics'].get('log_loss') for r in trained_runs() if r['params'].get('mix') == args.mix]
-    return min((f for f in found if f is not None), default=None)
-
+    return best_log_loss(args.mix)
 
 # %% ../nbs/07_distill.ipynb #b71ddd8b
 def distill(

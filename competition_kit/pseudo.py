@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['margins', 'filter_rows', 'soft_rows', 'near_rows', 'compared_tables', 'PseudoArgs', 'vote_of', 'reasons', 'round_of',
-           'pseudo', 'plot_margins']
+           'pseudo', 'pseudo_metrics', 'plot_margins']
 
 # %% ../nbs/06_pseudo.ipynb #6eba154f
 from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
 import pandas as pd
+from .adopt import best_log_loss
 from .combine import combine
 from .core import Refusal, at_least, data_path, one_of, write_json
 from .groups import copied, group_text
@@ -18,7 +19,7 @@ from .probs import scores
 from .record import find_run
 from .rows import n_options, read_meta
 from .tables import check_texts, load_rows, parse_mix, table_hashes, table_path, write_rows
-from .teach import check_teacher, read_teachers, write_teachers
+from .teach import check_teacher, read_teachers, signs, write_teachers
 from .teachers import ask_teacher, members, run_mix, teacher_inputs, validated_table
 
 # %% ../nbs/06_pseudo.ipynb #47802634
@@ -184,20 +185,35 @@ def pseudo(
     "Label the table, filter it, write the rows that stay, and finish the run"
     rows, (teachers, p) = args.rows, vote_of(run, args)
     why = reasons(args, teachers, p)
-    kept = why == 'kept'
-    if not kept.any():
-        raise Refusal('no row is left', fix=f'Loosen the filters: {pd.Series(why).value_counts().to_dict()}')
-    test = args.data.endswith('_test')
-    out = soft_rows(rows[kept], p[kept], n_options(rows, rows.attrs['meta']['task'])[kept], args.own, args.weight,
-                    'test_pseudo' if test else 'pseudo').reset_index(drop=True)
+    kept, task, test = why == 'kept', rows.attrs['meta']['task'], args.data.endswith('_test')
+    if not kept.any(): raise _nothing_left(why)
+    found = [s for t in teachers for s in signs(t, rows, best_log_loss(args.data))]
+    print(*found, sep='\n', end='\n' if found else '')
+    source = 'test_pseudo' if test else 'pseudo'
+    out = soft_rows(rows[kept], p[kept], n_options(rows, task)[kept], args.own, args.weight, source)
+    out = out.reset_index(drop=True)
     out.attrs['meta'] = rows.attrs['meta']
     write_rows(out, run.folder/'rows.parquet', run=run.id)
     write_json(run.folder/'reasons.json', dict(zip(rows.id, why)))
+    run.finish(pseudo_metrics(rows, p, why), ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
+               task=task, round=round_of(args.names), labels_test_set=test, signs=found)
+
+def _nothing_left(why):
+    counts = pd.Series(why).value_counts().to_dict()
+    fix = f'Loosen the filters: {counts}'
+    if set(counts) == {'no teacher'}:
+        fix = 'All teachers were trained on all rows, or it is unknown: say so with ck adopt --seen, or take other runs'
+    return Refusal('no row is left', fix=fix)
+
+def pseudo_metrics(
+    rows, # Table of rows
+    p,    # [rows, options], the vote
+    why,  # [rows], from `reasons`
+) -> dict: # Scores of the vote where there are labels, and rows by what happened to them
+    "Metrics of a table of pseudo-labels"
     known = np.isfinite(p[:, 0]) & (rows.label >= 0).to_numpy()
     score = scores(p[known], rows.label[known].to_numpy()) if known.any() else {}
-    counts = {k: int(n) for k, n in pd.Series(why).value_counts().items()}
-    run.finish(dict(score, **counts), ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
-               task=rows.attrs['meta']['task'], round=round_of(args.names), labels_test_set=test)
+    return dict(score, **{k: int(n) for k, n in pd.Series(why).value_counts().items()})
 
 # %% ../nbs/06_pseudo.ipynb #60c40ec3
 def plot_margins(

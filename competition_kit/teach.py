@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from .core import Refusal, atomic, to_json
-from .probs import log_loss, scores
+from .probs import class_prior, log_loss, scores
 from .rows import n_options, tasks
 
 # %% ../nbs/lib/02h_teach.ipynb #9ee9771c
@@ -90,7 +90,7 @@ def write_teachers(
     t = t.replace_schema_metadata(dict(teachers=to_json(names), hash=_teachers_hash(t, names)))
     with atomic(path) as tmp: pq.write_table(t, tmp, write_page_checksum=True, compression='zstd')
 
-# %% ../nbs/lib/02h_teach.ipynb #a4b06432
+# %% ../nbs/lib/02h_teach.ipynb #79737263
 def _read_flat(path): # (the flat table, names of its teachers)
     import pyarrow as pa, pyarrow.parquet as pq
     try:
@@ -98,7 +98,7 @@ def _read_flat(path): # (the flat table, names of its teachers)
         names = json.loads(t.schema.metadata[b'teachers'])
         if _teachers_hash(t, names) != t.schema.metadata[b'hash'].decode(): raise ValueError('its content was changed')
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as e:
-        raise Refusal(f'not a whole table of teachers ({e})', path, fix='Delete it: the teachers are asked again') from e
+        raise Refusal(f'not a whole table of teachers ({e})', path, fix='Delete it: teachers are asked again') from e
     return t, names
 
 def read_teachers(
@@ -144,22 +144,26 @@ def check_teacher(
     task:str,  # Name of the task
 ):
     "Refuse a teacher that scores worse on the labels than one of its own permutations"
-    here = t.has & (rows.label >= 0).to_numpy()
-    if not here.any(): return
-    p, n, label = t.p[here], n_options(rows, task)[here], rows.label[here].to_numpy()
-    rivals = {k: q for k, q in permutations(p, n)}
+    known, fold = t.has & (rows.label >= 0).to_numpy(), rows.fold.to_numpy()
+    for k in (None, *np.unique(fold[known])):  # all rows, then each fold: its file may be the permuted one
+        here = known if k is None else known & (fold == k)
+        if here.any(): _check_part(t.p[here], n_options(rows, task)[here], rows.label[here].to_numpy(), t.name, k)
+
+def _check_part(p, n, label, name, fold):
+    rivals = dict(permutations(p, n))
     best = max(rivals, key=lambda k: _gain(p, rivals[k], label)[0])
     gain, errors = _gain(p, rivals[best], label)
-    if errors > 3:
-        raise Refusal(f'its log-loss on {here.sum()} labels is {log_loss(p, label):.3f}, '
-                      f'and {log_loss(rivals[best], label):.3f} with {best} ({errors:.0f} standard errors)', t.name,
-                      fix='Check the order of its columns and rows, and that it was trained on this task')
+    if errors <= (3 if fold is None else 4): return
+    where = '' if fold is None else f' of fold {fold}'
+    raise Refusal(f'its log-loss on {len(label)} labels{where} is {log_loss(p, label):.3f}, '
+                  f'and {log_loss(rivals[best], label):.3f} with {best} ({errors:.0f} standard errors)', name,
+                  fix='Check the order of its columns and rows, and that it was trained on this task')
 
 # %% ../nbs/lib/02h_teach.ipynb #f64eb94c
 def signs(
     t:Teacher,
     rows,           # The table it was joined to, with `fold`
-    reference=None, # Log-loss of the best model that is known not to have seen these rows
+    reference=None, # Log-loss of the best model that has not seen these rows; None: a quarter of the class prior's
 ) -> list: # Sentences; empty where nothing speaks against the teacher
     "What speaks against a teacher that claims unseen rows: it may have been trained on them, or belong to other rows"
     here = t.has & (t.seen == 0) & (rows.label >= 0).to_numpy()
@@ -175,6 +179,10 @@ def signs(
     gain, errors = _gain(t.p[here], np.random.default_rng(0).permutation(t.p[here]), label)
     if errors > -2:
         out.append(f'{t.name}: its log-loss is no better than with its rows shuffled: it knows nothing about them')
+    prior = log_loss(class_prior(label, np.full(len(label), t.p.shape[1]), t.p.shape[1]), label)
+    if reference is None and loss.mean() < prior/4:
+        out.append(f'{t.name}: log-loss {loss.mean():.3f} on rows that it claims not to have seen; the class prior '
+                   f'reaches {prior:.3f}. Train a model on these rows with 04_train to see what is possible')
     if reference is not None and loss.mean() < reference/2:
         out.append(f'{t.name}: log-loss {loss.mean():.3f} on rows that it claims not to have seen; '
                    f'the best model that has not seen them reaches {reference:.3f}')
