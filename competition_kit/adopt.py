@@ -51,7 +51,9 @@ def read_foreign(
     logits:bool=False, # The numbers are logits: take their softmax
 ): # (the rows that the file covers, [rows, options])
     "Read probabilities from a file that the kit did not write"
-    df = pd.read_parquet(path) if Path(path).suffix == '.parquet' else pd.read_csv(path, converters=dict(id=str))
+    try: df = pd.read_parquet(path) if Path(path).suffix == '.parquet' else pd.read_csv(path, converters=dict(id=str))
+    except (OSError, ValueError) as e:
+        raise Refusal(f'cannot be read ({e})', path, fix='Give a whole .parquet or .csv file') from e
     _check_ids(df, rows, path)
     here = rows[rows.id.isin(set(df.id.astype(str)))].reset_index(drop=True)
     df = df.set_index(df.id.astype(str)).loc[list(here.id)]
@@ -63,11 +65,12 @@ def read_foreign(
         z[i, :k] = v[:k]
     return here, _softmax(z) if logits else _probabilities(z, here.id, path)
 
-# %% ../nbs/lib/02i_adopt.ipynb #d899972e
+# %% ../nbs/lib/02i_adopt.ipynb #c505af0b
 def _check_ids(df, rows, path):
     if 'id' not in df:
         raise Refusal('no column id', path,
                       fix=f"Rename the column that holds the table's ids. The file has {', '.join(df)}")
+    if not len(df): raise Refusal('no rows', path)
     ids = df.id.astype(str)
     if ids.duplicated().any(): raise Refusal('an id occurs twice', path, ids[ids.duplicated()].tolist())
     if len(none := ids[~ids.isin(set(rows.id))]):

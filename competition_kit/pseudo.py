@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from .adopt import best_log_loss
 from .combine import combine
-from .core import Refusal, at_least, data_path, one_of, write_json
+from .core import Refusal, at_least, data_path, one_of, share, write_json
 from .groups import copied, group_text
 from .probs import scores
 from .record import find_run
@@ -94,7 +94,8 @@ def compared_tables(
     "The tables that the teachers are validated on, and their test rows, without the table that is labelled"
     mains = sorted({validated_table(r) for name in teachers for r in members(name)})
     names = [n for m in mains for n in (m, f'{m}_test')]
-    return [n for n in names if n != data and data_path(f'{n}.parquet').exists()]
+    there = [n for n in dict.fromkeys(names) if n != data and data_path(f'{n}.parquet').exists()]
+    return [n for n in there if n.endswith('_test') or (load_rows(n).fold >= 0).any()]
 
 # %% ../nbs/06_pseudo.ipynb #93b676ef
 @dataclass(frozen=True)
@@ -119,12 +120,16 @@ class PseudoArgs:
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority'), near=('drop', 'refuse', 'keep'))
         at_least(self, 0, 'margin', 'agree', 'per_prompt', 'quota', 'own')
+        share(self, 'margin')
+        for name in ('agree', 'own'):
+            if getattr(self, name) > 1: raise Refusal(f'{name}={getattr(self, name)!r}', fix='Take a share from 0 to 1')
         object.__setattr__(self, 'name', self.name or f'{self.data}_pseudo')
         if not self.names:
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
-        if self.weights and len(self.weights.split()) != len(self.names):
-            raise Refusal(f'{len(self.weights.split())} weights for {len(self.names)} teachers')
+        try: n = len([float(w) for w in self.weights.split()])
+        except ValueError: raise Refusal(f'weights={self.weights!r}', fix='Give numbers, such as 3.2 1') from None
+        if n not in (0, len(self.names)): raise Refusal(f'{n} weights for {len(self.names)} teachers')
 
     @property
     def names(self): return self.teachers.split()
@@ -186,7 +191,7 @@ def pseudo(
     rows, (teachers, p) = args.rows, vote_of(run, args)
     why = reasons(args, teachers, p)
     kept, task, test = why == 'kept', rows.attrs['meta']['task'], args.data.endswith('_test')
-    if not kept.any(): raise _nothing_left(why)
+    if not kept.any(): raise _nothing_left(why, teachers)
     found = [s for t in teachers for s in signs(t, rows, best_log_loss(args.data))]
     print(*found, sep='\n', end='\n' if found else '')
     source = 'test_pseudo' if test else 'pseudo'
@@ -198,12 +203,10 @@ def pseudo(
     run.finish(pseudo_metrics(rows, p, why), ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
                task=task, round=round_of(args.names), labels_test_set=test, signs=found)
 
-def _nothing_left(why):
-    counts = pd.Series(why).value_counts().to_dict()
-    fix = f'Loosen the filters: {counts}'
-    if set(counts) == {'no teacher'}:
-        fix = 'All teachers were trained on all rows, or it is unknown: say so with ck adopt --seen, or take other runs'
-    return Refusal('no row is left', fix=fix)
+def _nothing_left(why, teachers):
+    known = ', '.join(f'{t.name}: {t.has.sum()}' for t in teachers)
+    fix = f'Loosen the filters. Rows with probabilities of a model that has not seen them: {known}'
+    return Refusal(f'no row is left: {pd.Series(why).value_counts().to_dict()}', fix=fix)
 
 def pseudo_metrics(
     rows, # Table of rows
