@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Form', 'named_form', 'loss_terms', 'distill_loss', 'DistillArgs', 'trained_runs', 'own_run', 'teacher_lines',
            'online_lines', 'online_loss', 'cached_teachers', 'check_teachers', 'cleaned_rows', 'best_unseen', 'distill',
-           'distill_fold', 'plot_terms', 'plot_teachers', 'student_and_teachers']
+           'distill_fold', 'plot_terms', 'plot_teachers', 'student_and_teachers', 'plot_student']
 
 # %% ../nbs/07_distill.ipynb #06e26b59
 import functools
@@ -25,7 +25,7 @@ from .tables import table_hashes
 from .teach import (check_teacher, label_support, read_teachers, signs, student_targets,
                                    teacher_table, write_teachers)
 from .teachers import OnlineTeacher, ask_teacher, members, teacher_inputs
-from .train import TrainArgs, rows_at, run_table, train
+from .train import TrainArgs, held_out, rows_at, run_table, train
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def teacher_lines(
     p[at], use[at] = targets.p, targets.use
     return dict(teacher=line_probs(p, enc, rows, task), use=torch.from_numpy(use[enc.row]))
 
-# %% ../nbs/07_distill.ipynb #3fa7a9fc
+# %% ../nbs/07_distill.ipynb #a3cadb8f
 def online_lines(
     args, # `DistillArgs`
     enc,  # As for `teacher_lines`
@@ -313,3 +313,21 @@ def student_and_teachers(
         same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
         if same: table.loc[name] = {k: same[0]['metrics'].get(k) for k in table}
     return table.rename(index={'this run': 'the student'}).sort_values('log_loss')
+
+# %% ../nbs/07_distill.ipynb #e2f70e36
+def plot_student(
+    run,  # A finished run
+    args, # Its `DistillArgs`
+): # A matplotlib figure
+    "The label's probability on held-out rows: the student's against that of each teacher that has not seen them"
+    import matplotlib.pyplot as plt
+    rows, p = held_out(run)
+    own = p[np.arange(len(rows)), rows.label]
+    known = [OnlineTeacher(name, rows, args.prompt.task).known for name in args.names]
+    fig, ax = plt.subplots(1, len(known), figsize=(3.3*len(known), 3), layout='constrained', squeeze=False)
+    for a, t in zip(ax[0], known):
+        a.plot([0, 1], [0, 1], color='0.6', lw=1)
+        a.scatter(label_support([t], rows), own, s=8)
+        a.set(xlim=(0, 1), ylim=(0, 1), xlabel=t.name, ylabel='student', title="probability of the label")
+    plt.close(fig)
+    return fig

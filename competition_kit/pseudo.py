@@ -222,12 +222,14 @@ def pseudo_metrics(
 def plot_margins(
     p,   # [rows, options], the vote
     why, # [rows], from `reasons`
+    margin=None, # The filter's limit
 ): # A matplotlib figure
     "Margins of the vote, by what happened to the row"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
     size, names = margins(np.nan_to_num(p)), sorted(set(why), key=lambda k: (k != 'kept', k))
     ax.hist([size[why == k] for k in names], bins=40, stacked=True, label=[f'{k}: {(why == k).sum()}' for k in names])
+    if margin is not None: ax.axvline(margin, color='0.3', ls=':', label=f'limit {margin}')
     ax.set(xlabel='margin of the vote', ylabel='rows')
     ax.legend()
     plt.close(fig)
