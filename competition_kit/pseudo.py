@@ -162,16 +162,16 @@ def reasons(
     p,         # [rows, options], their vote
 ) -> np.ndarray: # [rows], text: `kept`, or why not
     "What happens to each row"
-    rows, why = args.rows, np.full(len(p), 'no teacher', object)
-    has = np.isfinite(p[:, 0])
-    voters = [t.p[has] for t in teachers]
-    why[has] = filter_rows(rows[has], p[has], voters, args.margin, args.agree, args.per_prompt, args.quota, args.by)
-    if args.near == 'keep': return why
-    for name, near in near_rows(rows, {n: load_rows(n) for n in args.others}).items():
+    rows, why = args.rows, np.where(np.isfinite(p[:, 0]), 'kept', 'no teacher').astype(object)
+    others = {} if args.near == 'keep' else {n: load_rows(n) for n in args.others}
+    for name, near in near_rows(rows, others).items():
         if args.near == 'refuse' and near.any():
             raise Refusal(f'{near.sum()} rows of {args.data} are equal or nearly equal to rows of {name}',
                           ids=rows.id[near].tolist(), fix='Take near=drop, or near=keep')
         why[(why == 'kept') & near] = f'near {name}'
+    left = why == 'kept'
+    voters, limits = [t.p[left] for t in teachers], (args.margin, args.agree, args.per_prompt, args.quota, args.by)
+    why[left] = filter_rows(rows[left], p[left], voters, *limits)
     return why
 
 # %% ../nbs/06_pseudo.ipynb #b7178126

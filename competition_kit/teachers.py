@@ -127,7 +127,9 @@ def _allowed(name, rows, task, fold, in_sample): # (records, what they have pred
     if in_sample: recs = [r for r in recs if r['fold'] in (fold, None, -1)]
     if not recs: raise Refusal(f'{name} has no run that held out fold {fold}', fix='Train it, or take in_sample=False')
     tables = [member(r, rows, task) for r in recs]
-    return recs, tables, np.stack([t.seen >= -1 if in_sample else t.seen == 0 for t in tables])
+    seen = np.stack([t.seen for t in tables])
+    relearned = (rows.label < 0).to_numpy() & ~(seen == 0).any(0)  # unlabelled rows that every member was trained on
+    return recs, tables, (seen == 0) | (seen == 1) & relearned | in_sample
 
 def _mean(name, tables, use): # the mean of the members that may predict a row
     use = use & np.stack([t.has for t in tables])
@@ -155,7 +157,7 @@ def _some(rows, at): # a table of its own
     some.attrs['meta'] = rows.attrs['meta']
     return some
 
-# %% ../nbs/lib/03i_teachers.ipynb #c95b6ef8
+# %% ../nbs/lib/03i_teachers.ipynb #456a5afb
 class OnlineTeacher:
     "One teacher whose models stay loaded and predict rows when they are asked; the choice of models is `ask_teacher`'s"
     def __init__(self, name, rows, task, fold=None, in_sample=False, pack_tokens=4096): # as of `ask_teacher`
