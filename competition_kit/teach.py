@@ -90,7 +90,7 @@ def write_teachers(
     t = t.replace_schema_metadata(dict(teachers=to_json(names), hash=_teachers_hash(t, names)))
     with atomic(path) as tmp: pq.write_table(t, tmp, write_page_checksum=True, compression='zstd')
 
-# %% ../nbs/lib/02h_teach.ipynb #a36defd8
+# %% ../nbs/lib/02h_teach.ipynb #ebd54078
 def _read_flat(path): # (the flat table, names of its teachers)
     import pyarrow as pa, pyarrow.parquet as pq
     try:
@@ -131,7 +131,7 @@ def permutations(
             moved[at] = p[np.roll(at, step)]
         yield f'rows shifted by {step}', moved
 
-# %% ../nbs/lib/02h_teach.ipynb #a9d86abf
+# %% ../nbs/lib/02h_teach.ipynb #59023575
 def best_shift(
     p,     # [rows, options], no NaN
     label, # [rows]

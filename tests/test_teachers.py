@@ -254,6 +254,18 @@ def test_labels_of_the_test_set_are_called_that(rows, tmp_path):
     assert pd.read_parquet(run.folder/'rows.parquet').source.eq('test_pseudo').all()
 
 
+def test_a_second_round_relabels_with_the_newer_student(rows, tmp_path, tiny):
+    test = load_rows('sample_arena_test')
+    adopt_files([foreign(tmp_path/'t.csv', test)], 'sample_arena_test', 'x', seen='no')
+    args = dict(data='sample_arena_test', margin=0., near='keep')
+    first = run_stage(pseudo, PseudoArgs(teachers='x', **args))
+    publish(first.folder, 'sample_arena_test_pseudo')
+    student = train_fold(base=tiny, **dict(small, mix='sample_arena_test_pseudo > sample_arena:20'))
+    second = run_stage(pseudo, PseudoArgs(teachers=student.id, name='second', **args))
+    assert (first.record['round'], second.record['round']) == (1, 2)
+    assert second.record['rows'] == len(test)
+
+
 def test_denoised_labels_keep_folds_and_labels(rows, tmp_path):
     adopt_files([foreign(tmp_path/'r.csv', rows)], 'sample_arena', 'x', seen='no')
     run = run_stage(pseudo, PseudoArgs(teachers='x', own=.6, margin=0.))
