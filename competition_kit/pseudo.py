@@ -43,7 +43,7 @@ def filter_rows(
     rows,             # Table of rows, with `group`
     p,                # [rows, options], the vote
     voters,           # [voters, rows, options]
-    margin:float=.02, # Rows at or below it are dropped
+    margin:float=.02, # Rows at or below it are dropped; 0: none
     agree:float=0.,   # Share of the voters that must choose the vote's option
     per_prompt:int=0, # Rows that one group of prompts may keep; 0: any number
     quota:int=0,      # Rows that one value of `by` may keep; 0: any number
@@ -55,7 +55,7 @@ def filter_rows(
     size, out = margins(p), np.full(len(rows), 'kept', object)
     share = np.mean([np.argmax(v, 1) == np.argmax(p, 1) for v in voters], 0)
     keys = np.argmax(p, 1) if by == 'label' else rows[by].to_numpy()
-    out[size <= margin] = 'margin'
+    if margin: out[size <= margin] = 'margin'
     out[(out == 'kept') & (share < agree)] = 'agreement'
     if per_prompt: out[_first(rows.group, size, out == 'kept', per_prompt)] = 'prompt'
     if quota: out[_first(keys, size, out == 'kept', quota)] = 'quota'
@@ -107,7 +107,7 @@ class PseudoArgs:
     weights:str=''           # One number a teacher, such as 3.2 1; '': all the same
     rule:str='mean'          # mean, logits or majority
     own:float=0.             # Weight of a row's own label in its target, 0 to 1
-    margin:float=.02         # Rows are dropped whose two largest probabilities are this close
+    margin:float=.02         # Rows are dropped whose two largest probabilities are this close; 0: none
     agree:float=0.           # Share of the teachers that must choose the vote's option
     per_prompt:int=0         # Rows that one group of prompts may keep; 0: any number
     quota:int=0              # Rows that one value of `by` may keep; 0: any number
@@ -200,7 +200,8 @@ def pseudo(
     out.attrs['meta'] = rows.attrs['meta']
     write_rows(out, run.folder/'rows.parquet', run=run.id)
     write_json(run.folder/'reasons.json', dict(zip(rows.id, why)))
-    run.finish(pseudo_metrics(rows, p, why), ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
+    metrics = pseudo_metrics(rows, p, why) | ({'rows of the test set': int(kept.sum())} if test else {})
+    run.finish(metrics, ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
                task=task, round=round_of(args.names), labels_test_set=test, signs=found)
 
 def _nothing_left(why, teachers):
