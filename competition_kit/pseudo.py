@@ -156,6 +156,7 @@ def vote_of(
     p[has] = combine([t.p[has] for t in teachers], [float(w) for w in args.weights.split()] or None, args.rule)
     return teachers, p
 
+# %% ../nbs/06_pseudo.ipynb #d4d343f4
 def reasons(
     args:PseudoArgs,
     teachers,  # `Teacher`s of the rows
@@ -183,6 +184,7 @@ def round_of(
     made_by = [read_meta(table_path(t)).get('run', '') for t in tables]
     return 1 + max([find_run(r)['round'] for r in made_by if r.startswith('pseudo-')], default=0)
 
+# %% ../nbs/06_pseudo.ipynb #6e603bb5
 def pseudo(
     run,             # From `run_stage`
     args:PseudoArgs,

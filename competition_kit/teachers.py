@@ -122,6 +122,7 @@ def ask_teacher(
     tables = _predicted(recs, tables, use, rows, task, folder, pack_tokens)
     return _mean(name, tables, use)
 
+# %% ../nbs/lib/03i_teachers.ipynb #888e31db
 def _allowed(name, rows, task, fold, in_sample): # (records, what they have predicted, who may predict which rows)
     recs = members(name)
     if in_sample: recs = [r for r in recs if r['fold'] in (fold, None, -1)]
