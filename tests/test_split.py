@@ -586,10 +586,10 @@ def test_archives_refused(tmp_path):
             read_raw(tmp_path / 'a.csv.gz')
     with open(tmp_path / 'big.csv', 'wb') as h:
         h.truncate(4 * 2**30)  # takes no room on the disk
-    start = time.time()
+    start = time.process_time()
     with pytest.raises(Refusal, match='4.0 GiB'):
         read_raw(tmp_path / 'big.csv')
-    assert time.time() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_one_line_has_a_limit(tmp_path, monkeypatch):
@@ -731,11 +731,11 @@ def test_lists_in_a_csv_are_counted(tmp_path):
     rows, info = read_raw(put(tmp_path / 'b.csv', changed([dict(r, model_a='m') for r in wsdm(6)], 3, prompt='["x"]')))
     assert rows.prompt[3] == ['["x"]']
     assert info['lists_kept_as_text'] == 1
-    start = time.time()
+    start = time.process_time()
     assert R._as_list("['a', " * 50_000) is None
     assert R._as_list('["' + '\\' * 10**6) is None
     assert R._as_list("['" + "a" * 10**6) is None
-    assert time.time() - start < 5
+    assert time.process_time() - start < 5
 
 
 # -- ids and labels in two ways ------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from competition_kit.core import Refusal, data_path, models_path, write_json
 from competition_kit.fit import last_checkpoint
 from competition_kit.log import find_run, run_stage
 from competition_kit.prompt import Prompt
-from competition_kit.ranks import launch
 from competition_kit.folds import fold_rows
 from competition_kit.tables import load_rows, write_rows
 from competition_kit.train import TrainArgs, held_out, plot_run, train_fold
@@ -498,21 +497,6 @@ def test_ranks_find_the_tokens_there(tiny, monkeypatch):
     monkeypatch.setattr(T, 'launch', started)
     with pytest.raises(RuntimeError, match='1 tables'):
         train_fold(base=tiny, **small, gpus=2)
-
-
-def test_a_rank_says_why_it_failed(tiny, tmp_path):
-    with pytest.raises(Refusal, match="rank .: route='regress'"):
-        launch(
-            tmp_path,
-            dict(kind='TrainArgs', fields=dict(_params(tiny), route='regress')),
-            1,
-            '-m',
-            'competition_kit.train',
-        )
-
-
-def _params(tiny):
-    return asdict(T.TrainArgs(**small, base=tiny))
 
 
 def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_root, monkeypatch):
