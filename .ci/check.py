@@ -109,12 +109,13 @@ def command_line():
 
 # ---- two at a time
 def work_in(folder, results, task, *args):
-    "In a process of its own: send the results of a task, whose temporary files lie in `folder`"
+    "In a process of its own: send the results of a task, and None at its end; its temporary files lie in `folder`"
     os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
-    results.send(list(task(*args)))
+    for r in task(*args): results.send(r)
+    results.send(None)
 
 def two_at_a_time(tasks, temporary):
-    """The results of all tasks as they end. Each task gets a fresh process, forked from one that has imported the
+    """The results of all tasks as they come. Each task gets a fresh process, forked from one that has imported the
     slow libraries once for all of them."""
     context, running, waiting = multiprocessing.get_context('forkserver'), {}, list(enumerate(tasks))
     context.set_forkserver_preload(slow_imports)
@@ -128,9 +129,13 @@ def two_at_a_time(tasks, temporary):
             sender.close()
             running[receiver] = process, task
         for receiver in wait(list(running)):
-            process, task = running.pop(receiver)
-            try: yield from receiver.recv()
+            process, task = running[receiver]
+            try:
+                if result := receiver.recv():
+                    yield result
+                    continue
             except EOFError: yield single(f'{task[0].__name__} {task[1:]}', False, output='its process ended early')
+            del running[receiver]
             process.join()
 
 def all_tasks():
