@@ -18,6 +18,7 @@ from competition_kit.vote import score_vote, voters
 
 small = dict(mix='sample_arena:60', lora_r=4, max_len=192, epochs=.5)
 options = list(tasks['preference'].options)
+pytestmark = pytest.mark.usefixtures('baselines_once', 'samples')
 
 
 def skilled(rows, skill=2., seed=0):
@@ -34,7 +35,7 @@ def foreign(path, rows, p=None):
 
 
 @pytest.fixture
-def rows(own_root):
+def rows(samples):
     return load_rows('sample_arena')
 
 
@@ -48,7 +49,7 @@ def test_permuted_teachers_are_refused(rows, tmp_path):
 def test_a_teacher_of_other_rows_is_named(rows, tmp_path, tiny):
     shuffled = skilled(rows)[np.random.default_rng(1).permutation(len(rows))]
     adopt_files([foreign(tmp_path/'shuffled.csv', rows, shuffled)], 'sample_arena', 'shuffled', seen='no')
-    run = distill_fold(teachers='shuffled', base=tiny, **dict(small, mix='sample_arena'))
+    run = distill_fold(teachers='shuffled', base=tiny, **dict(small, mix='sample_arena', epochs=.05))
     assert any('knows nothing about them' in s for s in run.record['signs'])
 
 
@@ -79,9 +80,10 @@ def test_unknown_rows_are_no_out_of_fold_rows(rows, tmp_path):
 
 
 def test_an_in_sample_file_said_to_be_out_of_fold_is_named(rows, tmp_path, tiny, capsys):
-    train_fold(base=tiny, **dict(small, mix='sample_arena'))
+    short = dict(small, mix='sample_arena', epochs=.05, base=tiny)
+    train_fold(**short)
     adopt_files([foreign(tmp_path/'sure.csv', rows, skilled(rows, 9.))], 'sample_arena', 'sure', seen='no')
-    run = distill_fold(teachers='sure', base=tiny, **dict(small, mix='sample_arena'))
+    run = distill_fold(teachers='sure', **short)
     assert 'claims not to have seen' in run.record['signs'][0]
     assert 'claims not to have seen' in capsys.readouterr().out
 
@@ -95,22 +97,20 @@ def test_the_same_ids_with_other_texts_are_refused(tiny, tmp_path, rows):
         distill_fold(teachers=teacher, base=tiny, **small)
 
 
-def test_each_row_is_predicted_by_the_run_that_held_it_out(tiny, tmp_path):
-    runs = [train_fold(base=tiny, fold=k, **small) for k in range(5)]
+def test_each_row_is_predicted_by_the_run_that_held_it_out(five_runs, tmp_path):
     rows = load_rows(small['mix'])
-    t = ask_teacher(runs[2].id[:12], rows, 'preference', tmp_path)
-    assert [r['run_id'] for r in members(runs[0].id)] == [r.id for r in runs]
-    for run in runs:
+    t = ask_teacher(five_runs[2].id[:12], rows, 'preference', tmp_path)
+    assert [r['run_id'] for r in members(five_runs[0].id)] == [r.id for r in five_runs]
+    for run in five_runs:
         held = read_probs(run.folder/'probs.parquet').set_index('id').p
         here = rows.id.isin(held.index).to_numpy()
         assert np.allclose(t.p[here], np.stack(held[rows.id[here]]))
     assert (t.seen == 0).all()
-    own = ask_teacher(runs[1].id, rows, 'preference', tmp_path, fold=1, in_sample=True)
+    own = ask_teacher(five_runs[1].id, rows, 'preference', tmp_path, fold=1, in_sample=True)
     assert (own.seen == 1).sum() == (rows.fold != 1).sum()
 
 
-def test_a_student_of_itself_votes_beside_its_teacher(tiny, capsys):
-    for k in range(5): train_fold(base=tiny, fold=k, **small)
+def test_a_student_of_itself_votes_beside_its_teacher(five_runs, tiny):
     args = dict(small, base=tiny, teachers='self', form='soft')
     runs = [distill_fold(fold=k, **args) for k in (0, 1)]
     assert distill_fold(fold=0, **args).id == runs[0].id
