@@ -48,8 +48,9 @@ def many(copies, n): # groups of one prompt in many copies that end in two words
     near = [f'{base} {sentence(2)}' for _ in range(copies)]
     return len(set(group_rows(near + [sentence(30) for _ in range(n-copies)])[:copies]))
 
-puzzles = 'syllogism family_relationships calendar_arithmetic zebra_puzzles aiw coin_flip propositional_logic leg_counting'.split()
-puzzles += 'spell_backward gsm_symbolic time_intervals acre jugs self_reference needle_haystack chain_sum circuit_logic'.split()
+puzzles = 'syllogism family_relationships calendar_arithmetic zebra_puzzles aiw coin_flip propositional_logic'.split()
+puzzles += 'leg_counting spell_backward gsm_symbolic time_intervals acre jugs self_reference'.split()
+puzzles += 'needle_haystack chain_sum circuit_logic'.split()
 puzzles = {**{name: {} for name in puzzles}, 'knights_knaves': dict(n_people=2)}
 
 def changed(new): # a copy with one alphabetic word changed into the words that `new` gives
@@ -73,7 +74,8 @@ planted = { # name → the copy of a puzzle, given the words of the table
 
 def in_puzzles(name, n=100): # (puzzles, merged, merged with another answer, family → (recall, further merges))
     import reasoning_gym
-    made = {o['question']: str(o['answer']) for o in reasoning_gym.create_dataset(name, size=1000, seed=1, **puzzles[name])}
+    made = reasoning_gym.create_dataset(name, size=1000, seed=1, **puzzles[name])
+    made = {o['question']: str(o['answer']) for o in made}
     made, answers = list(made), list(made.values())
     g, found = group_rows(made), {}
     groups, pairs = len(set(g)), len(set(zip(g, answers)))
