@@ -57,7 +57,7 @@ class _Kept(dict): # what `str.translate` makes of a character; filled as charac
 _kept = _Kept()
 
 # %% ../nbs/lib/01c_groups.ipynb #6588d75a
-def _plain(text): # without accents and characters that nobody sees
+def _plain(text): # without accents and zero-width characters
     text = unicodedata.normalize('NFD', _unseen.sub('', text).casefold())
     return unicodedata.normalize('NFC', _accents.sub('', text))
 
@@ -249,11 +249,11 @@ def _look(t, k, count, limit, crowd):
     words, three, form = (frozenset(v.tolist()) for v in (words, three, three[form]))
     return _Look(words, three, form, own, cover.mean(), crowd[k])
 
-def _strange(a, b, texts_with): # has one of two looks a word that stands in no other text?
+def _strange(a, b, texts_with): # does one side differ by a word that no other text has?
     return any(v and max(int(texts_with[k]) for k in v) <= 1 for v in (a.words-b.words, b.words-a.words))
 
 def _other_problem(a, b, long, count, texts_with, limit): # two looks: do they differ as two puzzles of one form do?
-    if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
+    if min(a.crowd, b.crowd) > limit and not long: return True     # a crowded slot
     only = a.three-b.three, b.three-a.three
     common = any(v & s.form for v, s in zip(only, (a, b)))
     if not long and max(a.own, b.own) < 5 and not common and not _strange(a, b, texts_with): return True
