@@ -260,7 +260,7 @@ def _other_problem(a, b, long, count, texts_with, limit): # two looks: do they d
     if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
     low, high = sorted(([int(count[k]) for k in v] or [int(limit)] for v in only), key=max)
-    return max(low) > max(2, limit/10) and max(high) <= 15*max(low)
+    return max(low) > max(2, limit/10) and min(high) <= 10*max(low)
 
 # %% ../nbs/lib/01c_groups.ipynb #c3788019
 def _added(long, short, a, b): # two texts and their looks
@@ -285,7 +285,8 @@ def _copies(t, share, check=()): # [pairs, 2] text numbers
     close, near = edits <= share*most, (edits <= _allowed(most, share)) & (most >= 7)
     counted = _counted(t, line, i[close], j[close], share)
     who = np.unique(np.r_[i[near], j[near], np.array(held, int).reshape(-1)]).tolist()
-    count, texts_with = (_counts(t, who, counted, k) for k in (3, 1))
+    short = np.unique(np.r_[i[near & ~close], j[near & ~close]]).tolist()
+    count, texts_with = _counts(t, who, counted, 3), _counts(t, short, counted, 1)
     limit = max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
     looks = {k: _look(t, k, count, limit, crowd) for k in who}
     out = [(a, b) for a, b, long in zip(i[near].tolist(), j[near].tolist(), close[near].tolist())
