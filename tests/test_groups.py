@@ -189,3 +189,15 @@ def test_short_prompts_with_other_animals_stay_apart():
     from competition_kit.sample import arena_rows
     texts = list(dict.fromkeys('\n'.join(r['prompt']) for r in arena_rows(1200, 0)))
     assert len(set(group_rows(texts))) == len(texts)
+
+def test_a_strange_word_in_a_short_puzzle_is_a_copy():
+    import reasoning_gym
+    texts = list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset('aiw', size=1000, seed=1)))
+    rng, copies = random.Random(3), []
+    for t in texts[:100]:
+        w = t.split(' ')
+        w[rng.choice([k for k, v in enumerate(w) if v.isalpha() and len(v) > 1])] = ''.join(rng.choices('bcdfghklmnp', k=7))
+        copies.append(' '.join(w))
+    g = group_rows(texts+copies)
+    assert (g[:100] == g[len(texts):]).mean() >= .99
+    assert len(set(g[:len(texts)])) >= .995*len(texts)   # a copy changed where two puzzles differ joins both
