@@ -176,7 +176,12 @@ def _edits(line, i, j): # words to change, add, drop or swap
     return cpdist([line(k) for k in i], [line(k) for k in j], scorer=OSA.distance, dtype=np.int32)
 
 # %% ../nbs/lib/01c_groups.ipynb #b1d3f1f3
-_number = re.compile(r'(?:^|(?<= ))(?:\S*\d\S*|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])')
+_values = '''zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million
+    first second third fourth fifth sixth seventh eighth ninth tenth last
+    monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
+    september october november december'''.split()
+_number = re.compile(rf"(?:^|(?<= ))(?:\S*\d\S*|{'|'.join(_values)}|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])")
 
 def _same_numbers(a, b):
     if _number.findall(a) == _number.findall(b): return True
