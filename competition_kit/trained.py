@@ -23,13 +23,13 @@ from .prompt import Prompt, encode_cached, tokenizer_hash
 from .tables import load_rows, table_hashes
 
 # %% ../nbs/lib/03h_trained.ipynb #1971883f
-model_stages = 'train', 'distill'  # stages whose runs are models
+model_stages = 'train', 'distill', 'gptq'  # stages whose runs are models
 
 def is_full(
     rec:dict, # Record of a train run
 ) -> bool:
-    "Did the run train all weights, and not a LoRA over its base?"
-    return rec['params'].get('method') == 'full'
+    "Does the run have all weights, and not a LoRA over its base?"
+    return rec['params'].get('method') == 'full' or rec['stage'] == 'gptq'
 
 def weights_path(
     rec:dict, # Record of a train run
