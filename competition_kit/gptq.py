@@ -298,7 +298,9 @@ def gptq(
         write_json(run.folder/'report.json', report)
         print(f'{t.name}. {text}', flush=True)
         if passed: break
-    else: raise Refusal(f'the gate failed. {text} The report is kept', run.folder/'report.json', fix=advice(args, group))
+    else:
+        raise Refusal(f'the gate failed. {text} The report is kept', run.folder/'report.json',
+                      fix=advice(args, group))
     for k in range(1, args.draws):
         other = Try(t.bits, t.group, t.rows, args.draw+k)
         report['draws'].append(dict(attempt(args, other, source, p, facts)[1], name=other.name))

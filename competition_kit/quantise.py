@@ -293,7 +293,7 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
         config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
                                 offload_to_disk_path=str(work/'offload'))
         model = GPTQModel.load(str(source), config, dtype=dtypes[pick_dtype(dtype)])
-        model.layer_callback = bar
+        model.layer_callback, bar.last = bar, time.perf_counter()
         how = dict(batch_size=8 if cuda else 4, backend=BACKEND.TORCH, checkpoint=_checkpoint(model, work))
         try: log = model.quantize(rows, **how)
         except (RuntimeError, ValueError) as e:

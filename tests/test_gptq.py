@@ -37,7 +37,7 @@ def made(full_root, own_root):
 def quantised(**args): return run_stage(gptq, GptqArgs(rows=24, **args))
 
 def test_chain_from_a_full_run_to_the_vote(made):
-    from competition_kit.vote import VoteArgs, run_vote
+    from competition_kit.vote import VoteArgs, check_submission, vote
     run = quantised(start=made['full'], draws=2, **wide)
     rec, found = run.record, read_json(run.folder/'report.json')
     assert run.id.startswith('gptq-f0-') and rec['quantised']['group'] == 64
@@ -51,8 +51,8 @@ def test_chain_from_a_full_run_to_the_vote(made):
     p = predict_runs([made['full'], run.id], rows, models_path('p'), progress=False)
     a, b = (align(p[k], rows) for k in (made['full'], run.id))
     assert 0 < np.abs(a-b).max() < .1
-    vote = run_stage(run_vote, VoteArgs(data='sample_arena', runs=run.id))
-    assert list(vote.folder.glob('submission.csv'))
+    won = run_stage(vote, VoteArgs(data='sample_arena', runs=run.id))
+    check_submission(won.folder/'submission.csv', data_path('sample_arena/sample_submission.csv'))
     assert quantised(start=made['full'], draws=2, **wide).done
 
 def test_transformers_reads_the_folder(made):
