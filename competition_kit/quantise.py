@@ -177,16 +177,18 @@ def _output_to(file): # GPTQModel's output, and what stands beside it
     with open(file, 'a', encoding='utf-8') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f): yield
 
 class _Progress:
-    "GPTQModel's callback: a bar over the layers, and the seconds of each"
-    def __init__(self, layers, show):
+    "GPTQModel's callback: a bar over the layers, and the seconds of each, which a continued run reads from a file"
+    def __init__(self, layers, show, file):
         self.bar = tqdm(total=layers, desc='quantise', unit='layer', disable=not show, file=sys.stdout)
-        self.seconds, self.last = {}, time.perf_counter()
+        self.file, self.last = file, time.perf_counter()
+        self.seconds = {int(k): s for k, s in read_json(file).items()} if file.exists() else {}
     def layer_complete(self, layer_idx, submodule_finalized):
         if not submodule_finalized: return
         now = time.perf_counter()
         self.seconds[layer_idx], self.last = now-self.last, now
         if not self.bar.n and layer_idx: self.bar.initial = self.bar.n = layer_idx  # continued
         self.bar.update(1)
+        write_json(self.file, self.seconds)
 
 def layer_table(
     log:list,     # GPTQModel's log: a dict a module
@@ -285,7 +287,7 @@ def quantise(
 def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progress):
     "GPTQModel's log, the seconds of each layer, and its version; the model is in `work/made`"
     layers = 1+max(int(n.split('.layers.')[1].split('.')[0]) for n in layer_shapes(source))
-    bar, cuda = _Progress(layers, progress), torch.cuda.is_available()
+    bar, cuda = _Progress(layers, progress, work/'seconds.json'), torch.cuda.is_available()
     rows = [dict(input_ids=torch.tensor(np.asarray(i), dtype=torch.long)[None]) for i in ids]
     for r in rows: r['attention_mask'] = torch.ones_like(r['input_ids'])
     with _output_to(work/'gptqmodel.log'):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from competition_kit import quantise as Q
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
-from competition_kit.gptq import GptqArgs, gptq, report_table, spread
+from competition_kit.gptq import GptqArgs, draw_spread, gptq, report_table
 from competition_kit.probs import align, read_probs
 from competition_kit.record import find_run, run_stage
 from competition_kit.sample import write_arena
@@ -42,7 +42,7 @@ def test_chain_from_a_full_run_to_the_vote(made):
     rec, found = run.record, read_json(run.folder/'report.json')
     assert run.id.startswith('gptq-f0-') and rec['quantised']['group'] == 64
     assert [r['run_id'] for r in ancestors(run.id)] == [run.id, made['full']]
-    assert len(report_table(run)) == 2 and spread(run)['flips'] >= 0
+    assert len(report_table(run)) == 2 and draw_spread(run)['flips'] >= 0
     assert [t['warning'] for t in found['tries']] == ['']
     assert len(found['layers']) == 2 and all(o['error'] > 0 for o in found['layers'])
     assert 'prefill' in rec['worth'] or 'not worth' in rec['worth']
