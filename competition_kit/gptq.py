@@ -27,8 +27,8 @@ from .quantise import (activations, check_calibration, check_installed, check_we
                                       quantise, read_texts, weight_bytes, worth_sentence)
 from .record import find_run
 from .tables import check_texts, load_rows, table_hashes
-from .trained import (ancestors, base_of, has_seen, is_full, lineage_of, load_run, model_stages,
-                                     same_tables, training_rows, trusted_prompt)
+from .trained import (ancestors, base_of, has_seen, is_full, lineage_of, load_run, model_params,
+                                     model_stages, same_tables, training_rows, trusted_prompt)
 
 # %% ../nbs/09_gptq.ipynb #4fdd4bf4
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def _take_over(args, rec): # the fields that a run brings
     run = rec['run_id']
     if rec['stage'] not in model_stages or rec.get('status') != 'done':
         raise Refusal(f'{run} is no finished run with a model', fix='Name a finished run of 04_train or 08_merge')
-    defaults = {f.name: f.default for f in fields(args)}
+    defaults, brings = {f.name: f.default for f in fields(args)}, model_params(rec)
     for name in _of_the_run:
-        given, value = getattr(args, name), rec['params'].get(name, defaults[name])
+        given, value = getattr(args, name), brings.get(name)
+        if value is None: continue  # the fold of a merge of several folds
         if given not in (defaults[name], value):
             raise Refusal(f'{name}={given!r}, and {run} has {name}={value!r}', fix=f'Leave out {name}')
         object.__setattr__(args, name, value)
@@ -114,11 +115,15 @@ def _check_source(a): # can this model be quantised, and can the gate score its 
     if not a.start and a.route != 'answer': raise Refusal(f'a base has no head for route={a.route}', fix='Name a run')
     if a.record and not same_tables(a.record):
         raise Refusal(f'the table of {a.start} ({a.mix}) has changed since it was trained', fix='Train it again')
-    group_size(layer_shapes(local_folder(base_of(a.record) if a.start else a.base)), a.group)
     train, held = a.parts
     if len(bad := held.id[held.label < 0]):
         raise Refusal(f'rows of fold {a.fold} have no label, and the gate needs them', ids=bad.tolist())
     if not len(held) or not len(train): raise Refusal(f'fold {a.fold} of {a.mix} leaves no rows')
+    group_size(shapes := layer_shapes(local_folder(base_of(a.record) if a.start else a.base)), a.group)
+    _check_rows(a, calibration_ids(a, a.rows, a.draw), shapes)
+
+def _check_rows(a, ids, shapes): # a warning, or ''
+    return check_calibration(list(map(len, ids)), _inference_lengths(a), shapes, a.calibration or a.mix)
 
 def _calibration_file(text): # the file of a calibration set that is no table; None for a table
     if not text.endswith('.jsonl'): return None
@@ -209,11 +214,13 @@ def measure_source(
     check_weights(local_folder(base_of(args.record) if args.start else args.base))
     model = load_source(args)
     p, speed, mass = measure(model, args)
-    largest = activations(model, calibration_ids(args, min(32, args.rows), args.draw), args.pack_tokens)
+    largest = activations(model, calibration_ids(args, args.rows, args.draw), args.pack_tokens)
     source = merged_folder(model, args, folder)
     letters = None if model.letters is None else list(map(int, model.letters))
     write_probs(table, held, p, args.prompt.task, args.views)
     write_json(facts, dict(speed=speed, mass=mass, letters=letters, activations=largest.to_dict()))
+    del model
+    gc.collect()  # GPTQModel needs the memory
     return source, p, read_json(facts)
 
 # %% ../nbs/09_gptq.ipynb #7e54b0b9
@@ -259,8 +266,7 @@ def attempt(
 ) -> tuple: # Folder of the quantised model, its report, its probabilities, a line a layer
     "Quantise once and compare on the held-out rows"
     ids, shapes = calibration_ids(args, t.rows, t.draw), layer_shapes(source)
-    warning = check_calibration([len(i) for i in ids], _inference_lengths(args), shapes, args.calibration or args.mix)
-    if warning: print(warning)
+    if warning := _check_rows(args, ids, shapes): print(warning)
     made_of = [_weights_hash(args), asdict(t), [i.tolist() for i in ids], args.damp, args.act_order, args.dtype]
     folder = models_path('.gptq', hash_obj(made_of))
     layers = quantise(source, folder, ids, t.bits, t.group, args.damp, args.act_order, args.dtype)
@@ -319,16 +325,21 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
     hashes = dict(prompt=args.prompt.hash, tokenizer=tokenizer_hash(args.prompt.tok))
     seen = _seen(args, held)
     write_probs(run.folder/'probs.parquet', held, q, args.prompt.task, args.views, seen, run=run.id, **hashes)
-    known = args.record['metrics'].get('baselines') if args.record else None
-    metrics = dict(scores(q, held.label.to_numpy()), baselines=known or baselines(*args.parts, args.prompt.task),
-                   kl=found['kl'], d_log_loss=found['d_log_loss'], d_accuracy=found['d_accuracy'], flips=found['flips'])
+    metrics = {k: found[k] for k in ('kl', 'd_log_loss', 'd_accuracy', 'flips')}
+    if seen.any(): print(f'{seen.sum()} of {len(held)} held-out rows were in the training data: no score is recorded')
+    else: metrics |= dict(scores(q, held.label.to_numpy()), baselines=_baselines(args))
     files = [f'model/{f.name}' for f in sorted(out.glob('*')) if f.name != 'manifest.json']
     shutil.rmtree(run.folder/'merged', ignore_errors=True)
     run.finish(metrics, ['probs.parquet', 'before.parquet', 'report.json', *files], rows=len(args.table),
                held_out=len(held), task=args.prompt.task, base=base_hash(args.base), **hashes, quantised=asdict(t),
                verdict=found['verdict'], worth=report['worth'], bytes=found['bytes'],
+               model=dict(asdict(args), method='full'),
                **(dict(letters=letters) if letters else {}))
     shutil.rmtree(folder)
+
+def _baselines(args): # of the held-out rows: the run's own, or fitted now
+    known = args.record['metrics'].get('baselines') if args.record else None
+    return known or baselines(*args.parts, args.prompt.task)
 
 def _seen(args, held): # [held rows], bool: was a row in the training data of the model?
     if not args.start: return np.zeros(len(held), bool)
