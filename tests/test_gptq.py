@@ -104,7 +104,7 @@ def test_a_killed_run_continues_after_the_last_layer(made, monkeypatch, tmp_path
     layers.clear()
     monkeypatch.setattr(Q._Progress, 'layer_complete', lambda *a, **k: (layers.append(k['layer_idx']), real(*a, **k)))
     run = quantised(start=made['full'], **wide)
-    assert layers == [1], 'the first layer was done'
+    assert set(layers) == {1}, 'the first layer was done'
     found = load_file(run.folder/'model/model.safetensors')
     assert all(torch.equal(want[k], found[k]) for k in want)
     assert not list(models_path('.gptq').iterdir())
