@@ -271,12 +271,12 @@ def quantise(
     progress:bool=True,  # Show a bar
 ) -> pd.DataFrame: # From `layer_table`
     "Quantise a model's layers; nothing is rounded without calibration"
-    out = Path(out)
+    source, out = Path(source).resolve(), Path(out).resolve()
     if not damage(out): return pd.read_json(out/'layers.json', orient='table')
     check_installed()
     work = out.with_name(f'{out.name}.work')
     work.mkdir(parents=True, exist_ok=True)
-    log, seconds, version = _run_gptqmodel(Path(source), work, ids, bits, group, damp, act_order, dtype, progress)
+    log, seconds, version = _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progress)
     table = layer_table(log, seconds)
     graft(work/'made', source, out, _config(bits, group, damp, act_order, version))
     table.to_json(out/'layers.json', orient='table')
@@ -290,7 +290,7 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
     bar, cuda = _Progress(layers, progress, work/'seconds.json'), torch.cuda.is_available()
     rows = [dict(input_ids=torch.tensor(np.asarray(i), dtype=torch.long)[None]) for i in ids]
     for r in rows: r['attention_mask'] = torch.ones_like(r['input_ids'])
-    with _output_to(work/'gptqmodel.log'):
+    with _output_to(work/'gptqmodel.log'), contextlib.chdir(work):  # it writes a folder `logs`
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, __version__
         config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
                                 offload_to_disk_path=str(work/'offload'))
