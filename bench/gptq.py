@@ -56,7 +56,8 @@ def plain(source, out, ids, bits, group):
     model = GPTQModel.load(str(source), config, dtype=torch.bfloat16)
     rows = [dict(input_ids=torch.tensor(i)[None], attention_mask=torch.ones(1, len(i), dtype=torch.long)) for i in ids]
     model.layer_callback = clock = Clock()
-    model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
+    with contextlib.chdir(Path(out).parent):  # it writes a folder `logs`
+        model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
     model.save(str(out))
     return np.diff(clock.ends).tolist()
 
