@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lora', 'read_lora', 'check_loras', 'mean_weights', 'stack_factors', 'compress', 'energy', 'singular_values',
            'energy_at', 'mean_factors', 'start_drift', 'check_start', 'mean_head', 'write_tensors', 'merged_config',
-           'merge_loras', 'merge_into_base', 'with_updates']
+           'merge_loras', 'merge_into_base', 'base_weights', 'with_updates']
 
 # %% ../nbs/lib/03j_lora.ipynb #49635bcf
 import contextlib, functools, json, math, re, shutil
@@ -48,9 +48,9 @@ def read_lora(
     "A plain LoRA with a score head at most; its numbers are checked, and stay in the file"
     f = check_adapter(folder)
     with safe_open(f, 'pt') as o: shapes = {k: o.get_slice(k).get_shape() for k in o.keys()}
-    found = sorted(k.removeprefix(_prefix).removesuffix('.lora_A.weight') for k in shapes if k.endswith('.lora_A.weight'))
+    found = [k.removeprefix(_prefix).removesuffix('.lora_A.weight') for k in shapes if k.endswith('.lora_A.weight')]
     def shape(layer): return shapes[f'{_prefix}{layer}.lora_B.weight'][0], *shapes[f'{_prefix}{layer}.lora_A.weight']
-    return Lora(Path(folder), read_json(f.with_name('adapter_config.json')), {l: tuple(shape(l)) for l in found},
+    return Lora(Path(folder), read_json(f.with_name('adapter_config.json')), {l: shape(l) for l in sorted(found)},
                 tuple(sorted(k for k in shapes if '.lora_' not in k)))
 
 # %% ../nbs/lib/03j_lora.ipynb #79d8c04a
@@ -65,7 +65,7 @@ def check_loras(
         if not set(l.layers) & set(first.layers): no('the adapters have no layer in common')
         for k in set(l.layers) & set(first.layers):
             (out, _, n), (out_, _, n_) = l.layers[k], first.layers[k]
-            if (out, n) != (out_, n_): no(f'{k} has {n_} inputs and {out_} outputs in the first, {n} and {out} in the second')
+            if (out, n) != (out_, n_): no(f'{k} is {n_} → {out_} in the first, and {n} → {out} in the second')
         if l.head != first.head: no(f'the score heads differ: {list(first.head)}, {list(l.head)}')
     return layers
 
@@ -170,7 +170,8 @@ def _same_layers(loras): # their names; refused where layers or ranks differ
     for k in layers:
         ranks = [l.layers[k][1] if k in l.layers else 0 for l in loras]
         if len(set(ranks)) > 1:
-            raise Refusal(f'factors of different ranks cannot be averaged: {k} has {ranks}', fix='Take how=concat or svd')
+            raise Refusal(f'factors of different ranks cannot be averaged: {k} has {ranks}',
+                          fix='Take how=concat or svd')
     return layers
 
 # %% ../nbs/lib/03j_lora.ipynb #c1ba3c03
@@ -182,8 +183,9 @@ def check_start(
     "Refuse to average factors that have no shared start"
     far = drift[drift.drift > _largest_drift]
     if not len(far): return
-    raise Refusal(f'the members have no shared start: in {len(far)} of {len(drift)} layers A is up to '
-                  f'{far.drift.max():.0%} away from it, and the mean of the factors is off by {far.error.mean():.0%}',
+    what = 'have no shared start' if far.drift.max() > .95 else 'have moved too far from their shared start'
+    raise Refusal(f'the members {what}: in {len(far)} of {len(drift)} layers A is up to {far.drift.max():.0%} away from '
+                  f'it, and the mean of the factors is off by {far.error.mean():.0%}',
                   fix='Take how=concat, which is exact, or svd; factors need members of one seed or one parent run')
 
 def mean_head(
@@ -198,7 +200,7 @@ def mean_head(
     for name, each in heads.items():
         drift = max(float((x-mean[name]).norm()/mean[name].norm().clamp_min(1e-30)) for x in each)
         if len(heads) > 1 and each[0].ndim == 2 and drift > _largest_drift:
-            raise Refusal(f'the score heads of two layers have no shared start: {name} is {drift:.0%} away from the mean',
+            raise Refusal(f'the score heads of two layers have no shared start: {name} is {drift:.0%} off the mean',
                           fix='Merge members of one seed or one parent run, or vote with them')
     return mean
 
@@ -354,6 +356,16 @@ def _copy_rest(source, folder, options): # configuration, tokenizer and chat tem
     config |= dict(architectures=kinds, id2label={str(i): k for i, k in enumerate(options)},
                    label2id={k: i for i, k in enumerate(options)})
     write_json(folder/'config.json', config)
+
+# %% ../nbs/lib/03j_lora.ipynb #639272fd
+def base_weights(
+    base:str, # As for `merge_into_base`
+    layers,   # Names of linear layers
+): # Pairs of a name and a weight [outputs, inputs], fp32
+    "Some weights of a base, from its files"
+    for f, names in _names_in_model(base):
+        wanted = {k: new.removesuffix('.weight') for k, new in names.items() if new.removesuffix('.weight') in layers}
+        with safe_open(f, 'pt') as o: yield from ((layer, o.get_tensor(k).float()) for k, layer in wanted.items())
 
 # %% ../nbs/lib/03j_lora.ipynb #be21a6a2
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from .probs import read_probs
 from .record import check_outputs, find_run, records
 from .tables import load_rows, parse_mix
 from .teach import Teacher, join_probs
-from .trained import ancestors, has_seen, model_stages, predict_runs, recipe_key, training_rows
+from .trained import (ancestors, has_seen, model_params, model_stages, predict_runs, recipe_key,
+                                     training_rows)
 
 # %% ../nbs/lib/03i_teachers.ipynb #f10ff9d3
 def members(
@@ -72,7 +73,7 @@ def run_mix(
     r, # Record of a train run or of adopted probabilities
 ) -> str: # Name of a table, or a mix
     "The rows that a run's ids belong to"
-    return r['params']['rows' if r['stage'] == 'adopt' else 'mix']
+    return r['params']['rows'] if r['stage'] == 'adopt' else model_params(r)['mix']
 
 def validated_table(r) -> str: # Name of a table
     "The table of a run's mix that it is validated on: the first one of the last phase"
@@ -82,7 +83,7 @@ def validated_table(r) -> str: # Name of a table
 
 # %% ../nbs/lib/03i_teachers.ipynb #f86449e8
 def _check_texts(r, rows): # the same id must be the same row
-    own = load_rows(run_mix(r), r['params'].get('seed', 0)).set_index('id')
+    own = load_rows(run_mix(r), model_params(r).get('seed', 0)).set_index('id')
     shared = rows[rows.id.isin(own.index)].set_index('id')
     own = own.loc[shared.index]
     other = np.zeros(len(shared), bool)
@@ -136,7 +137,7 @@ def _predicted(recs, tables, use, rows, task, folder, pack_tokens): # the same t
     if not runs: return tables
     some = rows[asked].reset_index(drop=True)
     some.attrs['meta'] = rows.attrs['meta']
-    views = recs[0]['params']['views']  # runs of one teacher differ in nothing but their folds
+    views = model_params(recs[0])['views']  # runs of one teacher differ in nothing but their folds
     new = {r: join_probs(r, t, rows, task) for r, t in predict_runs(runs, some, folder, views, pack_tokens).items()}
     def filled(t): return np.where(t.has[:, None], t.p, new[t.name].p) if t.name in new else t.p
     return [Teacher(t.name, filled(t), t.seen) for t in tables]
