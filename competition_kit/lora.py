@@ -184,8 +184,8 @@ def check_start(
     far = drift[drift.drift > _largest_drift]
     if not len(far): return
     what = 'have no shared start' if far.drift.max() > .95 else 'have moved too far from their shared start'
-    raise Refusal(f'the members {what}: in {len(far)} of {len(drift)} layers A is up to {far.drift.max():.0%} away from '
-                  f'it, and the mean of the factors is off by {far.error.mean():.0%}',
+    raise Refusal(f'the members {what}: in {len(far)} of {len(drift)} layers A is up to {far.drift.max():.0%} '
+                  f'away from it, and the mean of the factors is off by {far.error.mean():.0%}',
                   fix='Take how=concat, which is exact, or svd; factors need members of one seed or one parent run')
 
 def mean_head(
@@ -357,7 +357,7 @@ def _copy_rest(source, folder, options): # configuration, tokenizer and chat tem
                    label2id={k: i for i, k in enumerate(options)})
     write_json(folder/'config.json', config)
 
-# %% ../nbs/lib/03j_lora.ipynb #639272fd
+# %% ../nbs/lib/03j_lora.ipynb #9a77d714
 def base_weights(
     base:str, # As for `merge_into_base`
     layers,   # Names of linear layers

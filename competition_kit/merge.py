@@ -7,7 +7,7 @@ __all__ = ['folds_of', 'named_members', 'check_members', 'MergeArgs', 'base_of_m
            'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together', 'write_merge',
            'merged_params', 'compare_logits', 'check_twin', 'merge', 'merge_runs', 'plot_energy', 'plot_members']
 
-# %% ../nbs/08_merge.ipynb #744383f3
+# %% ../nbs/08_merge.ipynb #3f7d9c02
 from dataclasses import asdict, dataclass
 from functools import cached_property
 import numpy as np
@@ -31,7 +31,7 @@ from .train import rows_at
 from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, model_params, model_stages,
                                      predict_runs, recipe_key, same_tables, training_rows, trusted_prompt, weights_path)
 
-# %% ../nbs/08_merge.ipynb #1f5273fd
+# %% ../nbs/08_merge.ipynb #76e2dff2
 def _models(): # records of finished runs with a model, by time
     return [r for r in records() if r['stage'] in model_stages and r.get('status') == 'done']
 
@@ -65,7 +65,7 @@ def _numbers(text): # floats
     try: return [float(x) for x in text.split()]
     except ValueError: raise Refusal(f'weights are {text!r}', fix='Give numbers, such as 2 1 1') from None
 
-# %% ../nbs/08_merge.ipynb #70009ecd
+# %% ../nbs/08_merge.ipynb #93e45218
 def check_members(
     recs:list, # Records of the members
 ) -> list: # Their `Lora`s
@@ -100,7 +100,7 @@ def _check_same(recs): # what members must have in common, by their records
 
 def _meta(rec): return read_table(models_path(rec['run_id'], 'probs.parquet')).attrs['meta']
 
-# %% ../nbs/08_merge.ipynb #9a8ae36c
+# %% ../nbs/08_merge.ipynb #b5162d76
 @dataclass(frozen=True)
 class MergeArgs:
     "Arguments of `08_merge`; wrong values raise a `Refusal`"
@@ -118,7 +118,8 @@ class MergeArgs:
         at_least(self, 1, 'rank')
         runs, weights = named_members(self.members, self.folds, self.weights)
         twin = base_name(self.twin) if self.twin else ''
-        for name, value in dict(members=' '.join(runs), weights=weights, folds=False, twin=twin).items(): object.__setattr__(self, name, value)
+        spelled = dict(members=' '.join(runs), weights=weights, folds=False, twin=twin)
+        for name, value in spelled.items(): object.__setattr__(self, name, value)
 
     @cached_property
     def recs(self): return [find_run(r) for r in self.members.split()]
@@ -149,7 +150,7 @@ class MergeArgs:
         mean_head(self.loras, self.w)
         return dict(members, base=base_hash(self.base), **(table_hashes(self.held) if self.held else {}))
 
-# %% ../nbs/08_merge.ipynb #8cdd4751
+# %% ../nbs/08_merge.ipynb #d879e96a
 def base_of_merge(
     args, # `MergeArgs`
 ) -> str: # As for `load_classifier`
@@ -162,7 +163,7 @@ def base_of_merge(
     if not args.twin:
         kind = 'nf4' if p['dtype'] == 'nf4' else 'GPTQ'
         raise Refusal(f"the members were trained over {p['base']} in {kind}, and a LoRA is never merged into it",
-                      fix='Name that base in 16 bits: twin=…; or take how=concat and serve it over the quantised base')
+                      fix='Name that base in 16 bits: twin=…; or take concat and serve it over the quantised base')
     if quant_kind(args.twin): raise Refusal('the twin is quantised too', args.twin, fix='Name the base in 16 bits')
     if tokenizer_hash(load_tokenizer(args.twin)) != args.recs[0]['tokenizer']:
         raise Refusal(f'the twin {args.twin} has another tokenizer',
@@ -171,7 +172,7 @@ def base_of_merge(
         raise Refusal(f"the twin {args.twin} is another base than {p['base']}", fix=f"Take twin={p['base']}")
     return args.twin
 
-# %% ../nbs/08_merge.ipynb #3c2e73fd
+# %% ../nbs/08_merge.ipynb #9e24d627
 def comparison_rows(
     args, # `MergeArgs`
 ): # (rows, [rows] was a member trained on them?)
@@ -193,7 +194,7 @@ def comparison_rows(
 
 _seen_rows = 200  # enough for a comparison of logits
 
-# %% ../nbs/08_merge.ipynb #564bbd40
+# %% ../nbs/08_merge.ipynb #10f033f1
 def paired_difference(
     a,      # [rows] losses
     b,      # [rows] losses of another model
@@ -225,7 +226,7 @@ def compare_models(
     out[f'{len(names)} members'] = dict(each.mean(), **{'± log_loss': each.log_loss.std()})
     return pd.DataFrame(out).T[['log_loss', '± log_loss', 'accuracy', 'ece', 'merged - it', 'least']]
 
-# %% ../nbs/08_merge.ipynb #c2583506
+# %% ../nbs/08_merge.ipynb #3bb380cc
 def merge_verdict(
     table,     # From `compare_models`; None without labels
     unseen:int,# Rows that no member has seen
@@ -247,7 +248,7 @@ def _against(name, line): # one comparison as a part of a sentence
         f'which may be chance: the rows cannot tell less than {least:.4f}'
     return f"is {side} than the {name.split(':')[0]} by {abs(gap):.4f} ({told})"
 
-# %% ../nbs/08_merge.ipynb #73b306e2
+# %% ../nbs/08_merge.ipynb #8ff4906e
 @torch.no_grad()
 def row_logits(
     classifier, # From `load_classifier`
@@ -283,7 +284,7 @@ def members_together(
     if head: model.base.score.load_state_dict(head)
     with with_updates(model.base, args.loras, args.w): return model, row_logits(model, prompt, rows)
 
-# %% ../nbs/08_merge.ipynb #d43ef8ee
+# %% ../nbs/08_merge.ipynb #4c430a97
 def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def write_merge(
@@ -316,7 +317,7 @@ def merged_params(
         return p | dict(method='lora', lora_r=config['r'], lora_alpha=config['lora_alpha'])
     return p | dict(method='full', dtype=pick_dtype('auto') if args.twin else p['dtype'])
 
-# %% ../nbs/08_merge.ipynb #1d1d09d1
+# %% ../nbs/08_merge.ipynb #0df60d9c
 def compare_logits(
     run,    # From `run_stage`
     args,   # `MergeArgs`
@@ -362,7 +363,7 @@ def _check_read_back(args, table):
         raise Refusal(f"the merged adapter, read back, is {together['mean']:.3f} off its members' logits", args.members,
                       fix='Run it again; if it fails again, merge fewer members to find the one that does not fit')
 
-# %% ../nbs/08_merge.ipynb #2b758d87
+# %% ../nbs/08_merge.ipynb #006a117a
 def merge(
     run,  # From `run_stage`
     args, # `MergeArgs`
@@ -409,7 +410,7 @@ def merge_runs(
     "Merge runs; a merge that is done already is returned"
     return run_stage(merge, MergeArgs(**args))
 
-# %% ../nbs/08_merge.ipynb #97bb449a
+# %% ../nbs/08_merge.ipynb #b37fda77
 def plot_energy(
     args, # `MergeArgs`
     ax=None,
@@ -434,7 +435,8 @@ def plot_members(
     import matplotlib.pyplot as plt
     table = pd.DataFrame(run.record['table']).T
     ax = ax or plt.figure(figsize=(5.5, 2.2), layout='constrained').gca()
-    ax.errorbar(table.log_loss.astype(float), range(len(table)), xerr=table['± log_loss'].astype(float), fmt='o', capsize=3)
+    mean, error = (table[c].astype(float) for c in ('log_loss', '± log_loss'))
+    ax.errorbar(mean, range(len(table)), xerr=error, fmt='o', capsize=3)
     ax.set(yticks=range(len(table)), yticklabels=table.index, xlabel='log-loss', ylim=(len(table)-.5, -.5))
     ax.tick_params(labelsize=8)
     return ax
