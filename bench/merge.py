@@ -2,9 +2,9 @@
 
 usage: python bench/merge.py [--layers 48] [--members 5] [--rank 64] [--to 64] [--threads 2] [--folder DIR]
 
-Random adapters are written once, a fifth of their size in memory at most. Each way to merge runs in a process of its own,
+Random adapters are written once, tensor by tensor. Each way to merge runs in a process of its own,
 so its peak is its own; the peak before the merge (Python, torch) stands beside it."""
-import argparse, json, os, resource, subprocess, sys, tempfile, time
+import argparse, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 from common import report

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['folds_of', 'named_members', 'check_members', 'MergeArgs', 'base_of_merge', 'comparison_rows', 'paired_difference',
            'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together', 'write_merge',
-           'merged_params', 'compare_logits', 'check_twin', 'merge', 'merge_runs', 'plot_energy', 'plot_members']
+           'merged_params', 'compare_logits', 'check_twin', 'member_probs', 'merge', 'merge_runs', 'plot_energy',
+           'plot_members']
 
-# %% ../nbs/08_merge.ipynb #3f7d9c02
+# %% ../nbs/08_merge.ipynb #73b3bc10
 from dataclasses import asdict, dataclass
 from functools import cached_property
 import numpy as np
@@ -21,7 +22,7 @@ from .lora import (base_weights, check_loras, check_start, energy_at, mean_head,
                                   merge_into_base, merge_loras, read_lora, singular_values, start_drift, with_updates)
 from .model import collate, load_classifier, option_mask, predict
 from .pack import pack
-from .probs import align, baselines, log_loss, scores, write_probs
+from .probs import align, baselines, log_loss, read_probs, scores, write_probs
 from .prompt import tokenizer_hash
 from .quant import dense_weight, quant_kind
 from .record import find_run, records, run_stage
@@ -31,7 +32,7 @@ from .train import rows_at
 from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, model_params, model_stages,
                                      predict_runs, recipe_key, same_tables, training_rows, trusted_prompt, weights_path)
 
-# %% ../nbs/08_merge.ipynb #76e2dff2
+# %% ../nbs/08_merge.ipynb #e256fce8
 def _models(): # records of finished runs with a model, by time
     return [r for r in records() if r['stage'] in model_stages and r.get('status') == 'done']
 
@@ -65,7 +66,7 @@ def _numbers(text): # floats
     try: return [float(x) for x in text.split()]
     except ValueError: raise Refusal(f'weights are {text!r}', fix='Give numbers, such as 2 1 1') from None
 
-# %% ../nbs/08_merge.ipynb #93e45218
+# %% ../nbs/08_merge.ipynb #14628348
 def check_members(
     recs:list, # Records of the members
 ) -> list: # Their `Lora`s
@@ -100,7 +101,7 @@ def _check_same(recs): # what members must have in common, by their records
 
 def _meta(rec): return read_table(models_path(rec['run_id'], 'probs.parquet')).attrs['meta']
 
-# %% ../nbs/08_merge.ipynb #b5162d76
+# %% ../nbs/08_merge.ipynb #93e10f6a
 @dataclass(frozen=True)
 class MergeArgs:
     "Arguments of `08_merge`; wrong values raise a `Refusal`"
@@ -150,7 +151,7 @@ class MergeArgs:
         mean_head(self.loras, self.w)
         return dict(members, base=base_hash(self.base), **(table_hashes(self.held) if self.held else {}))
 
-# %% ../nbs/08_merge.ipynb #d879e96a
+# %% ../nbs/08_merge.ipynb #ee9edec9
 def base_of_merge(
     args, # `MergeArgs`
 ) -> str: # As for `load_classifier`
@@ -172,7 +173,7 @@ def base_of_merge(
         raise Refusal(f"the twin {args.twin} is another base than {p['base']}", fix=f"Take twin={p['base']}")
     return args.twin
 
-# %% ../nbs/08_merge.ipynb #9e24d627
+# %% ../nbs/08_merge.ipynb #7a940247
 def comparison_rows(
     args, # `MergeArgs`
 ): # (rows, [rows] was a member trained on them?)
@@ -194,7 +195,7 @@ def comparison_rows(
 
 _seen_rows = 200  # enough for a comparison of logits
 
-# %% ../nbs/08_merge.ipynb #10f033f1
+# %% ../nbs/08_merge.ipynb #85533e5d
 def paired_difference(
     a,      # [rows] losses
     b,      # [rows] losses of another model
@@ -226,7 +227,7 @@ def compare_models(
     out[f'{len(names)} members'] = dict(each.mean(), **{'± log_loss': each.log_loss.std()})
     return pd.DataFrame(out).T[['log_loss', '± log_loss', 'accuracy', 'ece', 'merged - it', 'least']]
 
-# %% ../nbs/08_merge.ipynb #3bb380cc
+# %% ../nbs/08_merge.ipynb #515a51cd
 def merge_verdict(
     table,     # From `compare_models`; None without labels
     unseen:int,# Rows that no member has seen
@@ -248,7 +249,7 @@ def _against(name, line): # one comparison as a part of a sentence
         f'which may be chance: the rows cannot tell less than {least:.4f}'
     return f"is {side} than the {name.split(':')[0]} by {abs(gap):.4f} ({told})"
 
-# %% ../nbs/08_merge.ipynb #8ff4906e
+# %% ../nbs/08_merge.ipynb #132ec2d3
 @torch.no_grad()
 def row_logits(
     classifier, # From `load_classifier`
@@ -284,7 +285,7 @@ def members_together(
     if head: model.base.score.load_state_dict(head)
     with with_updates(model.base, args.loras, args.w): return model, row_logits(model, prompt, rows)
 
-# %% ../nbs/08_merge.ipynb #4c430a97
+# %% ../nbs/08_merge.ipynb #065bb419
 def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def write_merge(
@@ -317,7 +318,7 @@ def merged_params(
         return p | dict(method='lora', lora_r=config['r'], lora_alpha=config['lora_alpha'])
     return p | dict(method='full', dtype=pick_dtype('auto') if args.twin else p['dtype'])
 
-# %% ../nbs/08_merge.ipynb #0df60d9c
+# %% ../nbs/08_merge.ipynb #da5a3bf3
 def compare_logits(
     run,    # From `run_stage`
     args,   # `MergeArgs`
@@ -363,19 +364,33 @@ def _check_read_back(args, table):
         raise Refusal(f"the merged adapter, read back, is {together['mean']:.3f} off its members' logits", args.members,
                       fix='Run it again; if it fails again, merge fewer members to find the one that does not fit')
 
-# %% ../nbs/08_merge.ipynb #006a117a
+# %% ../nbs/08_merge.ipynb #cb657d6b
+def member_probs(
+    args,   # `MergeArgs`
+    rows,   # To compare on
+    views,  # As for `predict_runs`
+    folder, # Where new predictions are kept
+) -> dict: # Run id → [rows, options]
+    "The members' probabilities: their own out-of-fold ones, or new ones"
+    ids = args.members.split()
+    tables = {r: read_probs(models_path(r, 'probs.parquet')) for r in ids}
+    def has(t): return set(rows.id) <= set(t.id[t.seen.eq(False).fillna(False)]) and (t.views == views).all()
+    todo = [r for r in ids if args.held or not has(tables[r])]
+    if todo: tables |= predict_runs(todo, rows, folder, views)
+    return {r: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for r, t in tables.items()}
+
+# %% ../nbs/08_merge.ipynb #59f4d74d
 def merge(
     run,  # From `run_stage`
     args, # `MergeArgs`
 ):
     "Merge the members, reload the merge, compare it with its members, and finish the run"
     prompt, (rows, seen) = trusted_prompt(args.recs[0]), comparison_rows(args)
-    views, ids = int(model_params(args.recs[0])['views']), args.members.split()
+    views = int(model_params(args.recs[0])['views'])
     model, logits, facts = compare_logits(run, args, prompt, rows_at(rows, range(min(len(rows), _seen_rows))))
-    p = dict(merged=predict(model, prompt, rows, views, progress=False))
+    p = dict(merged=predict(model, prompt, rows, views))
     del model
-    tables = predict_runs(ids, rows, run.folder/'members', views, progress=False)
-    p |= {r: align(t, rows, p['merged'].shape[1]) for r, t in tables.items()}
+    p |= member_probs(args, rows, views, run.folder/'members')
     table = compare_models(p, args.w, rows) if (rows.label >= 0).all() else None
     sentence = merge_verdict(table, int((~seen).sum()))
     shown = [x.to_string() for x in (logits.round(5), table if table is None else table.round(4)) if x is not None]
@@ -410,7 +425,7 @@ def merge_runs(
     "Merge runs; a merge that is done already is returned"
     return run_stage(merge, MergeArgs(**args))
 
-# %% ../nbs/08_merge.ipynb #b37fda77
+# %% ../nbs/08_merge.ipynb #07f6c4c8
 def plot_energy(
     args, # `MergeArgs`
     ax=None,

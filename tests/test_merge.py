@@ -146,7 +146,8 @@ def planted(runs, tmp_path, name, tensors=(), **config):
 
 def test_other_kinds_of_adapters_are_refused(runs, tmp_path, tiny):
     first = 'base_model.model.model.layers.0.self_attn.q_proj.lora_'
-    head = {f'base_model.model.lm_head.lora_{k}.weight': torch.ones(s) for k, s in dict(A=(2, 64), B=(49152, 2)).items()}
+    sizes = dict(A=(2, 64), B=(49152, 2))
+    head = {f'base_model.model.lm_head.lora_{k}.weight': torch.ones(s) for k, s in sizes.items()}
     faults = {'use_dora': planted(runs, tmp_path, 'dora', use_dora=True),
               'lora_bias': planted(runs, tmp_path, 'bias', lora_bias=True),
               'output matrix': planted(runs, tmp_path, 'head', head),
