@@ -231,8 +231,9 @@ def _made_of(rec, rows):
     return hash_obj([rec['outputs'], rec['prompt'], rows.to_json(orient='records')])
 
 def _copy_earlier(path, rows, views, made_of):
-    "Take the same predictions from the folder of another vote, if there are any"
-    for f in sorted(models_path().glob(f'vote-*/{path.name}')):
+    "Take the same predictions from the folder of another vote or merge, if there are any"
+    earlier = *models_path().glob(f'vote-*/{path.name}'), *models_path().glob(f'merge-*/members/{path.name}')
+    for f in sorted(earlier):
         if (probs := _kept(f, rows, views)) is None or probs.attrs['meta'].get('made_of') != made_of: continue
         with atomic(path) as tmp: tmp.write_bytes(f.read_bytes())
         return
