@@ -43,7 +43,6 @@ def _train(args):
     return train_fold(**args).id, None, {}
 
 def _merge(args): # the merge and its members on the rows set apart
-    from competition_kit.core import models_path
     from competition_kit.merge import merge_runs
     from competition_kit.probs import align, read_probs
     from competition_kit.tables import load_rows

@@ -8,7 +8,7 @@ __all__ = ['folds_of', 'named_members', 'check_members', 'MergeArgs', 'base_of_m
            'merged_params', 'compare_logits', 'check_twin', 'member_probs', 'merge', 'merge_runs', 'plot_energy',
            'plot_members']
 
-# %% ../nbs/08_merge.ipynb #73b3bc10
+# %% ../nbs/08_merge.ipynb #87920e4e
 from dataclasses import asdict, dataclass
 from functools import cached_property
 import numpy as np
@@ -32,7 +32,7 @@ from .train import rows_at
 from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, model_params, model_stages,
                                      predict_runs, recipe_key, same_tables, training_rows, trusted_prompt, weights_path)
 
-# %% ../nbs/08_merge.ipynb #e256fce8
+# %% ../nbs/08_merge.ipynb #57bce613
 def _models(): # records of finished runs with a model, by time
     return [r for r in records() if r['stage'] in model_stages and r.get('status') == 'done']
 
@@ -66,7 +66,7 @@ def _numbers(text): # floats
     try: return [float(x) for x in text.split()]
     except ValueError: raise Refusal(f'weights are {text!r}', fix='Give numbers, such as 2 1 1') from None
 
-# %% ../nbs/08_merge.ipynb #14628348
+# %% ../nbs/08_merge.ipynb #1ac5047c
 def check_members(
     recs:list, # Records of the members
 ) -> list: # Their `Lora`s
@@ -101,7 +101,7 @@ def _check_same(recs): # what members must have in common, by their records
 
 def _meta(rec): return read_table(models_path(rec['run_id'], 'probs.parquet')).attrs['meta']
 
-# %% ../nbs/08_merge.ipynb #93e10f6a
+# %% ../nbs/08_merge.ipynb #4f025b5e
 @dataclass(frozen=True)
 class MergeArgs:
     "Arguments of `08_merge`; wrong values raise a `Refusal`"
@@ -110,7 +110,7 @@ class MergeArgs:
     weights:str=''     # One number for each name or each run, such as 2 1 1; empty: equal
     how:str='concat'   # concat: exact; svd: of rank `rank`; factors: A and B apart; base: added into the base
     rank:int=32        # Rank of svd
-    twin:str=''        # For how=base and members over a quantised base: that base in 16 bits
+    twin:str=''        # For base, and members over a quantised base: that base in 16 bits
     held:str=''        # Table with labels to compare on; empty: the rows that all members held out
 
     def __post_init__(self):
@@ -151,7 +151,7 @@ class MergeArgs:
         mean_head(self.loras, self.w)
         return dict(members, base=base_hash(self.base), **(table_hashes(self.held) if self.held else {}))
 
-# %% ../nbs/08_merge.ipynb #ee9edec9
+# %% ../nbs/08_merge.ipynb #5574bf79
 def base_of_merge(
     args, # `MergeArgs`
 ) -> str: # As for `load_classifier`
@@ -173,7 +173,7 @@ def base_of_merge(
         raise Refusal(f"the twin {args.twin} is another base than {p['base']}", fix=f"Take twin={p['base']}")
     return args.twin
 
-# %% ../nbs/08_merge.ipynb #7a940247
+# %% ../nbs/08_merge.ipynb #85aa2569
 def comparison_rows(
     args, # `MergeArgs`
 ): # (rows, [rows] was a member trained on them?)
@@ -195,7 +195,7 @@ def comparison_rows(
 
 _seen_rows = 200  # enough for a comparison of logits
 
-# %% ../nbs/08_merge.ipynb #85533e5d
+# %% ../nbs/08_merge.ipynb #b5d733d1
 def paired_difference(
     a,      # [rows] losses
     b,      # [rows] losses of another model
@@ -227,7 +227,7 @@ def compare_models(
     out[f'{len(names)} members'] = dict(each.mean(), **{'± log_loss': each.log_loss.std()})
     return pd.DataFrame(out).T[['log_loss', '± log_loss', 'accuracy', 'ece', 'merged - it', 'least']]
 
-# %% ../nbs/08_merge.ipynb #515a51cd
+# %% ../nbs/08_merge.ipynb #7bdb14bf
 def merge_verdict(
     table,     # From `compare_models`; None without labels
     unseen:int,# Rows that no member has seen
@@ -249,7 +249,7 @@ def _against(name, line): # one comparison as a part of a sentence
         f'which may be chance: the rows cannot tell less than {least:.4f}'
     return f"is {side} than the {name.split(':')[0]} by {abs(gap):.4f} ({told})"
 
-# %% ../nbs/08_merge.ipynb #132ec2d3
+# %% ../nbs/08_merge.ipynb #a4884d29
 @torch.no_grad()
 def row_logits(
     classifier, # From `load_classifier`
@@ -285,7 +285,7 @@ def members_together(
     if head: model.base.score.load_state_dict(head)
     with with_updates(model.base, args.loras, args.w): return model, row_logits(model, prompt, rows)
 
-# %% ../nbs/08_merge.ipynb #065bb419
+# %% ../nbs/08_merge.ipynb #8d342631
 def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def write_merge(
@@ -318,7 +318,7 @@ def merged_params(
         return p | dict(method='lora', lora_r=config['r'], lora_alpha=config['lora_alpha'])
     return p | dict(method='full', dtype=pick_dtype('auto') if args.twin else p['dtype'])
 
-# %% ../nbs/08_merge.ipynb #da5a3bf3
+# %% ../nbs/08_merge.ipynb #eb822314
 def compare_logits(
     run,    # From `run_stage`
     args,   # `MergeArgs`
@@ -364,7 +364,7 @@ def _check_read_back(args, table):
         raise Refusal(f"the merged adapter, read back, is {together['mean']:.3f} off its members' logits", args.members,
                       fix='Run it again; if it fails again, merge fewer members to find the one that does not fit')
 
-# %% ../nbs/08_merge.ipynb #cb657d6b
+# %% ../nbs/08_merge.ipynb #d9c0b15c
 def member_probs(
     args,   # `MergeArgs`
     rows,   # To compare on
@@ -379,7 +379,7 @@ def member_probs(
     if todo: tables |= predict_runs(todo, rows, folder, views)
     return {r: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for r, t in tables.items()}
 
-# %% ../nbs/08_merge.ipynb #59f4d74d
+# %% ../nbs/08_merge.ipynb #28278ab8
 def merge(
     run,  # From `run_stage`
     args, # `MergeArgs`
@@ -425,7 +425,7 @@ def merge_runs(
     "Merge runs; a merge that is done already is returned"
     return run_stage(merge, MergeArgs(**args))
 
-# %% ../nbs/08_merge.ipynb #07f6c4c8
+# %% ../nbs/08_merge.ipynb #0528325a
 def plot_energy(
     args, # `MergeArgs`
     ax=None,
