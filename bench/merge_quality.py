@@ -1,10 +1,10 @@
 """What does merging cost? Folds and seeds, merged in every way, on a table that no run has seen.
 
 usage: python bench/merge_quality.py pairs_open.parquet [--seeds 3] [--folds 5] [--jobs 4] [--base B] [--int4 FOLDER]
-A fifth of the groups is set apart. Three families of runs are trained on the rest: folds with one seed (a shared start),
-folds with a seed each (independent starts), and as many seeds on all rows. Every draw is one more repetition.
-Each line is compared with the mean of the five folds' probabilities, row by row; `least` is the smallest difference that
-two standard errors over groups can tell. With `--int4`, one LoRA a draw is trained over that checkpoint of `--base`."""
+A fifth of the groups is set apart. Three families of runs are trained on the rest: folds with one seed (a shared
+start), folds with a seed each (independent starts), and as many seeds on all rows. Every draw is one more repetition.
+Each line is compared with the mean of the five folds' probabilities, row by row; `least` is the smallest difference
+that two standard errors over groups can tell. With `--int4`, one LoRA a draw is trained over that checkpoint of `--base`."""
 import argparse, contextlib, io, json, multiprocessing, os, tempfile, time, traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
