@@ -253,6 +253,7 @@ def merge_verdict(
 
 def _against(name, line): # one comparison as a part of a sentence
     gap, least = line['merged - it'], line['least']
+    if abs(gap) < 5e-5: return f"is as good as the {name.split(':')[0]}"
     side = 'better' if gap < 0 else 'worse'
     told = f'more than the {least:.4f} that these rows can tell' if abs(gap) > least else \
         f'which may be chance: the rows cannot tell less than {least:.4f}'

@@ -177,8 +177,9 @@ def test_a_quantised_base_needs_its_twin(tiny, tmp_path, own_root):
     with pytest.raises(Refusal, match='not the base that was quantised'):
         merge_runs(members=run, how='base', twin=str(tmp_path/'wrong'))
     merged = merge_runs(members=run, how='base', twin=tiny)
-    shift = {k.split(' in ')[-1]: v['mean'] for k, v in merged.record['logits'].items()}
-    assert shift['16 bits'] < 1e-3 < shift['fp32']
+    shift = {k: v['mean'] for k, v in merged.record['logits'].items()}
+    assert len(shift) == 3 and shift.pop('no adapter') > .1
+    assert all(0 < v < .01 for v in shift.values())
     assert load_run(merged.record, trusted_prompt(merged.record)).device.type == 'cpu'
 
 
