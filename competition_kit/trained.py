@@ -23,7 +23,7 @@ from .prompt import Prompt, encode_cached, tokenizer_hash
 from .tables import load_rows, table_hashes
 
 # %% ../nbs/lib/03h_trained.ipynb #1971883f
-model_stages = 'train', 'distill', 'gptq'  # stages whose runs are models
+model_stages = 'train', 'distill', 'merge', 'gptq'  # stages whose runs are models
 
 def model_params(
     rec:dict, # Record of a run
@@ -47,7 +47,7 @@ def base_of(
     rec:dict, # Record of a train run
 ) -> str: # As for `load_classifier`
     "The base that a run is loaded over: its own model after full fine-tuning, else the base it was trained on"
-    return str(weights_path(rec)) if is_full(rec) else rec['params']['base']
+    return str(weights_path(rec)) if is_full(rec) else model_params(rec)['base']
 
 # %% ../nbs/lib/03h_trained.ipynb #525be05b
 def check_run(
@@ -100,7 +100,8 @@ def ancestors(
 def parents(
     params:dict, # Of a train run
 ) -> list: # Records of its ancestors, the parent first
-    "The runs that a run continues; a copied model folder brings its own list"
+    "The runs that a run continues, or that it merges; a copied model folder brings its own list"
+    if 'members' in params: return [rec for member in params['members'].split() for rec in ancestors(member)]
     if not (run := parent_run(params)): return []
     return ancestors(run) if params.get('start') or _is_model_of(params['base'], run) else read_lineage(params['base'])
 
@@ -121,6 +122,7 @@ def recipe_key(
 ) -> str:
     "A hash that is the same for runs that differ in nothing but their folds, and so do their parents"
     params, inputs = {k: v for k, v in rec['params'].items() if k != 'fold'}, dict(rec['inputs'])
+    if 'members' in params: return _merge_key(params, inputs)
     if run := parent_run(params):
         name = 'start' if params.get('start') else 'base'
         try: parent = find_run(run)
@@ -129,18 +131,24 @@ def recipe_key(
         inputs.pop(name, None)
     return hash_obj([params, inputs])
 
+def _merge_key(params, inputs): # the same for merges whose members differ in nothing but their folds
+    try: keys = [recipe_key(find_run(member)) for member in params['members'].split()]
+    except Refusal: return hash_obj([params, inputs])
+    return hash_obj([params | dict(members=keys), {k: v for k, v in inputs.items() if not k.startswith('member.')}])
+
 # %% ../nbs/lib/03h_trained.ipynb #944754d3
 def same_tables(
     rec:dict, # Record of a train run, or its entry in `lineage.json`
 ) -> bool:
-    "Are today's tables those that a run was trained on? A table that is gone is refused"
+    "Are today's tables those that a run was trained on? A table that is gone is refused; a merge has none of its own"
+    if 'mix' not in rec['params']: return True
     return all(rec['inputs'].get(name) == sha for name, sha in table_hashes(rec['params']['mix']).items())
 
 def training_rows(
     recs:list, # Records, from `ancestors`
 ): # DataFrame with all columns
     "The rows of today's tables that these runs were trained on"
-    params = [r['params'] for r in recs]
+    params = [r['params'] for r in recs if 'mix' in r['params']]
     return pd.concat([fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0] for p in params], ignore_index=True)
 
 def rows_seen(
@@ -171,7 +179,7 @@ def trusted_prompt(
 ) -> Prompt:
     "The prompt of a run; refused if its files, base, tokenizer or prompt have changed since it was trained"
     check_run(rec)
-    p, fix = rec['params'], 'Run the same command again, which trains it anew, or leave it out'
+    p, fix = model_params(rec), 'Run the same command again, which trains it anew, or leave it out'
     def same(now, then, what):
         if now != then: raise Refusal(f'{what} ({now}, then {then})', rec['run_id'], fix=fix)
     same(base_hash(p['base']), rec['base'], f"the base {p['base']} is not the one it was trained on")
@@ -199,7 +207,7 @@ def load_run(
 ): # A model, as from `load_classifier`
     "A run as a model: its adapter over its base, or all of its weights"
     from competition_kit.model import load_classifier
-    p, model = rec['params'], over
+    p, model = model_params(rec), over
     if model is None: model = load_classifier(base_of(rec), prompt, str(p['route']), str(p['dtype']))
     if model.letters is not None: model.letters = rec.get('letters', prompt.letters)
     return model if is_full(rec) else load_adapter(model, weights_path(rec))
@@ -223,8 +231,9 @@ def _made_of(rec, rows):
     return hash_obj([rec['outputs'], rec['prompt'], rows.to_json(orient='records')])
 
 def _copy_earlier(path, rows, views, made_of):
-    "Take the same predictions from the folder of another vote, if there are any"
-    for f in sorted(models_path().glob(f'vote-*/{path.name}')):
+    "Take the same predictions from the folder of another vote or merge, if there are any"
+    earlier = *models_path().glob(f'vote-*/{path.name}'), *models_path().glob(f'merge-*/members/{path.name}')
+    for f in sorted(earlier):
         if (probs := _kept(f, rows, views)) is None or probs.attrs['meta'].get('made_of') != made_of: continue
         with atomic(path) as tmp: tmp.write_bytes(f.read_bytes())
         return
@@ -258,7 +267,7 @@ def predict_runs(
         raise Refusal(f"runs of another task than {task}: {', '.join(other)}")
     for r, f in files.items():
         if _kept(f, rows, views) is None: _copy_earlier(f, rows, views, _made_of(recs[r], rows))
-    def on_base(r): return base_of(recs[r]), str(recs[r]['params']['route']), str(recs[r]['params']['dtype'])
+    def on_base(r): return base_of(recs[r]), *(str(model_params(recs[r])[k]) for k in ('route', 'dtype'))
     todo = sorted([r for r in runs if _kept(files[r], rows, views) is None], key=on_base)
     for _, same in groupby(todo, on_base):
         model = None  # the old base goes before the new one comes

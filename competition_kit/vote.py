@@ -26,8 +26,8 @@ from .submission import (check_submission, find_sample, make_submission, practic
                                         read_sample)
 from .tables import check_texts, load_rows, parse_mix, table_name, table_path, validated_part
 from .teachers import adopted, adopted_table
-from .trained import (check_run, load_adapter, model_stages, predict_runs, recipe_key, same_tables,
-                                     trusted_prompt)
+from .trained import (check_run, load_adapter, model_params, model_stages, predict_runs, recipe_key,
+                                     same_tables, trusted_prompt)
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
@@ -41,7 +41,7 @@ def _read(run): # the probability table of a voter's run
     return adopted_table(run) if adopted(run) else read_probs(models_path(run, 'probs.parquet'))
 
 def _is_on(rec, data): # is this the table whose rows a run has held out?
-    try: return validated_part(str(rec['params'].get('mix', ''))).name == table_name(data)
+    try: return validated_part(str(model_params(rec).get('mix', ''))).name == table_name(data)
     except Refusal: return False
 
 def _is_done(rec): return rec['stage'] in model_stages and rec.get('status') == 'done'
@@ -290,12 +290,12 @@ def _drawn(params): # a run's mix, and its seed where rows of it are drawn by ch
     return params['mix'], params['seed'] if any(t.n or t.share for t in parse_mix(params['mix'])) else 0
 
 def _table(ballot, data): # the one table that all runs were trained and held out on, else `data` itself
-    mixes = {_drawn(rec['params']) for rec in _records(ballot)}
+    mixes = {_drawn(model_params(rec)) for rec in _records(ballot)}
     return load_rows(*mixes.pop()) if len(mixes) == 1 else load_rows(table_name(data))
 
 def _known_baselines(ballot, rows): # fold → baselines of exactly these rows, from the records of the runs
     recs, size = _records(ballot), rows.fold.value_counts()
-    if len({_drawn(rec['params']) for rec in recs}) != 1: return {}  # then the runs have several tables
+    if len({_drawn(model_params(rec)) for rec in recs}) != 1: return {}  # then the runs have several tables
     same = [rec for rec in recs if size.get(rec['fold']) == rec.get('held_out') and same_tables(rec)]
     return {rec['fold']: rec['metrics']['baselines'] for rec in same}
 
