@@ -1,11 +1,17 @@
 "What the bench scripts share: clocks, the name of the machine, and one JSON line a result."
-import json, statistics, sys, time
+import json, os, statistics, sys, time
 from competition_kit.core import device_name, now, versions
 
 def wait_for_gpu():
     "Wait until the GPU has done all that was started; without torch or a GPU there is nothing to wait for"
     torch = sys.modules.get('torch')
     if torch and torch.cuda.is_available(): torch.cuda.synchronize()
+
+def gpus() -> list: # As for `CUDA_VISIBLE_DEVICES`; one name on a machine without a GPU
+    "The GPUs that this process may use"
+    import torch
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return visible.split(',') if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
 
 def timed(
     f,  # Function

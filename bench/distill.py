@@ -20,7 +20,7 @@ TWO_TABLES = 'open + alpaca'
 LINES = {
     'labels': dict(seeds=3),
     'labels, alpaca rows with real labels': dict(seeds=3, args=dict(mix=TWO_TABLES)),
-    'teacher: qwen': dict(seeds=1, args=dict(base='TEACHER', lr=3e-4)),
+    'teacher: qwen': dict(seeds=1, args=dict(base='TEACHER', lr=3e-4, pack_tokens=8192)),
     'qwen, seed form': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed')),
     'qwen, soft form (T = 5)': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft')),
     'qwen, soft form, T = 2': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=2.),
@@ -135,8 +135,8 @@ if __name__ == '__main__':
         name, file = part.split('=')
         rows, _ = split(str(Path(file).resolve()))
         write_tables(name, rows)
-    import torch
-    cards = list(map(str, range(max(1, torch.cuda.device_count()))))
+    from common import gpus
+    cards = gpus()
     spawn = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(a.jobs*len(cards), spawn, begin, (os.environ['CK_ROOT'], cards, spawn.Value('i', -1)))
     ids, said, running, left = {}, [], {}, {}

@@ -153,8 +153,8 @@ def measure_quality(a):
         name, file = part.split('=')
         rows, _ = split(str(Path(file).resolve()))
         write_rows(rows, data_path(f'{name}.parquet'), task=rows.attrs['meta']['task'])
-    import torch
-    began, gpus = time.time(), list(map(str, range(max(1, torch.cuda.device_count()))))
+    from common import gpus as visible_gpus
+    began, gpus = time.time(), visible_gpus()
     spawn, said = multiprocessing.get_context('spawn'), []
     state = os.environ['CK_ROOT'], gpus, spawn.Value('i', -1)
     with spawn.Pool(a.jobs*len(gpus), begin, state) as pool:

@@ -124,8 +124,8 @@ if __name__ == '__main__':
     os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
     data_path().mkdir(parents=True, exist_ok=True)
     tables(a.table, os.environ['CK_ROOT'])
-    import torch
-    cards, began = list(map(str, range(max(1, torch.cuda.device_count())))), time.time()
+    from common import gpus
+    cards, began = gpus(), time.time()
     spawn = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(a.jobs*len(cards), spawn, begin, (os.environ['CK_ROOT'], cards, spawn.Value('i', -1)))
     def run(jobs): # name → (stage, arguments); yields name and result as they end

@@ -181,17 +181,18 @@ _values = '''zero one two three four five six seven eight nine ten eleven twelve
     first second third fourth fifth sixth seventh eighth ninth tenth last
     monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
     september october november december'''.split()
-_number = re.compile(rf"(?:^|(?<= ))(?:\S*\d\S*|{'|'.join(_values)}|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])")
+_number = re.compile(r'(?:^|(?<= ))(?:\S*\d\S*|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])')
+_value = re.compile(rf"{_number.pattern}|(?:^|(?<= ))(?:{'|'.join(_values)})(?![^ ])")
 
 def _same_numbers(a, b):
-    if _number.findall(a) == _number.findall(b): return True
+    if _value.findall(a) == _value.findall(b): return True
     a, b = a.split(' '), b.split(' ')
     for op in Levenshtein.opcodes(a, b):
         x, y = a[op.src_start:op.src_end], b[op.dest_start:op.dest_end]
-        in_a, in_b = (bool(_number.search(' '.join(v))) for v in (x, y))
+        number, value = ([bool(p.search(' '.join(v))) for v in (x, y)] for p in (_number, _value))
         doubled = (x or b[op.dest_start-len(y):op.dest_start]) == (y or a[op.src_start-len(x):op.src_start])
         if x == y or (doubled and (x or y)[0][0].isdigit()): continue
-        if in_a and in_b or (in_a or in_b) and op.tag != 'replace': return False
+        if all(value) or any(number) and op.tag != 'replace': return False
     return True
 
 # %% ../nbs/lib/01c_groups.ipynb #dfa198b3

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from competition_kit import lora
-from competition_kit.base import tiny_base
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at, seal, write_json
 from competition_kit.lora import merge_into_base, merge_loras, read_lora
 from competition_kit.merge import MergeArgs, comparison_rows, merge_runs, row_logits
@@ -114,7 +113,7 @@ def test_a_model_with_the_mean_added_is_a_base(runs, tmp_path):
 
 
 def test_members_that_make_no_model_are_refused(runs, tiny, tmp_path):
-    other = train_fold(base=tiny_base(tmp_path/'other'), **dict(small, max_len=150)).id
+    other = train_fold(base=tiny, **dict(small, max_len=150)).id
     with pytest.raises(Refusal, match='differ in their prompt'): merge_runs(members=f'{runs[0]} {other}')
     with pytest.raises(Refusal, match='differ in their route'): merge_runs(members=f'{runs[0]} {runs[4]}')
     with pytest.raises(Refusal, match='merged twice'): merge_runs(members=f'{runs[0]} {runs[0][:16]}')
