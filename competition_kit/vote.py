@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['hold_vote', 'candidates', 'group_by_recipe', 'voters', 'left_out', 'voter_weights', 'run_weights', 'oof_probs',
-           'oof_vote', 'fold_scores', 'verdict', 'vote_inputs', 'score_vote', 'rows_to_predict', 'run_tables',
-           'voter_probs', 'write_votes', 'save_vote', 'VoteArgs', 'run_vote', 'vote', 'agreement', 'check_submission',
-           'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority', 'make_submission',
-           'practice_score', 'predict_runs', 'trusted_prompt']
+           'oof_vote', 'fold_scores', 'verdict', 'voters_worth', 'vote_inputs', 'score_vote', 'rows_to_predict',
+           'run_tables', 'voter_probs', 'write_votes', 'save_vote', 'by_strength', 'stopping_limits', 'BallotAsker',
+           'prior_probs', 'staged_files', 'first_submission', 'run_staged', 'VoteArgs', 'run_vote', 'vote', 'agreement',
+           'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority',
+           'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']
 
 # %% ../nbs/10_vote.ipynb #aea0798b
 from dataclasses import dataclass
@@ -15,19 +16,24 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from .choose import error_correlation, vote_curve, worth_sentence
+from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import (Refusal, at_least, content_hash, hash_obj, models_path, one_of, project_root, sha256,
-                                  write_table)
+from .core import (Refusal, at_least, content_hash, data_path, hash_obj, models_path, one_of, project_root, sha256,
+                                  share, write_json, write_table)
 from .log import people
 from .record import find_run, records
-from .probs import align, baselines, read_probs, scores, write_probs
+from .probs import align, baselines, class_prior, log_loss, read_probs, scores, write_probs
 from .rows import n_options, tasks
+from .sequential import calibrated_limits, exact_limits
+from .staged import (gap_sentence, gaps, no_answers, passes, read_answers, staged_vote, vote_so_far,
+                                    voter_means, write_answers)
 from .submission import (check_submission, find_sample, make_submission, practice_score,
                                         read_sample)
-from .tables import check_texts, load_rows, parse_mix, table_name, table_path
+from .tables import check_texts, load_rows, parse_mix, samples, table_name, table_path
 from .teachers import adopted, adopted_table
-from .trained import (check_run, load_adapter, model_stages, predict_runs, recipe_key, same_tables,
-                                     trusted_prompt)
+from .trained import (RunAsker, _seen, check_run, load_adapter, model_stages, predict_runs, recipe_key,
+                                     same_tables, trusted_prompt)
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
@@ -200,6 +206,10 @@ def oof_probs(
     return {voter: align(t, rows, width) for voter, t in tables.items()}, rows
 
 # %% ../nbs/10_vote.ipynb #e051db6d
+def _parts(rows): # [rows] their folds; of a single fold the halves of its groups
+    if rows.fold.nunique() > 1: return rows.fold.to_numpy()
+    return pd.factorize(rows.get('group', rows.index), sort=True)[0] % 2
+
 def oof_vote(
     oof,                # Voter → [rows, options]
     rows,               # Those rows, with `label` and `fold`; in a single fold, rows of one `group` stay together
@@ -207,9 +217,9 @@ def oof_vote(
     rule:str='mean',    # As for `combine`
 ) -> np.ndarray: # [rows, options]
     "The vote of out-of-fold probabilities; weights are fitted on the other folds, or on the other half of one fold"
-    p, part, label = np.stack(list(oof.values())), rows.fold.to_numpy(), rows.label.to_numpy()
+    p, label = np.stack(list(oof.values())), rows.label.to_numpy()
     if not isinstance(weights, str): return combine(p, weights, rule)
-    if len(np.unique(part)) < 2: part = pd.factorize(rows.get('group', rows.index), sort=True)[0] % 2
+    part = _parts(rows)
     if len(np.unique(part)) < 2:
         raise Refusal('weights cannot be fitted and scored: all rows are of one group', fix='Take weights log')
     out = np.zeros_like(p[0])
@@ -263,6 +273,21 @@ def _sentence(metric, vote, best, base, lead, spread):
     if spread is None: return head+'; one fold has no spread to compare that with.'
     over = f'the spread over folds or seeds ({spread:.4f})'
     return head+(f', which is less than {over}: that may be chance.' if lead <= spread else f', more than {over}.')
+
+# %% ../nbs/10_vote.ipynb #1ccc5e3d
+def voters_worth(
+    oof,     # Voter → [rows, options], out of fold
+    rows,    # Those rows
+    weights, # One number a voter
+    rule:str='mean', # As for `combine`
+) -> dict: # `worth`, a sentence, and `curve`, from `vote_curve`; empty for a single voter
+    "How many independent voters the voters are worth, and the score by number of votes"
+    if len(oof) < 2: return {}
+    p, label, part = np.stack(list(oof.values())), rows.label.to_numpy(), _parts(rows)
+    found = dict(worth=worth_sentence(error_correlation(p, label), weights))
+    if len(np.unique(part)) < 2: return found
+    metric = 'accuracy' if rule == 'majority' else tasks[rows.attrs['meta']['task']].metric
+    return found | dict(curve=vote_curve(p, label, part, rule, metric))
 
 # %% ../nbs/10_vote.ipynb #fa59d575
 def vote_inputs(
@@ -323,7 +348,8 @@ def score_vote(
     elif not in_oof.sum(): sentence = 'The voters that have out-of-fold rows have weight 0: the vote has no score.'
     else:
         vote = oof_vote(oof, rows, 'fit' if weights == 'fit' else in_oof, rule)
-        return score | _scored(vote, oof, rows, table, ballot, fitted=weights == 'fit')
+        score |= _scored(vote, oof, rows, table, ballot, fitted=weights == 'fit')
+        return score | voters_worth(oof, rows, in_oof, rule)
     return score | dict(sentence=sentence)
 
 def _scored(vote, oof, rows, table, ballot, fitted): # the vote beside its voters and the baselines
@@ -394,6 +420,11 @@ def _any_seen(tables, rows): # [rows], True where a voter was trained on it, nul
     by_row = zip(*(_seen_by(t, rows) for t in tables))
     return pd.array([True if True in row else None if None in row else False for row in by_row], dtype='boolean')
 
+def _agreement_of(p, has, vote): # [rows] share of the voters asked that agree; NaN where nobody was
+    if has.all(): return agreement(p, vote)
+    same = np.stack([np.asarray(v).argmax(1) == vote.argmax(1) for v in p]) & has
+    return (same.sum(0)/np.where(has.any(0), has.sum(0), np.nan)).astype(np.float32)
+
 def write_votes(
     path,      # Where to
     rows,      # The rows predicted
@@ -403,13 +434,15 @@ def write_votes(
     views:int, # Orderings averaged
     seen,      # [rows] was a voter trained on it?
     run:str,   # Run id
+    has=None,  # [voters, rows] was the voter asked for the row? Default: all were
 ):
     "The vote and all voters in one table, which `read_probs` reads: a vote can be a voter, or a teacher"
     n, ids = n_options(rows, tasks[task]), list(rows.id)
-    def cut(a): return [o[:k] for o, k in zip(np.asarray(a, np.float32), n)]
-    df = pd.DataFrame(dict(id=ids, p=cut(vote), views=np.int32(views), seen=seen,
-                           agreement=agreement(p.values(), vote), entropy=entropy(vote),
-                           **{voter: cut(a) for voter, a in p.items()}))
+    has = np.ones((len(p), len(rows)), bool) if has is None else has
+    def cut(a, here): return [o[:k] if h else None for o, k, h in zip(np.asarray(a, np.float32), n, here)]
+    each = {voter: cut(a, here) for (voter, a), here in zip(p.items(), has)}
+    df = pd.DataFrame(dict(id=ids, p=cut(vote, np.ones(len(rows), bool)), views=np.int32(views), seen=seen,
+                           agreement=_agreement_of(p.values(), has, vote), entropy=entropy(vote), **each))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), run=run, voters=list(p))
 
 def save_vote(
@@ -430,6 +463,151 @@ def save_vote(
     write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, views, seen=False, run=run.id)
     return [*files, 'oof.parquet']
 
+# %% ../nbs/10_vote.ipynb #2b956a35
+def by_strength(
+    ballot,     # From `voters`
+    score:dict, # From `score_vote`
+): # (the ballot, the heaviest voter first; one weight a voter in that order)
+    "The order in which voters are asked"
+    names = list(dict.fromkeys(ballot.voter))
+    weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
+    loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
+    names = sorted([v for v in names if weight[v] > 0], key=lambda v: (-weight[v], loss[v]))
+    lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
+    return lines, np.array([weight[v] for v in names])
+
+def stopping_limits(
+    names,       # Of the voters, in the order of `by_strength`
+    weights,     # Theirs
+    score:dict,  # From `score_vote`
+    rule:str,    # As for `combine`
+    change:float,# Share of the answers that may change; 0: None is returned, and all voters are asked
+): # [voters] margins, or None
+    "When to stop asking; calibrated where all voters have out-of-fold rows, else exact"
+    if not change: return None
+    if set(names) <= set(score['oof']) and len(score['rows']):
+        return calibrated_limits(np.stack([score['oof'][v] for v in names]), weights, rule, change)
+    return exact_limits(weights) if rule != 'logits' else None
+
+# %% ../nbs/10_vote.ipynb #83979a83
+class BallotAsker:
+    "The runs of a ballot, by their position; files of probabilities have answered already"
+    def __init__(self,
+        ballot,          # From `by_strength`
+        rows,            # The rows to predict
+        views:int,       # 1: rows as they are; 2: also swapped
+        pack_tokens:int, # Tokens in a pack
+        clock:Clock,     # Its pace begins anew with each base
+    ):
+        self.names, self.rows, self.clock = list(ballot.run), rows, clock
+        self.tables = {r: _read(r) for r in self.names if _is_table(r)}
+        self.models = RunAsker([r for r in self.names if r not in self.tables], rows, views, pack_tokens)
+        self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
+        for r, table in self.tables.items():
+            k = self.names.index(r)
+            self.answers.total[k], self.answers.views[k] = views*align(table, rows), views
+
+    def tokens(self): # [rows]
+        models = [r for r in self.names if r not in self.tables]
+        return self.models.tokens(models[0]) if models else np.ones(len(self.rows))
+
+    def load(self, k):
+        before = self.models.base
+        self.models.load(self.names[k])
+        if self.models.base != before: self.clock.pieces.clear()
+
+    def ask(self, k, at, view): return self.models.ask(at, view)
+
+    def seen(self): # [rows], True where a run was trained on it, null where one does not say
+        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else _seen(self.models.recs[r], self.rows)
+                  for r in self.names]
+        return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
+                        dtype='boolean')
+
+# %% ../nbs/10_vote.ipynb #4d364220
+def prior_probs(
+    data:str, # Name of the training table; where it is missing, all options of a row are equal
+    rows,     # The rows to predict
+) -> np.ndarray: # [rows, options]
+    "Probabilities for rows that no model has seen"
+    task = tasks[rows.attrs['meta']['task']]
+    label = load_rows(table_name(data)).label.to_numpy() if _has_table(data) else np.array([], int)
+    return class_prior(label[label >= 0], n_options(rows, task), len(task.options))
+
+def _has_table(data): return data_path(f'{table_name(data)}.parquet').exists() or table_name(data) in samples
+
+def staged_files(
+    run,        # From `run_stage`
+    asker,      # A `BallotAsker`
+    weights,    # One number a voter, in its order
+    prior,      # From `prior_probs`
+    args,       # `VoteArgs`
+    sample,     # The host's sample submission
+): # Function without arguments
+    "A function that writes the submission, what is missing from it, and the answers so far"
+    rows, a = asker.rows, asker.answers
+    def save():
+        p = vote_so_far(a, weights, prior, args.rule)
+        make_submission(p, rows, rows.attrs['meta']['task'], sample, run.folder/f'submission{sample.suffix}')
+        write_json(run.folder/'missing.json', gaps(a, asker.names, args.views))
+        write_answers(run.folder/'answers.npz', a, f'{run.id} {asker.names}')
+    return save
+
+def first_submission(
+    run,    # From `run_stage`
+    rows,   # The rows to predict
+    prior,  # From `prior_probs`
+    sample, # The host's sample submission
+):
+    "A valid submission before anything is predicted; one of an interrupted vote stays"
+    path, task = run.folder/f'submission{sample.suffix}', rows.attrs['meta']['task']
+    try: check_submission(path, sample, task, rows)
+    except Refusal:
+        make_submission(prior, rows, task, sample, path)
+        write_json(run.folder/'missing.json', dict(rows=len(rows), no_model=len(rows)))
+
+# %% ../nbs/10_vote.ipynb #7a0ecaf7
+def run_staged(
+    run,            # From `run_stage`
+    args,           # `VoteArgs` with a budget, a share of changes, or a share to re-score
+    ballot,         # From `voters`
+    rows,           # From `rows_to_predict`
+    sample,         # The host's sample submission
+    clock=None,     # A `Clock`; it starts here when absent
+):
+    "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
+    clock, prior = clock or Clock(args.budget), prior_probs(args.data, rows)
+    first_submission(run, rows, prior, sample)
+    score = score_vote(ballot, args.data, args.weights, args.rule)
+    lines, weights = by_strength(ballot, score)
+    names = list(dict.fromkeys(lines.voter))
+    asker = BallotAsker(lines, rows, args.views, args.pack_tokens, clock)
+    a, save = asker.answers, staged_files(run, asker, weights, prior, args, sample)
+    read_answers(run.folder/'answers.npz', a, f'{run.id} {asker.names}')
+    limits = stopping_limits(names, weights, score, args.rule, args.change)
+    todo = passes(a, weights, prior, args.rule, args.views, limits, args.rescore)
+    why = staged_vote(a, todo, asker.load, asker.ask, asker.tokens(), clock, save, args.pack_tokens)
+    missing = gaps(a, asker.names, args.views)
+    print(gap_sentence(missing, why) or 'The vote is complete.')
+    _finish_staged(run, args, ballot, rows, sample, score, asker, names, weights, prior, missing, why, clock)
+
+def _finish_staged(run, args, ballot, rows, sample, score, asker, names, weights, prior, missing, why, clock):
+    (each, has), task, seen = voter_means(asker.answers), rows.attrs['meta']['task'], asker.seen()
+    vote, submission = vote_so_far(asker.answers, weights, prior, args.rule), run.folder/f'submission{sample.suffix}'
+    views = asker.answers.views.max(0)
+    write_votes(run.folder/'votes.parquet', rows, vote, dict(zip(names, each)), task, views, seen, run.id, has)
+    files = [submission.name, 'missing.json', 'votes.parquet']
+    if score['vote'] is not None:
+        write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, args.views, seen=False, run=run.id)
+        files.append('oof.parquet')
+    metrics = {**(score['metrics'] or {}), 'seen': int(seen.fillna(False).sum())}
+    for solution in sorted(sample.parent.glob('solution.*'))[:1]: metrics |= practice_score(submission, solution)
+    facts = _facts(args, ballot, score, run, submission)
+    facts['sentence'] = f"{facts['sentence']} {gap_sentence(missing, why)}".strip()
+    asked = round(float((asker.answers.views > 0).sum(0).mean()), 3)
+    run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=asked,
+               vote_minutes=round(clock.used()/60, 3))
+
 # %% ../nbs/10_vote.ipynb #ae93bf53
 @dataclass(frozen=True)
 class VoteArgs:
@@ -437,15 +615,26 @@ class VoteArgs:
     data:str='sample_arena'  # name of the training table; its test table <data>_test is predicted
     runs:str=''              # run ids or probability files, separated by spaces; empty: by the workbook's column keep
     weights:str='log'        # log (the workbook's vote_weight), fit (on out-of-fold rows), or numbers, such as 2 1 1
-    rule:str='mean'          # mean (of probabilities), logits (mean of their logarithms) or majority
+    rule:str='mean'          # mean (of probabilities), logits (mean of their logarithms), majority or ranks
     views:int=2              # 1: rows as they are; 2: also with the answers swapped
     sample:str=''            # path of the sample submission, if it is not in data/<data>/
     pack_tokens:int=4096     # tokens in a pack
+    budget:float=0.          # minutes; 0: no limit. The heaviest voter first, then what fits
+    change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
+    rescore:float=1.         # share of the rows, those of the smallest margin, that later voters are asked for
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
-        one_of(self, rule=('mean', 'logits', 'majority'), views=(1, 2))
+        one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
         at_least(self, 1, 'pack_tokens')
+        at_least(self, 0, 'budget')
+        share(self, 'change')
+        if not 0 < self.rescore <= 1: raise Refusal(f'rescore={self.rescore!r}', fix='Take a share above 0, up to 1')
+        if self.staged and self.rule == 'ranks':
+            raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0 and rescore 1')
+
+    @property
+    def staged(self): return bool(self.budget or self.change or self.rescore < 1)  # else all are asked for all
 
     @cached_property
     def ballot(self): return voters(self.data, self.runs)
@@ -460,6 +649,7 @@ def run_vote(
     "Vote on the test table, write and check a submission, and finish the run"
     rows, sample = rows_to_predict(ballot, args.data), find_sample(args.data, args.sample)
     read_sample(sample, rows, rows.attrs['meta']['task'])
+    if args.staged: return run_staged(run, args, ballot, rows, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)
     tables = run_tables(ballot, rows, run.folder, args.views, args.pack_tokens)
     each = voter_probs(ballot, tables, rows)
@@ -489,7 +679,13 @@ def _facts(args, ballot, score, run, submission): # for the record: who votes an
     weights = run_weights(ballot, score['weights']).round(4).tolist()
     return dict(members=list(ballot.run), weights=weights, rule=args.rule,
                 left_out=left_out(ballot, args.data, args.runs), submission=f'models/{run.id}/{submission.name}',
-                sentence=score['sentence'], table=_without_nan(score['table']))
+                sentence=score['sentence'], table=_without_nan(score['table']), **_worth_facts(score))
+
+def _worth_facts(score): # for the record
+    if 'worth' not in score: return {}
+    curve = {f'{n} votes': {c: round(float(v), 5) for c, v in line.items()}
+             for n, line in score['curve'].iterrows()} if 'curve' in score else {}
+    return dict(worth=score['worth'], votes_curve=curve)
 
 def _without_nan(table): # for a record
     if table is None: return {}
