@@ -180,6 +180,7 @@ def log_repro(
         raise Refusal(f"{rec['run_id']} is {rec['status']}: there is no result to compare with")
     return _repeat(rec, path, params)
 
+# %% ../nbs/lib/12a_ck.ipynb #71102354
 def _repeat(rec, path, params):
     home, copy = project_root(), models_path('.repro', rec['run_id'])
     shutil.rmtree(copy, ignore_errors=True)

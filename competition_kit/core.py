@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Refusal', 'one_of', 'at_least', 'share', 'project_root', 'data_path', 'models_path', 'bases_path', 'root_at',
-           'sandbox', 'atomic', 'to_json', 'write_json', 'read_json', 'hash_obj', 'sha256', 'seal', 'damage',
-           'file_sums', 'damage_cached', 'write_table', 'read_table', 'content_hash', 'now', 'peak_memory',
-           'device_name', 'versions', 'seed_all']
+           'sandbox', 'atomic', 'to_json', 'write_json', 'read_json', 'csv_text', 'jsonl_text', 'hash_obj', 'sha256',
+           'seal', 'damage', 'file_sums', 'damage_cached', 'write_table', 'read_table', 'content_hash', 'now',
+           'peak_memory', 'device_name', 'versions', 'seed_all']
 
 # %% ../nbs/lib/00_core.ipynb #2500ddfd
-import concurrent.futures, contextlib, hashlib, json, os, platform, sys, tempfile, time, warnings
+import concurrent.futures, contextlib, csv, hashlib, io, json, os, platform, sys, tempfile, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -150,6 +150,23 @@ def read_json(path):
     "Read a JSON file, naming it when it is broken"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise Refusal(f'not valid JSON ({e})', path, fix='Restore the file or delete it') from e
+
+# %% ../nbs/lib/00_core.ipynb #f425390d
+def csv_text(
+    columns:dict, # Column → its cells
+) -> str:
+    "A table as CSV with a header"
+    text = io.StringIO(newline='')
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values()))
+    return text.getvalue()
+
+def jsonl_text(
+    objects, # Anything JSON can hold
+) -> str:
+    "JSON Lines: one object a line"
+    return ''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in objects)
 
 # %% ../nbs/lib/00_core.ipynb #e950131b
 def hash_obj(obj, n:int=10) -> str: # `n` hex digits

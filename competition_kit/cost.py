@@ -29,6 +29,7 @@ known_bases = {name: dict(zip(_keys, v)) for name, v in {  # from each model's o
     'gemma-3-12b':   ('gemma3_text', 48, 3840, 16, 8, 256, 15360, 262208, True),
     'mistral-7b':    ('mistral', 32, 4096, 32, 8, 128, 14336, 32768, False)}.items()}
 
+# %% ../nbs/lib/03e_cost.ipynb #c47f5973
 def _well_known(name): # Its configuration, or None: `Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4` is `qwen2.5-7b` in four bits
     name, bits = re.match(r'(.*?)(?:-gptq-int([48]))?$', name.split('/')[-1].lower().removeprefix('meta-')).groups()
     c = known_bases.get(re.sub(r'(-v0\.\d)?(-instruct|-it|-chat)?(-v0\.\d)?$', '', name))
@@ -384,9 +385,11 @@ def _fit(job, tokens, free, gpus, sharded): # The job as it fits, sharded if nee
     return over(gpus)
 
 # %% ../nbs/lib/03e_cost.ipynb #d1df41fc
-def _token_counts(lengths, max_len): # An array of them
+def _token_counts(lengths, max_len, template): # An array of them
     n = contest_lengths(lengths, max_len=max_len) if isinstance(lengths, str) else np.asarray(lengths).clip(max=max_len)
     if n.size == 0 or n.min() < 1: raise Refusal('lengths must be token counts above zero')
+    if not 0 <= template < n.min():
+        raise Refusal(f'template counts tokens of every row, and the shortest has {n.min()}: {template} cannot be')
     return n
 
 def _check_choices(method, route, dropout, **above_zero):
@@ -430,9 +433,7 @@ def cost(
     "The cost of a training"
     _check_choices(method, route, lora_dropout, gpus=gpus, views=views, epochs=epochs, pack_tokens=pack_tokens,
                    rows=1 if rows is None else rows, lora_r=lora_r if method == 'lora' else 1)
-    config, n, gpu = base_config(base), _token_counts(lengths, max_len), _spec(gpu, format, gpus)
-    if not 0 <= template < n.min():
-        raise Refusal(f'template counts tokens of every row, and the shortest has {n.min()}: {template} cannot be')
+    config, n, gpu = base_config(base), _token_counts(lengths, max_len, template), _spec(gpu, format, gpus)
     tokens, sizes = max(pack_tokens, int(n.max())), dict(shape(config), name=_base_label(base, config))
     job = Job(sizes, method, _definite_dtype(format, method, gpu, config), route, lora_r, lora_modules, lora_dropout,
               compiled and gpu['name'] != 'CPU')
@@ -443,6 +444,7 @@ def cost(
         mean_len=round(float(n.mean())), tokens=round(total), tokens_s=round(speed), hours=total/speed/3600,
         gpu_hours=gpus*total/speed/3600, extrapolated=_extrapolated(job, gpu, gpus, checkpointed))
 
+# %% ../nbs/lib/03e_cost.ipynb #07e46ec0
 def _summary(job, gpu, gpus, tokens, checkpointed): # The job, and its memory in GB
     base, sizes = job.base, {f'{k}_gb': round(v/1e9, 2) for k, v in memory(job, tokens, checkpointed).items()}
     return dict(base=base['name'], gpu=gpu['name'], gpus=gpus, sharded=job.shards > 1, method=job.method,

@@ -215,6 +215,12 @@ def load_optimizer(
     schedule.load_state_dict(dict(saved['schedule'], lr_lambdas=schedule.state_dict()['lr_lambdas']))
 
 # %% ../nbs/lib/03g_fit.ipynb #0e918d79
+def _terms(loss): # The total under `loss`, and further named terms
+    terms = dict(loss=loss) if torch.is_tensor(loss) else loss
+    if 'loss' in terms: return terms
+    raise Refusal(f"the loss has the terms {', '.join(terms)} and no total", fix='Return it under `loss`')
+
+# %% ../nbs/lib/03g_fit.ipynb #919f4ab0
 class _PackTrainer(Trainer):
     def __init__(self, *args, loss, **kw):
         super().__init__(*args, **kw)
@@ -234,10 +240,7 @@ class _PackTrainer(Trainer):
     def _backward(self, model, pack, times): # [1+terms], the pack's loss and named terms, without gradient
         pack = {k: v.to(self.args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in pack.items()}
         logits = model(*(pack.pop(k) for k in ('input_ids', 'position_ids', 'bounds')))
-        terms = self.pack_loss(logits, **pack)
-        if torch.is_tensor(terms): terms = dict(loss=terms)
-        if 'loss' not in terms:
-            raise Refusal(f"the loss has the terms {', '.join(terms)} and no total", fix='Return it under `loss`')
+        terms = _terms(self.pack_loss(logits, **pack))
         self.names = [k for k in terms if k != 'loss']
         (terms['loss']*times).backward()
         return torch.stack([terms[k].detach().float() for k in ('loss', *self.names)])

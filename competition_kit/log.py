@@ -52,6 +52,10 @@ runs  | private_lb        | 11 |        | people | Your score on the private lea
 runs  | keep              |  8 |        | people | x, yes or 1: this run votes. no or 0: it does not. Empty: undecided.
 runs  | vote_weight       | 12 |        | people | A number: this run's weight in the vote. Empty: 1.
 runs  | note              | 44 |        | people | Anything.
+'''
+
+# %% ../nbs/lib/01a_log.ipynb #d9ac9bf9
+_layout += '''
 votes | run_id            | 25 |        | kit    | The vote's run.
 votes | status            | 12 |        | kit    | As in runs.
 votes | members           | 44 |        | kit    | The runs that voted.
@@ -68,6 +72,10 @@ votes | started           | 17 | time   | kit    | First start, UTC.
 votes | public_lb         | 11 |        | people | The submission's score on the public leaderboard.
 votes | private_lb        | 11 |        | people | The submission's score on the private leaderboard.
 votes | note              | 44 |        | people | Anything.
+'''
+
+# %% ../nbs/lib/01a_log.ipynb #8e99df38
+_layout += '''
 mixes | mix               | 44 |        | kit    | Tables, row counts and shares that runs were trained on.
 mixes | rows              | 10 | #,##0  | kit    | Rows of the mix.
 mixes | runs              |  8 |        | kit    | Runs with this mix.
@@ -82,7 +90,7 @@ mixes | note              | 44 |        | people | Anything.
 
 # %% ../nbs/lib/01a_log.ipynb #4b0116fb
 _Column = namedtuple('_Column', 'sheet name width format owner help')
-_COLUMNS = [_Column(*(o.strip() for o in line.split('|'))) for line in _layout.strip().splitlines()]
+_COLUMNS = [_Column(*(o.strip() for o in line.split('|'))) for line in _layout.splitlines() if line]
 _SHEETS = {s: [c for c in _COLUMNS if c.sheet == s] for s in ('runs', 'votes', 'mixes')}
 _KEYS = {s: cols[0].name for s, cols in _SHEETS.items()}
 _KIT = {s: {c.name for c in cols if c.owner == 'kit'} for s, cols in _SHEETS.items()}

@@ -26,6 +26,7 @@ def _checked(p, n, ids, where):
                       np.asarray(ids)[bad])
     return (p.clip(0)/p.clip(0).sum(1, keepdims=True)).astype(np.float32)
 
+# %% ../nbs/lib/02a_probs.ipynb #64e799a8
 def write_probs(
     path,          # Such as `models/<run_id>/probs.parquet`
     rows,          # The rows predicted, in order
@@ -42,6 +43,7 @@ def write_probs(
     df = pd.DataFrame(dict(id=ids, p=[o[:k] for o, k in zip(p, n)], views=np.int32(views), seen=seen))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), **meta)
 
+# %% ../nbs/lib/02a_probs.ipynb #44c42e25
 def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options and the run
     "Read a probability table, refusing one with duplicate ids or without its description"
     df = read_table(path)

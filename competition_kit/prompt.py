@@ -381,6 +381,7 @@ class Tokens(ExtensionArray):
     @property
     def nbytes(self): return self.flat.nbytes+self.start.nbytes+self.stop.nbytes
 
+# %% ../nbs/lib/03_prompt.ipynb #04009e00
 def _encoded(lines, flat): # lines: [lines of the frame, 4]; tokens in the same order
     row, view, n, cut = np.ascontiguousarray(lines.T)
     return pd.DataFrame(dict(row=row, view=view, ids=Tokens(flat, n.cumsum()-n, n.cumsum()), n=n, cut=cut))
@@ -414,6 +415,15 @@ def _caption_tokens(tok, task): # number of fields → the blank that goes over 
     ids = iter(encode_texts(tok, [t.removesuffix(b) for n, ts in texts.items() for b, t in zip(blanks[n], ts)]))
     return blanks, {n: [next(ids) for _ in ts] for n, ts in texts.items()}
 
+# %% ../nbs/lib/03_prompt.ipynb #2326b510
+def _check_prompt(tok, task, truncation):
+    if not getattr(tok, 'is_fast', False):
+        raise Refusal('prompts need a fast tokenizer', fix='Give it a tokenizer.json')
+    if truncation not in ('middle', 'right', 'left'):
+        raise Refusal(f'no truncation named {truncation!r}', fix='Take middle, right or left')
+    if task not in instructions:
+        raise Refusal(f'no instruction for the task {task!r}', fix='Put one into `competition_kit.prompt.instructions`')
+
 # %% ../nbs/lib/03_prompt.ipynb #2ad520c6
 class Prompt:
     "Build a task's prompts: `encode(rows)`; `.letters` are the answer tokens, `.hash` identifies the builder"
@@ -423,13 +433,7 @@ class Prompt:
         max_len:int=2048,         # Tokens a prompt may have
         truncation:str='middle',  # `middle`, `right` or `left`
     ):
-        if not getattr(tok, 'is_fast', False):
-            raise Refusal('prompts need a fast tokenizer', fix='Give it a tokenizer.json')
-        if truncation not in ('middle', 'right', 'left'):
-            raise Refusal(f'no truncation named {truncation!r}', fix='Take middle, right or left')
-        if task not in instructions:
-            raise Refusal(f'no instruction for the task {task!r}',
-                          fix='Put one into `competition_kit.prompt.instructions`')
+        _check_prompt(tok, task, truncation)
         names = tasks[task].letters
         self.tok, self.task, self.max_len, self.truncation = tok, task, max_len, truncation
         self.before, self.after, self.letters = prefix_suffix(tok, instructions[task], names)

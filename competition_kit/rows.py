@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['tasks', 'packed_suffixes', 'file_readers', 'layouts', 'whole_id', 'float_id', 'text_columns', 'layout_readers',
-           'Task', 'n_options', 'swap_label', 'swap_probs', 'read_utf8', 'read_csv', 'read_jsonl', 'read_columns',
-           'to_text', 'refuse', 'read_meta', 'read_raw', 'read_corrections', 'correct']
+           'Task', 'n_options', 'swap_label', 'swap_probs', 'unpacked_bytes', 'file_kind', 'read_utf8', 'read_csv',
+           'read_objects', 'read_jsonl', 'read_columns', 'to_text', 'refuse', 'soft_labels', 'find_layout', 'read_meta',
+           'read_raw', 'read_corrections', 'correct']
 
 # %% ../nbs/lib/01d_rows.ipynb #fa7829d7
 import csv, gzip, io, json, re, tempfile, zipfile, zlib
@@ -101,7 +102,10 @@ def _member(z, path): # the one file in an open zip
     return files[0]
 
 # %% ../nbs/lib/01d_rows.ipynb #f9eb2976
-def _raw(path): # the bytes of a text file, unpacked
+def unpacked_bytes(
+    path, # Of a file, perhaps packed as .gz or .zip
+) -> bytes:
+    "The bytes of a file, unpacked; a file that unpacks to too much is refused"
     path = Path(path)
     size = path.stat().st_size
     if size > _most: raise Refusal(f'{size/2**30:.1f} GiB, more than {_most >> 20} MiB', path, fix=_too_much)
@@ -114,7 +118,11 @@ def _raw(path): # the bytes of a text file, unpacked
     except Refusal: raise
     except _broken as e: raise Refusal(f'it cannot be unpacked ({e})', path, fix='Fetch it again, or unpack it') from e
 
-def _kind(path): # the suffix of what is read: in an archive, that of the file in it
+# %% ../nbs/lib/01d_rows.ipynb #101f0f4a
+def file_kind(
+    path, # Of a file, perhaps packed as .gz or .zip
+) -> str: # Such as `.csv`
+    "The ending of what is read: in an archive, that of the file in it"
     path = Path(path)
     if path.suffix.lower() == '.gz': return Path(path.stem).suffix.lower()
     if path.suffix.lower() != '.zip': return path.suffix.lower()
@@ -130,7 +138,7 @@ _starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\xd0\xcf\x11\xe0
            b'version https://git-lfs': 'a pointer of Git LFS instead of the file', bytes(8): 'full of zero bytes'}
 
 def _text_bytes(path): # the bytes of a text file, or a refusal that says what it is instead
-    if not (raw := _raw(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
+    if not (raw := unpacked_bytes(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
     start = raw[:30].lower()
     if what := next((w for b, w in _starts.items() if start.startswith(b.lower())), None):
         raise Refusal(f'the file is {what}, whatever its name says', path,
@@ -213,13 +221,15 @@ def _constant(name): # JSON has none of NaN and Infinity; pandas writes NaN wher
     if name != 'NaN': raise ValueError(f'{name} is no JSON')
 
 def _json(text): return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+
+# %% ../nbs/lib/01d_rows.ipynb #9ec6fcb1
 _one_a_line = 'One object a line is wanted: fetch the file again, or name it .json if it is one list of objects'
 def _by_column(objects): return {c: [d.get(c) for d in objects] for c in dict.fromkeys(k for d in objects for k in d)}
 
-def read_jsonl(
-    path, # Of a text file, perhaps packed as .gz or .zip
-) -> dict: # Column → list of cells
-    "Read JSON Lines; a line that is not one object is refused with its number"
+def read_objects(
+    path, # Of JSON Lines, perhaps packed as .gz or .zip
+) -> list: # A dict a line
+    "The objects of a JSON Lines file; a line that is not one object is refused with its number"
     got = []
     for n, line in enumerate(_decoded(_text_bytes(path), path), 1):
         if not line.strip(): continue
@@ -229,7 +239,13 @@ def read_jsonl(
         if not isinstance(d, dict):
             raise Refusal(f'line {n} is not a JSON object: {line[:40].strip()!r}', path, fix=_one_a_line)
         got.append(d)
-    return _by_column(got)
+    return got
+
+def read_jsonl(
+    path, # Of JSON Lines, perhaps packed as .gz or .zip
+) -> dict: # Column → list of cells
+    "The columns of a JSON Lines file"
+    return _by_column(read_objects(path))
 
 # %% ../nbs/lib/01d_rows.ipynb #28eeb63c
 def _read_json(path):
@@ -264,8 +280,8 @@ def _on_disk(path): # the file itself, or for as long as it is needed an unpacke
         yield path
         return
     with tempfile.TemporaryDirectory() as d:
-        (Path(d)/f'unpacked{_kind(path)}').write_bytes(_raw(path))
-        yield Path(d)/f'unpacked{_kind(path)}'
+        (Path(d)/f'unpacked{file_kind(path)}').write_bytes(unpacked_bytes(path))
+        yield Path(d)/f'unpacked{file_kind(path)}'
 
 def _read_parquet(path):
     import pyarrow as pa, pyarrow.parquet as pq
@@ -298,7 +314,7 @@ def read_columns(
     "Read the columns of a file; a cell of a CSV is text, a missing value of the other kinds is None"
     path = Path(path)
     if not path.is_file(): raise Refusal('no such file', path)
-    if (kind := _kind(path)) not in file_readers:
+    if (kind := file_kind(path)) not in file_readers:
         raise Refusal(f"a file of an unknown kind: {kind or 'no ending'}", path,
                       fix=f"Write it as CSV with commas, or use one of {', '.join(file_readers)}, also in .zip or .gz")
     return file_readers[kind](path)
@@ -396,7 +412,12 @@ def _named(names, options, ids, path, what='a label outside the options'):
     return np.array([o.index(v) for v, o in zip(names, options)], int)
 
 # %% ../nbs/lib/01d_rows.ipynb #3185e477
-def _targets(cols, ids, path): # [rows, 3] in option order, NaN where a row has none
+def soft_labels(
+    cols:dict, # Column → cells
+    ids,       # Of the rows, for a refusal
+    path,      # The file, for a refusal
+) -> np.ndarray: # [rows, 3] in option order, NaN where a row has none
+    "Soft labels from the columns `p_model_a`, `p_model_b` and `p_tie`"
     if not {'p_model_a', 'p_model_b'} <= set(cols): return np.full((len(ids), 3), np.nan)
     columns = [cols.get(c, [None]*len(ids)) for c in ('p_model_a', 'p_model_b', 'p_tie')]
     try: p = np.array([[np.nan if v in (None, '') else float(v) for v in cells] for cells in columns]).T.reshape(-1, 3)
@@ -415,7 +436,11 @@ layouts = dict(
     wsdm='id prompt response_a response_b winner',
     pairs='id prompt response_a response_b')
 
-def _layout(cols, path):
+def find_layout(
+    cols, # Columns of a file
+    path, # The file, for a refusal
+) -> str: # Of `layouts`
+    "The layout that has these columns; a file that fits none is refused with the columns it lacks"
     hot = set(_onehot) & set(cols)
     for name, need in layouts.items():
         if set(need.split()) <= set(cols) and (name == 'rows' or not hot or name in ('lmsys', 'tianchi')): return name
@@ -468,7 +493,7 @@ def _read_pairs(cols, path):
     notes, ids = Counter(), _ids(cols['id'], path)
     if all(map(float_id.fullmatch, ids)): notes['ids_as_floats'] = len(ids)
     lists = {c: _holds_lists(cols[c]) for c in text_columns['pair']}
-    label, p = _winner(cols, ids, path), _targets(cols, ids, path)
+    label, p = _winner(cols, ids, path), soft_labels(cols, ids, path)
     task = _pair_task(cols, label, p, lists['prompt'])
     target = [None if np.isnan(o[0]) else o[:len(task.options)].tolist() for o in p]
     texts = {c: [_turns(v, notes, lists[c]) for v in cols[c]] for c in text_columns['pair']}
@@ -529,7 +554,7 @@ def _own_labels(cells, path): # -1 where there is none
 def _own_task(cols, kind, label, path): # the name in the file's metadata, or else what the labels tell
     sizes = {len(t) for t in cols['target'] if t is not None}
     task = 'choice' if kind == 'choice' else 'preference' if (label == 2).any() or 3 in sizes else 'preference2'
-    if _kind(path) != '.parquet': return task
+    if file_kind(path) != '.parquet': return task
     with _on_disk(path) as file: return read_meta(file).get('task', task)
 
 # %% ../nbs/lib/01d_rows.ipynb #4251e8ed
@@ -572,7 +597,7 @@ def read_raw(
     "Read a competition file"
     path = Path(path)
     cols = read_columns(path)
-    layout = _layout(cols, path)
+    layout = find_layout(cols, path)
     rows, notes = layout_readers[layout](cols, path)
     ignored = sorted(set(cols)-set(rows)-set(layouts[layout].split())-{'p_model_a', 'p_tie', 'p_model_b'})
     labelled = int((rows.label >= 0).sum())
@@ -591,11 +616,23 @@ def read_corrections(
     return [dict(zip(need, r)) for r in zip(*(cols[c] for c in need))]
 
 # %% ../nbs/lib/01d_rows.ipynb #3912985c
+def _fields(rows): # name of a field in a list of corrections → column
+    fixed = 'id', 'group', 'source', 'fold', 'target', 'main', 'phase'
+    return {'answer': 'label', 'winner': 'label'} | {c: c for c in rows if c not in fixed}
+
 def _as_kept(v, row, field, options): # a correction's value in the form the table keeps it
     if field == 'label': return options.index(v) if v in options else None
     if field == 'weight': return float(v) if re.fullmatch(r'\d*\.?\d+', str(v)) else None
     if isinstance(row[field], list): return _turns(v, Counter(), _as_list(v) is not None)
     return to_text(v, Counter())
+
+def _corrected(change, row, field, task): # the new value and None, or None and why the change does not fit
+    options = list(task.letters[:len(row['options'])]) if 'options' in row else list(task.options)
+    old, new = (_as_kept(change[k], row, field, options) for k in ('old', 'new'))
+    if old is None or old != row[field]: return None, 'the old value is not what the table has'
+    if new is None or (field == 'options' and not row['label'] < len(new) <= len(task.letters)):
+        return None, 'a value outside the options'
+    return new, None
 
 # %% ../nbs/lib/01d_rows.ipynb #c75695e9
 def correct(
@@ -606,25 +643,17 @@ def correct(
 ): # A new table
     "Apply corrections in order; refused as a whole if one of them does not fit"
     task, new = _task(task), rows.to_dict('list')
-    at, bad = {i: j for j, i in enumerate(new['id'])}, {}
-    fixed = 'id', 'group', 'source', 'fold', 'target', 'main', 'phase'
-    fields = {'answer': 'label', 'winner': 'label'} | {c: c for c in rows if c not in fixed}
-    for ch in changes:
-        i, field = str(ch['id']), fields.get(ch['field'])
-        if i not in at or field is None:
-            why = 'an unknown id' if i not in at else f"a field that cannot be corrected ({ch['field']})"
+    at, bad, fields = {i: j for j, i in enumerate(new['id'])}, {}, _fields(rows)
+    for change in changes:
+        i, field = str(change['id']), fields.get(change['field'])
+        if i not in at: why = 'an unknown id'
+        elif not field: why = f"a field that cannot be corrected ({change['field']})"
+        else: value, why = _corrected(change, {c: v[at[i]] for c, v in new.items()}, field, task)
+        if why:
             bad.setdefault(why, []).append(i)
             continue
-        j = at[i]
-        row = {c: v[j] for c, v in new.items()}
-        options = list(task.letters[:len(row['options'])]) if 'options' in row else list(task.options)
-        old, to = (_as_kept(ch[k], row, field, options) for k in ('old', 'new'))
-        if old is None or old != row[field]: bad.setdefault('the old value is not what the table has', []).append(i)
-        elif to is None or (field == 'options' and not row['label'] < len(to) <= len(task.letters)):
-            bad.setdefault('a value outside the options', []).append(i)
-        else:
-            new[field][j] = to
-            if field == 'label': new['target'][j] = None
+        new[field][at[i]] = value
+        if field == 'label': new['target'][at[i]] = None
     if bad: raise Refusal(next(iter(bad)), where, next(iter(bad.values())), 'Correct the list; nothing was applied')
     out = rows.copy()
     for c in {'target', *(fields[change['field']] for change in changes)}:

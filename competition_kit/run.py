@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_notebook', 'read_notebook', 'declared', 'as_declared', 'check_params', 'nvidia_smi', 'gpu_ids', 'lease_gpus',
-           'sweep', 'watched', 'example_cells', 'run_notebook']
+           'sweep', 'watched', 'tidy_outputs', 'unreached_cell', 'example_cells', 'run_notebook']
 
 # %% ../nbs/lib/12_run.ipynb #61fe12c9
 import ast, contextlib, difflib, inspect, io, json, math, os, platform, re, shutil, signal, subprocess, sys, tempfile
@@ -305,7 +305,12 @@ def watched(
         p.wait()
 
 # %% ../nbs/lib/12_run.ipynb #6c2ad17c
-def _tidy(cell, limit=1_000_000, **kw): # limit: characters of one text
+def tidy_outputs(
+    cell,            # Executed, changed in place
+    limit=1_000_000, # Characters of one text
+    **kw,            # What else papermill says of the cell
+):
+    "Join the pieces of a cell's text outputs; a progress bar keeps its last state"
     outputs, texts = [], []
     for o in cell.outputs:
         if o.output_type == 'stream' and outputs and outputs[-1].get('name') == o.name:
@@ -354,7 +359,10 @@ def _signals(pid, token): # Yields a list of the signals that arrive
         for s, handler in old.items(): signal.signal(s, handler)
 
 # %% ../nbs/lib/12_run.ipynb #6c29ea09
-def _unreached(nb): # The source of the last cell that should have run, if it has not
+def unreached_cell(
+    nb:dict, # An executed notebook
+) -> str: # Its source, or None
+    "The last cell that should have run, if it has not"
     code = [c for c in nb['cells'] if c['cell_type'] == 'code' and _source(c).strip()]
     due = [c for c in code if 'skip-execution' not in _tags(c)]
     return _source(due[-1]) if due and due[-1]['execution_count'] is None else None
@@ -388,11 +396,11 @@ def _papermill(km, path, out, params): # None, or dict of ename, evalue and perh
         from papermill import execute_notebook
         nb = execute_notebook(_escaped(path), _escaped(out), params, km=km, kernel_name='python3', language='python',
                               progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                              on_cell_start=skip_examples, on_cell_executed=_tidy)
+                              on_cell_start=skip_examples, on_cell_executed=tidy_outputs)
     except Exception as e:
         return dict(ename=getattr(e, 'ename', type(e).__name__), evalue=getattr(e, 'evalue', str(e)),
                     traceback=getattr(e, 'traceback', []))
-    if src := _unreached(nb):
+    if src := unreached_cell(nb):
         return dict(ename='Unfinished', evalue=f'the notebook ended before its last cell: {src[:80]!r}')
 
 def _escaped(path): return str(path).replace('{', '{{').replace('}', '}}')  # papermill formats paths
@@ -469,6 +477,7 @@ def run_notebook(
     return dict(code=code, run=runs[-1] if runs else None, runs=runs, notebook=notebook, error=message,
                 traceback=(error or {}).get('traceback', []))
 
+# %% ../nbs/lib/12_run.ipynb #10bf365e
 def _executed(path, params, gpus, again): # Folder in `models/.running/`, the kernel's process id, and what went wrong
     token = uuid4().hex
     with lease_gpus(gpus) as ids, watched(token) as private, _running(token, private) as folder:

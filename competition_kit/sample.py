@@ -6,9 +6,9 @@
 __all__ = ['kinds', 'styles', 'samples', 'arena_rows', 'knight_worlds', 'logic_problems', 'write_arena', 'make_sample']
 
 # %% ../nbs/lib/01b_sample.ipynb #2268513a
-import csv, io, itertools, json, random
+import itertools, json, random
 from pathlib import Path
-from .core import Refusal, atomic, data_path
+from .core import Refusal, atomic, csv_text, data_path, jsonl_text
 
 # %% ../nbs/lib/01b_sample.ipynb #fdfb94f7
 def _gym(name, n, seed, **kw):
@@ -138,15 +138,9 @@ def logic_problems(
 samples = ('sample_arena', 'sample_logic')
 _winners = dict(model_a='winner_model_a', model_b='winner_model_b', tie='winner_tie')
 
-def _csv(path, rows):
-    text = io.StringIO()
-    w = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
-    w.writeheader()
-    w.writerows(rows)
-    with atomic(path) as tmp: tmp.write_text(text.getvalue(), encoding='utf-8')
-
-def _jsonl(path, rows):
-    text = ''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in rows)
+def _write(path, rows): # by the ending of its name
+    columns = {c: [r[c] for r in rows] for c in rows[0]}
+    text = csv_text(columns) if path.suffix == '.csv' else jsonl_text(rows)
     with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
 def _texts_of(row): return {c: json.dumps(row[c]) for c in ('prompt', 'response_a', 'response_b')}
@@ -163,10 +157,10 @@ def write_arena(
     train, test = rows[:n_train], rows[n_train:]
     even = dict.fromkeys(_winners.values(), round(1/3, 6))
     models = [dict(id=r['id'], model_a=r['model_a'], model_b=r['model_b']) for r in train]
-    _csv(folder/'train.csv', [m | _texts_of(r) | _one_hot(r) for m, r in zip(models, train)])
-    _csv(folder/'test.csv', [dict(id=r['id'], **_texts_of(r)) for r in test])
-    _csv(folder/'sample_submission.csv', [dict(id=r['id'], **even) for r in test])
-    _csv(folder/'solution.csv', [dict(id=r['id'], **_one_hot(r)) for r in test])
+    _write(folder/'train.csv', [m | _texts_of(r) | _one_hot(r) for m, r in zip(models, train)])
+    _write(folder/'test.csv', [dict(id=r['id'], **_texts_of(r)) for r in test])
+    _write(folder/'sample_submission.csv', [dict(id=r['id'], **even) for r in test])
+    _write(folder/'solution.csv', [dict(id=r['id'], **_one_hot(r)) for r in test])
 
 # %% ../nbs/lib/01b_sample.ipynb #a87b1434
 def _asked(problem, of): # the questions of a problem, each replaced by what a function makes of it
@@ -175,11 +169,11 @@ def _asked(problem, of): # the questions of a problem, each replaced by what a f
 def _write_logic(folder, n_train, n_test, seed):
     problems = logic_problems(n_train+n_test, seed)
     train, test = problems[:n_train], problems[n_train:]
-    _jsonl(folder/'train.jsonl', train)
+    _write(folder/'train.jsonl', train)
     unanswered = [p | _asked(p, lambda q: dict(question=q['question'], options=q['options'])) for p in test]
-    _jsonl(folder/'test.jsonl', unanswered)
-    _jsonl(folder/'sample_submission.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer='A')) for p in test])
-    _jsonl(folder/'solution.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer=q['answer'])) for p in test])
+    _write(folder/'test.jsonl', unanswered)
+    _write(folder/'sample_submission.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer='A')) for p in test])
+    _write(folder/'solution.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer=q['answer'])) for p in test])
 
 def make_sample(
     name:str,      # `sample_arena` or `sample_logic`

@@ -11,7 +11,7 @@ import pandas as pd
 from .core import Refusal, hash_obj, models_path
 from .probs import read_probs
 from .record import check_outputs, find_run, records
-from .tables import load_rows, parse_mix
+from .tables import load_rows, validated_part
 from .teach import Teacher, join_probs
 from .trained import ancestors, has_seen, model_stages, predict_runs, recipe_key, training_rows
 
@@ -76,8 +76,7 @@ def run_mix(
 
 def validated_table(r) -> str: # Name of a table
     "The table of a run's mix that it is validated on: the first one of the last phase"
-    parts = parse_mix(run_mix(r))
-    return next(p.name for p in parts if p.phase == parts[-1].phase)
+    return validated_part(run_mix(r)).name
 
 
 # %% ../nbs/lib/03i_teachers.ipynb #f86449e8

@@ -238,6 +238,7 @@ def _predict_run(rec, model, prompt, rows, path, views, pack_tokens, progress): 
     write_probs(path, rows, p, prompt.task, views, _seen(rec, rows), run=rec['run_id'], tokenizer=rec['tokenizer'],
                 made_of=_made_of(rec, rows))
 
+# %% ../nbs/lib/03h_trained.ipynb #36eee936
 def _on_base(rec): # runs with the same can share a loaded model
     return base_of(rec), str(rec['params']['route']), str(rec['params']['dtype'])
 

@@ -19,8 +19,8 @@ import pandas as pd
 from .choose import error_correlation, vote_curve, worth_sentence
 from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import (Refusal, at_least, content_hash, data_path, hash_obj, models_path, one_of, project_root, sha256,
-                                  share, write_json, write_table)
+from .core import (Refusal, at_least, content_hash, data_path, hash_obj, models_path, one_of,
+                                  project_root, sha256, share, write_json, write_table)
 from .log import people
 from .record import find_run, records
 from .probs import align, baselines, class_prior, log_loss, read_probs, scores, write_probs
@@ -30,7 +30,7 @@ from .staged import (gap_sentence, gaps, no_answers, passes, read_answers, stage
                                     voter_means, write_answers)
 from .submission import (check_submission, find_sample, make_submission, practice_score,
                                         read_sample)
-from .tables import check_texts, load_rows, parse_mix, samples, table_name, table_path
+from .tables import check_texts, load_rows, parse_mix, samples, table_name, table_path, validated_part
 from .teachers import adopted, adopted_table
 from .trained import (RunAsker, _seen, check_run, load_adapter, model_stages, predict_runs, recipe_key,
                                      same_tables, trusted_prompt)
@@ -46,8 +46,8 @@ def _read(run): # the probability table of a voter's run
     if _is_file(run): return read_probs(project_root()/run)
     return adopted_table(run) if adopted(run) else read_probs(models_path(run, 'probs.parquet'))
 
-def _is_on(rec, data): # is the first table of a run's mix this table?
-    try: return parse_mix(str(rec['params'].get('mix', '')))[0].name == table_name(data)
+def _is_on(rec, data): # is this the table whose rows a run has held out?
+    try: return validated_part(str(rec['params'].get('mix', ''))).name == table_name(data)
     except Refusal: return False
 
 def _is_done(rec): return rec['stage'] in model_stages and rec.get('status') == 'done'
@@ -173,6 +173,7 @@ def _given(weights, names): # numbers from text
     if len(w) != len(names): raise Refusal(f'{len(w)} weights for {len(names)} voters: {"; ".join(names)}')
     return w
 
+# %% ../nbs/10_vote.ipynb #c304e83c
 def run_weights(
     ballot,  # From `voters`
     w,       # From `voter_weights`
@@ -245,6 +246,7 @@ def fold_scores(
         out[k] = pd.DataFrame(own | base).T.assign(rows=int(here.sum()))
     return pd.concat(out, names=['fold', 'who'])
 
+# %% ../nbs/10_vote.ipynb #10969734
 def verdict(
     by_fold,       # From `fold_scores`; its first name is the vote's
     p:dict,        # The same names' probabilities; a name without any is a baseline
@@ -308,6 +310,7 @@ def _sum(run): # a hash of a voter's run, or of its probabilities
 
 def _records(ballot): return [find_run(r) for r in ballot.run if not _is_table(r)]
 
+# %% ../nbs/10_vote.ipynb #97c7f557
 def _drawn(params): # a run's mix, and its seed where rows of it are drawn by chance
     return params['mix'], params['seed'] if any(t.n or t.share for t in parse_mix(params['mix'])) else 0
 
@@ -352,6 +355,7 @@ def score_vote(
         return score | voters_worth(oof, rows, in_oof, rule)
     return score | dict(sentence=sentence)
 
+# %% ../nbs/10_vote.ipynb #579e3a32
 def _scored(vote, oof, rows, table, ballot, fitted): # the vote beside its voters and the baselines
     task, n_voters = table.attrs['meta']['task'], ballot.voter.nunique()
     every = {'vote': vote, **oof}
@@ -391,6 +395,7 @@ def rows_to_predict(
     rows.attrs['meta']['task'] = task
     return rows
 
+# %% ../nbs/10_vote.ipynb #cc55f7de
 def run_tables(
     ballot,      # From `voters`
     rows,        # To predict
@@ -445,6 +450,7 @@ def write_votes(
                            agreement=_agreement_of(p.values(), has, vote), entropy=entropy(vote), **each))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), run=run, voters=list(p))
 
+# %% ../nbs/10_vote.ipynb #a6867573
 def save_vote(
     run,         # From `run_stage`
     rows,        # The rows predicted
@@ -641,6 +647,7 @@ class VoteArgs:
 
     def inputs(self): return vote_inputs(self.ballot, self.data, self.sample)
 
+# %% ../nbs/10_vote.ipynb #3071e650
 def run_vote(
     run,           # From `run_stage`
     args:VoteArgs,
@@ -669,6 +676,7 @@ def vote(
     "The stage's work"
     run_vote(run, args, args.ballot)
 
+# %% ../nbs/10_vote.ipynb #326b8e0e
 def _metrics(args, score, each, tables, rows, submission, sample): # for the record
     out = {**(score['metrics'] or {}), 'seen': int(_any_seen(tables.values(), rows).fillna(False).sum())}
     if args.rule == 'majority': out['ties'] = int(majority(each.values(), score['weights'])[1].sum())

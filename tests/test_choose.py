@@ -164,3 +164,14 @@ def test_the_share_fits_the_budget():
     assert best_share(cascade_curve(large, small, y, (10, 100), 2), 200) == 0
     with pytest.raises(Refusal, match='needs 10 minutes'):
         best_share(curve, 9)
+
+
+# ---- ranks
+def test_ranks_keep_a_voters_answers_and_count_order_only():
+    p, _ = simulated_voters([1, 1], 500)
+    np.testing.assert_array_equal(combine(p[:1], rule='ranks').argmax(1), p[0].argmax(1))
+    sharper = p[1] ** 0.5 / 2  # the same order among all of its numbers
+    np.testing.assert_allclose(combine([p[0], sharper], rule='ranks'), combine(p, rule='ranks'), atol=1e-4)
+    short = np.array([[[0.6, 0.4, 0]], [[0.2, 0.8, 0]]])
+    assert combine(short, rule='ranks')[0, 2] == 0
+    np.testing.assert_allclose(combine(p, [3, 1], 'ranks').sum(1), 1, atol=1e-5)
