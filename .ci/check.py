@@ -1,124 +1,175 @@
-"Run every test there is, one step after the other; the last line counts them."
-import hashlib, os, re, shutil, subprocess, sys, tempfile, time
+"Run every test there is, two tasks at a time; the last line counts them."
+import hashlib, multiprocessing, os, re, shutil, subprocess, sys, tempfile, time, traceback
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 tools = Path(sys.executable).parent
-passed, failed, seconds = 0, [], {}
+slow_imports = ['matplotlib.pyplot', 'nbdev.test', 'pandas', 'peft', 'sklearn.linear_model', 'torch', 'transformers']
 
-def report(what, ok, start, output=''):
-    "Count a step and print its line; the output of a step that failed"
-    global passed
-    seconds[what] = time.time()-start
-    print(f"{'ok    ' if ok else 'FAILED'} {seconds[what]:6.1f} s  {what}", flush=True)
-    if ok:
-        passed += 1
-        return
-    failed.append(what)
-    print(output[-6000:], flush=True)
+@dataclass
+class Result:
+    "A line of the report"
+    what: str
+    seconds: float
+    passed: int
+    failed: int
+    output: str  # Printed where something failed
 
+def single(what, ok, seconds=0., output=''):
+    "The result of a step that counts as one test"
+    return Result(what, seconds, int(ok), int(not ok), output)
+
+def show(r):
+    print(f"{'FAILED' if r.failed else 'ok    '} {r.seconds:6.1f} s  {r.what}", flush=True)
+    if r.failed: print(r.output[-6000:], flush=True)
+
+# ---- one step
 def step(what, *command, cwd=root):
-    "Run a command; its output"
+    "Run a command"
     start = time.time()
     p = subprocess.run([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
                        stderr=subprocess.STDOUT, errors='replace')
-    report(what, p.returncode == 0, start, p.stdout)
-    return p.stdout
+    return single(what, p.returncode == 0, time.time()-start, p.stdout)
 
-def expect(what, ok, output=''): report(what, ok, time.time(), output)
+def in_process(what, work):
+    "Call `work` with everything that it prints in a file; it returns whether it passed. The last act of a process"
+    start, ok = time.time(), False
+    with tempfile.TemporaryFile() as out:
+        for fd in (1, 2): os.dup2(out.fileno(), fd)
+        try: ok = bool(work())
+        except BaseException: traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out.seek(0)
+        return single(what, ok, time.time()-start, out.read().decode(errors='replace'))
 
+# ---- tasks: functions that return results
 def tree():
     "File → hash, of notebooks and package"
     files = [p for d in ('nbs', 'competition_kit') for p in sorted((root/d).rglob('*'))]
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.suffix in ('.ipynb', '.py')}
 
 def source_checks():
+    "What must hold before anything is imported: the package is that of the notebooks"
     before = tree()
-    step('nbdev_clean', 'nbdev_clean')
-    step('nbdev_export', 'nbdev_export')
+    yield step('nbdev_clean', 'nbdev_clean')
+    yield step('nbdev_export', 'nbdev_export')
     changed = [k for k, v in tree().items() if before.get(k) != v]
-    expect('notebooks and package agree', not changed, f'clean and export changed {changed}')
-    step('ruff F', 'ruff', 'check', '--select', 'F', 'competition_kit', 'tests', 'bench', '.ci', 'setup.py')
-    step('ruff E501, E731', 'ruff', 'check', '--select', 'E501,E731', 'nbs', 'tests', 'bench', '.ci')
-    step('the site', sys.executable, '.ci/docs.py')
-    step('links of the site', sys.executable, '.ci/links.py')
-    step('README is of the index', sys.executable, '.ci/readme.py', '--check')
-    step('the embedded base', sys.executable, '-c', 'from competition_kit.base import base_path; base_path()')
+    yield single('notebooks and package agree', not changed, output=f'clean and export changed {changed}')
+    yield step('ruff F', 'ruff', 'check', '--select', 'F', 'competition_kit', 'tests', 'bench', '.ci', 'setup.py')
+    yield step('ruff E501, E731', 'ruff', 'check', '--select', 'E501,E731', 'nbs', 'tests', 'bench', '.ci')
+    yield step('the embedded base', sys.executable, '-c', 'from competition_kit.base import base_path; base_path()')
 
-def notebook_tests(paths):
-    "Each notebook in a fork of this process, which has imported the slow libraries once for all of them"
-    import matplotlib.pyplot, pandas, peft, sklearn.linear_model, torch, transformers  # noqa: F401
+def site():
+    yield step('the site', sys.executable, '.ci/docs.py')
+    yield step('links of the site', sys.executable, '.ci/links.py')
+    yield step('README is of the index', sys.executable, '.ci/readme.py', '--check')
+
+def notebook(path):
+    "A notebook as `nbdev_test` runs it"
     from nbdev.config import get_config
     from nbdev.test import test_nb
     flags = get_config().tst_flags.split()
-    for path in paths:
-        start = time.time()
-        with tempfile.TemporaryFile() as out:
-            pid = os.fork()
-            if not pid: run_and_exit(lambda: test_nb(path, skip_flags=flags, basepath=root)[0], out.fileno())
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            out.seek(0)
-            report(f'nbdev_test {path.name}', code == 0, start, out.read().decode(errors='replace'))
+    yield in_process(f'nbdev_test {path.name}', lambda: test_nb(path, skip_flags=flags, basepath=root)[0])
 
-def run_and_exit(work, out):
-    "In a fork: do the work with its output in a file, and end with 0 if it is true"
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    code = 1
-    try: code = 0 if work() else 1
-    finally:
-        import atexit
-        atexit._run_exitfuncs()  # temporary folders of the notebook
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def tests(path):
+    "A file of tests; its counts are pytest's own"
+    import pytest
+    how = ['-q', '-p', 'no:cacheprovider', '--durations=5', *(['-x'] if '--fast' in sys.argv else [])]
+    r = in_process(f'pytest {path.name}', lambda: pytest.main([*how, str(path)]) == 0)
+    found = re.findall(r'(\d+) (passed|skipped|failed|error)', r.output.rstrip().rpartition('\n')[2])
+    counts = {k: int(n) for n, k in found}
+    r.passed = counts.get('passed', 0)
+    if r.failed: r.failed = max(1, counts.get('failed', 0)+counts.get('error', 0))
+    r.what += ''.join(f', {n} {k}' for k, n in counts.items())
+    yield r
 
-def pytest():
-    "All of tests/; its own counts join ours"
-    global passed
-    how = '-x' if '--fast' in sys.argv else '--durations=15'
-    out = step('pytest', sys.executable, '-m', 'pytest', '-q', how, 'tests')
-    lines = out.splitlines()
-    print('\n'.join(lines[-22:]), flush=True)
-    counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|error)', lines[-1] if lines else '')}
-    passed += max(0, counts.get('passed', 0)-1)
-    failed.extend(['a test of pytest']*max(0, counts.get('failed', 0)+counts.get('error', 0)-1))
-
-def command_line(home):
+def command_line():
     "The commands of the README in a project of their own, from the root and from nbs/"
+    home = Path(tempfile.mkdtemp())
     shutil.copytree(os.environ['CK_BASES'], home/'models/bases')  # as a user has them
     os.environ.update(CK_BASES='', CK_ROOT=str(home))
     tiny = ['-p', 'mix', 'sample_arena:40', '-p', 'lora_r', '4']
-    step('ck run 02_split', 'ck', 'run', 'nbs/02_split.ipynb')
-    step('ck run 04_train', 'ck', 'run', 'nbs/04_train.ipynb', *tiny)
-    step('ck run 10_vote', 'ck', 'run', 'nbs/10_vote.ipynb')
-    step('ck run 02_split from nbs/', 'ck', 'run', '02_split.ipynb', cwd=root/'nbs')
+    yield step('ck run 02_split', 'ck', 'run', 'nbs/02_split.ipynb')
+    yield step('ck run 04_train', 'ck', 'run', 'nbs/04_train.ipynb', *tiny)
+    yield step('ck run 10_vote', 'ck', 'run', 'nbs/10_vote.ipynb')
+    yield step('ck run 02_split from nbs/', 'ck', 'run', '02_split.ipynb', cwd=root/'nbs')
     again = step('ck run 04_train from nbs/', 'ck', 'run', '04_train.ipynb', *tiny, cwd=root/'nbs')
-    expect('the run that the root made is done already from nbs/', 'is done already' in again, again)
-    step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', home/'04_train.ipynb',
-         '-p', 'fold', 0, *tiny)
+    yield again
+    done = 'is done already' in again.output
+    yield single('the run that the root made is done already from nbs/', done, output=again.output)
+    yield step('papermill 04_train, as the README has it', 'papermill', 'nbs/04_train.ipynb', home/'04_train.ipynb',
+               '-p', 'fold', 0, *tiny)
     found = list(home.glob('models/vote-*/submission.csv'))
     sample = home/'data/sample_arena/sample_submission.csv'
-    step('ck check of the submission', 'ck', 'check', found[0] if found else 'no submission', sample)
-    step('ck log', 'ck', 'log')
+    yield step('ck check of the submission', 'ck', 'check', found[0] if found else 'no submission', sample)
+    yield step('ck log', 'ck', 'log')
+
+# ---- two at a time
+def work_in(folder, results, task, *args):
+    "In a process of its own: send the results of a task, and None at its end; its temporary files lie in `folder`"
+    os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
+    for r in task(*args): results.send(r)
+    results.send(None)
+
+def two_at_a_time(tasks, temporary):
+    """The results of all tasks as they come. Each task gets a fresh process, forked from one that has imported the
+    slow libraries once for all of them."""
+    context, running, waiting = multiprocessing.get_context('forkserver'), {}, list(enumerate(tasks))
+    context.set_forkserver_preload(slow_imports)
+    while waiting or running:
+        while waiting and len(running) < 2:
+            k, task = waiting.pop(0)
+            (temporary/str(k)).mkdir()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=work_in, args=(temporary/str(k), sender, *task))
+            process.start()
+            sender.close()
+            running[receiver] = process, task
+        for receiver in wait(list(running)):
+            process, task = running[receiver]
+            try:
+                if result := receiver.recv():
+                    yield result
+                    continue
+            except EOFError: yield single(f'{task[0].__name__} {task[1:]}', False, output='its process ended early')
+            del running[receiver]
+            process.join()
+
+def all_tasks():
+    "The long ones first: the commands, the site, the tests by the size of their file, the notebooks"
+    files = sorted((root/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size)
+    books = sorted((root/'nbs').rglob('*.ipynb'))
+    return [(command_line,), (site,), *((tests, p) for p in files), *((notebook, p) for p in books)]
 
 def main():
     os.chdir(root)
-    os.environ.update(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='agg',
-                      PATH=f'{tools}:{os.environ["PATH"]}')
+    os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false',
+                      HF_HUB_OFFLINE='1', MPLBACKEND='agg', PATH=f'{tools}:{os.environ["PATH"]}')
     os.environ['CK_BASES'] = os.environ.get('CK_BASES') or str(root/'models/bases')
     workbook = (root/'experiments_log.xlsx').read_bytes()
-    source_checks()
-    notebook_tests(sorted((root/'nbs/lib').glob('*.ipynb')))
-    for nb in sorted((root/'nbs').glob('*.ipynb')):
-        step(f'nbdev_test {nb.name}', 'nbdev_test', '--path', nb, '--n_workers', '0')
-    pytest()
-    with tempfile.TemporaryDirectory() as d: command_line(Path(d))
-    expect('the committed workbook is untouched', (root/'experiments_log.xlsx').read_bytes() == workbook)
-    slowest = sorted(seconds, key=seconds.get)[:-6:-1]
-    print('slowest:', ', '.join(f'{k} {seconds[k]:.0f} s' for k in slowest))
-    for what in failed: print('failed:', what)
-    print(f'{passed} passed, {len(failed)} failed')
-    sys.exit(bool(failed))
+    results = []
+    def add(r):
+        show(r)
+        results.append(r)
+    for r in source_checks(): add(r)
+    with tempfile.TemporaryDirectory() as folder:
+        for r in two_at_a_time(all_tasks(), Path(folder)): add(r)
+    untouched = (root/'experiments_log.xlsx').read_bytes() == workbook
+    add(single('the committed workbook is untouched', untouched))
+    summary(results)
+    sys.exit(any(r.failed for r in results))
+
+def summary(results):
+    "The slowest tests and steps, what failed, and the counts"
+    timed = [found for r in results for found in re.findall(r'^ *([\d.]+)s (?:call|setup) +(.+)', r.output, re.M)]
+    for seconds, test in sorted(timed, key=lambda t: -float(t[0]))[:10]: print(f'{float(seconds):13.1f} s  {test}')
+    slowest = sorted(results, key=lambda r: -r.seconds)[:5]
+    print('slowest:', ', '.join(f'{r.what} {r.seconds:.0f} s' for r in slowest))
+    for r in results:
+        if r.failed: print('failed:', r.what)
+    print(f'{sum(r.passed for r in results)} passed, {sum(r.failed for r in results)} failed')
 
 if __name__ == '__main__': main()

@@ -2,8 +2,8 @@
 
 usage: python bench/distill.py open=FILE alpaca=FILE --teacher BASE [--lines labels …] [--folds 5] [--jobs 4]
 The first table is trained on and held out; the second gives unlabelled rows (its labels are hidden), or real labels.
-Each line of the result is compared with `labels`, fold by fold and seed by seed; `least` is the smallest difference
-that two standard errors of these pairs can tell."""
+Each line of the result is compared with `labels`, or with the line that it names, fold by fold and seed by seed;
+`least` is the smallest difference that two standard errors of these pairs can tell."""
 import argparse, contextlib, io, json, multiprocessing, os, tempfile, time, traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -16,17 +16,20 @@ FIT = dict(mix='open', max_len=640, batch=32, pack_tokens=32768, warmup=.1, sche
            epochs=2., lr=1e-3, recompute=0, compiled='no', dtype='bf16')
 TWO_TABLES = 'open + alpaca'
 
-# name → seeds, stage, arguments; `needs`: lines whose runs must be finished first
+# name → seeds, arguments; `needs`: lines whose runs must be finished first; `against`: the line to compare with
 LINES = {
     'labels': dict(seeds=3),
     'labels, alpaca rows with real labels': dict(seeds=3, args=dict(mix=TWO_TABLES)),
     'teacher: qwen': dict(seeds=1, args=dict(base='TEACHER', lr=3e-4)),
     'qwen, seed form': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed')),
     'qwen, soft form (T = 5)': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft')),
-    'qwen, soft form, T = 2': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=2.)),
-    'qwen, soft form, T = 1': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=1.)),
+    'qwen, soft form, T = 2': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=2.),
+                                   against='qwen, soft form (T = 5)'),
+    'qwen, soft form, T = 1': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=1.),
+                                   against='qwen, soft form (T = 5)'),
     'qwen, kl form': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='kl')),
-    'qwen, seed form, in-sample': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed', in_sample=True)),
+    'qwen, seed form, in-sample': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed', in_sample=True),
+                                       against='qwen, seed form'),
     'qwen, seed form, cleaned below .3': dict(seeds=1, needs=['teacher: qwen'], args=dict(clean_below=.3)),
     'teacher with more rows, seed form': dict(seeds=1, needs=['labels, alpaca rows with real labels']),
     'two teachers, seed form': dict(seeds=1, needs=['teacher: qwen', 'labels, alpaca rows with real labels']),
@@ -37,7 +40,18 @@ LINES = {
         data='hidden', margin=.1)),
     'alpaca pseudo-labelled, not filtered': dict(seeds=1, needs=['labels', 'teacher: qwen'], table='every', pseudo=dict(
         data='hidden', margin=0., near='keep')),
+    'PandaLM alone, majority of three people': dict(seeds=3, args=dict(mix='pandalm_majority'), against=''),
+    'PandaLM alone, shares of three people': dict(seeds=3, args=dict(mix='pandalm'),
+                                                  against='PandaLM alone, majority of three people'),
 }
+
+def write_tables(name, rows): # the table, and those that are made of it
+    from competition_kit.core import data_path
+    from competition_kit.tables import write_rows
+    panda, made = rows[rows.source == 'pandalm'].reset_index(drop=True), {name: rows}
+    if name == 'alpaca': made['hidden'] = rows.assign(label=-1, target=None, fold=-1)
+    if len(panda): made |= dict(pandalm=panda, pandalm_majority=panda.assign(target=None))
+    for k, table in made.items(): write_rows(table, data_path(f'{k}.parquet'), task=rows.attrs['meta']['task'])
 
 def begin(root, cards, counter):
     with counter.get_lock():
@@ -78,22 +92,23 @@ def jobs_of(name, ids, folds): # (stage, arguments) of a line, once the lines th
     stage = 'distill' if 'teachers' in args else 'train'
     return [(stage, dict(args, fold=f, seed=s)) for s in range(line['seeds']) for f in range(folds)]
 
-def table(said, folds): # one line a way to teach
+def compared(own, peer): # log-losses of two lines, in pairs of seed and fold
+    d = (own.log_loss-peer.log_loss).dropna()
+    least = 2*d.std()/len(d)**.5
+    told = 'gain' if d.mean() < -least else 'worse' if d.mean() > least else 'no gain'
+    return dict(difference=d.mean(), least=least, told=told)
+
+def table(said): # one line a way to teach
     from competition_kit.probs import log_loss
     loss = said.groupby(['line', 'seed', 'fold']).apply(lambda d: pd.Series(dict(
         log_loss=log_loss(np.stack(d.p), d.label.to_numpy()), accuracy=(np.stack(d.p).argmax(1) == d.label).mean())),
         include_groups=False)
-    out, base = [], loss.loc['labels']
+    out, there = [], set(said.line)
     for name in dict.fromkeys(said.line):
-        own = loss.loc[name]
-        both = own.index.intersection(base.index)
-        d = (own.log_loss-base.log_loss).loc[both]
-        least = 2*d.std()/len(d)**.5
-        told = '' if name == 'labels' else 'no gain' if d.mean() > -least else 'gain'
-        if d.mean() > least: told = 'worse'
-        out.append(dict(line=name, runs=len(own), log_loss=own.log_loss.mean(), accuracy=own.accuracy.mean(),
-                        sd_of_seeds=own.log_loss.groupby('seed').mean().std(), against_labels=d.mean(),
-                        least=least, told=told))
+        own, peer = loss.loc[name], LINES[name].get('against', 'labels')
+        line = dict(line=name, runs=len(own), log_loss=own.log_loss.mean(), accuracy=own.accuracy.mean(),
+                    sd_of_seeds=own.log_loss.groupby('seed').mean().std())
+        out.append(line | (compared(own, loss.loc[peer]) | dict(against=peer) if peer in there - {name} else {}))
     return pd.DataFrame(out)
 
 if __name__ == '__main__':
@@ -113,16 +128,13 @@ if __name__ == '__main__':
     for line in LINES.values(): line['seeds'] = min(line['seeds'], a.seeds)
     began = time.time()
     from competition_kit.core import bases_path, data_path
-    from competition_kit.tables import split, write_rows
+    from competition_kit.tables import split
     os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
     data_path().mkdir(parents=True, exist_ok=True)
     for part in a.tables:
         name, file = part.split('=')
         rows, _ = split(str(Path(file).resolve()))
-        write_rows(rows, data_path(f'{name}.parquet'), task=rows.attrs['meta']['task'])
-        if name == 'alpaca':
-            hidden = rows.assign(label=-1, target=None, fold=-1)
-            write_rows(hidden, data_path('hidden.parquet'), task=rows.attrs['meta']['task'])
+        write_tables(name, rows)
     import torch
     cards = list(map(str, range(max(1, torch.cuda.device_count()))))
     spawn = multiprocessing.get_context('spawn')
@@ -163,6 +175,6 @@ if __name__ == '__main__':
                 which = f"{n} | fold {args['fold']} seed {args['seed']}"
                 print(f'{which}: {took:.0f} s, {time.time()-began:.0f} s in all', flush=True)
                 pd.concat(said).to_parquet(Path(a.out)/'said.parquet')
-    t = table(pd.concat(said), a.folds)
+    t = table(pd.concat(said))
     t.to_json(Path(a.out)/'distill.json', orient='records', indent=1)
     print(t.to_string(index=False, float_format=lambda v: f'{v:.4f}'))

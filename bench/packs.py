@@ -41,7 +41,8 @@ def one_rank(enc, n, rows): # packs of steps of so many rows, beside first-fit's
     old_sizes = [np.array([n[l][p].sum() for p in packs]) for l, packs in zip(lines, old)]
     packs, old_packs, bound = sum(map(len, sizes)), sum(map(len, old)), sum(-(-s.sum()//budget) for s in sizes)
     return dict(rows_a_step=rows, seconds=seconds, fill=n.sum()/(budget*sum(map(len, steps))),
-                packs_to_bound=packs/bound, packs_to_first_fit=packs/old_packs, equal=equal(sizes), first_fit_equal=equal(old_sizes),
+                packs_to_bound=packs/bound, packs_to_first_fit=packs/old_packs,
+                equal=equal(sizes), first_fit_equal=equal(old_sizes),
                 first_fit_time=old_seconds*len(steps)/len(some)/seconds)
 
 def eight_ranks(enc, n, rows): # how long ranks wait, with so many rows a rank

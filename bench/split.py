@@ -48,9 +48,46 @@ def many(copies, n): # groups of one prompt in many copies that end in two words
     near = [f'{base} {sentence(2)}' for _ in range(copies)]
     return len(set(group_rows(near + [sentence(30) for _ in range(n-copies)])[:copies]))
 
-puzzles = dict(knights_knaves=dict(n_people=2), syllogism={}, family_relationships={}, leg_counting={},
-               needle_haystack={}, chain_sum={}, propositional_logic={}, calendar_arithmetic={}, spell_backward={},
-               circuit_logic={}, gsm_symbolic={})
+puzzles = 'syllogism family_relationships calendar_arithmetic zebra_puzzles aiw coin_flip propositional_logic'.split()
+puzzles += 'leg_counting spell_backward gsm_symbolic time_intervals acre jugs self_reference'.split()
+puzzles += 'needle_haystack chain_sum circuit_logic'.split()
+puzzles = {**{name: {} for name in puzzles}, 'knights_knaves': dict(n_people=2)}
+
+def changed(new): # a copy with one alphabetic word changed into the words that `new` gives
+    def copy(text, words):
+        w = text.split(' ')
+        k = rng.choice([k for k, v in enumerate(w) if v.isalpha() and len(v) > 1])
+        return ' '.join([*w[:k], *new(w[k], words), *w[k+1:]])
+    return copy
+
+planted = { # name → the copy of a puzzle, given the words of the table
+    '!': lambda t, words: t+'!',
+    'zero-width': lambda t, words: t.replace(' ', '\u200b ', 3),
+    'accents': lambda t, words: t.replace('a', '\u00e1').replace('e', '\u00e9'),
+    'capitals': lambda t, words: t.upper(),
+    'unknown word': changed(lambda w, words: [''.join(rng.choices('bcdfghklmnprstvwz', k=7))]),
+    'same strange word': changed(lambda w, words: ['zzqqxx']),
+    'word of the table': changed(lambda w, words: [rng.choice(words)]),
+    'doubled word': changed(lambda w, words: [w, w]),
+    'dropped word': changed(lambda w, words: []),
+    'sentence in front': lambda t, words: f'{sentence(7)}. {t}'}
+
+def in_puzzles(name, n=100): # (puzzles, merged, merged with another answer, family → (recall, further merges))
+    import reasoning_gym
+    made = reasoning_gym.create_dataset(name, size=1000, seed=1, **puzzles[name])
+    made = {o['question']: str(o['answer']) for o in made}
+    made, answers = list(made), list(made.values())
+    g, found = group_rows(made), {}
+    groups, pairs = len(set(g)), len(set(zip(g, answers)))
+    long = [t for t in made if sum(w.isalpha() and len(w) > 1 for w in t.split(' ')) >= 5]
+    base, words = rng.sample(long, min(n, len(long))), sorted({w for t in made for w in t.split() if w.isalpha()})
+    for family, copy in planted.items():
+        copies = [copy(t, words) for t in base]
+        both = group_rows(made+copies)
+        of = dict(zip(made, both))
+        hit = [of[t] == h or c in of for t, c, h in zip(base, copies, both[len(made):])]
+        found[family] = float(np.mean(hit)), groups-len(set(both[:len(made)]))
+    return len(made), len(made)-groups, pairs-groups, found
 
 def texts(n, planted, rng): # n texts of 45 words in the mean; the last `planted` are copies with a word or two changed
     ends = 'n r s mo ti lab ker'.split()
@@ -72,10 +109,10 @@ if __name__ == '__main__':
     for name, family in families.items(): print(f'recall, {name}: {recall(*family):.2%}')
     crowds = {f'{c} of {n}': many(c, n) for n in (200, 1000, 5000) for c in (15, 30, 60, 110)}
     print('groups of one prompt in many copies:', crowds)
-    import reasoning_gym
-    for name, kw in puzzles.items():
-        made = list(dict.fromkeys(o['question'] for o in reasoning_gym.create_dataset(name, size=1000, seed=1, **kw)))
-        print(f'merged, {name}: {len(made)-len(set(group_rows(made)))} of {len(made)}')
+    for name in puzzles:
+        n, merged, wrong, found = in_puzzles(name)
+        print(f'{name}: {merged} of {n} merged, {wrong} with another answer; ' +
+              ', '.join(f'{k} {r:.0%}'+f' (+{more})'*(more > 0) for k, (r, more) in found.items()), flush=True)
     n, rng = int((sys.argv[1:] or [100_000])[0]), np.random.default_rng(0)
     t = texts(n, n//20, rng)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

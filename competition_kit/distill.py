@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Form', 'named_form', 'loss_terms', 'distill_loss', 'DistillArgs', 'trained_runs', 'own_run', 'teacher_lines',
-           'cached_teachers', 'check_teachers', 'best_unseen', 'distill', 'distill_fold', 'plot_terms', 'plot_teachers',
-           'student_and_teachers']
+           'online_lines', 'online_loss', 'cached_teachers', 'check_teachers', 'cleaned_rows', 'best_unseen', 'distill',
+           'distill_fold', 'plot_terms', 'plot_teachers', 'student_and_teachers', 'plot_student']
 
 # %% ../nbs/07_distill.ipynb #06e26b59
 import functools
@@ -15,14 +15,17 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from .adopt import best_log_loss
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json
 from .fit import line_probs
 from .probs import plot_reliability
 from .record import records, run_stage
+from .rows import tasks
 from .tables import table_hashes
-from .teach import check_teacher, read_teachers, signs, student_targets, teacher_table, write_teachers
-from .teachers import ask_teacher, members, teacher_inputs
-from .train import TrainArgs, rows_at, run_table, train
+from .teach import (check_teacher, label_support, read_teachers, signs, student_targets,
+                                   teacher_table, write_teachers)
+from .teachers import OnlineTeacher, ask_teacher, members, teacher_inputs
+from .train import TrainArgs, held_out, rows_at, run_table, train
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
 @dataclass(frozen=True)
@@ -95,11 +98,14 @@ class DistillArgs(TrainArgs):
     t_squared:bool=True        # Multiply the KL by the square of the temperature
     clean_below:float=0.       # Clean rows whose label gets less from the teachers; 0: none
     clean:str='neutral'        # neutral: even teacher probabilities; teacher: leave out the label
+    online:bool=False          # Ask small teachers pack by pack, beside the student; False: once before training
 
     def __post_init__(self):
         super().__post_init__()
         one_of(self, missing=('refuse', 'label'), form=('seed', 'soft', 'kl'), clean=('neutral', 'teacher'))
         at_least(self, 0, 'temperature', 'clean_below')
+        if self.online and self.clean_below:
+            raise Refusal('clean_below needs all teacher probabilities before training', fix='Take online=False')
         if not self.teachers.split():
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
 
@@ -113,19 +119,33 @@ class DistillArgs(TrainArgs):
         return form if self.label_weight < 0 else replace(form, ce=self.label_weight)
 
     @property
-    def loss(self): return functools.partial(distill_loss, form=self.terms)
+    def loss(self):
+        if self.online: return functools.partial(online_loss, form=self.terms, args=self)
+        return functools.partial(distill_loss, form=self.terms)
 
     def inputs(self): return super().inputs() | teacher_inputs(self.names)
 
     @cached_property
-    def taught(self): return cached_teachers(self)  # `Teacher`s of the rows to train on
+    def train_rows(self): return rows_at(self.rows, self.fold_at[0])
+
+    @cached_property
+    def asked(self): # `OnlineTeacher`s of the rows to train on
+        how = dict(fold=self.fold, in_sample=self.in_sample, pack_tokens=4*self.pack_tokens)
+        return [OnlineTeacher(name, self.train_rows, self.prompt.task, **how) for name in self.names]
+
+    @cached_property
+    def taught(self): # `Teacher`s of the rows to train on; online ones as far as they are known
+        return [t.known for t in self.asked] if self.online else cached_teachers(self)
 
     @cached_property
     def targets(self): # `Targets` of the rows to train on
-        rows = rows_at(self.rows, self.fold_at[0])
-        return student_targets(self.taught, rows, self.prompt.task, self.clean_below, self.clean)
+        found = student_targets(self.taught, self.train_rows, self.prompt.task, self.clean_below, self.clean)
+        if not self.online: return found
+        return replace(found, use=np.c_[found.use[:, 0], np.stack([t.can for t in self.asked], 1)])
 
-    def more(self, enc): return teacher_lines(self.targets, self.fold_at[0], enc, self.rows, self.prompt.task)
+    def more(self, enc):
+        lines = teacher_lines(self.targets, self.fold_at[0], enc, self.rows, self.prompt.task)
+        return online_lines(self, enc, lines['use']) if self.online else lines
 
 # %% ../nbs/07_distill.ipynb #bfbf891b
 def trained_runs(): # records of finished runs of 04_train, by time
@@ -155,12 +175,38 @@ def teacher_lines(
     p[at], use[at] = targets.p, targets.use
     return dict(teacher=line_probs(p, enc, rows, task), use=torch.from_numpy(use[enc.row]))
 
+# %% ../nbs/07_distill.ipynb #a3cadb8f
+def online_lines(
+    args, # `DistillArgs`
+    enc,  # As for `teacher_lines`
+    use,  # [sequences, 1+teachers], from `teacher_lines`
+) -> dict: # `use`; `row` [sequences], positions in the rows to train on; `view` [sequences]
+    "What `online_loss` needs of each sequence; the teachers are loaded now, before the first step"
+    for t in args.asked: t.models
+    row = np.searchsorted(args.fold_at[0], enc.row)
+    return dict(use=use, row=torch.from_numpy(row), view=torch.tensor(enc.view.tolist()))
+
+def _ask(args, row, view): # [sequences, teachers, options]
+    at, back = np.unique(row.cpu().numpy(), return_inverse=True)
+    p = np.nan_to_num(np.stack([t(at) for t in args.asked], 1))
+    lines = pd.DataFrame(dict(row=back, view=view.cpu().numpy()))
+    return line_probs(p, lines, rows_at(args.train_rows, at), tasks[args.prompt.task]).to(row.device)
+
+def online_loss(
+    logits, target, weight, missing, total, use, # As for `distill_loss`
+    row, view, # From `online_lines`
+    form:Form,
+    args,      # `DistillArgs`
+) -> dict: # As of `distill_loss`
+    "`distill_loss` of a pack whose rows the teachers predict now"
+    return distill_loss(logits, target, weight, missing, total, _ask(args, row, view), use, form)
+
 # %% ../nbs/07_distill.ipynb #6d5e6894
 def cached_teachers(
     args, # `DistillArgs`
 ) -> list: # `Teacher`s of the rows to train on
     "Ask the teachers, or read what an earlier run has asked"
-    rows, task = rows_at(args.rows, args.fold_at[0]), args.prompt.task
+    rows, task = args.train_rows, args.prompt.task
     key = hash_obj([teacher_inputs(args.names), table_hashes(args.mix), args.seed, args.fold, args.in_sample])
     file = models_path('.teachers', f'{key}.parquet')
     if not file.exists():
@@ -175,25 +221,29 @@ def check_teachers(
     args, # `DistillArgs`
 ) -> dict: # Facts for the record
     "Refuse teachers that are permuted or incomplete; print their scores and the signs that they have seen rows"
-    rows, teachers = rows_at(args.rows, args.fold_at[0]), args.taught
-    for t in teachers:
+    rows, teachers = args.train_rows, args.taught
+    for t, lacks in zip(teachers, ~args.targets.use[:, 1:].T):
         check_teacher(t, rows, args.prompt.task)
-        if args.missing == 'refuse' and not t.has.all():
-            raise Refusal(f'{t.name} has no probability for {(~t.has).sum()} of {len(rows)} rows',
-                          ids=rows.id[~t.has].tolist(),
+        if args.missing == 'refuse' and lacks.any():
+            raise Refusal(f'{t.name} has no probability for {lacks.sum()} of {len(rows)} rows',
+                          ids=rows.id[lacks].tolist(),
                           fix='Train its other folds, take missing=label, or in_sample=True')
     table = teacher_table(teachers, rows)
     found = [s for t in teachers for s in signs(t, rows, best_unseen(args))]
     print(table.to_string(), *found, f'{args.targets.cleaned.sum()} rows cleaned', sep='\n', flush=True)
     return dict(teachers=table.to_dict('index'), signs=found, cleaned=int(args.targets.cleaned.sum()))
 
+def cleaned_rows(
+    args, # `DistillArgs`
+) -> pd.DataFrame: # `id`, `label`, `support`, the least supported first
+    "The rows whose label gets less than `clean_below` from the teachers"
+    rows = args.train_rows[['id', 'label']].assign(support=label_support(args.taught, args.train_rows).round(4))
+    return rows[args.targets.cleaned].sort_values('support', ignore_index=True)
 def best_unseen(
     args, # `DistillArgs`
 ): # Log-loss, or None where no run on this table is finished
     "The best out-of-fold log-loss of the trained runs on this table"
-    found = [r['metrics'].get('log_loss') for r in trained_runs() if r['params'].get('mix') == args.mix]
-    return min((f for f in found if f is not None), default=None)
-
+    return best_log_loss(args.mix)
 
 # %% ../nbs/07_distill.ipynb #b71ddd8b
 def distill(
@@ -202,6 +252,9 @@ def distill(
 ):
     "Check the teachers, train as `04_train` does with another loss, and finish the run"
     facts = check_teachers(args)
+    if args.online and args.gpus == 1:
+        for t in args.asked: t.models  # loaded now: layers are checkpointed by the memory that is left
+    cleaned_rows(args).to_csv(run.folder/'cleaned.csv', index=False)
     train(run, args, **facts)
 
 def distill_fold(
@@ -229,7 +282,7 @@ def plot_teachers(
 ): # A matplotlib figure
     "Reliability of each teacher on the rows to train on, and how often two teachers agree"
     import matplotlib.pyplot as plt
-    rows, teachers = rows_at(args.rows, args.fold_at[0]), args.taught
+    rows, teachers = args.train_rows, args.taught
     label, k = rows.label.to_numpy(), len(teachers)
     n = k + (k > 1)
     fig, ax = plt.subplots(1, n, figsize=(3.3*n, 3), layout='constrained', squeeze=False)
@@ -260,3 +313,21 @@ def student_and_teachers(
         same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
         if same: table.loc[name] = {k: same[0]['metrics'].get(k) for k in table}
     return table.rename(index={'this run': 'the student'}).sort_values('log_loss')
+
+# %% ../nbs/07_distill.ipynb #e2f70e36
+def plot_student(
+    run,  # A finished run
+    args, # Its `DistillArgs`
+): # A matplotlib figure
+    "The label's probability on held-out rows: the student's against that of each teacher that has not seen them"
+    import matplotlib.pyplot as plt
+    rows, p = held_out(run)
+    own = p[np.arange(len(rows)), rows.label]
+    known = [OnlineTeacher(name, rows, args.prompt.task).known for name in args.names]
+    fig, ax = plt.subplots(1, len(known), figsize=(3.3*len(known), 3), layout='constrained', squeeze=False)
+    for a, t in zip(ax[0], known):
+        a.plot([0, 1], [0, 1], color='0.6', lw=1)
+        a.scatter(label_support([t], rows), own, s=8)
+        a.set(xlim=(0, 1), ylim=(0, 1), xlabel=t.name, ylabel='student', title="probability of the label")
+    plt.close(fig)
+    return fig

@@ -57,7 +57,7 @@ class _Kept(dict): # what `str.translate` makes of a character; filled as charac
 _kept = _Kept()
 
 # %% ../nbs/lib/01c_groups.ipynb #6588d75a
-def _plain(text): # without accents and characters that nobody sees
+def _plain(text): # without accents and zero-width characters
     text = unicodedata.normalize('NFD', _unseen.sub('', text).casefold())
     return unicodedata.normalize('NFC', _accents.sub('', text))
 
@@ -202,21 +202,24 @@ def _same_letters(texts): # pairs that are equal without their blanks
         if other != k and _number.findall(text) == _number.findall(texts[other]): yield other, k
 
 # %% ../nbs/lib/01c_groups.ipynb #c6d0e9d5
-def _triples(h): # a hash of 24 bits of every run of three words
-    a, b, c = h[:-2], h[1:-1], h[2:]
-    x = (a*_u(0x9E3779B97F4A7C15) ^ (b >> _u(3)))*_u(0xBF58476D1CE4E5B9) + (c ^ (c >> _u(29)))*_u(0x94D049BB133111EB)
+def _word_runs(h, k): # a hash of 24 bits of every run of k words
+    x = np.zeros(max(len(h)-k+1, 0), _u)
+    for o in range(k if len(x) else 0):
+        w = h[o:len(x)+o]
+        x = ((x ^ (x >> _u(29)))*_u(0xBF58476D1CE4E5B9) + w*_u(0x9E3779B97F4A7C15)) ^ (w >> _u(3))
     return ((x ^ (x >> _u(31)))*_u(0x9E3779B97F4A7C15) >> _u(40)).astype(np.int64)
 
-def _counts(t, who, counted): # [2**24] in how many of the counted texts each run of the texts `who` stands
+def _counts(t, who, counted, k): # [2**24] in how many of the counted texts each run of the texts `who` stands
     asked, count = np.zeros(2**24, bool), np.zeros(2**24, np.uint32)
-    for k in who: asked[_triples(t.hash[t.start[k]:t.start[k]+t.n[k]])] = True
+    for w in who: asked[_word_runs(t.hash[t.start[w]:t.start[w]+t.n[w]], k)] = True
     for s in _chunks(t.n):
-        three = _triples(t.hash[t.start[s.start]:t.start[s.stop-1]+t.n[s.stop-1]])
+        run = _word_runs(t.hash[t.start[s.start]:t.start[s.stop-1]+t.n[s.stop-1]], k)
         row = np.repeat(np.arange(s.start, s.stop), t.n[s])
-        ok = asked[three] & (row[2:] == row[:-2]) & counted[row[2:]] if len(three) else slice(0)
-        once = np.unique(row[2:][ok]*2**24+three[ok])
+        ok = asked[run] & (row[k-1:] == row[:len(run)]) & counted[row[k-1:]] if len(run) else slice(0)
+        once = np.unique(row[k-1:][ok]*2**24+run[ok])
         count += np.bincount(once % 2**24, minlength=2**24).astype(np.uint32)
     return count
+
 
 # %% ../nbs/lib/01c_groups.ipynb #a9b38343
 def _parts(i, j, n): # [n] number of the connected component
@@ -235,20 +238,25 @@ def _counted(t, line, i, j, share, rounds=8): # [texts] False where a close text
     return counted
 
 # %% ../nbs/lib/01c_groups.ipynb #20001a8d
-_Look = namedtuple('_Look', 'three form own covered crowd')
+_Look = namedtuple('_Look', 'words three form own covered crowd')
 
 def _look(t, k, count, limit, crowd):
     h = t.hash[t.start[k]:t.start[k]+t.n[k]]
-    three, cover = _triples(h) if len(h) > 2 else np.zeros(0, int), np.zeros(len(h), bool)
+    words, three, cover = _word_runs(h, 1), _word_runs(h, 3), np.zeros(len(h), bool)
     form = count[three] > limit
     for o in range(3): cover[o:o+len(form)] |= form
     own = sum(not c and not _number.match(w) for w, c in zip(t.text[k].split(' '), cover))
-    return _Look(frozenset(three.tolist()), frozenset(three[form].tolist()), own, cover.mean(), crowd[k])
+    words, three, form = (frozenset(v.tolist()) for v in (words, three, three[form]))
+    return _Look(words, three, form, own, cover.mean(), crowd[k])
 
-def _other_problem(a, b, long, count, limit): # two looks: do they differ as two puzzles of one form do?
-    if min(a.crowd, b.crowd) > limit and not long: return True     # a slot that many texts fill
+def _strange(a, b, texts_with): # does one side differ by a word that no other text has?
+    return any(v and max(int(texts_with[k]) for k in v) <= 1 for v in (a.words-b.words, b.words-a.words))
+
+def _other_problem(a, b, long, count, texts_with, limit): # two looks: do they differ as two puzzles of one form do?
+    if min(a.crowd, b.crowd) > limit and not long: return True     # a crowded slot
     only = a.three-b.three, b.three-a.three
-    if not long and max(a.own, b.own) < 5 and not any(v & s.form for v, s in zip(only, (a, b))): return True
+    common = any(v & s.form for v, s in zip(only, (a, b)))
+    if not long and max(a.own, b.own) < 5 and not common and not _strange(a, b, texts_with): return True
     if all(not v or len(v & s.form) >= len(v)/2 for v, s in zip(only, (a, b))): return True
     if min(a.covered, b.covered) < .5: return False
     low, high = sorted(([int(count[k]) for k in v] or [int(limit)] for v in only), key=max)
@@ -277,10 +285,13 @@ def _copies(t, share, check=()): # [pairs, 2] text numbers
     close, near = edits <= share*most, (edits <= _allowed(most, share)) & (most >= 7)
     counted = _counted(t, line, i[close], j[close], share)
     who = np.unique(np.r_[i[near], j[near], np.array(held, int).reshape(-1)]).tolist()
-    count, limit = _counts(t, who, counted), max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
+    short = np.unique(np.r_[i[near & ~close], j[near & ~close]]).tolist()
+    count, texts_with = _counts(t, who, counted, 3), _counts(t, short, counted, 1)
+    limit = max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
     looks = {k: _look(t, k, count, limit, crowd) for k in who}
     out = [(a, b) for a, b, long in zip(i[near].tolist(), j[near].tolist(), close[near].tolist())
-           if not _other_problem(looks[a], looks[b], long, count, limit) and _same_numbers(t.text[a], t.text[b])]
+           if not _other_problem(looks[a], looks[b], long, count, texts_with, limit)
+           and _same_numbers(t.text[a], t.text[b])]
     one = ~near & (edits == 1)
     out += [(a, b) for a, b in zip(i[one].tolist(), j[one].tolist()) if _typo(t.text[a], t.text[b])]
     longer = Counter(b for _, b in held)

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['margins', 'filter_rows', 'soft_rows', 'near_rows', 'compared_tables', 'PseudoArgs', 'vote_of', 'reasons', 'round_of',
-           'pseudo', 'plot_margins']
+           'pseudo', 'pseudo_metrics', 'plot_margins']
 
 # %% ../nbs/06_pseudo.ipynb #6eba154f
 from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
 import pandas as pd
+from .adopt import best_log_loss
 from .combine import combine
-from .core import Refusal, at_least, data_path, one_of, write_json
+from .core import Refusal, at_least, data_path, one_of, share, write_json
 from .groups import copied, group_text
 from .probs import scores
 from .record import find_run
 from .rows import n_options, read_meta
 from .tables import check_texts, load_rows, parse_mix, table_hashes, table_path, write_rows
-from .teach import check_teacher, read_teachers, write_teachers
+from .teach import check_teacher, read_teachers, signs, write_teachers
 from .teachers import ask_teacher, members, run_mix, teacher_inputs, validated_table
 
 # %% ../nbs/06_pseudo.ipynb #47802634
@@ -42,7 +43,7 @@ def filter_rows(
     rows,             # Table of rows, with `group`
     p,                # [rows, options], the vote
     voters,           # [voters, rows, options]
-    margin:float=.02, # Rows at or below it are dropped
+    margin:float=.02, # Rows at or below it are dropped; 0: none
     agree:float=0.,   # Share of the voters that must choose the vote's option
     per_prompt:int=0, # Rows that one group of prompts may keep; 0: any number
     quota:int=0,      # Rows that one value of `by` may keep; 0: any number
@@ -54,7 +55,7 @@ def filter_rows(
     size, out = margins(p), np.full(len(rows), 'kept', object)
     share = np.mean([np.argmax(v, 1) == np.argmax(p, 1) for v in voters], 0)
     keys = np.argmax(p, 1) if by == 'label' else rows[by].to_numpy()
-    out[size <= margin] = 'margin'
+    if margin: out[size <= margin] = 'margin'
     out[(out == 'kept') & (share < agree)] = 'agreement'
     if per_prompt: out[_first(rows.group, size, out == 'kept', per_prompt)] = 'prompt'
     if quota: out[_first(keys, size, out == 'kept', quota)] = 'quota'
@@ -93,7 +94,8 @@ def compared_tables(
     "The tables that the teachers are validated on, and their test rows, without the table that is labelled"
     mains = sorted({validated_table(r) for name in teachers for r in members(name)})
     names = [n for m in mains for n in (m, f'{m}_test')]
-    return [n for n in names if n != data and data_path(f'{n}.parquet').exists()]
+    there = [n for n in dict.fromkeys(names) if n != data and data_path(f'{n}.parquet').exists()]
+    return [n for n in there if n.endswith('_test') or (load_rows(n).fold >= 0).any()]
 
 # %% ../nbs/06_pseudo.ipynb #93b676ef
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class PseudoArgs:
     weights:str=''           # One number a teacher, such as 3.2 1; '': all the same
     rule:str='mean'          # mean, logits or majority
     own:float=0.             # Weight of a row's own label in its target, 0 to 1
-    margin:float=.02         # Rows are dropped whose two largest probabilities are this close
+    margin:float=.02         # Rows are dropped whose two largest probabilities are this close; 0: none
     agree:float=0.           # Share of the teachers that must choose the vote's option
     per_prompt:int=0         # Rows that one group of prompts may keep; 0: any number
     quota:int=0              # Rows that one value of `by` may keep; 0: any number
@@ -118,12 +120,16 @@ class PseudoArgs:
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority'), near=('drop', 'refuse', 'keep'))
         at_least(self, 0, 'margin', 'agree', 'per_prompt', 'quota', 'own')
+        share(self, 'margin')
+        for name in ('agree', 'own'):
+            if getattr(self, name) > 1: raise Refusal(f'{name}={getattr(self, name)!r}', fix='Take a share from 0 to 1')
         object.__setattr__(self, 'name', self.name or f'{self.data}_pseudo')
         if not self.names:
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
-        if self.weights and len(self.weights.split()) != len(self.names):
-            raise Refusal(f'{len(self.weights.split())} weights for {len(self.names)} teachers')
+        try: n = len([float(w) for w in self.weights.split()])
+        except ValueError: raise Refusal(f'weights={self.weights!r}', fix='Give numbers, such as 3.2 1') from None
+        if n not in (0, len(self.names)): raise Refusal(f'{n} weights for {len(self.names)} teachers')
 
     @property
     def names(self): return self.teachers.split()
@@ -150,22 +156,23 @@ def vote_of(
     p[has] = combine([t.p[has] for t in teachers], [float(w) for w in args.weights.split()] or None, args.rule)
     return teachers, p
 
+# %% ../nbs/06_pseudo.ipynb #d4d343f4
 def reasons(
     args:PseudoArgs,
     teachers,  # `Teacher`s of the rows
     p,         # [rows, options], their vote
 ) -> np.ndarray: # [rows], text: `kept`, or why not
     "What happens to each row"
-    rows, why = args.rows, np.full(len(p), 'no teacher', object)
-    has = np.isfinite(p[:, 0])
-    voters = [t.p[has] for t in teachers]
-    why[has] = filter_rows(rows[has], p[has], voters, args.margin, args.agree, args.per_prompt, args.quota, args.by)
-    if args.near == 'keep': return why
-    for name, near in near_rows(rows, {n: load_rows(n) for n in args.others}).items():
+    rows, why = args.rows, np.where(np.isfinite(p[:, 0]), 'kept', 'no teacher').astype(object)
+    others = {} if args.near == 'keep' else {n: load_rows(n) for n in args.others}
+    for name, near in near_rows(rows, others).items():
         if args.near == 'refuse' and near.any():
             raise Refusal(f'{near.sum()} rows of {args.data} are equal or nearly equal to rows of {name}',
                           ids=rows.id[near].tolist(), fix='Take near=drop, or near=keep')
         why[(why == 'kept') & near] = f'near {name}'
+    left = why == 'kept'
+    voters, limits = [t.p[left] for t in teachers], (args.margin, args.agree, args.per_prompt, args.quota, args.by)
+    why[left] = filter_rows(rows[left], p[left], voters, *limits)
     return why
 
 # %% ../nbs/06_pseudo.ipynb #b7178126
@@ -177,6 +184,7 @@ def round_of(
     made_by = [read_meta(table_path(t)).get('run', '') for t in tables]
     return 1 + max([find_run(r)['round'] for r in made_by if r.startswith('pseudo-')], default=0)
 
+# %% ../nbs/06_pseudo.ipynb #6e603bb5
 def pseudo(
     run,             # From `run_stage`
     args:PseudoArgs,
@@ -184,31 +192,47 @@ def pseudo(
     "Label the table, filter it, write the rows that stay, and finish the run"
     rows, (teachers, p) = args.rows, vote_of(run, args)
     why = reasons(args, teachers, p)
-    kept = why == 'kept'
-    if not kept.any():
-        raise Refusal('no row is left', fix=f'Loosen the filters: {pd.Series(why).value_counts().to_dict()}')
-    test = args.data.endswith('_test')
-    out = soft_rows(rows[kept], p[kept], n_options(rows, rows.attrs['meta']['task'])[kept], args.own, args.weight,
-                    'test_pseudo' if test else 'pseudo').reset_index(drop=True)
+    kept, task, test = why == 'kept', rows.attrs['meta']['task'], args.data.endswith('_test')
+    if not kept.any(): raise _nothing_left(why, teachers)
+    found = [s for t in teachers for s in signs(t, rows, best_log_loss(args.data))]
+    print(*found, sep='\n', end='\n' if found else '')
+    source = 'test_pseudo' if test else 'pseudo'
+    out = soft_rows(rows[kept], p[kept], n_options(rows, task)[kept], args.own, args.weight, source)
+    out = out.reset_index(drop=True)
     out.attrs['meta'] = rows.attrs['meta']
     write_rows(out, run.folder/'rows.parquet', run=run.id)
     write_json(run.folder/'reasons.json', dict(zip(rows.id, why)))
+    metrics = pseudo_metrics(rows, p, why) | ({'rows of the test set': int(kept.sum())} if test else {})
+    run.finish(metrics, ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
+               task=task, round=round_of(args.names), labels_test_set=test, signs=found)
+
+def _nothing_left(why, teachers):
+    known = ', '.join(f'{t.name}: {t.has.sum()}' for t in teachers)
+    fix = f'Loosen the filters. Rows with probabilities of a model that has not seen them: {known}'
+    return Refusal(f'no row is left: {pd.Series(why).value_counts().to_dict()}', fix=fix)
+
+def pseudo_metrics(
+    rows, # Table of rows
+    p,    # [rows, options], the vote
+    why,  # [rows], from `reasons`
+) -> dict: # Scores of the vote where there are labels, and rows by what happened to them
+    "Metrics of a table of pseudo-labels"
     known = np.isfinite(p[:, 0]) & (rows.label >= 0).to_numpy()
     score = scores(p[known], rows.label[known].to_numpy()) if known.any() else {}
-    counts = {k: int(n) for k, n in pd.Series(why).value_counts().items()}
-    run.finish(dict(score, **counts), ['rows.parquet', 'reasons.json', 'teachers.parquet'], rows=int(kept.sum()),
-               task=rows.attrs['meta']['task'], round=round_of(args.names), labels_test_set=test)
+    return dict(score, **{k: int(n) for k, n in pd.Series(why).value_counts().items()})
 
 # %% ../nbs/06_pseudo.ipynb #60c40ec3
 def plot_margins(
     p,   # [rows, options], the vote
     why, # [rows], from `reasons`
+    margin=None, # The filter's limit
 ): # A matplotlib figure
     "Margins of the vote, by what happened to the row"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
     size, names = margins(np.nan_to_num(p)), sorted(set(why), key=lambda k: (k != 'kept', k))
     ax.hist([size[why == k] for k in names], bins=40, stacked=True, label=[f'{k}: {(why == k).sum()}' for k in names])
+    if margin is not None: ax.axvline(margin, color='0.3', ls=':', label=f'limit {margin}')
     ax.set(xlabel='margin of the vote', ylabel='rows')
     ax.legend()
     plt.close(fig)

@@ -1,7 +1,8 @@
-"Every test has a project root of its own; the bases stay where the checkout has them. No network, two threads"
-import os, sys
-os.environ.update(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
-if not os.path.exists('/dev/nvidia0'): os.environ['TORCHDYNAMO_DISABLE'] = '1'  # compiling for a CPU takes long and brings nothing
+"Every test has a project root of its own; the bases stay where the checkout has them. No network, one thread"
+import gc, os, sys
+os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
+if not os.path.exists('/dev/nvidia0'): os.environ['TORCHDYNAMO_DISABLE'] = '1'  # for a CPU it takes long
+import shutil
 import pytest
 from hypothesis import settings
 from competition_kit.core import bases_path, root_at
@@ -10,11 +11,33 @@ os.environ['CK_BASES'] = str(bases_path())  # before any test moves the root: sm
 settings.register_profile('kit', deadline=None, derandomize=True, database=None)
 settings.load_profile('kit')
 
+def pytest_collection_finish():
+    "What is imported now stays: the collector, which every training calls, need not look at it"
+    gc.freeze()
+
 @pytest.fixture(autouse=True)
 def own_root(tmp_path):
     "Nothing a test does reaches the data, the models or the workbook of the checkout"
-    if torch := sys.modules.get('torch'): torch.set_num_threads(2)
+    if torch := sys.modules.get('torch'): torch.set_num_threads(1)
     with root_at(tmp_path) as r: yield r
+
+@pytest.fixture
+def root(tmp_path):
+    "A project root with room beside it"
+    with root_at(tmp_path/'project') as r: yield r
+
+@pytest.fixture(scope='session')
+def sample_tables(tmp_path_factory):
+    "A root in which the tables of both samples are made"
+    from competition_kit.tables import load_rows
+    with root_at(tmp_path_factory.mktemp('samples')) as root:
+        for name in ('sample_arena', 'sample_logic'): load_rows(name)
+    return root
+
+@pytest.fixture
+def samples(sample_tables, own_root):
+    "These tables, copied into the test's own root"
+    shutil.copytree(sample_tables, own_root, dirs_exist_ok=True)
 
 @pytest.fixture(scope='session')
 def smollm2():
@@ -29,10 +52,22 @@ def tok(smollm2):
     return load_tokenizer(smollm2)
 
 @pytest.fixture(scope='session')
-def tiny(tmp_path_factory):
-    "A random base of two layers with the embedded base's tokenizer"
+def tiny(tmp_path_factory, tok):
+    """A random base of two layers. Its tokenizer has 2,560 tokens instead of 49,152: loading and hashing the large one
+    takes half of a short training"""
+    from transformers import AutoModelForCausalLM
     from competition_kit.base import tiny_base
-    return tiny_base(tmp_path_factory.mktemp('tiny'))
+    from competition_kit.prompt import instructions
+    from competition_kit.sample import arena_rows
+    folder = tiny_base(tmp_path_factory.mktemp('tiny'))
+    texts = [text for row in arena_rows(300, 1) for c in ('prompt', 'response_a', 'response_b') for text in row[c]]
+    words = [*instructions.values(), 'system user assistant', 'Answer: A B C D E F G']
+    small = tok.train_new_from_iterator(texts+words*50, 4000, show_progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(small))
+    model.save_pretrained(folder)
+    small.save_pretrained(folder)
+    return folder
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory, tiny):
@@ -51,10 +86,26 @@ def trained(tmp_path_factory, tiny):
 @pytest.fixture
 def runs(trained, own_root):
     "The ids of these runs, copied into the test's own root"
-    import shutil
     root, ids = trained
     shutil.copytree(root, own_root, dirs_exist_ok=True)
     return ids
+
+@pytest.fixture(scope='session')
+def trained_folds(tmp_path_factory, tiny, sample_tables):
+    "A root with the finished runs of five folds, and their ids"
+    from competition_kit.train import train_fold
+    kw = dict(mix='sample_arena:60', base=tiny, lora_r=4, max_len=192, epochs=.5)
+    with root_at(tmp_path_factory.mktemp('folds')) as root:
+        shutil.copytree(sample_tables, root, dirs_exist_ok=True)
+        return root, [train_fold(fold=k, **kw).id for k in range(5)]
+
+@pytest.fixture
+def five_runs(trained_folds, own_root):
+    "These runs, copied into the test's own root"
+    from competition_kit.record import Run, find_run
+    root, ids = trained_folds
+    shutil.copytree(root, own_root, dirs_exist_ok=True)
+    return [Run(find_run(id)) for id in ids]
 
 @pytest.fixture(scope='session')
 def fitted_baselines(): return {}

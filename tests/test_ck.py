@@ -4,15 +4,11 @@ from pathlib import Path
 import nbformat, openpyxl, pytest
 from competition_kit.ck import (_ancestors, _command, _pairs, _cost, _parser, doctor, log_plan, log_repro, log_table,
                                 main, uncommitted)
-from competition_kit.core import Refusal, root_at
+from competition_kit.core import Refusal
 from competition_kit.log import sync_log
 from competition_kit.record import find_run, start_run, write_record
 
 HEAVY = {'torch', 'transformers', 'pandas', 'numpy', 'papermill', 'openpyxl', 'nbformat', 'jupyter_client', 'pyarrow'}
-
-@pytest.fixture
-def root(tmp_path):
-    with root_at(tmp_path/'project') as r: yield r
 
 HELP = 'import competition_kit.ck as k\ntry: k.main([{}"--help"])\nexcept SystemExit: pass'
 @pytest.mark.parametrize('code', ['import competition_kit', HELP.format(''), HELP.format('"cost", '),

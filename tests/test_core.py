@@ -40,8 +40,10 @@ def where(cwd, **env):
 
 def test_root_from_anywhere(tmp_path):
     other = tmp_path/'other'
-    (other/'nbs/deep').mkdir(parents=True); (other/'settings.ini').write_text('')
-    (tmp_path/'half').mkdir(); (tmp_path/'half/settings.ini').write_text('')
+    (other/'nbs/deep').mkdir(parents=True)
+    (other/'settings.ini').write_text('')
+    (tmp_path/'half').mkdir()
+    (tmp_path/'half/settings.ini').write_text('')
     def want(r): return [str(r), str(r/'data/a/b'), str(r/'models/bases')]
     assert where(HOME) == where(HOME/'nbs') == where(tmp_path) == where('/') == want(HOME)
     assert where(other) == where(other/'nbs/deep') == want(other)
@@ -54,15 +56,19 @@ def test_root_from_anywhere(tmp_path):
 def test_root_at_is_put_back(own_root, tmp_path):
     before, bases = dict(os.environ), bases_path()
     with root_at(tmp_path/'a') as a:
-        assert project_root() == a and data_path().parent == a == models_path().parent and bases_path() == bases
+        assert project_root() == a
+        assert data_path().parent == a == models_path().parent
+        assert bases_path() == bases
         with pytest.raises(RuntimeError), root_at(tmp_path/'a/b/c') as b:
-            assert project_root() == b and bases_path() == bases
+            assert project_root() == b
+            assert bases_path() == bases
             raise RuntimeError
         assert project_root() == a
     assert dict(os.environ) == before
 
 def test_the_tests_stay_out_of_the_checkout(own_root):
-    assert HOME not in (project_root(), *project_root().parents) and data_path().parent == own_root
+    assert HOME not in (project_root(), *project_root().parents)
+    assert data_path().parent == own_root
 
 def test_sandbox(tmp_path):
     code = """from competition_kit.core import *
@@ -74,27 +80,35 @@ print(r)"""
     env = dict(os.environ, TMPDIR=str(tmp_path))
     p = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
     r = Path(p.stdout.strip())
-    assert r.parent == tmp_path.resolve() and not r.exists()
+    assert r.parent == tmp_path.resolve()
+    assert not r.exists()
 
 # ---- writes
 def test_kill_9_leaves_old_or_new(tmp_path):
     f, rng = tmp_path/'state.txt', random.Random(0)
-    f.write_text('0 '*50_000); seen = 0
+    f.write_text('0 '*50_000)
+    seen = 0
     def writer(ready):
         os.write(ready, b'x')
         for i in range(seen+1, seen+100_000):
             body = f'{i} '*50_000
             with atomic(f) as tmp, open(tmp, 'w') as o:
-                for k in range(0, len(body), 9973): o.write(body[k:k+9973]); o.flush()
+                for k in range(0, len(body), 9973):
+                    o.write(body[k:k+9973])
+                    o.flush()
     for k in range(15):
         r, w = os.pipe()
         pid = forked(lambda: writer(w))
-        os.read(r, 1); os.close(r); os.close(w)
+        os.read(r, 1)
+        os.close(r)
+        os.close(w)
         time.sleep(rng.uniform(.001, .04))
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         got = f.read_text().split()
-        assert len(got) == 50_000 and len(set(got)) == 1 and int(got[0]) >= seen
+        assert len(got) == 50_000
+        assert len(set(got)) == 1
+        assert int(got[0]) >= seen
         seen = int(got[0])
         left = [p for p in tmp_path.iterdir() if p != f]  # a killed process cannot clean up its temporary file
         assert len(left) <= k+1
@@ -102,21 +116,29 @@ def test_kill_9_leaves_old_or_new(tmp_path):
         assert list(tmp_path.glob('*.txt')) == [f]
     assert seen > 0
     with atomic(f) as tmp: tmp.write_text('after')
-    assert f.read_text() == 'after' and len(list(tmp_path.iterdir())) <= len(left)+1
+    assert f.read_text() == 'after'
+    assert len(list(tmp_path.iterdir())) <= len(left)+1
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_error_keeps_the_old_file(tmp_path, error):
     f = tmp_path/'a/b.txt'
-    with pytest.raises(error), atomic(f) as tmp: tmp.write_text('half'); raise error
+    with pytest.raises(error), atomic(f) as tmp:
+        tmp.write_text('half')
+        raise error
     assert not list(f.parent.iterdir())
     f.write_text('old')
-    with pytest.raises(error), atomic(f) as tmp: tmp.write_text('half'); raise error
-    assert f.read_text() == 'old' and [p.name for p in f.parent.iterdir()] == ['b.txt']
+    with pytest.raises(error), atomic(f) as tmp:
+        tmp.write_text('half')
+        raise error
+    assert f.read_text() == 'old'
+    assert [p.name for p in f.parent.iterdir()] == ['b.txt']
 
 def test_full_disk_keeps_the_old_file(tmp_path):
     f, g = tmp_path/'t.parquet', tmp_path/'r.json'
     df = pd.DataFrame(dict(id=list('abc')))
-    write_table(df, f); write_json(g, {'a': 1}); before = f.read_bytes(), g.read_bytes()
+    write_table(df, f)
+    write_json(g, {'a': 1})
+    before = f.read_bytes(), g.read_bytes()
     big = pd.DataFrame(dict(x=np.random.default_rng(0).random(50_000)))
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -125,13 +147,15 @@ def test_full_disk_keeps_the_old_file(tmp_path):
             except OSError: pass
             else: os._exit(2)
     assert ended(forked(full)) == 0
-    assert (f.read_bytes(), g.read_bytes()) == before and len(list(tmp_path.iterdir())) == 2
+    assert (f.read_bytes(), g.read_bytes()) == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 def test_unwritable_folder(tmp_path):
     (tmp_path/'file').write_text('x')
     with pytest.raises(OSError), atomic(tmp_path/'file/a.txt'): raise AssertionError('the block must not run')
     if os.geteuid() == 0: return  # root writes anywhere
-    (tmp_path/'shut').mkdir(); (tmp_path/'shut').chmod(0o500)
+    (tmp_path/'shut').mkdir()
+    (tmp_path/'shut').chmod(0o500)
     try:
         with pytest.raises(OSError), atomic(tmp_path/'shut/a.txt'): raise AssertionError('the block must not run')
     finally: (tmp_path/'shut').chmod(0o700)
@@ -144,7 +168,8 @@ def test_mode_follows_the_umask(tmp_path):
 @pytest.mark.parametrize('name', ['ünï 文 😀.json', 'a b\nc.json', '.hidden.json', '-rf.json', 'x'*200+'.json'])
 def test_odd_names(tmp_path, name):
     write_json(tmp_path/name, [1])
-    assert read_json(tmp_path/name) == [1] and [p.name for p in tmp_path.iterdir()] == [name]
+    assert read_json(tmp_path/name) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 # ---- JSON and hashes
 text = st.text(st.characters(exclude_categories=['Cs']))
@@ -155,7 +180,9 @@ json_values = st.recursive(scalars, nested, max_leaves=10)
 @given(json_values)
 def test_json_round_trip(obj):
     text = to_json(obj)
-    assert json.loads(text) == obj and to_json(json.loads(text)) == text and len(hash_obj(obj)) == 10
+    assert json.loads(text) == obj
+    assert to_json(json.loads(text)) == text
+    assert len(hash_obj(obj)) == 10
 
 def test_json_of_numpy_and_paths():
     obj = dict(a=np.float32(.5), b=np.arange(2), c=np.bool_(True), p=Path('x/y'), t=(1, 2))
@@ -207,11 +234,18 @@ def test_damage_is_named(folder):
     for what, b in cases:
         w.write_bytes(b)
         [line] = damage(folder)
-        assert 'w.safetensors' in line and what in line
-    w.unlink(); [line] = damage(folder); assert line == 'w.safetensors is missing'
-    w.mkdir(); assert len(damage(folder)) == 1
-    w.rmdir(); w.write_bytes(raw); assert damage(folder) == []
-    (folder/'manifest.json').unlink(); assert 'never finished' in damage(folder)[0]
+        assert 'w.safetensors' in line
+        assert what in line
+    w.unlink()
+    [line] = damage(folder)
+    assert line == 'w.safetensors is missing'
+    w.mkdir()
+    assert len(damage(folder)) == 1
+    w.rmdir()
+    w.write_bytes(raw)
+    assert damage(folder) == []
+    (folder/'manifest.json').unlink()
+    assert 'never finished' in damage(folder)[0]
     assert damage(folder/'nowhere')
 
 def test_added_file_is_damage(folder):
@@ -222,11 +256,13 @@ def test_added_file_is_damage(folder):
 
 def test_broken_seal_is_damage(folder):
     "Whatever happens to the manifest itself, the folder is damaged: no crash, and no clean bill"
-    f = folder/'manifest.json'; raw = f.read_bytes()
+    f = folder/'manifest.json'
+    raw = f.read_bytes()
     broken = [b'[]', b'null', b'{"w.safetensors": 3}', b'{"w.safetensors": {}}']
     broken += [raw[:k] for k in range(0, len(raw)-2, 29)]
     for i in range(0, len(raw), 3):
-        b = bytearray(raw); b[i] ^= 1 << random.Random(i).randrange(8)
+        b = bytearray(raw)
+        b[i] ^= 1 << random.Random(i).randrange(8)
         if b[i:i+1].isspace() and raw[i:i+1].isspace() or bytes(b[i:i+1]).lower() == raw[i:i+1].lower(): continue
         broken.append(bytes(b))
     for b in broken:
@@ -260,13 +296,16 @@ def test_small_tables(tmp_path, df):
     assert same(read_table(tmp_path/'a.parquet'), df)
     s = pa.schema([('id', pa.string()), ('p', pa.list_(pa.float32()))])
     write_table(df, tmp_path/'b.parquet', schema=s)
-    assert pq.read_schema(tmp_path/'b.parquet').remove_metadata() == s and same(read_table(tmp_path/'b.parquet'), df)
+    assert pq.read_schema(tmp_path/'b.parquet').remove_metadata() == s
+    assert same(read_table(tmp_path/'b.parquet'), df)
 
 def test_frames_made_of_pieces(tmp_path):
     "pandas keeps a concatenated column in pieces; what is in it is the same"
-    d = table(); pieces = pd.concat([d]*3, ignore_index=True)
+    d = table()
+    pieces = pd.concat([d]*3, ignore_index=True)
     whole = pd.DataFrame({c: pieces[c].tolist() for c in pieces})
-    write_table(pieces, tmp_path/'a.parquet'); write_table(whole, tmp_path/'b.parquet')
+    write_table(pieces, tmp_path/'a.parquet')
+    write_table(whole, tmp_path/'b.parquet')
     assert same(read_table(tmp_path/'a.parquet'), whole)
     assert content_hash(tmp_path/'a.parquet') == content_hash(tmp_path/'b.parquet')
 
@@ -278,20 +317,29 @@ def flips(tmp_path, df, want, places):
     f, g = tmp_path/'a.parquet', tmp_path/'b.parquet'
     raw, found, refused = f.read_bytes(), [], 0
     for i, bit in places(len(raw)):
-        b = bytearray(raw); b[i] ^= 1 << bit; g.write_bytes(b)
+        b = bytearray(raw)
+        b[i] ^= 1 << bit
+        g.write_bytes(b)
         try: got = read_table(g)
-        except Refusal as e: refused += 1; assert 'b.parquet' in str(e)
+        except Refusal as e:
+            refused += 1
+            assert 'b.parquet' in str(e)
         except Exception as e: found.append((i, bit, repr(e)[:200]))
         else:
             if not want(got): found.append((i, bit, 'other data'))
-    assert refused and not found, found[:5]
+    assert refused, found[:5]
+    assert not found, found[:5]
 
 def test_flips_in_the_data(tmp_path):
-    df = table(); write_table(df, tmp_path/'a.parquet', run='x'); rng = random.Random(0)
+    df = table()
+    write_table(df, tmp_path/'a.parquet', run='x')
+    rng = random.Random(0)
     flips(tmp_path, df, lambda got: same(got, df), lambda n: [(rng.randrange(n), rng.randrange(8)) for _ in range(500)])
 
 def test_flips_in_the_footer(tmp_path):
-    df = table(); write_table(df, tmp_path/'a.parquet', run='x'); rng = random.Random(1)
+    df = table()
+    write_table(df, tmp_path/'a.parquet', run='x')
+    rng = random.Random(1)
     size = int.from_bytes((tmp_path/'a.parquet').read_bytes()[-8:-4], 'little')
     flips(tmp_path, df, lambda got: same(got, df), lambda n: [(i, rng.randrange(8)) for i in range(n-size-8, n, 4)])
 
@@ -304,14 +352,18 @@ def test_flips_in_the_description(tmp_path):
     flips(tmp_path, df, lambda got: got.attrs['meta'] in ({}, meta), lambda n: [(i, i % 5) for i in range(first, n, 2)])
 
 def test_edited_description(tmp_path):
-    f = tmp_path/'a.parquet'; write_table(table(4), f, options=['model_a', 'model_b'])
-    t = pq.read_table(f); kit = t.schema.metadata[b'competition_kit']
+    f = tmp_path/'a.parquet'
+    write_table(table(4), f, options=['model_a', 'model_b'])
+    t = pq.read_table(f)
+    kit = t.schema.metadata[b'competition_kit']
     swapped = kit.replace(b'"model_a", "model_b"', b'"model_b", "model_a"')
     pq.write_table(t.replace_schema_metadata({b'competition_kit': swapped}), f)
     with pytest.raises(Refusal, match='a.parquet'): read_table(f)
 
 def test_cuts(tmp_path):
-    f = tmp_path/'a.parquet'; write_table(table(), f); raw = f.read_bytes()
+    f = tmp_path/'a.parquet'
+    write_table(table(), f)
+    raw = f.read_bytes()
     for k in [*range(0, len(raw), 37), len(raw)-1]:
         f.write_bytes(raw[:k])
         with pytest.raises(Refusal, match='a.parquet'): read_table(f)
@@ -321,29 +373,39 @@ def test_cuts(tmp_path):
     with pytest.raises(Refusal, match='no such file'): read_table(tmp_path/'none.parquet')
 
 def test_surrogates_write_nothing(tmp_path):
-    f = tmp_path/'a.parquet'; write_table(table(), f); before = f.read_bytes()
+    f = tmp_path/'a.parquet'
+    write_table(table(), f)
+    before = f.read_bytes()
     ids = pd.Series(['a', '\ud83d'], dtype=object)
     for df in (pd.DataFrame(dict(id=ids)), pd.DataFrame(dict(id=['a'], t=[['\udc00']]))):
         with pytest.raises(Exception): write_table(df, f)
-    assert f.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['a.parquet']
+    assert f.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ['a.parquet']
 
 # ---- content hashes
 def test_content_hash_survives_rewrites(tmp_path):
     df = pd.concat([table()]*20, ignore_index=True)
     f, g = tmp_path/'a.parquet', tmp_path/'b.parquet'
-    write_table(df, f); want = content_hash(f)
+    write_table(df, f)
+    want = content_hash(f)
     bare = pq.read_table(f).replace_schema_metadata(None)
     for kw in (dict(), dict(compression='snappy'), dict(compression='none', use_dictionary=False), dict(version='1.0'),
                dict(row_group_size=100), dict(row_group_size=7), dict(data_page_version='2.0')):
         pq.write_table(bare, g, **kw)
         assert content_hash(g) == want, kw
         pq.write_table(pq.read_table(f), g, **kw)  # with the kit's metadata kept
-        assert content_hash(g) == want and same(read_table(g), df), kw
-    pq.write_table(pa.concat_tables([bare.slice(0, 50), bare.slice(50)]), g); assert content_hash(g) == want
-    pq.write_table(bare.select(bare.column_names[::-1]), g); assert content_hash(g) == want
-    pq.write_table(bare.set_column(0, 'id', bare['id'].cast(pa.large_string())), g); assert content_hash(g) == want
-    pq.write_table(bare.set_column(0, 'id', bare['id'].dictionary_encode()), g); assert content_hash(g) == want
-    write_table(df, g, run='other'); assert content_hash(g) == want
+        assert content_hash(g) == want, kw
+        assert same(read_table(g), df), kw
+    pq.write_table(pa.concat_tables([bare.slice(0, 50), bare.slice(50)]), g)
+    assert content_hash(g) == want
+    pq.write_table(bare.select(bare.column_names[::-1]), g)
+    assert content_hash(g) == want
+    pq.write_table(bare.set_column(0, 'id', bare['id'].cast(pa.large_string())), g)
+    assert content_hash(g) == want
+    pq.write_table(bare.set_column(0, 'id', bare['id'].dictionary_encode()), g)
+    assert content_hash(g) == want
+    write_table(df, g, run='other')
+    assert content_hash(g) == want
 
 def test_content_hash_sees_everything(tmp_path):
     base = pd.DataFrame(dict(id=['a', 'b', 'c'], x=[1., 2., 3.], t=[['a', 'b'], [], ['c']]))
@@ -364,19 +426,25 @@ def test_content_hash_keeps_names_and_values_apart(tmp_path):
 
 def test_changed_data_under_the_old_metadata(tmp_path):
     "pyarrow carries the metadata along when somebody edits a column"
-    f = tmp_path/'a.parquet'; write_table(table(), f)
+    f = tmp_path/'a.parquet'
+    write_table(table(), f)
     t = pq.read_table(f)
     pq.write_table(t.set_column(2, 'n', pa.array(range(1, 13))), f)
     with pytest.raises(Refusal, match='a.parquet'): read_table(f)
 
 def test_content_hash_refuses_by_name(tmp_path):
-    f = tmp_path/'a.parquet'; write_table(table(), f); f.write_bytes(f.read_bytes()[:-20])
+    f = tmp_path/'a.parquet'
+    write_table(table(), f)
+    f.write_bytes(f.read_bytes()[:-20])
     with pytest.raises(Refusal, match='a.parquet'): content_hash(f)
     with pytest.raises(Refusal, match='none.parquet'): content_hash(tmp_path/'none.parquet')
 
 # ---- facts
 def test_facts():
-    assert versions()['torch'].startswith('2.') and 'vllm_not_there' not in versions()
-    seed_all(2**40+3); a = np.random.rand(), random.random()
-    seed_all(2**40+3); assert a == (np.random.rand(), random.random())
+    assert versions()['torch'].startswith('2.')
+    assert 'vllm_not_there' not in versions()
+    seed_all(2**40+3)
+    a = np.random.rand(), random.random()
+    seed_all(2**40+3)
+    assert a == (np.random.rand(), random.random())
     assert sha256(__file__) == __import__('hashlib').sha256(Path(__file__).read_bytes()).hexdigest()

@@ -153,7 +153,8 @@ def test_fewest_layers(shapes, base):
         found.add(n)
         assert memory(job, 8192, n)['needs'] <= free
         assert n == 0 or memory(job, 8192, n-1)['needs'] > free
-    assert 0 in found and len(found) > 3
+    assert 0 in found
+    assert len(found) > 3
 
 def test_a_smaller_pack_helps(shapes):
     job = Job(shapes['qwen2.5-14b'])
@@ -191,7 +192,8 @@ def test_nf4_is_never_sharded(gpu, gpus, tokens):
     followed = dict(base='Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4', format='auto', gpus=int(n[1]) if n else gpus,
                     pack_tokens=tokens, max_len=min(tokens, 2048), sharded=True)
     c = cost(**kw | followed)
-    assert c['sharded'] and c['dtype'] == 'gptq4'
+    assert c['sharded']
+    assert c['dtype'] == 'gptq4'
 
 def test_nf4_is_refused_over_shards(shapes):
     job = Job(shapes['qwen2.5-7b'], dtype='nf4', shards=2)
@@ -225,7 +227,8 @@ def test_sharded_as_told(kw):
 def test_sharded_where_it_need_not_be():
     kw = dict(base='qwen2.5-7b', gpu='A100-80', gpus=8, pack_tokens=4096)
     spread, copies = (cost(**kw, sharded=sharded) for sharded in (True, False))
-    assert spread['sharded'] and not copies['sharded']
+    assert spread['sharded']
+    assert not copies['sharded']
     assert spread['base_gb'] == pytest.approx(copies['base_gb']/8, abs=.01)
     assert copies == cost(**kw)
     assert 'sharded=True' in cost_table(spread)

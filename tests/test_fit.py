@@ -12,7 +12,7 @@ from competition_kit.tables import load_rows
 task = tasks['preference']
 
 @pytest.fixture
-def rows():
+def rows(samples):
     out = load_rows('sample_arena').head(2).reset_index(drop=True)
     out.at[0, 'target'] = [.2, .5, .3]
     return out

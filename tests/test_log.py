@@ -8,16 +8,12 @@ from openpyxl.styles import PatternFill
 from openpyxl.worksheet.datavalidation import DataValidation
 from python_calamine import CalamineWorkbook
 from competition_kit import log
-from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
+from competition_kit.core import Refusal, models_path, read_json, write_json
 from competition_kit.log import (LOG, clean_cell, find_run, people, planned, records, run_id, show_run, start_run,
                                  sync_log)
 from competition_kit.sheets import put_cell, sheet_parts
 
 fork = multiprocessing.get_context('fork')
-
-@pytest.fixture
-def root(tmp_path):
-    with root_at(tmp_path) as r: yield r
 
 def put(i, stage='train', status='done', **more):
     "A record on disk, without a sync"
@@ -79,17 +75,21 @@ def test_hostile_values_survive_two_rounds(root):
         assert [(a, b) for a, b in zip(got, cleaned) if not log._same(a, b)] == []
         assert max(len(v.encode('utf-16-le'))//2 for v in got if isinstance(v, str)) <= 32767
         wb = log._load_book(f)
-    assert got[HOSTILE.index('_x0041_')] == '_x0041_' and got[HOSTILE.index('=1+1')] == '=1+1'
-    assert got[HOSTILE.index(2**53)] == str(2**53) and got[HOSTILE.index(2**53-1)] == 2**53-1
+    assert got[HOSTILE.index('_x0041_')] == '_x0041_'
+    assert got[HOSTILE.index('=1+1')] == '=1+1'
+    assert got[HOSTILE.index(2**53)] == str(2**53)
+    assert got[HOSTILE.index(2**53-1)] == 2**53-1
 
 def test_a_record_of_hostile_text(root):
     params = {f'p{i}': v for i, v in enumerate(HOSTILE) if isinstance(v, (str, bool, list)) and str(v) != '[nan]'}
     with start_run('train', params, {'in =1': '=cmd()', '\ud83d': '\x00'}) as r:
         r.finish(dict(log_loss=.5), note_='=1+1', mix='=HYPERLINK("x")')
-    assert ids(root) == [r.id] and sheet(root)[0]['mix'] == '=HYPERLINK("x")'
+    assert ids(root) == [r.id]
+    assert sheet(root)[0]['mix'] == '=HYPERLINK("x")'
     assert sync_log() == f'{LOG} is up to date'
     run()
-    assert sync_log() == f'{LOG} is up to date' and len(ids(root)) == 2
+    assert sync_log() == f'{LOG} is up to date'
+    assert len(ids(root)) == 2
     wb = openpyxl.load_workbook(root/LOG)
     assert not [c for ws in wb for row in ws.iter_rows() for c in row if c.data_type == 'f']
     assert show_run(r.id).startswith(r.id)
@@ -106,13 +106,16 @@ def test_eight_writers(root):
     ps = [subprocess.Popen([sys.executable, '-c', WRITER, str(i)], env=env) for i in range(8)]
     assert [p.wait() for p in ps] == [0]*8
     assert 'not updated' not in sync_log(wait=True)
-    assert len(ids(root)) == len(set(ids(root))) == 40 and {r['status'] for r in sheet(root)} == {'done'}
+    assert len(ids(root)) == len(set(ids(root))) == 40
+    assert {r['status'] for r in sheet(root)} == {'done'}
     assert not list(root.glob('.*.tmp'))
 
 def _churn(seed):
     i = seed*1000
     while True:
-        i += 1; put(i); sync_log()
+        i += 1
+        put(i)
+        sync_log()
 
 def test_kill_in_mid_save(root):
     for i in range(60): put(i)
@@ -157,7 +160,9 @@ def test_a_sync_that_fails_never_fails_a_run(root, monkeypatch, capsys):
     before = (root/LOG).read_bytes()
     monkeypatch.setattr(openpyxl.Workbook, 'save', lambda *a: 1/0)
     with start_run('train', dict(x=1), {}) as r: r.finish({})
-    assert r.done and find_run(r.id)['status'] == 'done' and (root/LOG).read_bytes() == before
+    assert r.done
+    assert find_run(r.id)['status'] == 'done'
+    assert (root/LOG).read_bytes() == before
     assert 'not updated: ZeroDivisionError' in capsys.readouterr().out
 
 def test_another_process_is_syncing(root, monkeypatch):
@@ -168,20 +173,24 @@ def test_another_process_is_syncing(root, monkeypatch):
     real = log._sync
     def late(path):  # a record that lands while another process holds the lock, and so is left to it
         out = real(path)
-        if len(records()) == 1: put(2); assert 'another process' in sync_log()
+        if len(records()) == 1:
+            put(2)
+            assert 'another process' in sync_log()
         return out
     monkeypatch.setattr(log, '_sync', late)
     sync_log()
     assert len(ids(root)) == 2
 
 def test_saved_by_someone_meanwhile(root, monkeypatch):
-    run(); put(7)
+    run()
+    put(7)
     real = openpyxl.Workbook.save
     def save(self, f):
         real(self, f)
         if '.tmp' in str(f): os.utime(root/LOG, (1, 1))
     monkeypatch.setattr(openpyxl.Workbook, 'save', save)
-    assert 'meanwhile' in sync_log() and len(ids(root)) == 1
+    assert 'meanwhile' in sync_log()
+    assert len(ids(root)) == 1
 
 # ---- the workbook in other hands ----
 @pytest.mark.parametrize('name', [f'~${LOG}', f'.~lock.{LOG}#'])
@@ -190,28 +199,40 @@ def test_held_open(root, name, capsys):
     (root/name).touch()
     before = (root/LOG).read_bytes()
     log._printed.clear()
-    run(1); run(2)
-    assert (root/LOG).read_bytes() == before and capsys.readouterr().out.count('it is open in') == 1
+    run(1)
+    run(2)
+    assert (root/LOG).read_bytes() == before
+    assert capsys.readouterr().out.count('it is open in') == 1
     os.utime(root/name, (time.time()-25*3600,)*2)  # open since yesterday, or left behind by a crash
-    assert f'delete {name}' in sync_log() and (root/LOG).read_bytes() == before
+    assert f'delete {name}' in sync_log()
+    assert (root/LOG).read_bytes() == before
     (root/name).unlink()
-    assert '2 rows added' in sync_log() and len(ids(root)) == 3
+    assert '2 rows added' in sync_log()
+    assert len(ids(root)) == 3
 
 def test_deleted(root):
-    id = run(); run(1)
+    id = run()
+    run(1)
     yellow = PatternFill('solid', fgColor='FFFF00')
     edit(root, lambda wb, ws, at: (ws.cell(2, at['note'], 'mine'), setattr(ws.cell(2, 1), 'fill', yellow)))
-    run(2); run(3)
+    run(2)
+    run(3)
     (root/LOG).unlink()
-    assert 'missing' in sync_log() and len(ids(root)) == 4
+    assert 'missing' in sync_log()
+    assert len(ids(root)) == 4
     assert people(id)['note'] == 'mine'
     assert openpyxl.load_workbook(root/LOG)['runs']['A2'].fill.fgColor.rgb == '00FFFF00'
     edit(root, lambda wb, ws, at: ws.cell(2, at['note'], 'newer'))
     sync_log()  # harvests, but leaves the older .bak
-    (root/LOG).unlink(); sync_log()
-    assert sheet(root)[0]['note'] == 'newer' and people(id)['note'] == 'newer'
-    (root/LOG).unlink(); (root/f'{LOG}.bak').unlink(); sync_log()
-    assert len(ids(root)) == 4 and sheet(root)[0]['note'] == 'newer'
+    (root/LOG).unlink()
+    sync_log()
+    assert sheet(root)[0]['note'] == 'newer'
+    assert people(id)['note'] == 'newer'
+    (root/LOG).unlink()
+    (root/f'{LOG}.bak').unlink()
+    sync_log()
+    assert len(ids(root)) == 4
+    assert sheet(root)[0]['note'] == 'newer'
     before = read_json(models_path('people.json'))['runs'][id]['note']['before']
     assert [b['value'] for b in before] == ['mine']
 
@@ -221,61 +242,80 @@ def emptied(p): p.write_bytes(b'')
 def flipped(p):
     raw = bytearray(p.read_bytes())
     with zipfile.ZipFile(p) as z: at = z.getinfo('xl/worksheets/sheet1.xml').header_offset+200
-    raw[at] ^= 255; p.write_bytes(raw)
+    raw[at] ^= 255
+    p.write_bytes(raw)
 
 @pytest.mark.parametrize('harm', [garbage, truncated, emptied, flipped])
 @pytest.mark.parametrize('bak', [True, False])
 def test_corrupted(root, harm, bak):
-    id = run(); run(1)
+    id = run()
+    run(1)
     edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.cell(1, ws.max_column+1, 'own'),
                                    ws.cell(2, ws.max_column, 'thing')))
-    run(2); run(3)
+    run(2)
+    run(3)
     harm(root/LOG)
     if not bak: (root/f'{LOG}.bak').unlink()
     assert people(id)['keep'] is True  # from people.json
     run(4)
-    assert len(ids(root)) == 5 and people(id)['keep'] is True and sheet(root)[0]['own'] == 'thing'
+    assert len(ids(root)) == 5
+    assert people(id)['keep'] is True
+    assert sheet(root)[0]['own'] == 'thing'
     assert len(list(root.glob(f'{LOG}.corrupt-*'))) == 1
 
 def test_peoples_own_things_stay(root):
     first = [run(i) for i in range(4)]
     def dress(wb, ws, at):
-        ws.insert_cols(4); ws.cell(1, 4, 'who')
+        ws.insert_cols(4)
+        ws.cell(1, 4, 'who')
         at = {c.value: c.column for c in ws[1]}
         for r, v in zip(range(2, 6), ('Mei', 'Bo', 'Al', 'Cy')): ws.cell(r, 4, v)
         ws.cell(2, at['log_loss']).fill = PatternFill('solid', fgColor='FF8800')
         ws.cell(3, at['note'], 'look').comment = Comment('why?', 'Bo')
         ws.cell(4, at['vote_weight']).value = '=0.5*2'
-        ws.cell(2, at['vote_weight'], 2); ws.cell(2, at['keep'], '是')
+        ws.cell(2, at['vote_weight'], 2)
+        ws.cell(2, at['keep'], '是')
         ws.cell(30, at['log_loss']).value = '=AVERAGE(H2:H20)'
         for r in range(6, 60): ws.cell(r, 4).fill = PatternFill('solid', fgColor='EEEEEE')
-        dv = DataValidation('list', formula1='"x,no"'); dv.add('T2:T100'); ws.add_data_validation(dv)
+        dv = DataValidation('list', formula1='"x,no"')
+        dv.add('T2:T100')
+        ws.add_data_validation(dv)
         ws.conditional_formatting.add('H2:H99', CellIsRule('lessThan', ['0.5'], fill=PatternFill(bgColor='00FF00')))
         ws.column_dimensions['B'].width = 33
         ws.column_dimensions['C'].hidden = ws.row_dimensions[3].hidden = True
         ws.freeze_panes = 'C2'
-        ws.merge_cells('A40:C41'); ws['A40'] = 'our conclusions'
+        ws.merge_cells('A40:C41')
+        ws['A40'] = 'our conclusions'
         own = wb.create_sheet('budget', 0)
         own['A1'], own['A2'], own['B7'].fill = 5, '=A1*runs!H2', PatternFill('solid', fgColor='123456')
-        wb.create_sheet('secret').sheet_state = 'hidden'; wb['secret']['A1'] = 'plans'
+        wb.create_sheet('secret').sheet_state = 'hidden'
+        wb['secret']['A1'] = 'plans'
         wb.move_sheet('guide', -3)
         return at
     at = edit(root, dress)
     new = [run(4), run(5)]
-    wb = openpyxl.load_workbook(root/LOG); ws = wb['runs']
-    assert wb.sheetnames.index('budget') == 0 and wb['budget']['A2'].value == '=A1*runs!H2'
+    wb = openpyxl.load_workbook(root/LOG)
+    ws = wb['runs']
+    assert wb.sheetnames.index('budget') == 0
+    assert wb['budget']['A2'].value == '=A1*runs!H2'
     assert wb['budget']['B7'].fill.fgColor.rgb == '00123456'
-    assert wb['secret'].sheet_state == 'hidden' and wb['secret']['A1'].value == 'plans'
+    assert wb['secret'].sheet_state == 'hidden'
+    assert wb['secret']['A1'].value == 'plans'
     assert [c.value for c in ws['A'][1:7]] == first+new
     assert [c.value for c in ws['D'][:7]] == ['who', 'Mei', 'Bo', 'Al', 'Cy', None, None]
-    assert ws.cell(2, at['log_loss']).fill.fgColor.rgb == '00FF8800' and ws.cell(3, at['note']).comment.text == 'why?'
-    assert ws.cell(4, at['vote_weight']).value == '=0.5*2' and ws.cell(30, at['log_loss']).value == '=AVERAGE(H2:H20)'
-    assert ws['D50'].fill.fgColor.rgb == '00EEEEEE' and ws['A40'].value == 'our conclusions'
+    assert ws.cell(2, at['log_loss']).fill.fgColor.rgb == '00FF8800'
+    assert ws.cell(3, at['note']).comment.text == 'why?'
+    assert ws.cell(4, at['vote_weight']).value == '=0.5*2'
+    assert ws.cell(30, at['log_loss']).value == '=AVERAGE(H2:H20)'
+    assert ws['D50'].fill.fgColor.rgb == '00EEEEEE'
+    assert ws['A40'].value == 'our conclusions'
     assert 'A40:C41' in map(str, ws.merged_cells.ranges)
     assert ws.data_validations.dataValidation[0].formula1 == '"x,no"'
     assert any('H2:H99' in str(r.sqref) for r in ws.conditional_formatting)
-    assert ws.column_dimensions['B'].width == 33 and ws.column_dimensions['C'].hidden
-    assert ws.row_dimensions[3].hidden and ws.freeze_panes == 'C2'
+    assert ws.column_dimensions['B'].width == 33
+    assert ws.column_dimensions['C'].hidden
+    assert ws.row_dimensions[3].hidden
+    assert ws.freeze_panes == 'C2'
     assert (people(first[0])['keep'], people(first[0])['vote_weight'], people(first[1])['note']) == (True, 2., 'look')
     assert sync_log() == f'{LOG} is up to date'
 
@@ -295,7 +335,8 @@ def test_columns_and_rows_in_another_order(root):
     ws = openpyxl.load_workbook(root/LOG)['runs']
     at = {c.value: c.column for c in reversed(ws[3]) if c.value}
     assert [ws.cell(r, at['run_id']).value for r in range(4, 9)] == made[::-1]+[last]
-    assert ws['B1'].value == 'Our log' and 'ece' not in at
+    assert ws['B1'].value == 'Our log'
+    assert 'ece' not in at
     assert [ws.cell(r, at['log_loss']).value for r in range(4, 9)] == [.9]*5
     edit(root, lambda wb, ws, at: ws.cell(4, 2, 'first'))  # the note column is now the second
     assert people(made[-1])['note'] == 'first'
@@ -333,12 +374,15 @@ def test_a_formula_that_says_nothing_is_empty(root):
     assert people(id)['keep'] is None
 
 def test_an_unknown_error_in_a_note(root):
-    id = run(); run(1)
+    id = run()
+    run(1)
     edit(root, lambda wb, ws, at: (ws.cell(3, at['keep'], 'no'), wb.create_sheet('mine')))
     with_xml(root, 'note', '<c r="REF" t="e"><f>1/0</f><v>#SPILL!</v></c>')
     run(2)
-    assert [p['keep'] for p in people().values()].count(False) == 1 and people(id)['note'] == '#SPILL!'
-    assert 'mine' in openpyxl.load_workbook(root/LOG).sheetnames and not list(root.glob('*corrupt*'))
+    assert [p['keep'] for p in people().values()].count(False) == 1
+    assert people(id)['note'] == '#SPILL!'
+    assert 'mine' in openpyxl.load_workbook(root/LOG).sheetnames
+    assert not list(root.glob('*corrupt*'))
 
 def test_merged_cells_are_refused(root):
     made = [run(i) for i in range(3)]
@@ -348,15 +392,18 @@ def test_merged_cells_are_refused(root):
     edit(root, merge)
     for id in made[:2]:
         with pytest.raises(Refusal, match='merged cell'): people(id)
-    assert people(made[2])['keep'] is None and 'rows added' in (put(1) and sync_log())
+    assert people(made[2])['keep'] is None
+    assert 'rows added' in (put(1) and sync_log())
 
 @pytest.mark.parametrize('far', ['XFD1048576', 'A1048576'])
 def test_a_letter_far_away_is_named(root, far):
     run()
     edit(root, lambda wb, ws, at: (ws.cell(2, at['keep'], 'x'), ws.__setitem__(far, 'typed by mistake')))
-    before, start = (root/LOG).read_bytes(), time.time()
+    before, start = (root/LOG).read_bytes(), time.process_time()
     put(1)
-    assert f'cell {far}' in sync_log() and (root/LOG).read_bytes() == before and time.time()-start < 5
+    assert f'cell {far}' in sync_log()
+    assert (root/LOG).read_bytes() == before
+    assert time.process_time()-start < 5
     with pytest.raises(Refusal, match=far): people()
     edit(root, lambda wb, ws, at: ws.__setitem__(far, None))
     assert 'rows added' in sync_log()
@@ -366,36 +413,43 @@ def test_a_workbook_that_unpacks_to_gigabytes_is_put_off(root):
     with zipfile.ZipFile(root/LOG) as z: parts = {n: z.read(n) for n in z.namelist()}
     with zipfile.ZipFile(root/LOG, 'w', zipfile.ZIP_DEFLATED) as z:
         for n, b in parts.items(): z.writestr(n, b+b' '*(130*2**20)*(n == 'xl/worksheets/sheet1.xml'))
-    before, start = (root/LOG).read_bytes(), time.time()
+    before, start = (root/LOG).read_bytes(), time.process_time()
     put(1)
-    assert 'unpacks to' in sync_log() and 'unpacks to' in sync_log(wait=True) and time.time()-start < 5
+    assert 'unpacks to' in sync_log()
+    assert 'unpacks to' in sync_log(wait=True)
+    assert time.process_time()-start < 5
     with pytest.raises(Refusal, match='unpacks to'): people(id)
-    assert (root/LOG).read_bytes() == before and not list(root.glob('*corrupt*'))
+    assert (root/LOG).read_bytes() == before
+    assert not list(root.glob('*corrupt*'))
 
 def test_a_large_sheet_of_ones_own_waits_for_ck_log_sync(root):
     run()
     with zipfile.ZipFile(root/LOG, 'a') as z: z.writestr('xl/worksheets/ours.xml', os.urandom(log._QUICK))
     put(1)
-    assert 'ck log sync' in sync_log() and 'rows added' in sync_log(wait=True)
+    assert 'ck log sync' in sync_log()
+    assert 'rows added' in sync_log(wait=True)
 
 def test_names_written_a_little_differently(root):
     id = run()
     def rename(wb, ws, at):
         names = dict(keep='Keep', vote_weight='Vote\xa0weight', run_id='Run ID', log_loss='LOG_LOSS')
         for old, new in names.items(): ws.cell(1, at[old], new)
-        ws.cell(2, at['keep'], 'x'); ws.cell(2, at['vote_weight'], 2)
+        ws.cell(2, at['keep'], 'x')
+        ws.cell(2, at['vote_weight'], 2)
         ws.title, wb['votes'].title = 'runs - Table 1', 'Votes'
     edit(root, rename)
     assert (people(id)['keep'], people(id)['vote_weight']) == (True, 2.)
     run(1)
-    assert len(sheet(root, 'runs - Table 1')) == 2 and 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
+    assert len(sheet(root, 'runs - Table 1')) == 2
+    assert 'runs' not in openpyxl.load_workbook(root/LOG).sheetnames
     assert sync_log() == f'{LOG} is up to date'
 
 def test_renamed_sheets_are_found_by_their_mark(root):
     id = run()
     with start_run('vote', {}, {}) as r: r.finish(dict(log_loss=.8))
     def rename(wb, ws, at):
-        ws.cell(2, at['keep'], 'x'); wb['votes']['B9'] = 'mine'
+        ws.cell(2, at['keep'], 'x')
+        wb['votes']['B9'] = 'mine'
         names = dict(runs="Mei's tries", votes='runs', mixes='blends', guide='help')
         for old, new in names.items(): wb[old].title = f'{new}_'
         for ws in wb: ws.title = ws.title[:-1]
@@ -403,8 +457,10 @@ def test_renamed_sheets_are_found_by_their_mark(root):
     assert people(id)['keep'] is True
     run(1)
     wb = openpyxl.load_workbook(root/LOG)
-    assert wb.sheetnames == ["Mei's tries", 'runs', 'blends', 'help'] and wb['runs']['B9'].value == 'mine'
-    assert [r['status'] for r in sheet(root, "Mei's tries")] == ['done']*2 and len(sheet(root, 'runs')) == 8
+    assert wb.sheetnames == ["Mei's tries", 'runs', 'blends', 'help']
+    assert wb['runs']['B9'].value == 'mine'
+    assert [r['status'] for r in sheet(root, "Mei's tries")] == ['done']*2
+    assert len(sheet(root, 'runs')) == 8
     edit(root, lambda wb, ws, at: ws.cell(2, at['keep'], 'perhaps'), "Mei's tries")
     with pytest.raises(Refusal, match="sheet Mei's tries, cell V2"): people(id)
     assert sync_log() == f'{LOG} is up to date'
@@ -422,9 +478,11 @@ def test_a_copied_sheet_with_the_same_mark(root):
     with pytest.raises(Refusal, match=r"'tries', 'runs \(2\)'.* the title runs"): people(id)
     before = (root/LOG).read_bytes()
     put(1)
-    assert "'tries', 'runs (2)'" in sync_log() and (root/LOG).read_bytes() == before
+    assert "'tries', 'runs (2)'" in sync_log()
+    assert (root/LOG).read_bytes() == before
     edit(root, lambda wb, ws, at: setattr(ws, 'title', 'runs'), 'runs (2)')
-    assert people(id)['keep'] is True and 'added' in sync_log()
+    assert people(id)['keep'] is True
+    assert 'added' in sync_log()
 
 @pytest.mark.parametrize('col, near', [('keep', 'keep'), ('keep', 'Keep'), ('keep', 'keep '),
     ('vote_weight', 'Vote weight'), ('public_lb', 'public_lb')])
@@ -433,8 +491,11 @@ def test_two_columns_of_one_name(root, col, near, left):
     id, other = run(), run(1)
     def second(wb, ws, at):
         j = ws.max_column+1
-        if left: ws.insert_cols(2); j = 2
-        ws.cell(1, j, near); ws.cell(2, j, 1)
+        if left:
+            ws.insert_cols(2)
+            j = 2
+        ws.cell(1, j, near)
+        ws.cell(2, j, 1)
         return f'{openpyxl.utils.get_column_letter(j)}2'
     cell = edit(root, second)
     with pytest.raises(Refusal, match=f'sheet runs, .*two columns {col}.*') as e: people(id)
@@ -447,15 +508,18 @@ def test_two_columns_of_one_name(root, col, near, left):
     assert people(id)[col] == 1  # both say the same
 
 def test_two_columns_of_run_ids(root):
-    id = run(); run(1)
+    id = run()
+    run(1)
     edit(root, lambda wb, ws, at: (ws.cell(1, 40, 'run_id'), ws.cell(1, 41, 'Run ID'), ws.cell(2, 41, 'their own'),
                                     wb['mixes'].cell(1, 40, 'mix')))
-    assert people(id)['keep'] is None and 'added' in (put(1) and sync_log())
+    assert people(id)['keep'] is None
+    assert 'added' in (put(1) and sync_log())
     edit(root, lambda wb, ws, at: ws.cell(3, 40, 'train-f9-0123456789'))
     with pytest.raises(Refusal, match='cell A3: there are two columns run_id.*AN3'): people(id)
     before = (root/LOG).read_bytes()
     put(2)
-    assert 'two columns run_id' in sync_log() and (root/LOG).read_bytes() == before
+    assert 'two columns run_id' in sync_log()
+    assert (root/LOG).read_bytes() == before
 
 @pytest.mark.parametrize('col, value', [('params', 'lr=0.5'), ('fold', 3), ('Status', 'planned')])
 def test_a_plan_with_two_columns_of_one_name(root, col, value):
@@ -476,7 +540,8 @@ def test_macros_stay(root):
     parts[n] = parts[n].replace(old, new).replace(b'</Types>', macro)
     with zipfile.ZipFile(root/LOG, 'w') as z:
         for n, b in {**parts, 'xl/vbaProject.bin': b'macro'}.items(): z.writestr(n, b)
-    run(1); run(2)
+    run(1)
+    run(2)
     with zipfile.ZipFile(root/LOG) as z: assert z.read('xl/vbaProject.bin') == b'macro'
     assert len(ids(root)) == 3
 
@@ -504,8 +569,10 @@ def test_a_new_column_is_added_once(root):
     before = sheet(root)[0]
     run(1, base='qwen')
     rows = sheet(root)
-    assert [list(r)[-2:] for r in rows] == [['who', 'base']]*2 and [r['base'] for r in rows] == ['smollm2', 'qwen']
-    assert {k: rows[0][k] for k in before} == before and sync_log() == f'{LOG} is up to date'
+    assert [list(r)[-2:] for r in rows] == [['who', 'base']]*2
+    assert [r['base'] for r in rows] == ['smollm2', 'qwen']
+    assert {k: rows[0][k] for k in before} == before
+    assert sync_log() == f'{LOG} is up to date'
     edit(root, lambda wb, ws, at: ws.delete_cols(at['base']))
     run(2, base='qwen')
     assert 'base' not in sheet(root)[0]  # deleted by people
@@ -519,7 +586,8 @@ def test_refused_plans_say_why(root):
     assert row['params'] == dict(base='nobase')
     before = (root/LOG).read_bytes()
     (root/f'~${LOG}').touch()
-    assert 'open in Excel' in log.refuse_plan(5, 'no base nobase') and (root/LOG).read_bytes() == before
+    assert 'open in Excel' in log.refuse_plan(5, 'no base nobase')
+    assert (root/LOG).read_bytes() == before
     (root/f'~${LOG}').unlink()
     assert 'no planned row' in log.refuse_plan(2, 'x')
     log.refuse_plan(5, 'no base nobase')
@@ -545,7 +613,8 @@ def test_sheets_that_are_gone_or_someone_elses(root):
     run()
     edit(root, lambda wb, ws, at: (wb.remove(wb['votes']), setattr(wb['guide'], 'title', 'help'),
                                    ws.delete_cols(1), ws.cell(2, 1, 'theirs')))
-    assert 'not updated' not in sync_log() and len(ids(root)) == 1
+    assert 'not updated' not in sync_log()
+    assert len(ids(root)) == 1
     assert openpyxl.load_workbook(root/LOG)['runs (old)']['A2'].value == 'theirs'
     edit(root, lambda wb, ws, at: setattr(ws, 'title', 'tmp') or setattr(ws, 'title', 'Runs'))
     run(1)
@@ -601,7 +670,8 @@ def test_cached_values_of_formulas_stay(root):
     want = formulas(root)
     assert (want['runs', 'AN2'], want['runs', 'AP2']) == (1.8000000000000003, True)
     assert (want['runs', 'AQ2'], want['ours', 'B2']) == ('#DIV/0!', 7.3)
-    run(1); put(7)
+    run(1)
+    put(7)
     assert 'rows added' in sync_log()
     assert {k: v for k, v in formulas(root).items() if k in want} == want
     with zipfile.ZipFile(root/LOG) as z:
@@ -640,22 +710,28 @@ def test_a_column_of_one_formula_is_filled_down(root):
             ws.cell(r, at['log_loss'], f'=I{r}')  # ours: put right
         ws.cell(2, 45, '=H2')  # the last run has none
         ws.cell(4, 46, '=1/3')  # a number
-        ws.cell(3, 47, '=H3'); ws.cell(4, 47, '=H4')  # a gap above
+        ws.cell(3, 47, '=H3')
+        ws.cell(4, 47, '=H4')  # a gap above
         ws.cell(4, 48, '=$H$2')
         for j in range(40, 49): ws.cell(1, j, f'own{j}')
-        ws.cell(9, 1, 'total'); ws.cell(9, 40, '=SUM(AN2:AN8)')
+        ws.cell(9, 1, 'total')
+        ws.cell(9, 40, '=SUM(AN2:AN8)')
         for c, v in dict(status='planned', stage='train', fold=5).items(): ws.cell(7, at[c], v)
     edit(root, write)
-    run(3); run(5)
+    run(3)
+    run(5)
     ws = openpyxl.load_workbook(root/LOG)['runs']
     at = {c.value: c.column for c in ws[1]}
     for r in (5, 7):
         assert ws.cell(r, at['run_id']).value.startswith(f'train-f{dict([(5, 3), (7, 5)])[r]}')
-        assert ws.cell(r, 40).value == f'=ROUND(H{r}*$H$2,3)' and ws.cell(r, at['note']).value == f'=A{r}&"!"'
+        assert ws.cell(r, 40).value == f'=ROUND(H{r}*$H$2,3)'
+        assert ws.cell(r, at['note']).value == f'=A{r}&"!"'
         filled = [ws.cell(r, j).value for j in (41, 42, 43, 45, 46, 47, 48)]
         assert filled == [None, None, '=ROW()', None, None, f'=H{r}', '=$H$2']
-        assert ws.cell(r, 40).number_format == '0.0%' and ws.cell(r, at['log_loss']).value == .9
-    assert ws['AN9'].value == '=SUM(AN2:AN8)' and sync_log() == f'{LOG} is up to date'
+        assert ws.cell(r, 40).number_format == '0.0%'
+        assert ws.cell(r, at['log_loss']).value == .9
+    assert ws['AN9'].value == '=SUM(AN2:AN8)'
+    assert sync_log() == f'{LOG} is up to date'
 
 def test_a_row_that_comes_back_gets_the_formula_of_its_column(root):
     for i in range(3): run(i)
@@ -689,26 +765,35 @@ def test_planned_rows(root, monkeypatch):
     assert planned() == [dict(row=4, stage='train', fold=2, params=dict(lr=.001, name='a, b', mix='train', fold=2)),
                          dict(row=5, stage='train', fold=2, params=dict(lr=.5, fold=2))]
     other = run(2, lr=.3)
-    assert ids(root) == [other] and len(planned()) == 2
+    assert ids(root) == [other]
+    assert len(planned()) == 2
     a = run(2, lr=1e-3, name='a, b', mix='train', more=True)
-    assert [(r['run_id'], r['note']) for r in sheet(root) if r['note']] == [(a, 'try')] and people(a)['note'] == 'try'
+    assert [(r['run_id'], r['note']) for r in sheet(root) if r['note']] == [(a, 'try')]
+    assert people(a)['note'] == 'try'
     assert [p['row'] for p in planned()] == [5]
     done = run(2, lr=.4)
     plan(root, 9, status='planned', stage='train', fold=2, params='lr=0.4')  # that run is there already
     monkeypatch.setenv('CK_PLANNED_ROW', '9')
-    run(2, lr=.4); sync_log()
-    assert [p['row'] for p in planned()] == [5] and sheet(root)[7]['status'] == f'as {done}' and len(ids(root)) == 3
+    run(2, lr=.4)
+    sync_log()
+    assert [p['row'] for p in planned()] == [5]
+    assert sheet(root)[7]['status'] == f'as {done}'
+    assert len(ids(root)) == 3
     monkeypatch.delenv('CK_PLANNED_ROW')
     b = run(2, lr=.5)
-    assert planned() == [] and people(b)['keep'] is True
+    assert planned() == []
+    assert people(b)['keep'] is True
     assert (sheet(root)[3]['run_id'], sheet(root)[3]['status']) == (b, 'done')
-    assert sync_log() == f'{LOG} is up to date' and len(ids(root)) == 4
+    assert sync_log() == f'{LOG} is up to date'
+    assert len(ids(root)) == 4
 
 def test_a_row_of_totals_is_no_run(root):
     id = run()
     plan(root, 12, run_id='total', keep='n=1', vote_weight='all', note='sum')
-    run(1); run(2)
-    assert set(people()) <= {id} and sheet(root)[10]['note'] == 'sum'
+    run(1)
+    run(2)
+    assert set(people()) <= {id}
+    assert sheet(root)[10]['note'] == 'sum'
     assert [r['run_id'] for r in sheet(root)][:3] == ids(root)[:3]
 
 @pytest.mark.parametrize('cells,col', [(dict(stage=''), 'stage'), (dict(stage='Train it'), 'stage'),
@@ -720,7 +805,8 @@ def test_plans_that_cannot_be_read(root, cells, col):
     cell = f'{openpyxl.utils.get_column_letter(at[col])}3'
     with pytest.raises(Refusal, match=f'cell {cell}'): planned()
     run()  # and no run is harmed
-    assert len(ids(root)) == 1 and sheet(root)[1]['status'] == 'planned'
+    assert len(ids(root)) == 1
+    assert sheet(root)[1]['status'] == 'planned'
 
 # ---- the whole of it ----
 def test_mixes_and_votes(root):
@@ -730,24 +816,31 @@ def test_mixes_and_votes(root):
     m = {r['mix']: r for r in sheet(root, 'mixes')}['train + more:1']
     best, = [r['run_id'] for r in records() if r['params'].get('n') == 4]
     assert (m['runs'], m['folds'], m['best']) == (2, '1, 4', best)
-    assert m['log_loss'] == pytest.approx(.9975) and m['log_loss spread'] == pytest.approx(.0015)
+    assert m['log_loss'] == pytest.approx(.9975)
+    assert m['log_loss spread'] == pytest.approx(.0015)
     v, = sheet(root, 'votes')
-    assert v['run_id'] == r.id and v['weights'] == 'a=1.0, b=0.5' and v['members'] == 'a, b' and r.id not in ids(root)
+    assert v['run_id'] == r.id
+    assert v['weights'] == 'a=1.0, b=0.5'
+    assert v['members'] == 'a, b'
+    assert r.id not in ids(root)
 
 def test_many_records(root):
     for i in range(400): put(i)
-    start = time.perf_counter()
+    start = time.process_time()
     sync_log()
-    assert time.perf_counter()-start < 15  # 1,000 take one second on a free core
+    assert time.process_time()-start < 10  # 1,000 take one second
     assert len(ids(root)) == 400
     assert sync_log() == f'{LOG} is up to date'
 
 def test_an_empty_root_gets_the_template(root):
-    assert 'not updated' not in sync_log() and sync_log() == f'{LOG} is up to date'
+    assert 'not updated' not in sync_log()
+    assert sync_log() == f'{LOG} is up to date'
     wb = openpyxl.load_workbook(root/LOG)
     assert wb.sheetnames == ['runs', 'votes', 'mixes', 'guide']
-    assert wb['runs'].freeze_panes == 'B2' and wb['runs'].auto_filter.ref
-    assert [c.value for c in wb['runs'][1]] == [c.name for c in log._SHEETS['runs']] and wb['runs'].max_row == 1
+    assert wb['runs'].freeze_panes == 'B2'
+    assert wb['runs'].auto_filter.ref
+    assert [c.value for c in wb['runs'][1]] == [c.name for c in log._SHEETS['runs']]
+    assert wb['runs'].max_row == 1
 
 @pytest.mark.skipif(not shutil.which('soffice'), reason='LibreOffice is not installed')
 def test_libreoffice_reads_and_saves_it(root):
@@ -760,7 +853,9 @@ def test_libreoffice_reads_and_saves_it(root):
     shutil.copy(out/LOG, root/LOG)
     assert sheet(root)[0]['mix'] == '=1+1'
     run(1)
-    assert len(ids(root)) == 2 and people(id)['note'] == 'seen' and sync_log() == f'{LOG} is up to date'
+    assert len(ids(root)) == 2
+    assert people(id)['note'] == 'seen'
+    assert sync_log() == f'{LOG} is up to date'
 
 def test_a_flipped_bit_in_what_people_wrote_is_refused(root):
     id = run()

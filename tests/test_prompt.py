@@ -191,7 +191,8 @@ def test_refused_settings(tok):
 def test_allot(n, room, first):
     keep, n = allot(n, room, first), np.array(n)
     assert keep.sum() <= room
-    assert (keep >= 0).all() and (keep <= n).all()
+    assert (keep >= 0).all()
+    assert (keep <= n).all()
     assert ((keep > 0) | (n == 0)).all(), 'a field lost everything'
     if n.sum() <= room:
         assert (keep == n).all()
@@ -212,12 +213,14 @@ def test_truncate(side):
             continue
         own = got[got >= 0]
         assert len(got) == keep, (n, keep, dots)
-        assert (np.diff(own) > 0).all() and np.isin(own, x).all(), (n, keep, dots)
+        assert (np.diff(own) > 0).all(), (n, keep, dots)
+        assert np.isin(own, x).all(), (n, keep, dots)
         if keep and side != 'middle':
             assert own[0 if side == 'right' else -1] == x[0 if side == 'right' else -1], (n, keep, dots)
             assert (np.diff(own) == 1).all(), (n, keep, dots)
         if keep > dots+1 and side == 'middle':
-            assert own[0] == x[0] and own[-1] == x[-1]
+            assert own[0] == x[0]
+            assert own[-1] == x[-1]
             assert (got < 0).sum() == dots
 
 MAX = 300
@@ -245,7 +248,8 @@ def test_any_lengths(n, side, is_choice):
         assert (full <= MAX) == (len(ids) == full)
         assert all((c > 0) == (k > 0) for c, k in zip(counts(ids), n))
         if full > MAX: assert len(ids) > MAX-len(n)
-    assert len(one) == len(two) and counts(one) == counts(two)
+    assert len(one) == len(two)
+    assert counts(one) == counts(two)
     def order(ids): return sorted(seen, key=lambda i: np.flatnonzero(ids == 1000+i)[0])
     seen = [i for i, k in enumerate(n) if k]
     fixed = len(n) if task == 'choice' and len(n) == 3 else 2 if task == 'choice' else 1
@@ -328,7 +332,8 @@ def test_state_is_put_back(tok):
     assert tok('a<|im_end|>').input_ids[-1] == tok.eos_token_id
     tok(['a', 'b b b'], padding=True, truncation=True, max_length=2)  # somebody else pads and cuts
     ids = encode_texts(tok, ['a', 'b '*50])
-    assert len(ids[0]) == 1 and len(ids[1]) > 40
+    assert len(ids[0]) == 1
+    assert len(ids[1]) > 40
 
 # ---- control tokens
 ROLES = ("{% for m in messages %}<turn>{{ '[SYS]' if m['role'] == 'system' else '<|'+m['role']+'|>' }}"
@@ -508,7 +513,8 @@ def test_a_tokenizer_that_cannot_read():
 @settings(max_examples=60)
 @given(st.lists(st.integers(), min_size=3, max_size=9), st.booleans())
 def test_swapped_twice(parts, is_choice):
-    assert swapped(swapped(parts)) == parts and sorted(swapped(parts)) == sorted(parts)
+    assert swapped(swapped(parts)) == parts
+    assert sorted(swapped(parts)) == sorted(parts)
     assert P._views(parts, 'choice')[1] == (parts if len(parts) == 3 else parts[:2]+parts[2:][::-1])
 
 @pytest.mark.parametrize('side', ['middle', 'right', 'left'])
@@ -537,7 +543,8 @@ def test_choices_of_one_to_seven(tok):
     for k in range(1, 8):
         row = choice(('P', 'Q?', [f'opt{i}' for i in range(k)])).iloc[0]
         one, two = pr.show(row), pr.show(row, 1)
-        assert [one.index(f'\n{c}. opt{i}') for i, c in enumerate('ABCDEFG'[:k])] and f'\n{"ABCDEFGH"[k]}. ' not in one
+        assert [one.index(f'\n{c}. opt{i}') for i, c in enumerate('ABCDEFG'[:k])]
+        assert f'\n{"ABCDEFGH"[k]}. ' not in one
         assert [two.index(f'\n{c}. opt{k-1-i}') for i, c in enumerate('ABCDEFG'[:k])]
     with pytest.raises(Exception): pr.encode(choice(('P', 'Q?', ['x']*8)))
 
@@ -549,7 +556,9 @@ ODD = ['', ' ', '\n', 'null', 'NA', 'None', 'nan', 'N/A', 'a\u2028b\u2029c', 'ðŸ
 def test_odd_texts(any_tok):
     pr = Prompt(any_tok, 'preference', 4000)
     e = pr.encode(pair(*[([o], [o, ''], [o]) for o in ODD], ([], [], [])))
-    assert all(ends_whole(pr, i) for i in e.ids) and (e.n <= 4000).all() and len(e) == 2*len(ODD)+2
+    assert all(ends_whole(pr, i) for i in e.ids)
+    assert (e.n <= 4000).all()
+    assert len(e) == 2*len(ODD)+2
     for task in ('choice',):
         e = Prompt(any_tok, task, 4000).encode(choice(*[(o, o, [o, 'x', o]) for o in ODD]))
         assert len(e) == 2*len(ODD)

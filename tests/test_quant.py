@@ -75,8 +75,10 @@ def test_nothing_dense_is_kept():
     m, kept = GPTQLinear(**tensors(quantise(weight(256, 512))[0])), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         y = m(torch.randn(1, 512, requires_grad=True))
-    assert sum(kept) < 256 * 512 and y.requires_grad
-    assert not any(p.requires_grad for p in m.parameters()) and m.weight is None
+    assert sum(kept) < 256 * 512
+    assert y.requires_grad
+    assert not any(p.requires_grad for p in m.parameters())
+    assert m.weight is None
     assert sum(p.nbytes for p in m.parameters()) < 0.6 * 256 * 512
 
 
@@ -222,13 +224,16 @@ def test_model(tiny, tmp_path, model, kind):
     assert sum(isinstance(m, GPTQLinear) for m in got.modules()) == len(meant) == 14
     torch.testing.assert_close(logits(got), logits(want), rtol=1e-4, atol=1e-4)
     for (n, b), (_, c) in zip(got.named_buffers(), want.named_buffers()):
-        assert torch.equal(b, c) and b.dtype == c.dtype, n
-    assert got.config._attn_implementation == 'sdpa' and not got.training
+        assert torch.equal(b, c), n
+        assert b.dtype == c.dtype, n
+    assert got.config._attn_implementation == 'sdpa'
+    assert not got.training
     assert (got.lm_head.weight is got.model.embed_tokens.weight) == got.config.tie_word_embeddings
     half = load_mapped(str(tmp_path / 'q'), AutoModelForCausalLM, torch.bfloat16, 'cpu')
     want = AutoModelForCausalLM.from_pretrained(tiny(model), dtype=torch.bfloat16)
     for (n, b), (_, c) in zip(half.named_buffers(), want.named_buffers()):
-        assert torch.equal(b, c) and b.dtype == c.dtype, n
+        assert torch.equal(b, c), n
+        assert b.dtype == c.dtype, n
     assert {p.dtype for n, p in half.named_parameters() if 'scales' in n} == {torch.float16}
 
 
@@ -253,7 +258,9 @@ def test_old_checkpoints(tiny, tmp_path):
 def test_score_route(tiny, tmp_path, model):
     meant = checkpoint(tiny(model), tmp_path / 'q')
     m = load_mapped(str(tmp_path / 'q'), AutoModelForSequenceClassification, torch.float32, 'cpu', num_labels=4)
-    assert m.score.weight.shape == (4, 64) and 0 < m.score.weight.std() < 1 and m.config.num_labels == 4
+    assert m.score.weight.shape == (4, 64)
+    assert 0 < m.score.weight.std() < 1
+    assert m.config.num_labels == 4
     want = meant_model(tiny(model), meant, AutoModelForSequenceClassification, num_labels=4)
     want.score.weight.data.copy_(m.score.weight)
     torch.testing.assert_close(logits(m), logits(want), rtol=1e-4, atol=1e-4)
@@ -359,7 +366,8 @@ def test_experts_that_files_hold_one_by_one(kind, kw, tmp_path):
         want = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).state_dict()
         assert got.keys() == want.keys()
         for k in want:
-            assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]), k
+            assert got[k].dtype == want[k].dtype, k
+            assert torch.equal(got[k], want[k]), k
 
 
 @pytest.mark.parametrize(
@@ -509,7 +517,8 @@ def test_lora_learns_as_over_the_dense_base(tiny, tmp_path, bits, targets):
     got = adapted(load_mapped(str(tmp_path / 'q'), AutoModelForCausalLM, torch.float32, 'cpu'), targets=targets)
     want = adapted(meant_model(tiny('llama'), meant), targets=targets)
     g, w = grads(got), grads(want)
-    assert g.keys() == w.keys() and len(g) == (28 if targets == 'all-linear' else 16)
+    assert g.keys() == w.keys()
+    assert len(g) == (28 if targets == 'all-linear' else 16)
     for k in g:
         torch.testing.assert_close(g[k], w[k], rtol=1e-3, atol=1e-5)
     logits(got.eval())
@@ -561,13 +570,15 @@ def test_nf4(tiny, tmp_path):
     m = load_nf4(str(tiny('llama')), AutoModelForCausalLM, torch.float32)
     packed = [o for o in m.modules() if isinstance(o, bnb.nn.Linear4bit)]
     states = [o.weight.quant_state for o in packed]
-    assert len(packed) == 14 and all(s.nested and s.quant_type == 'nf4' for s in states)
+    assert len(packed) == 14
+    assert all(s.nested and s.quant_type == 'nf4' for s in states)
     assert not any(getattr(o, 'support_avx512bf16_for_cpu', False) for o in packed) or m.device.type == 'cuda'
     x = torch.randn(3, 64, device=m.device)
     o = m.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(o(x), F.linear(x, dense_weight(o, torch.float32)), rtol=1e-3, atol=1e-3)
     s = load_nf4(str(tiny('llama')), AutoModelForSequenceClassification, torch.float32, num_labels=3)
-    assert type(s.score) is torch.nn.Linear and s.score.weight.is_floating_point()
+    assert type(s.score) is torch.nn.Linear
+    assert s.score.weight.is_floating_point()
     if m.device.type == 'cpu':
         m = adapted(m)
         g = grads(m)
@@ -581,7 +592,8 @@ def test_nf4(tiny, tmp_path):
 
 def test_dense_weight():
     lin = torch.nn.Linear(8, 4)
-    assert dense_weight(lin, torch.float32) is not None and torch.equal(dense_weight(lin, torch.float32), lin.weight)
+    assert dense_weight(lin, torch.float32) is not None
+    assert torch.equal(dense_weight(lin, torch.float32), lin.weight)
     lin.weight = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(Refusal, match='cannot be dequantised'):
         dense_weight(lin, torch.float32)

@@ -58,6 +58,15 @@ def test_a_failure_has_type_and_place(tmp_path):
     assert line in place
     assert line in read_json(file.removeprefix('the whole traceback: '))['traceback']
 
+def test_a_refusal_stays_one(tmp_path):
+    (tmp_path/'job.py').write_text("""
+import sys
+import competition_kit.ranks as r
+from competition_kit.core import Refusal
+def work(folder, config): raise Refusal('no such fold')
+r.as_rank(sys.argv[1], work)""")
+    with pytest.raises(Refusal, match='rank 0: no such fold'): launch(tmp_path, {}, 1, str(tmp_path/'job.py'))
+
 @pytest.mark.parametrize('seen,n', [(1, 2), (3, 8)])
 def test_a_rank_for_each_gpu(tmp_path, monkeypatch, seen, n):
     class Started(Exception): pass

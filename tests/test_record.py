@@ -3,14 +3,10 @@ import multiprocessing, os, shutil, signal, subprocess, sys, time
 from python_calamine import CalamineWorkbook
 import pytest
 from competition_kit import record
-from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
+from competition_kit.core import Refusal, models_path, read_json, write_json
 from competition_kit.record import check_outputs, find_run, records, run_id, start_run
 
 fork = multiprocessing.get_context('fork')
-
-@pytest.fixture
-def root(tmp_path):
-    with root_at(tmp_path) as r: yield r
 
 def run(fold=0):
     with start_run('train', dict(fold=fold), {}, fold) as r:

@@ -17,10 +17,6 @@ def notebook(path, *cells, params='fold: int = 0  # Fold that is held out'):
 
 def record(root, id): return json.loads((root/'models'/id/'record.json').read_text())
 
-@pytest.fixture
-def root(tmp_path):
-    with root_at(tmp_path/'project') as r: yield r
-
 # ---- parameters
 TYPED = '''i: int = 1
 f: float = 0.5
@@ -43,7 +39,8 @@ nothing = None'''
     ('nothing', 'text', 'text'), ('nothing', '5', 5), ('nothing', 'None', None)])
 def test_types(tmp_path, name, given, want):
     got = check_params(notebook(tmp_path/'n.ipynb', params=TYPED), {name: given})[name]
-    assert got == want and type(got) is type(want)
+    assert got == want
+    assert type(got) is type(want)
 
 @pytest.mark.parametrize('name,given', [
     ('i', '2.5'), ('i', 'two'), ('i', ''), ('i', True), ('i', 2.), ('i', None),
@@ -102,21 +99,26 @@ def test_everything_arrives_as_it_was_given(root, tmp_path):
     p = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert p.returncode == 0, p.stderr
     assert json.loads(next(o for o in p.stdout.splitlines() if o.startswith('["'))) == [text, -3, '6']
-    assert not list(tmp_path.rglob('PWNED')) and not list(tmp_path.glob('ck-*'))
+    assert not list(tmp_path.rglob('PWNED'))
+    assert not list(tmp_path.glob('ck-*'))
     assert 'WARNING' not in p.stderr
 
 def test_leaving_early_is_a_failure(root, tmp_path):
     r = run_notebook(notebook(tmp_path/'n.ipynb', 'import sys\nsys.exit(0)', 'fold'))
-    assert r['code'] == 1 and 'before its last cell' in r['error'] and r['notebook'].exists()
+    assert r['code'] == 1
+    assert 'before its last cell' in r['error']
+    assert r['notebook'].exists()
 
 def test_failing_cell(root, tmp_path, capsys):
     from competition_kit.ck import main
     nb = notebook(tmp_path/'n.ipynb', START+'with start_run("demo", dict(fold=fold), {}) as run: 1/0')
     assert main(['run', str(nb)]) == 1
     said = capsys.readouterr().err
-    assert 'ZeroDivisionError: division by zero' in said and 'notebook: models/demo-' in said
+    assert 'ZeroDivisionError: division by zero' in said
+    assert 'notebook: models/demo-' in said
     folder, = (root/'models').glob('demo-*')
-    assert record(root, folder.name)['status'] == 'failed' and 'ZeroDivisionError' in (folder/'n.ipynb').read_text()
+    assert record(root, folder.name)['status'] == 'failed'
+    assert 'ZeroDivisionError' in (folder/'n.ipynb').read_text()
     assert not list((root/'models/.running').iterdir())
 
 def test_a_kernel_that_dies_leaves_a_closed_record(root, tmp_path):
@@ -203,8 +205,11 @@ def test_second_starter_exits_75(sleepers):
     before = record(sleepers.root, sleepers.facts['term'][3])
     p = sleepers.start('term', 'second')
     out = p.communicate(timeout=60)[0]
-    assert p.returncode == 75 and 'is being worked on by process' in out and 'models/.running/' in out
-    assert record(sleepers.root, sleepers.facts['term'][3]) == before and sleepers.procs['term'].poll() is None
+    assert p.returncode == 75
+    assert 'is being worked on by process' in out
+    assert 'models/.running/' in out
+    assert record(sleepers.root, sleepers.facts['term'][3]) == before
+    assert sleepers.procs['term'].poll() is None
 
 @pytest.mark.parametrize('name,sig,code', [('term', signal.SIGTERM, 143), ('int', signal.SIGINT, 130),
                                            ('deaf', signal.SIGTERM, 143)])
@@ -214,8 +219,10 @@ def test_signals(sleepers, name, sig, code):
     start = time.monotonic()
     p.send_signal(sig)
     out = p.communicate(timeout=20)[0]
-    assert time.monotonic()-start < 5 and p.returncode == code, out
-    assert carriers(token) == [] and 'notebook: models/' in out
+    assert time.monotonic()-start < 5, out
+    assert p.returncode == code, out
+    assert carriers(token) == []
+    assert 'notebook: models/' in out
     rec = record(sleepers.root, id)
     assert rec['status'] == 'failed'
     assert 'interrupted' in rec['error'].lower()

@@ -1,15 +1,15 @@
 "Teachers, distillation and pseudo-labels: planted faults are refused or counted; a killed run ends the same."
-import re
+import json, re, shutil, signal, subprocess, sys
 import numpy as np
 import pandas as pd
 import pytest
 from competition_kit.adopt import adopt_files
 from competition_kit.ck import main
-from competition_kit.core import Refusal, data_path
+from competition_kit.core import Refusal, data_path, models_path, read_json, read_table
 from competition_kit.distill import DistillArgs, distill_fold
 from competition_kit.probs import read_probs
 from competition_kit.pseudo import PseudoArgs, pseudo
-from competition_kit.record import run_stage
+from competition_kit.record import records, run_stage
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, publish, write_rows
 from competition_kit.teachers import adopted_table, ask_teacher, members
@@ -18,6 +18,7 @@ from competition_kit.vote import score_vote, voters
 
 small = dict(mix='sample_arena:60', lora_r=4, max_len=192, epochs=.5)
 options = list(tasks['preference'].options)
+pytestmark = pytest.mark.usefixtures('baselines_once', 'samples')
 
 
 def skilled(rows, skill=2., seed=0):
@@ -34,7 +35,7 @@ def foreign(path, rows, p=None):
 
 
 @pytest.fixture
-def rows(own_root):
+def rows(samples):
     return load_rows('sample_arena')
 
 
@@ -48,7 +49,7 @@ def test_permuted_teachers_are_refused(rows, tmp_path):
 def test_a_teacher_of_other_rows_is_named(rows, tmp_path, tiny):
     shuffled = skilled(rows)[np.random.default_rng(1).permutation(len(rows))]
     adopt_files([foreign(tmp_path/'shuffled.csv', rows, shuffled)], 'sample_arena', 'shuffled', seen='no')
-    run = distill_fold(teachers='shuffled', base=tiny, **dict(small, mix='sample_arena'))
+    run = distill_fold(teachers='shuffled', base=tiny, **dict(small, mix='sample_arena', epochs=.05))
     assert any('knows nothing about them' in s for s in run.record['signs'])
 
 
@@ -79,9 +80,10 @@ def test_unknown_rows_are_no_out_of_fold_rows(rows, tmp_path):
 
 
 def test_an_in_sample_file_said_to_be_out_of_fold_is_named(rows, tmp_path, tiny, capsys):
-    train_fold(base=tiny, **dict(small, mix='sample_arena'))
+    short = dict(small, mix='sample_arena', epochs=.05, base=tiny)
+    train_fold(**short)
     adopt_files([foreign(tmp_path/'sure.csv', rows, skilled(rows, 9.))], 'sample_arena', 'sure', seen='no')
-    run = distill_fold(teachers='sure', base=tiny, **dict(small, mix='sample_arena'))
+    run = distill_fold(teachers='sure', **short)
     assert 'claims not to have seen' in run.record['signs'][0]
     assert 'claims not to have seen' in capsys.readouterr().out
 
@@ -95,22 +97,20 @@ def test_the_same_ids_with_other_texts_are_refused(tiny, tmp_path, rows):
         distill_fold(teachers=teacher, base=tiny, **small)
 
 
-def test_each_row_is_predicted_by_the_run_that_held_it_out(tiny, tmp_path):
-    runs = [train_fold(base=tiny, fold=k, **small) for k in range(5)]
+def test_each_row_is_predicted_by_the_run_that_held_it_out(five_runs, tmp_path):
     rows = load_rows(small['mix'])
-    t = ask_teacher(runs[2].id[:12], rows, 'preference', tmp_path)
-    assert [r['run_id'] for r in members(runs[0].id)] == [r.id for r in runs]
-    for run in runs:
+    t = ask_teacher(five_runs[2].id[:12], rows, 'preference', tmp_path)
+    assert [r['run_id'] for r in members(five_runs[0].id)] == [r.id for r in five_runs]
+    for run in five_runs:
         held = read_probs(run.folder/'probs.parquet').set_index('id').p
         here = rows.id.isin(held.index).to_numpy()
         assert np.allclose(t.p[here], np.stack(held[rows.id[here]]))
     assert (t.seen == 0).all()
-    own = ask_teacher(runs[1].id, rows, 'preference', tmp_path, fold=1, in_sample=True)
+    own = ask_teacher(five_runs[1].id, rows, 'preference', tmp_path, fold=1, in_sample=True)
     assert (own.seen == 1).sum() == (rows.fold != 1).sum()
 
 
-def test_a_student_of_itself_votes_beside_its_teacher(tiny, capsys):
-    for k in range(5): train_fold(base=tiny, fold=k, **small)
+def test_a_student_of_itself_votes_beside_its_teacher(five_runs, tiny):
     args = dict(small, base=tiny, teachers='self', form='soft')
     runs = [distill_fold(fold=k, **args) for k in (0, 1)]
     assert distill_fold(fold=0, **args).id == runs[0].id
@@ -119,29 +119,88 @@ def test_a_student_of_itself_votes_beside_its_teacher(tiny, capsys):
     assert {r.id for r in runs} < set(ballot.run)
 
 
-def test_a_killed_distillation_continues_to_the_same_weights(tiny, monkeypatch):
-    from competition_kit import fit
-    skilled(load_rows(small['mix']))
-    rows = load_rows('sample_arena')
-    adopt_files([foreign(data_path('t.csv'), rows)], 'sample_arena', 't', seen='no')
+kill_after = """
+import json, os, signal, sys
+from importlib import import_module
+from competition_kit.record import records, run_stage
+module, name, calls, stage, args = json.loads(sys.argv[1])
+module, stage_module = import_module(f'competition_kit.{module}'), import_module(f'competition_kit.{stage}')
+real, done = getattr(module, name), []
+def watched(*a, **kw):
+    result = real(*a, **kw)
+    done.append(1)
+    if len(done) == calls: os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(module, name, watched)
+run_stage(getattr(stage_module, stage), getattr(stage_module, f'{stage.title()}Args')(**args))
+"""
+
+
+def killed(*job):
+    "Do a stage in a process that is killed after some calls of a function"
+    p = subprocess.run([sys.executable, '-c', kill_after, json.dumps(job)], capture_output=True, text=True)
+    assert p.returncode == -signal.SIGKILL, p.stderr
+
+
+def content(folder, *patterns):
+    "The tables of a run as values, its weights as bytes"
+    files = sorted(f for p in patterns for f in folder.glob(p))
+    assert len(files) >= len(patterns)
+    return {f.name: read_table(f).drop(columns='views', errors='ignore').to_json() if f.suffix == '.parquet'
+            else f.read_bytes() for f in files}
+
+
+def test_a_killed_distillation_continues_to_the_same_weights(tiny, rows, tmp_path):
+    adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't', seen='no')
     args = dict(small, base=tiny, teachers='t', save_every=4)
-    whole = distill_fold(**args)
-    kept = read_probs(whole.folder/'probs.parquet').p.tolist()
-    import shutil
-    shutil.rmtree(whole.folder)
-    class Killed(BaseException): pass
-    saved = []
-    def stop(*a, **kw):
-        save(*a, **kw)
-        saved.append(1)
-        if len(saved) == 2: raise Killed
-    save = fit.save_checkpoint
-    monkeypatch.setattr(fit, 'save_checkpoint', stop)
-    with pytest.raises(Killed): distill_fold(**args)
-    monkeypatch.setattr(fit, 'save_checkpoint', save)
+    killed('fit', 'save_checkpoint', 2, 'distill', args)
+    assert [r['status'] for r in records() if r['stage'] == 'distill'] == ['interrupted']
     again = distill_fold(**args)
-    assert again.id == whole.id
-    assert np.array_equal(np.stack(read_probs(again.folder/'probs.parquet').p), np.stack(kept))
+    found = content(again.folder, 'probs.parquet', 'adapter/*.safetensors')
+    assert len(again.record['attempts']) == 2
+    shutil.rmtree(again.folder)
+    whole = distill_fold(**args)
+    assert whole.id == again.id
+    assert content(whole.folder, 'probs.parquet', 'adapter/*.safetensors') == found
+
+
+def test_killed_pseudo_labels_keep_what_was_predicted(tiny, rows):
+    teachers = ' '.join(train_fold(fold=k, seed=k, base=tiny, **small).id for k in (0, 1))
+    args = dict(data='sample_arena_test', teachers=teachers, margin=0.)
+    killed('trained', '_predict_run', 1, 'pseudo', args)
+    left, = models_path().glob('pseudo-*')
+    predicted, = left.glob('asked/*.parquet')
+    then = predicted.stat().st_mtime_ns
+    again = run_stage(pseudo, PseudoArgs(**args))
+    assert predicted.stat().st_mtime_ns == then
+    found = content(again.folder, 'rows.parquet', 'reasons.json')
+    shutil.rmtree(again.folder)
+    assert content(run_stage(pseudo, PseudoArgs(**args)).folder, 'rows.parquet', 'reasons.json') == found
+
+
+def test_an_online_teacher_of_two_ranks_teaches_as_kept_probabilities_do(tiny):
+    teacher = train_fold(base=tiny, **dict(small, mix='sample_arena:20')).id
+    args = dict(small, mix='sample_arena:20', base=tiny, teachers=teacher, in_sample=True, dtype='fp32')
+    kept, online = distill_fold(**args), distill_fold(online=True, gpus=2, **args)
+    assert (kept.record['teachers'][teacher]['missing'], online.record['teachers'][teacher]['missing']) == (0, 14)
+    loss = [[l for _, l, _ in read_json(r.folder/'loss.json')] for r in (kept, online)]
+    assert np.allclose(*loss, atol=1e-4)
+    a, b = (np.stack(read_probs(r.folder/'probs.parquet').p) for r in (kept, online))
+    assert np.abs(a-b).max() < 1e-4
+
+
+def test_a_damaged_cache_is_refused(rows, tmp_path, tiny):
+    adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't', seen='no')
+    args = dict(small, base=tiny, teachers='t')
+    kept = DistillArgs(**args).taught
+    file, = models_path('.teachers').glob('*.parquet')
+    whole = file.read_bytes()
+    for at in (len(whole)//3, len(whole)//2, len(whole)-900):
+        file.write_bytes(whole[:at]+bytes([whole[at] ^ 4])+whole[at+1:])
+        try: assert np.array_equal(DistillArgs(**args).taught[0].p, kept[0].p)
+        except Refusal as e: assert 'not a whole table of teachers' in str(e)
+    file.write_bytes(whole[:-900])
+    with pytest.raises(Refusal, match='Delete it: teachers are asked again'): DistillArgs(**args).taught
 
 
 def test_an_adopted_voter_has_rows_of_both_tables(rows, tmp_path, tiny):
@@ -193,6 +252,18 @@ def test_labels_of_the_test_set_are_called_that(rows, tmp_path):
     run = run_stage(pseudo, PseudoArgs(data='sample_arena_test', teachers='x'))
     assert run.record['labels_test_set']
     assert pd.read_parquet(run.folder/'rows.parquet').source.eq('test_pseudo').all()
+
+
+def test_a_second_round_relabels_with_the_newer_student(rows, tmp_path, tiny):
+    test = load_rows('sample_arena_test')
+    adopt_files([foreign(tmp_path/'t.csv', test)], 'sample_arena_test', 'x', seen='no')
+    args = dict(data='sample_arena_test', margin=0., near='keep')
+    first = run_stage(pseudo, PseudoArgs(teachers='x', **args))
+    publish(first.folder, 'sample_arena_test_pseudo')
+    student = train_fold(base=tiny, **dict(small, mix='sample_arena_test_pseudo > sample_arena:20'))
+    second = run_stage(pseudo, PseudoArgs(teachers=student.id, name='second', **args))
+    assert (first.record['round'], second.record['round']) == (1, 2)
+    assert second.record['rows'] == len(test)
 
 
 def test_denoised_labels_keep_folds_and_labels(rows, tmp_path):
