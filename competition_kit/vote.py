@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['hold_vote', 'candidates', 'group_by_recipe', 'voters', 'left_out', 'voter_weights', 'run_weights', 'oof_probs',
-           'oof_vote', 'fold_scores', 'verdict', 'voters_worth', 'vote_inputs', 'score_vote', 'rows_to_predict',
-           'run_tables', 'voter_probs', 'write_votes', 'save_vote', 'by_strength', 'stopping_limits', 'BallotAsker',
-           'prior_probs', 'staged_files', 'first_submission', 'run_staged', 'VoteArgs', 'run_vote', 'vote', 'agreement',
-           'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority',
-           'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']
+           'oof_vote', 'fold_scores', 'verdict', 'voters_worth', 'vote_inputs', 'training_table', 'score_vote',
+           'rows_to_predict', 'write_sample', 'run_tables', 'voter_probs', 'write_votes', 'save_vote', 'by_strength',
+           'stopping_limits', 'BallotAsker', 'prior_probs', 'staged_files', 'first_submission', 'run_staged',
+           'VoteArgs', 'run_vote', 'vote', 'agreement', 'check_submission', 'combine', 'entropy', 'find_sample',
+           'fit_weights', 'load_adapter', 'majority', 'make_submission', 'practice_score', 'predict_runs',
+           'trusted_prompt']
 
 # %% ../nbs/10_vote.ipynb #aea0798b
 from dataclasses import dataclass
@@ -19,18 +20,19 @@ import pandas as pd
 from .choose import error_correlation, vote_curve, worth_sentence
 from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import (Refusal, at_least, content_hash, data_path, hash_obj, models_path, one_of,
-                                  project_root, sha256, share, write_json, write_table)
+from .core import (Refusal, at_least, atomic, content_hash, csv_text, data_path, hash_obj, jsonl_text,
+                                  models_path, one_of, project_root, read_json, sha256, share, write_json, write_table)
 from .log import people
 from .record import find_run, records
 from .probs import align, baselines, class_prior, log_loss, read_probs, scores, write_probs
-from .rows import n_options, tasks
+from .rows import n_options, read_raw, tasks
 from .sequential import calibrated_limits, exact_limits
 from .staged import (gap_sentence, gaps, no_answers, passes, read_answers, staged_vote, vote_so_far,
                                     voter_means, write_answers)
 from .submission import (check_submission, find_sample, make_submission, practice_score,
                                         read_sample)
-from .tables import check_texts, load_rows, parse_mix, samples, table_name, table_path, validated_part
+from .tables import (check_texts, load_rows, parse_mix, sample_files, table_name, table_path,
+                                    validated_part)
 from .teachers import adopted, adopted_table
 from .trained import (RunAsker, _seen, check_run, load_adapter, model_stages, predict_runs, recipe_key,
                                      same_tables, trusted_prompt)
@@ -100,7 +102,7 @@ def voters(
 ): # DataFrame with a line a run: `voter`, `run`, `fold`, its scores, and its weight from the workbook
     "The runs that vote, by voter; without `runs`, by the column `keep`"
     check_texts(voters, locals())
-    asked, marks = (runs or '').split(), people()
+    asked, marks = [_adopt_folder(n) for n in (runs or '').split()], people()
     files, names = [n for n in asked if _is_table(n)], [n for n in asked if not _is_table(n)]
     lost = [n for n in files if _is_file(n) and not (project_root()/n).is_file()]
     if lost: raise Refusal('no such file', lost[0])
@@ -110,6 +112,18 @@ def voters(
     for i, file in enumerate(files, len(groups)+1):
         table.append(dict(voter=f'{i}: {Path(file).name}', run=file, vote_weight=1.))
     return pd.DataFrame(table, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
+
+def _adopt_folder(name): # the id of a run whose folder was named; one from elsewhere is linked into `models/`
+    folder = project_root()/name
+    if not ('/' in name and folder.is_dir()): return name
+    if not (folder/'record.json').is_file():
+        raise Refusal('a model folder without record.json: its prompt and task are unknown', folder,
+                      fix='Copy the whole folder of the run')
+    run, here = read_json(folder/'record.json')['run_id'], models_path()
+    if not (here/run).exists():
+        here.mkdir(parents=True, exist_ok=True)
+        (here/run).symlink_to(folder.resolve())
+    return run
 
 def _ballot_line(voter, rec, marks): # one run's line of the table
     run, weight = rec['run_id'], marks.get(rec['run_id'], {}).get('vote_weight')
@@ -296,13 +310,15 @@ def vote_inputs(
     ballot,                   # From `voters`
     data:str='sample_arena',  # Name of the training table; `<data>_test` is predicted
     sample:str='',            # As for `find_sample`
+    test:str='',              # As for `rows_to_predict`
 ) -> dict: # For the run id
     "The inputs of a vote: name → hash"
-    name = table_name(data)
     runs = {r: _sum(r) for r in ballot.run}
-    tables = {n: content_hash(table_path(n)) for n in (name, f'{name}_test')}
-    return {**runs, **tables, 'vote_weight': hash_obj(ballot.vote_weight.tolist()),
-            'sample': sha256(find_sample(data, sample))}
+    files = {'vote_weight': hash_obj(ballot.vote_weight.tolist())}
+    if sample := _sample(data, sample, test): files['sample'] = sha256(sample)
+    if test: return {**runs, **files, 'test': sha256(_test_file(test))}
+    name = table_name(data)
+    return {**runs, **{n: content_hash(table_path(n)) for n in (name, f'{name}_test')}, **files}
 
 def _sum(run): # a hash of a voter's run, or of its probabilities
     if _is_file(run): return content_hash(project_root()/run)
@@ -332,6 +348,23 @@ def _seed_scores(ballot, oof, rows, metric): # scores of the largest set of vote
         by_params.setdefault(hash_obj(params), []).append(scores(oof[voter], rows.label.to_numpy())[metric])
     return max(by_params.values(), key=len, default=[])
 
+# %% ../nbs/10_vote.ipynb #2921be44
+def _has_table(name): return data_path(f'{name}.parquet').is_file()
+
+def training_table(
+    ballot,    # From `voters`
+    data:str,  # Name of the training table
+): # DataFrame with all its columns, or None where one of the tables is missing
+    "The table that the voters are scored on"
+    mixes = [rec['params']['mix'] for rec in _records(ballot)] or [table_name(data)]
+    known = all(_has_table(part.name) for mix in mixes for part in parse_mix(mix))
+    return _table(ballot, data) if known else None
+
+def _unscored(ballot, weights): # the score of a vote without a training table
+    rows = pd.DataFrame(dict(label=np.array([], int), fold=np.array([], int)))
+    return dict(weights=voter_weights(ballot, weights), oof={}, rows=rows, vote=None, metrics=None, table=None,
+                sentence='The training table is not on this machine: the vote has no score.')
+
 # %% ../nbs/10_vote.ipynb #171fd172
 def score_vote(
     ballot,                  # From `voters`
@@ -340,7 +373,8 @@ def score_vote(
     rule:str='mean',         # As for `combine`
 ) -> dict: # `weights`, `oof` (voter → probabilities), `rows`, `vote`, `metrics`, `table`, `sentence`
     "The weights of a vote, and its score on out-of-fold rows; without any, `vote`, `metrics` and `table` are None"
-    table = _table(ballot, data)
+    table = training_table(ballot, data)
+    if table is None: return _unscored(ballot, weights)
     oof, rows = oof_probs(ballot, table)
     names = list(dict.fromkeys(ballot.voter))
     p = np.stack(list(oof.values())) if len(rows) and set(oof) == set(names) else None
@@ -387,13 +421,48 @@ def _task(ballot): # the one task of all voters
 def rows_to_predict(
     ballot,   # From `voters`
     data:str, # Name of the training table
-): # The table `<data>_test`; its task is the voters', since a file without ties does not say whether there are any
+    test:str='', # Path of a raw test file; default: the table `<data>_test`
+): # Its task is the voters', since a file without ties does not say whether there are any
     "The rows to predict"
-    rows, task = load_rows(f'{table_name(data)}_test'), _task(ballot)
+    rows, task = _raw_test(test) if test else load_rows(f'{table_name(data)}_test'), _task(ballot)
     if ('options' in rows) != (not tasks[task].pair):
         raise Refusal(f"the voters answer {task}, the test table is {rows.attrs['meta']['task']}")
     rows.attrs['meta']['task'] = task
     return rows
+
+# %% ../nbs/10_vote.ipynb #b10835da
+def _test_file(test):
+    path = project_root()/test  # an absolute path stays what it is
+    if not path.is_file(): raise Refusal('no such file', path)
+    return path
+
+def _raw_test(test):
+    rows, info = read_raw(_test_file(test))
+    rows = rows.assign(label=-1, target=None)
+    rows.attrs['meta'] = dict(task=info['task'])
+    return rows
+
+def _sample(data, sample, test): # the host's sample submission; None where a test file has none beside it
+    if sample or not test: return find_sample(data, sample)
+    found = [p for p in sample_files(_test_file(test).parent) if p.suffix in ('.csv', '.jsonl')]
+    return found[0] if len(found) == 1 else None
+
+def write_sample(
+    rows,    # The rows to predict
+    folder,  # Where to
+) -> Path: # `sample_submission.csv`, or `.jsonl` for questions
+    "A sample submission for a test file that came without one"
+    task, name = tasks[rows.attrs['meta']['task']], Path(folder)/'sample_submission'
+    if task.pair:
+        even = [f'{1/len(task.options):.6f}']*len(rows)
+        path, text = name.with_suffix('.csv'), csv_text(dict(id=rows.id, **{f'winner_{o}': even for o in task.options}))
+    else:
+        problems = {}
+        for i in rows.id: problems.setdefault(i.rsplit('-', 1)[0], []).append(dict(answer='A'))
+        lines = [dict(id=i, questions=q) for i, q in problems.items()]
+        path, text = name.with_suffix('.jsonl'), jsonl_text(lines)
+    with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    return path
 
 # %% ../nbs/10_vote.ipynb #cc55f7de
 def run_tables(
@@ -532,15 +601,13 @@ class BallotAsker:
 
 # %% ../nbs/10_vote.ipynb #4d364220
 def prior_probs(
-    data:str, # Name of the training table; where it is missing, all options of a row are equal
+    table,    # From `training_table`; None: all options of a row are equal
     rows,     # The rows to predict
 ) -> np.ndarray: # [rows, options]
     "Probabilities for rows that no model has seen"
     task = tasks[rows.attrs['meta']['task']]
-    label = load_rows(table_name(data)).label.to_numpy() if _has_table(data) else np.array([], int)
+    label = np.array([], int) if table is None else table.label.to_numpy()
     return class_prior(label[label >= 0], n_options(rows, task), len(task.options))
-
-def _has_table(data): return data_path(f'{table_name(data)}.parquet').exists() or table_name(data) in samples
 
 def staged_files(
     run,        # From `run_stage`
@@ -582,7 +649,7 @@ def run_staged(
     clock=None,     # A `Clock`; it starts here when absent
 ):
     "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
-    clock, prior = clock or Clock(args.budget), prior_probs(args.data, rows)
+    clock, prior = clock or Clock(args.budget), prior_probs(training_table(ballot, args.data), rows)
     first_submission(run, rows, prior, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)
     lines, weights = by_strength(ballot, score)
@@ -628,6 +695,7 @@ class VoteArgs:
     budget:float=0.          # minutes; 0: no limit. The heaviest voter first, then what fits
     change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
     rescore:float=1.         # share of the rows, those of the smallest margin, that later voters are asked for
+    test:str=''              # path of a raw test file, where there is no table <data>_test
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
@@ -645,7 +713,7 @@ class VoteArgs:
     @cached_property
     def ballot(self): return voters(self.data, self.runs)
 
-    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample)
+    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test)
 
 # %% ../nbs/10_vote.ipynb #3071e650
 def run_vote(
@@ -654,7 +722,8 @@ def run_vote(
     ballot,        # From `voters`
 ):
     "Vote on the test table, write and check a submission, and finish the run"
-    rows, sample = rows_to_predict(ballot, args.data), find_sample(args.data, args.sample)
+    rows = rows_to_predict(ballot, args.data, args.test)
+    sample = _sample(args.data, args.sample, args.test) or write_sample(rows, run.folder)
     read_sample(sample, rows, rows.attrs['meta']['task'])
     if args.staged: return run_staged(run, args, ballot, rows, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)

@@ -1,14 +1,14 @@
 "Votes under a budget: the same numbers when there is time, and a valid submission whenever the process is killed"
 
-import os, random, signal, subprocess, sys, time
-import numpy as np, pytest
+import os, random, shutil, signal, subprocess, sys, time
+import numpy as np, pandas as pd, pytest
 from competition_kit.clock import Clock
-from competition_kit.core import Refusal, models_path, read_json
+from competition_kit.core import Refusal, models_path, read_json, root_at
 from competition_kit.probs import align, read_probs
 from competition_kit.record import run_stage, start_run
-from competition_kit.submission import check_submission, find_sample
+from competition_kit.submission import check_submission, find_sample, make_submission
 from competition_kit.tables import load_rows
-from competition_kit.vote import VoteArgs, run_staged, rows_to_predict, vote, voters
+from competition_kit.vote import VoteArgs, run_staged, rows_to_predict, vote, voters, write_sample
 
 
 def held(**kw):
@@ -146,3 +146,35 @@ def test_killed_at_a_random_second_a_valid_submission_lies_there(runs, own_root)
 def test_bad_arguments(bad, why):
     with pytest.raises(Refusal, match=why):
         VoteArgs(**bad)
+
+
+# ---- direct prediction: a finished model and a test file, nothing else
+@pytest.mark.parametrize('budget', [0, 60])
+def test_a_model_folder_and_a_test_file_are_enough(runs, own_root, tmp_path_factory, budget):
+    expected = votes_of(held(runs=runs[0]))
+    ids = list(load_rows('sample_arena_test').id)
+    elsewhere = tmp_path_factory.mktemp('input')
+    shutil.copytree(models_path(runs[0]), elsewhere / runs[0])
+    shutil.copy(own_root / 'data/sample_arena/test.csv', elsewhere / 'test.csv')
+    with root_at(tmp_path_factory.mktemp('offline')):
+        kw = dict(data='lmsys', runs=str(elsewhere / runs[0]), test=str(elsewhere / 'test.csv'), budget=budget)
+        run = held(**kw)
+        assert 'no score' in run.record['sentence']
+        assert run.record['members'] == [runs[0]]
+        got = pd.read_csv(run.folder / 'submission.csv', dtype={'id': str}).set_index('id').loc[ids]
+        np.testing.assert_allclose(got.to_numpy(), expected, atol=2e-5)
+        assert held(**kw).id == run.id
+
+
+def test_a_folder_without_a_record_is_refused(own_root):
+    (own_root / 'merged').mkdir()
+    with pytest.raises(Refusal, match='without record.json'):
+        voters(runs='./merged')
+
+
+def test_a_sample_is_written_for_questions(own_root):
+    rows = pd.DataFrame(dict(id=['a-0', 'a-1', 'b-0'], options=[['x', 'y']] * 3))
+    rows.attrs['meta'] = dict(task='choice')
+    path = write_sample(rows, own_root)
+    p = np.tile([0.2, 0.8, 0, 0, 0, 0, 0], (3, 1))
+    assert '2 problems with 3 answers' in make_submission(p, rows, 'choice', path, own_root / 'submission.jsonl')
