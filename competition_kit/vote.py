@@ -7,9 +7,9 @@ __all__ = ['hold_vote', 'candidates', 'group_by_recipe', 'voters', 'left_out', '
            'oof_vote', 'fold_scores', 'verdict', 'voters_worth', 'vote_inputs', 'training_table', 'score_vote',
            'rows_to_predict', 'write_sample', 'run_tables', 'voter_probs', 'write_votes', 'save_vote', 'by_strength',
            'stopping_limits', 'BallotAsker', 'prior_probs', 'staged_files', 'first_submission', 'run_staged',
-           'VoteArgs', 'run_vote', 'vote', 'agreement', 'check_submission', 'combine', 'entropy', 'find_sample',
-           'fit_weights', 'load_adapter', 'majority', 'make_submission', 'practice_score', 'predict_runs',
-           'trusted_prompt']
+           'finish_staged', 'plan_memory', 'limit_memory', 'VoteArgs', 'run_vote', 'vote', 'agreement',
+           'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority',
+           'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']
 
 # %% ../nbs/10_vote.ipynb #aea0798b
 from dataclasses import dataclass
@@ -34,8 +34,9 @@ from .submission import (check_submission, find_sample, make_submission, practic
 from .tables import (check_texts, load_rows, parse_mix, sample_files, table_name, table_path,
                                     validated_part)
 from .teachers import adopted, adopted_table
-from .trained import (RunAsker, _seen, check_run, load_adapter, model_stages, predict_runs, recipe_key,
-                                     same_tables, trusted_prompt)
+from .prompt import encode_cached
+from .trained import (RunAsker, _seen, base_of, check_run, is_full, load_adapter, model_stages, predict_runs,
+                                     recipe_key, same_tables, trusted_prompt)
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
@@ -348,7 +349,7 @@ def _seed_scores(ballot, oof, rows, metric): # scores of the largest set of vote
         by_params.setdefault(hash_obj(params), []).append(scores(oof[voter], rows.label.to_numpy())[metric])
     return max(by_params.values(), key=len, default=[])
 
-# %% ../nbs/10_vote.ipynb #2921be44
+# %% ../nbs/10_vote.ipynb #e422eb49
 def _has_table(name): return data_path(f'{name}.parquet').is_file()
 
 def training_table(
@@ -430,7 +431,7 @@ def rows_to_predict(
     rows.attrs['meta']['task'] = task
     return rows
 
-# %% ../nbs/10_vote.ipynb #b10835da
+# %% ../nbs/10_vote.ipynb #c5f08bd5
 def _test_file(test):
     path = project_root()/test  # an absolute path stays what it is
     if not path.is_file(): raise Refusal('no such file', path)
@@ -574,7 +575,8 @@ class BallotAsker:
         pack_tokens:int, # Tokens in a pack
         clock:Clock,     # Its pace begins anew with each base
     ):
-        self.names, self.rows, self.clock = list(ballot.run), rows, clock
+        self.names, self.voters = list(ballot.run), list(dict.fromkeys(ballot.voter))
+        self.rows, self.clock = rows, clock
         self.tables = {r: _read(r) for r in self.names if _is_table(r)}
         self.models = RunAsker([r for r in self.names if r not in self.tables], rows, views, pack_tokens)
         self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
@@ -646,40 +648,95 @@ def run_staged(
     ballot,         # From `voters`
     rows,           # From `rows_to_predict`
     sample,         # The host's sample submission
-    clock=None,     # A `Clock`; it starts here when absent
+    clock:Clock,
+    memory=None,    # From `plan_memory`
 ):
     "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
-    clock, prior = clock or Clock(args.budget), prior_probs(training_table(ballot, args.data), rows)
+    prior, pack_tokens = prior_probs(training_table(ballot, args.data), rows), args.pack_tokens
     first_submission(run, rows, prior, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)
     lines, weights = by_strength(ballot, score)
-    names = list(dict.fromkeys(lines.voter))
-    asker = BallotAsker(lines, rows, args.views, args.pack_tokens, clock)
-    a, save = asker.answers, staged_files(run, asker, weights, prior, args, sample)
-    read_answers(run.folder/'answers.npz', a, f'{run.id} {asker.names}')
-    limits = stopping_limits(names, weights, score, args.rule, args.change)
-    todo = passes(a, weights, prior, args.rule, args.views, limits, args.rescore)
-    why = staged_vote(a, todo, asker.load, asker.ask, asker.tokens(), clock, save, args.pack_tokens)
-    missing = gaps(a, asker.names, args.views)
-    print(gap_sentence(missing, why) or 'The vote is complete.')
-    _finish_staged(run, args, ballot, rows, sample, score, asker, names, weights, prior, missing, why, clock)
+    if memory: pack_tokens = memory['pack_tokens']
+    asker = BallotAsker(lines, rows, args.views, pack_tokens, clock)
+    read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
+    limits = stopping_limits(asker.voters, weights, score, args.rule, args.change)
+    todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore)
+    save = staged_files(run, asker, weights, prior, args, sample)
+    why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.tokens(), clock, save, pack_tokens)
+    vote = vote_so_far(asker.answers, weights, prior, args.rule)
+    finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory or {},
+                  vote_minutes=round(clock.used()/60, 3))
 
-def _finish_staged(run, args, ballot, rows, sample, score, asker, names, weights, prior, missing, why, clock):
-    (each, has), task, seen = voter_means(asker.answers), rows.attrs['meta']['task'], asker.seen()
-    vote, submission = vote_so_far(asker.answers, weights, prior, args.rule), run.folder/f'submission{sample.suffix}'
-    views = asker.answers.views.max(0)
-    write_votes(run.folder/'votes.parquet', rows, vote, dict(zip(names, each)), task, views, seen, run.id, has)
+# %% ../nbs/10_vote.ipynb #163ce385
+def finish_staged(
+    run,       # From `run_stage`
+    args,      # `VoteArgs`
+    ballot,    # From `voters`
+    sample,    # The host's sample submission
+    score,     # From `score_vote`
+    asker,     # A `BallotAsker`
+    vote,      # [rows, options]
+    why:str,   # Why it stopped; '' when it is complete
+    **facts,   # For the record
+):
+    "Write the votes of a budget, and finish its run"
+    (each, has), rows, submission = voter_means(asker.answers), asker.rows, run.folder/f'submission{sample.suffix}'
+    task, seen, views = rows.attrs['meta']['task'], asker.seen(), asker.answers.views.max(0)
+    missing = gaps(asker.answers, asker.names, args.views)
+    print(gap_sentence(missing, why) or 'The vote is complete.')
+    write_votes(run.folder/'votes.parquet', rows, vote, dict(zip(asker.voters, each)), task, views, seen, run.id, has)
     files = [submission.name, 'missing.json', 'votes.parquet']
     if score['vote'] is not None:
         write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, args.views, seen=False, run=run.id)
         files.append('oof.parquet')
     metrics = {**(score['metrics'] or {}), 'seen': int(seen.fillna(False).sum())}
     for solution in sorted(sample.parent.glob('solution.*'))[:1]: metrics |= practice_score(submission, solution)
-    facts = _facts(args, ballot, score, run, submission)
+    facts |= _facts(args, ballot, score, run, submission)
     facts['sentence'] = f"{facts['sentence']} {gap_sentence(missing, why)}".strip()
-    asked = round(float((asker.answers.views > 0).sum(0).mean()), 3)
-    run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=asked,
-               vote_minutes=round(clock.used()/60, 3))
+    runs_per_row = round(float((asker.answers.views > 0).sum(0).mean()), 3)
+    run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=runs_per_row)
+
+# %% ../nbs/10_vote.ipynb #24b95b60
+def _job(rec): # of the cost model
+    from competition_kit.base import pick_dtype
+    from competition_kit.cost import Job, base_config, shape
+    p, base = rec['params'], base_of(rec)
+    quant = base_config(base).to_dict().get('quantization_config') or {}
+    dtype = f"gptq{quant['bits']}" if quant.get('bits') in (4, 8) else str(p['dtype'])
+    if dtype == 'auto': dtype = pick_dtype(dtype)
+    return Job(shape(base), 'full' if is_full(rec) else 'lora', dtype, str(p['route']), p.get('lora_r', 0),
+               p.get('lora_modules', 'all-linear'), compiled=False)
+
+def plan_memory(
+    ballot,          # From `voters`
+    rows,            # The rows to predict
+    views:int,       # 1: rows as they are; 2: also swapped
+    pack_tokens:int, # Tokens in a pack, as wanted
+    limit_gb:float,  # 1e9 bytes
+) -> dict: # `limit_gb`, `pack_tokens` that fit, `planned_gb`
+    "Packs that keep every model of a vote below a memory limit; a model that cannot is refused"
+    from competition_kit.cost import prediction_memory, tokens_that_fit
+    plan = dict(limit_gb=limit_gb, pack_tokens=pack_tokens, planned_gb=0.)
+    jobs = [(_job(rec), _longest(rec, rows, views)) for rec in _records(ballot)]
+    for rec, (job, longest) in zip(_records(ballot), jobs):
+        fits = tokens_that_fit(job, limit_gb*1e9)
+        if fits < longest:
+            need = prediction_memory(job, longest)['peak']/1e9
+            raise Refusal(f'a row of {longest} tokens needs {need:.2f} GB, and max_memory_gb is {limit_gb:g}',
+                          rec['run_id'], fix='Take a smaller or quantised base, or leave the run out')
+        plan['pack_tokens'] = min(plan['pack_tokens'], fits)
+    peaks = [prediction_memory(job, max(plan['pack_tokens'], longest))['peak'] for job, longest in jobs]
+    return plan | dict(planned_gb=round(max(peaks, default=0)/1e9, 6))
+
+def _longest(rec, rows, views): return int(encode_cached(trusted_prompt(rec), rows, views).n.max())  # tokens
+
+def limit_memory(
+    limit_gb:float, # 1e9 bytes
+):
+    "Let torch take no more of the GPU than the limit; nothing happens on a CPU"
+    import torch
+    if not torch.cuda.is_available(): return
+    torch.cuda.set_per_process_memory_fraction(min(1., limit_gb*1e9/torch.cuda.mem_get_info()[1]))
 
 # %% ../nbs/10_vote.ipynb #ae93bf53
 @dataclass(frozen=True)
@@ -696,12 +753,13 @@ class VoteArgs:
     change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
     rescore:float=1.         # share of the rows, those of the smallest margin, that later voters are asked for
     test:str=''              # path of a raw test file, where there is no table <data>_test
+    max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
         at_least(self, 1, 'pack_tokens')
-        at_least(self, 0, 'budget')
+        at_least(self, 0, 'budget', 'max_memory_gb')
         share(self, 'change')
         if not 0 < self.rescore <= 1: raise Refusal(f'rescore={self.rescore!r}', fix='Take a share above 0, up to 1')
         if self.staged and self.rule == 'ranks':
@@ -716,25 +774,33 @@ class VoteArgs:
     def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test)
 
 # %% ../nbs/10_vote.ipynb #3071e650
+def _within_memory(args, ballot, rows): # the plan, for the record; empty without a limit
+    if not args.max_memory_gb: return {}
+    plan = plan_memory(ballot, rows, args.views, args.pack_tokens, args.max_memory_gb)
+    limit_memory(args.max_memory_gb)
+    return plan
+
 def run_vote(
     run,           # From `run_stage`
     args:VoteArgs,
     ballot,        # From `voters`
 ):
     "Vote on the test table, write and check a submission, and finish the run"
+    clock = Clock(args.budget)
     rows = rows_to_predict(ballot, args.data, args.test)
     sample = _sample(args.data, args.sample, args.test) or write_sample(rows, run.folder)
     read_sample(sample, rows, rows.attrs['meta']['task'])
-    if args.staged: return run_staged(run, args, ballot, rows, sample)
+    memory = _within_memory(args, ballot, rows)
+    if args.staged: return run_staged(run, args, ballot, rows, sample, clock, memory)
     score = score_vote(ballot, args.data, args.weights, args.rule)
-    tables = run_tables(ballot, rows, run.folder, args.views, args.pack_tokens)
+    tables = run_tables(ballot, rows, run.folder, args.views, memory.get('pack_tokens', args.pack_tokens))
     each = voter_probs(ballot, tables, rows)
     p = combine(each.values(), score['weights'], args.rule)
     submission = run.folder/f'submission{sample.suffix}'
     print(make_submission(p, rows, rows.attrs['meta']['task'], sample, submission))
     files = save_vote(run, rows, p, each, tables, score, args.views)
     run.finish(_metrics(args, score, each, tables, rows, submission, sample), [submission.name, *files],
-               **_facts(args, ballot, score, run, submission))
+               **_facts(args, ballot, score, run, submission), memory=memory)
 
 hold_vote = run_vote  # its earlier name
 

@@ -8,7 +8,7 @@ from competition_kit.probs import align, read_probs
 from competition_kit.record import run_stage, start_run
 from competition_kit.submission import check_submission, find_sample, make_submission
 from competition_kit.tables import load_rows
-from competition_kit.vote import VoteArgs, run_staged, rows_to_predict, vote, voters, write_sample
+from competition_kit.vote import VoteArgs, plan_memory, run_staged, rows_to_predict, vote, voters, write_sample
 
 
 def held(**kw):
@@ -178,3 +178,19 @@ def test_a_sample_is_written_for_questions(own_root):
     path = write_sample(rows, own_root)
     p = np.tile([0.2, 0.8, 0, 0, 0, 0, 0], (3, 1))
     assert '2 problems with 3 answers' in make_submission(p, rows, 'choice', path, own_root / 'submission.jsonl')
+
+
+# ---- memory
+def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs):
+    ballot, rows = voters(runs=runs[0]), load_rows('sample_arena_test')
+    wide = plan_memory(ballot, rows, 2, 4096, 100)
+    assert wide['pack_tokens'] == 4096
+    limit = wide['planned_gb'] * 0.7
+    tight = plan_memory(ballot, rows, 2, 4096, limit)
+    assert 160 <= tight['pack_tokens'] < 4096
+    assert tight['planned_gb'] <= limit + 5e-4
+    with pytest.raises(Refusal, match='max_memory_gb is 0.0001'):
+        plan_memory(ballot, rows, 2, 4096, 1e-4)
+    run = held(runs=runs[0], max_memory_gb=limit)
+    assert run.record['memory'] == tight
+    np.testing.assert_allclose(votes_of(run), votes_of(held(runs=runs[0])), atol=2e-5)
