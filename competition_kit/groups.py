@@ -176,7 +176,12 @@ def _edits(line, i, j): # words to change, add, drop or swap
     return cpdist([line(k) for k in i], [line(k) for k in j], scorer=OSA.distance, dtype=np.int32)
 
 # %% ../nbs/lib/01c_groups.ipynb #b1d3f1f3
-_number = re.compile(r'(?:^|(?<= ))(?:\S*\d\S*|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])')
+_values = '''zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million
+    first second third fourth fifth sixth seventh eighth ninth tenth last
+    monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
+    september october november december'''.split()
+_number = re.compile(rf"(?:^|(?<= ))(?:\S*\d\S*|{'|'.join(_values)}|[b-hj-z]|[\ue000-\ue012×÷±¬\u2190-\u22ff])(?![^ ])")
 
 def _same_numbers(a, b):
     if _number.findall(a) == _number.findall(b): return True
@@ -209,9 +214,9 @@ def _word_runs(h, k): # a hash of 24 bits of every run of k words
         x = ((x ^ (x >> _u(29)))*_u(0xBF58476D1CE4E5B9) + w*_u(0x9E3779B97F4A7C15)) ^ (w >> _u(3))
     return ((x ^ (x >> _u(31)))*_u(0x9E3779B97F4A7C15) >> _u(40)).astype(np.int64)
 
-def _counts(t, who, counted, k): # [2**24] in how many of the counted texts each run of the texts `who` stands
+def _counts(t, runs, counted, k): # [2**24] in how many of the counted texts each of some runs of k words stands
     asked, count = np.zeros(2**24, bool), np.zeros(2**24, np.uint32)
-    for w in who: asked[_word_runs(t.hash[t.start[w]:t.start[w]+t.n[w]], k)] = True
+    for r in runs: asked[r] = True
     for s in _chunks(t.n):
         run = _word_runs(t.hash[t.start[s.start]:t.start[s.stop-1]+t.n[s.stop-1]], k)
         row = np.repeat(np.arange(s.start, s.stop), t.n[s])
@@ -285,10 +290,11 @@ def _copies(t, share, check=()): # [pairs, 2] text numbers
     close, near = edits <= share*most, (edits <= _allowed(most, share)) & (most >= 7)
     counted = _counted(t, line, i[close], j[close], share)
     who = np.unique(np.r_[i[near], j[near], np.array(held, int).reshape(-1)]).tolist()
-    short = np.unique(np.r_[i[near & ~close], j[near & ~close]]).tolist()
-    count, texts_with = _counts(t, who, counted, 3), _counts(t, short, counted, 1)
+    count = _counts(t, (_word_runs(t.hash[t.start[w]:t.start[w]+t.n[w]], 3) for w in who), counted, 3)
     limit = max(np.clip(counted.sum()/4, 5, 20), counted.sum()/500)
     looks = {k: _look(t, k, count, limit, crowd) for k in who}
+    short = zip(i[near & ~close].tolist(), j[near & ~close].tolist())
+    texts_with = _counts(t, (list(looks[a].words ^ looks[b].words) for a, b in short), counted, 1)
     out = [(a, b) for a, b, long in zip(i[near].tolist(), j[near].tolist(), close[near].tolist())
            if not _other_problem(looks[a], looks[b], long, count, texts_with, limit)
            and _same_numbers(t.text[a], t.text[b])]

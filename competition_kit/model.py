@@ -190,13 +190,26 @@ def _check_base(base, classifier, prompt, route, dtype, mapped):
     with _probed(classifier) as at:
         check_forward(classifier.base, classifier.backbone, packed, at, base, prompt, route, dtype, mapped)
 
+# %% ../nbs/lib/03c_model.ipynb #fe11a8e3
+@contextlib.contextmanager
+def _no_gptqmodel(): # PEFT for a moment as if neither GPTQModel nor torchao were installed
+    import peft.tuners.lora.torchao
+    names = 'is_gptqmodel_available', 'is_torchao_available'
+    found = [(m, k, getattr(m, k)) for n, m in list(sys.modules.items()) if n.startswith('peft.') for k in names
+             if hasattr(m, k)]
+    for module, name, _ in found: setattr(module, name, lambda: False)
+    try: yield peft
+    finally:
+        for module, name, real in found: setattr(module, name, real)
+
 # %% ../nbs/lib/03c_model.ipynb #74d1e951
 def with_adapter(model, adapter):
     "An adapter over a model; peft leaves out tensors that do not fit, so we compare the names"
     from peft import PeftModel
     from safetensors import safe_open
     f = check_adapter(adapter)
-    try: out = PeftModel.from_pretrained(model, adapter)
+    try:
+        with _no_gptqmodel(): out = PeftModel.from_pretrained(model, adapter)
     except (AttributeError, RuntimeError, ValueError) as e:
         last = str(e).splitlines()[-1].strip()
         raise Refusal(f'the adapter does not fit this base and route ({last})', adapter) from e
@@ -245,7 +258,7 @@ def add_lora(
     kind = dict(task_type='CAUSAL_LM')
     if classifier.letters is None: kind = dict(task_type='SEQ_CLS', modules_to_save=['score'])
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, use_rslora=rslora, **kind)
-    classifier.model = get_peft_model(classifier.model, config)
+    with _no_gptqmodel(): classifier.model = get_peft_model(classifier.model, config)
     for p in classifier.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return classifier

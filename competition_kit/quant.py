@@ -18,16 +18,18 @@ except ImportError: triton = None  # a CPU needs none
 
 # bitsandbytes warns about a missing kernel that has no gradient and is not used here
 logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
+# torchao, which GPTQModel brings, warns about its own kernels
+for _name in ('torchao', 'torch.utils._pytree'): logging.getLogger(_name).setLevel(logging.ERROR)
 # the report of a new head is long; what else is missing is refused
 logging.getLogger('transformers.modeling_utils').addFilter(lambda r: 'LOAD REPORT' not in str(r.msg))
 
 # %% ../nbs/lib/02c_quant.ipynb #da581742
 # The fields that we read; then those that say how the weights were rounded, or how other programs run them
 _gptq_fields = set('quant_method bits group_size sym desc_act checkpoint_format format dynamic pack_dtype'.split())
-_gptq_fields |= set('''static_groups true_sequential damp_percent damp_auto_increment dataset tokenizer block_size
-    batch_size model_seqlen meta mse model_name_or_path model_file_base_name use_cuda_fp16 use_exllama disable_exllama
-    exllama_config max_input_length cache_block_outputs pad_token_id module_name_preceding_first_block
-    block_name_to_quantize modules_in_block_to_quantize backend'''.split())
+_gptq_fields |= set('''method static_groups true_sequential damp_percent damp_auto_increment dataset tokenizer
+    block_size batch_size model_seqlen meta mse model_name_or_path model_file_base_name use_cuda_fp16 use_exllama
+    disable_exllama exllama_config max_input_length cache_block_outputs pad_token_id
+    module_name_preceding_first_block block_name_to_quantize modules_in_block_to_quantize backend'''.split())
 
 def _unread_rule(rules): # The first rule of `dynamic` that we cannot follow, if there is one
     if not isinstance(rules, dict): return repr(rules)

@@ -138,7 +138,8 @@ _starts = {b'PK\x03\x04': 'a zip file, or an Excel workbook', b'\xd0\xcf\x11\xe0
            b'version https://git-lfs': 'a pointer of Git LFS instead of the file', bytes(8): 'full of zero bytes'}
 
 def _text_bytes(path): # the bytes of a text file, or a refusal that says what it is instead
-    if not (raw := unpacked_bytes(path)) or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
+    raw = unpacked_bytes(path)
+    if not raw or raw.isspace() or raw == b'\xef\xbb\xbf': raise Refusal('the file is empty', path)
     start = raw[:30].lower()
     if what := next((w for b, w in _starts.items() if start.startswith(b.lower())), None):
         raise Refusal(f'the file is {what}, whatever its name says', path,

@@ -16,8 +16,8 @@ from .record import check_outputs, find_run, records
 from .rows import text_columns
 from .tables import load_rows, validated_part
 from .teach import Teacher, join_probs
-from .trained import (ancestors, has_seen, load_run, model_stages, predict_runs, recipe_key,
-                                     training_rows, trusted_prompt)
+from .trained import (ancestors, has_seen, load_run, model_params, model_stages, predict_runs,
+                                     recipe_key, training_rows, trusted_prompt)
 
 # %% ../nbs/lib/03i_teachers.ipynb #f10ff9d3
 def members(
@@ -72,7 +72,7 @@ def run_mix(
     r, # Record of a train run or of adopted probabilities
 ) -> str: # Name of a table, or a mix
     "The rows that a run's ids belong to"
-    return r['params']['rows' if r['stage'] == 'adopt' else 'mix']
+    return r['params']['rows'] if r['stage'] == 'adopt' else model_params(r)['mix']
 
 def validated_table(
     r, # As for `run_mix`
@@ -82,7 +82,7 @@ def validated_table(
 
 # %% ../nbs/lib/03i_teachers.ipynb #f86449e8
 def _check_same_rows(r, rows): # an id must stand for the same texts in both tables
-    own = load_rows(run_mix(r), r['params'].get('seed', 0)).set_index('id')
+    own = load_rows(run_mix(r), model_params(r).get('seed', 0)).set_index('id')
     shared = rows[rows.id.isin(own.index)].set_index('id')
     own = own.loc[shared.index]
     other = np.zeros(len(shared), bool)
@@ -145,7 +145,7 @@ def _predicted(recs, tables, use, rows, task, folder, pack_tokens): # the same t
     lack = _lacking(recs, tables, use)
     runs = [r['run_id'] for r, l in zip(recs, lack) if l.any()]
     if not runs: return tables
-    views = recs[0]['params']['views']  # runs of one teacher differ in nothing but their folds
+    views = model_params(recs[0])['views']  # runs of one teacher differ in nothing but their folds
     some = _some(rows, lack.any(0))
     new = {r: join_probs(r, t, rows, task) for r, t in predict_runs(runs, some, folder, views, pack_tokens).items()}
     def filled(t): return np.where(t.has[:, None], t.p, new[t.name].p) if t.name in new else t.p
@@ -179,6 +179,6 @@ class OnlineTeacher:
         p, lack = self.tables[k].p[at], self.lack[k, at]
         if not lack.any(): return p
         model, prompt = self.models[self.recs[k]['run_id']]
-        views = self.recs[k]['params']['views']
+        views = model_params(self.recs[k])['views']
         p[lack] = predict(model, prompt, _some(self.rows, at[lack]), views, self.pack_tokens, progress=False)
         return p

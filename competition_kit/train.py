@@ -30,7 +30,7 @@ from .record import find_run, run_stage
 from .rows import tasks
 from .speed import checkpoint_activations, compile_layers, fuse, layers, worth_compiling
 from .tables import check_texts, load_rows, table_hashes
-from .trained import (ancestors as chain, check_run, has_seen, lineage_of, parents,
+from .trained import (ancestors as chain, check_run, has_seen, lineage_of, model_params, parents,
                                      rows_seen as learned, same_tables, training_rows)
 _all_ = ['chain', 'fold_rows', 'learned']  # of the notebooks below
 from dataclasses import asdict, dataclass
@@ -145,7 +145,7 @@ def _check_rows(a): # is there something to train on, and have all held-out rows
 
 # %% ../nbs/04_train.ipynb #46a7b954
 def _check_parent(a, rec):
-    run, method = rec['run_id'], rec['params'].get('method', 'lora')
+    run, method = rec['run_id'], model_params(rec).get('method', 'lora')
     if rec.get('status', 'done') != 'done': raise Refusal(f"{run} is {rec['status']}: it cannot be continued")
     if 'outputs' in rec: check_run(rec)
     if not a.start: return
@@ -153,7 +153,8 @@ def _check_parent(a, rec):
         raise Refusal(f'{run} was trained with method={method}',
                       fix='Take the same method; or give the weights of a full run, models/<run>/model, as the base')
     if rec['inputs']['base'] != base_hash(a.base):
-        raise Refusal(f'{run} was trained over another base than {a.base}', fix=f"Take base={rec['params']['base']}")
+        fix = f"Take base={model_params(rec)['base']}"
+        raise Refusal(f'{run} was trained over another base than {a.base}', fix=fix)
 
 def _check_tables(rec): # the tables of an ancestor, or of its entry in `lineage.json`
     run = rec['run_id']

@@ -35,8 +35,8 @@ from .tables import (check_texts, load_rows, parse_mix, sample_files, table_name
                                     validated_part)
 from .teachers import adopted, adopted_table
 from .prompt import encode_cached
-from .trained import (RunAsker, _seen, base_of, check_run, is_full, load_adapter, model_stages, predict_runs,
-                                     recipe_key, same_tables, trusted_prompt)
+from .trained import (RunAsker, _seen, base_of, check_run, is_full, load_adapter, model_params,
+                                     model_stages, predict_runs, recipe_key, same_tables, trusted_prompt)
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
@@ -50,7 +50,7 @@ def _read(run): # the probability table of a voter's run
     return adopted_table(run) if adopted(run) else read_probs(models_path(run, 'probs.parquet'))
 
 def _is_on(rec, data): # is this the table whose rows a run has held out?
-    try: return validated_part(str(rec['params'].get('mix', ''))).name == table_name(data)
+    try: return validated_part(str(model_params(rec).get('mix', ''))).name == table_name(data)
     except Refusal: return False
 
 def _is_done(rec): return rec['stage'] in model_stages and rec.get('status') == 'done'
@@ -332,12 +332,12 @@ def _drawn(params): # a run's mix, and its seed where rows of it are drawn by ch
     return params['mix'], params['seed'] if any(t.n or t.share for t in parse_mix(params['mix'])) else 0
 
 def _table(ballot, data): # the one table that all runs were trained and held out on, else `data` itself
-    mixes = {_drawn(rec['params']) for rec in _records(ballot)}
+    mixes = {_drawn(model_params(rec)) for rec in _records(ballot)}
     return load_rows(*mixes.pop()) if len(mixes) == 1 else load_rows(table_name(data))
 
 def _known_baselines(ballot, rows): # fold → baselines of exactly these rows, from the records of the runs
     recs, size = _records(ballot), rows.fold.value_counts()
-    if len({_drawn(rec['params']) for rec in recs}) != 1: return {}  # then the runs have several tables
+    if len({_drawn(model_params(rec)) for rec in recs}) != 1: return {}  # then the runs have several tables
     same = [rec for rec in recs if size.get(rec['fold']) == rec.get('held_out') and same_tables(rec)]
     return {rec['fold']: rec['metrics']['baselines'] for rec in same}
 
@@ -357,7 +357,7 @@ def training_table(
     data:str,  # Name of the training table
 ): # DataFrame with all its columns, or None where one of the tables is missing
     "The table that the voters are scored on"
-    mixes = [rec['params']['mix'] for rec in _records(ballot)] or [table_name(data)]
+    mixes = [model_params(rec)['mix'] for rec in _records(ballot)] or [table_name(data)]
     known = all(_has_table(part.name) for mix in mixes for part in parse_mix(mix))
     return _table(ballot, data) if known else None
 
@@ -563,7 +563,8 @@ def stopping_limits(
     if not change: return None
     if set(names) <= set(score['oof']) and len(score['rows']):
         return calibrated_limits(np.stack([score['oof'][v] for v in names]), weights, rule, change)
-    return exact_limits(weights) if rule != 'logits' else None
+    if rule != 'logits': return exact_limits(weights)
+    print('change has no effect: without out-of-fold rows, a mean of logarithms has no certain margin')
 
 # %% ../nbs/10_vote.ipynb #83979a83
 class BallotAsker:
@@ -700,7 +701,7 @@ def finish_staged(
 def _job(rec): # of the cost model
     from competition_kit.base import pick_dtype
     from competition_kit.cost import Job, base_config, shape
-    p, base = rec['params'], base_of(rec)
+    p, base = model_params(rec), base_of(rec)
     quant = base_config(base).to_dict().get('quantization_config') or {}
     dtype = f"gptq{quant['bits']}" if quant.get('bits') in (4, 8) else str(p['dtype'])
     if dtype == 'auto': dtype = pick_dtype(dtype)

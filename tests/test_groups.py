@@ -196,7 +196,8 @@ def test_a_strange_word_in_a_short_puzzle_is_a_copy():
     rng, copies = random.Random(3), []
     for t in texts[:100]:
         w = t.split(' ')
-        w[rng.choice([k for k, v in enumerate(w) if v.isalpha() and len(v) > 1])] = ''.join(rng.choices('bcdfghklmnp', k=7))
+        at = rng.choice([k for k, v in enumerate(w) if v.isalpha() and len(v) > 1])
+        w[at] = ''.join(rng.choices('bcdfghklmnp', k=7))
         copies.append(' '.join(w))
     g = group_rows(texts+copies)
     assert (g[:100] == g[len(texts):]).mean() >= .99

@@ -1,0 +1,152 @@
+"The whole stage on models of two layers: chain, resume, the gate, and what it refuses"
+import shutil
+import numpy as np
+import pytest
+pytest.importorskip('gptqmodel')
+import torch
+from safetensors.torch import load_file, save_file
+from competition_kit import quantise as Q
+from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
+from competition_kit.gptq import GptqArgs, draw_spread, gptq, report_table
+from competition_kit.probs import align, read_probs
+from competition_kit.record import find_run, run_stage
+from competition_kit.sample import write_arena
+from competition_kit.tables import load_rows
+from competition_kit.train import train_fold
+from competition_kit.trained import ancestors, load_run, predict_runs, recipe_key, trusted_prompt
+
+wide = dict(max_loss=9., max_flips=1.)
+
+@pytest.fixture(scope='module')
+def full_root(tmp_path_factory, tiny):
+    "A root with three finished runs: all weights on both routes, and a LoRA"
+    with root_at(tmp_path_factory.mktemp('full')) as root:
+        data_path('sample_arena').mkdir(parents=True)
+        write_arena(data_path('sample_arena'), 60, 12, 0)
+        kw = dict(base=tiny, max_len=160, lr=1e-3, batch=8, dtype='fp32')
+        ids = dict(full=train_fold(method='full', **kw).id, lora=train_fold(lora_r=2, **dict(kw, lr=1e-2)).id,
+                   score=train_fold(method='full', route='score', **kw).id)
+    return root, ids
+
+@pytest.fixture
+def made(full_root, own_root):
+    "The ids of these runs, copied into the test's own root"
+    shutil.copytree(full_root[0], own_root, dirs_exist_ok=True)
+    return full_root[1]
+
+def quantised(**args): return run_stage(gptq, GptqArgs(rows=24, **args))
+
+def test_chain_from_a_full_run_to_the_vote(made):
+    from competition_kit.vote import VoteArgs, check_submission, vote
+    run = quantised(start=made['full'], draws=2, **wide)
+    rec, found = run.record, read_json(run.folder/'report.json')
+    assert run.id.startswith('gptq-f0-') and rec['quantised']['group'] == 64
+    assert [r['run_id'] for r in ancestors(run.id)] == [run.id, made['full']]
+    assert len(report_table(run)) == 2 and draw_spread(run)['flips'] >= 0
+    assert [t['warning'] for t in found['tries']] == ['']
+    assert len(found['layers']) == 2 and all(o['error'] > 0 for o in found['layers'])
+    assert 'prefill' in rec['worth'] or 'not worth' in rec['worth']
+    assert recipe_key(rec) != recipe_key(find_run(made['full']))
+    rows = load_rows('sample_arena_test')
+    p = predict_runs([made['full'], run.id], rows, models_path('p'), progress=False)
+    a, b = (align(p[k], rows) for k in (made['full'], run.id))
+    assert 0 < np.abs(a-b).max() < .1
+    won = run_stage(vote, VoteArgs(data='sample_arena', runs=run.id))
+    check_submission(won.folder/'submission.csv', data_path('sample_arena/sample_submission.csv'))
+    assert quantised(start=made['full'], draws=2, **wide).done
+
+def test_transformers_reads_the_folder(made):
+    from transformers import AutoModelForCausalLM
+    run = quantised(start=made['full'], bits=8, **wide)
+    rec = find_run(run.id)
+    own = load_run(rec, trusted_prompt(rec)).model
+    ids = torch.tensor([[5, 900, 31, 7, 7, 2000]])
+    theirs = AutoModelForCausalLM.from_pretrained(run.folder/'model', dtype=torch.float32)
+    with torch.no_grad(): x, y = own.lm_head(_hidden(own, ids)), theirs(ids).logits
+    assert (x-y).abs().max() < .02
+    config = (run.folder/'model/config.json').read_text()
+    assert 'offload' not in config and str(run.folder.parent) not in config
+
+def _hidden(model, ids): # without the packed attention
+    model.config._attn_implementation = 'eager'
+    return model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+def test_score_head_is_grafted(made):
+    run = quantised(start=made['score'], **wide)
+    before = load_file(models_path(made['score'], 'model/model.safetensors'))
+    after = load_file(run.folder/'model/model.safetensors')
+    plain = [k for k in before if k in after]
+    assert 'score.weight' in plain and 'model.embed_tokens.weight' in plain
+    assert all(torch.equal(before[k], after[k]) for k in plain)
+    assert sum(k.endswith('.qweight') for k in after) == 14
+    held = align(read_probs(run.folder/'probs.parquet'), GptqArgs(start=made['score']).parts[1])
+    before = align(read_probs(run.folder/'before.parquet'), GptqArgs(start=made['score']).parts[1])
+    assert 0 < np.abs(held-before).max() < .1
+
+def test_lora_is_added_into_its_base(made):
+    run = quantised(start=made['lora'], bits=8, **wide)
+    found = read_json(run.folder/'report.json')['tries'][0]
+    assert found['kl'] < 1e-3, 'the model that is compared is the LoRA over its base'
+    assert not (run.folder/'merged').exists() and not (run.folder/'model/adapter_config.json').exists()
+
+def test_a_killed_run_continues_after_the_last_layer(made, monkeypatch, tmp_path):
+    whole = quantised(start=made['full'], **wide)
+    want = load_file(whole.folder/'model/model.safetensors')
+    shutil.rmtree(whole.folder)
+    real, layers = Q._Progress.layer_complete, []
+    def stop(self, layer_idx, submodule_finalized):
+        layers.append(layer_idx)
+        real(self, layer_idx, submodule_finalized)
+        if layer_idx == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(Q._Progress, 'layer_complete', stop)
+    with pytest.raises(KeyboardInterrupt): quantised(start=made['full'], **wide)
+    assert layers[0] == 0 and list(models_path('.gptq').glob('*.work/checkpoint'))
+    layers.clear()
+    monkeypatch.setattr(Q._Progress, 'layer_complete', lambda *a, **k: (layers.append(k['layer_idx']), real(*a, **k)))
+    run = quantised(start=made['full'], **wide)
+    assert set(layers) == {1}, 'the first layer was done'
+    found = load_file(run.folder/'model/model.safetensors')
+    assert all(torch.equal(want[k], found[k]) for k in want)
+    assert not list(models_path('.gptq').iterdir())
+
+def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made):
+    strict = dict(start=made['full'], max_loss=0., max_flips=0., group=64)
+    with pytest.raises(Refusal, match='Try group=32, bits=8, rows=96') as e: quantised(**strict)
+    run = models_path(str(e.value).split('models/')[1].split('/')[0])
+    assert find_run(run.name)['status'] == 'failed'
+    found = read_json(run/'report.json')['tries']
+    assert [t['passed'] for t in found] == [False]
+    kept = {f: f.stat().st_mtime_ns for f in models_path('.gptq').glob('*/manifest.json')}
+    with pytest.raises(Refusal, match='Failed: the log-loss'): quantised(**strict)
+    assert kept and all(f.stat().st_mtime_ns == t for f, t in kept.items()), 'the quantised model is not made again'
+    tried = _tries_of(dict(strict, retry=True))
+    order = ['4 bits, group 64, 24 rows', '4 bits, group 32, 24 rows', '8 bits, group 64, 24 rows',
+             '4 bits, group 64, 96 rows']
+    assert len(tried) > 1 and tried == order[:len(tried)]
+
+def _tries_of(args): # names of the tries in their order, whether one passed or none
+    try: folder = quantised(**args).folder
+    except Refusal as e: folder = models_path(str(e).split('models/')[1].split('/')[0])
+    return [t['name'].split(', draw')[0] for t in read_json(folder/'report.json')['tries']]
+
+def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
+    with pytest.raises(Refusal, match='does not divide'): quantised(start=made['full'], group=128)
+    with pytest.raises(Refusal, match='Leave out max_len'): GptqArgs(start=made['full'], max_len=100)
+    with pytest.raises(Refusal, match='no head'): quantised(base=tiny, route='score')
+    two = tmp_path/'two.jsonl'
+    two.write_text('{"text": "one two"}\n{"text": "three"}\n')
+    with pytest.raises(Refusal, match='2 calibration rows'): quantised(start=made['full'], calibration=str(two))
+    with pytest.raises(Refusal, match='no such calibration'): quantised(start=made['full'], calibration='lost.jsonl')
+    with pytest.raises(Refusal, match='held-out rows stand in'):
+        quantised(start=made['full'], calibration='sample_arena')
+    run = quantised(start=made['full'], **wide)
+    with pytest.raises(Refusal, match='quantised already'): GptqArgs(start=run.id)
+
+def test_nan_in_a_weight_is_refused_by_name(tiny, tmp_path):
+    base = tmp_path/'nan'
+    shutil.copytree(tiny, base)
+    t = load_file(base/'model.safetensors')
+    t['model.layers.1.mlp.down_proj.weight'][3, 4] = float('nan')
+    save_file(t, base/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(Refusal, match='layers.1.mlp.down_proj.weight has 1 values'):
+        quantised(base=str(base), mix='sample_arena:40', max_len=160, dtype='fp32')
