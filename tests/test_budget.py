@@ -55,6 +55,15 @@ def test_a_file_of_probabilities_votes_under_a_budget(runs, own_root):
     np.testing.assert_allclose(votes_of(held(runs=both, budget=600)), votes_of(held(runs=both)), atol=2e-5)
 
 
+def test_questions_vote_under_a_budget(own_root, tiny):
+    from competition_kit.train import train_fold
+
+    train_fold(mix='sample_logic', fold=0, base=tiny, max_len=256, epochs=0.1, lora_r=2, dtype='fp32')
+    rows = load_rows('sample_logic_test')
+    plain, timed = (read_probs(held(data='sample_logic', budget=b).folder / 'votes.parquet') for b in (0, 60))
+    np.testing.assert_allclose(align(timed, rows), align(plain, rows), atol=2e-5)
+
+
 class SlowClock(Clock):
     "A clock on which each look takes three seconds"
 
