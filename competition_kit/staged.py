@@ -119,9 +119,11 @@ def passes(
     views:int=2,     # 1: rows as they are; 2: also swapped
     limits=None,     # [voters], from `calibrated_limits`; None: ask every voter for every row
     share:float=1.,  # Of the rows, those of the smallest margin, that voters after the first are asked for
+    order=None,      # Of the voters; default: the heaviest first, as `limits` need it
 ): # Triples: position of a run, views, positions of rows
     "What to ask, in this order; rows are chosen when a pass begins"
-    weights, order, chosen = np.asarray(weights, float), ask_order(weights), None
+    weights, chosen = np.asarray(weights, float), None
+    order = ask_order(weights) if order is None else np.asarray(order)
     for k, voter in enumerate(order):
         for run in np.flatnonzero(a.voter == voter):
             done = 0

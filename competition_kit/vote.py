@@ -543,12 +543,14 @@ def save_vote(
 def by_strength(
     ballot,     # From `voters`
     score:dict, # From `score_vote`
+    as_named:bool=False, # Keep the order of the ballot
 ): # (the ballot, the heaviest voter first; one weight a voter in that order)
     "The order in which voters are asked"
     names = list(dict.fromkeys(ballot.voter))
     weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
     loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
-    names = sorted([v for v in names if weight[v] > 0], key=lambda v: (-weight[v], loss[v]))
+    names = [v for v in names if weight[v] > 0]
+    if not as_named: names.sort(key=lambda v: (-weight[v], loss[v]))
     lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
     return lines, np.array([weight[v] for v in names])
 
@@ -656,12 +658,13 @@ def run_staged(
     prior, pack_tokens = prior_probs(training_table(ballot, args.data), rows), args.pack_tokens
     first_submission(run, rows, prior, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)
-    lines, weights = by_strength(ballot, score)
+    lines, weights = by_strength(ballot, score, as_named=args.rescore < 1)
     if memory: pack_tokens = memory['pack_tokens']
     asker = BallotAsker(lines, rows, args.views, pack_tokens, clock)
     read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
     limits = stopping_limits(asker.voters, weights, score, args.rule, args.change)
-    todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore)
+    todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore,
+                  order=range(len(weights)))
     save = staged_files(run, asker, weights, prior, args, sample)
     why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.tokens(), clock, save, pack_tokens)
     vote = vote_so_far(asker.answers, weights, prior, args.rule)
@@ -752,7 +755,7 @@ class VoteArgs:
     pack_tokens:int=4096     # tokens in a pack
     budget:float=0.          # minutes; 0: no limit. The heaviest voter first, then what fits
     change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
-    rescore:float=1.         # share of the rows, those of the smallest margin, that later voters are asked for
+    rescore:float=1.         # a cascade: share of the rows, of the smallest margin, for all but the first run named
     test:str=''              # path of a raw test file, where there is no table <data>_test
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
 
@@ -763,6 +766,8 @@ class VoteArgs:
         at_least(self, 0, 'budget', 'max_memory_gb')
         share(self, 'change')
         if not 0 < self.rescore <= 1: raise Refusal(f'rescore={self.rescore!r}', fix='Take a share above 0, up to 1')
+        if self.change and self.rescore < 1:
+            raise Refusal('change and rescore both choose the rows of later voters', fix='Take one of them')
         if self.staged and self.rule == 'ranks':
             raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0 and rescore 1')
 

@@ -37,7 +37,7 @@ def test_the_exact_rule_of_a_majority_keeps_every_answer(runs):
 
 
 def test_a_share_is_rescored(runs):
-    run = held(rescore=0.25, weights='3 1 1', views=1)
+    run = held(rescore=0.25, weights='1 3 1', views=1)  # the first asks for all, and weighs little
     table = read_probs(run.folder / 'votes.parquet')
     first, *others = table.attrs['meta']['voters']
     assert table[first].notna().all()
@@ -149,6 +149,7 @@ def test_killed_at_a_random_second_a_valid_submission_lies_there(runs, own_root)
         (dict(budget=-1), 'budget'),
         (dict(change=1), 'change'),
         (dict(rescore=0), 'rescore'),
+        (dict(rescore=0.5, change=0.1), 'both choose'),
         (dict(rule='ranks', budget=5), 'every voter'),
     ],
 )
