@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['known_bases', 'known_gpus', 'base_config', 'shape', 'lora_params', 'Job', 'trainable_params', 'mean_context',
-           'token_flops', 'base_bytes', 'layer_bytes', 'memory', 'find_gpu', 'pack_seconds', 'layers_to_checkpoint',
-           'cost', 'cost_table']
+           'token_flops', 'base_bytes', 'layer_bytes', 'memory', 'prediction_memory', 'tokens_that_fit', 'find_gpu',
+           'pack_seconds', 'layers_to_checkpoint', 'cost', 'cost_table']
 
 # %% ../nbs/lib/03e_cost.ipynb #ab77b0e3
 from .base import base_path, local_base, pick_dtype
@@ -191,6 +191,26 @@ def memory(
                working=working)
     out['peak'] = sum(out.values())
     return dict(out, needs=out['peak']+.04*(activations+working))
+
+# %% ../nbs/lib/03e_cost.ipynb #61ba01ac
+def prediction_memory(
+    job,        # A `Job`
+    tokens:int, # In a pack
+) -> dict: # Bytes: the parts, and `peak`, their sum
+    "Predicted memory of prediction on one GPU; an upper bound"
+    base, lora = job.base, trainable_params(job) if job.method == 'lora' else 0
+    working = tokens*(layer_bytes(job)+_width(job)*base['hidden'])
+    if job.dtype in _quantised: working += 2*max(i*o for i, o in base['linears'].values())
+    out = dict(base=base_bytes(base, job.dtype, job.route), adapter=4*lora, working=working)
+    return dict(out, peak=sum(out.values()))
+
+def tokens_that_fit(
+    job,          # A `Job`
+    limit:float,  # Bytes
+) -> int: # 0 or less where the weights alone do not fit
+    "The largest pack whose predicted memory stays below a limit"
+    none, some = (prediction_memory(job, n)['peak'] for n in (0, 1024))
+    return int((limit-none)/(some-none)*1024)
 
 # %% ../nbs/lib/03e_cost.ipynb #f6212bc5
 _gpu_keys = 'memory peak sustained fp32 bandwidth link bf16 source'.split()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
            'ancestors', 'parents', 'lineage_of', 'recipe_key', 'same_tables', 'training_rows', 'rows_seen', 'has_seen',
-           'trusted_prompt', 'load_adapter', 'load_run', 'predict_runs']
+           'trusted_prompt', 'load_adapter', 'load_run', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os
@@ -19,6 +19,7 @@ from .folds import fold_rows
 from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record
 from .probs import read_probs, write_probs
+from .rows import n_options, swap_probs
 from .prompt import Prompt, encode_cached, tokenizer_hash
 from .tables import load_rows, table_hashes
 
@@ -239,17 +240,23 @@ def _copy_earlier(path, rows, views, made_of):
         return
 
 # %% ../nbs/lib/03h_trained.ipynb #a035c084
+def _fuse_and_compile(model, tokens): # where it pays; `tokens` are those to predict
+    from competition_kit.speed import compile_layers, fuse, worth_compiling
+    if model.device.type == 'cuda': fuse(model)
+    if worth_compiling(model, 2*tokens*sum(p.numel() for p in model.parameters())): compile_layers(model)
+
 def _predict_run(rec, model, prompt, rows, path, views, pack_tokens, progress): # predict and write `path`
     from competition_kit.model import predict
-    from competition_kit.speed import compile_layers, fuse, worth_compiling
     enc = encode_cached(prompt, rows, views)
-    if model.device.type == 'cuda': fuse(model)
-    if worth_compiling(model, 2*int(enc.n.sum())*sum(p.numel() for p in model.parameters())): compile_layers(model)
+    _fuse_and_compile(model, int(enc.n.sum()))
     p = predict(model, prompt, rows, views, pack_tokens, progress, enc)
     write_probs(path, rows, p, prompt.task, views, _seen(rec, rows), run=rec['run_id'], tokenizer=rec['tokenizer'],
                 made_of=_made_of(rec, rows))
 
 # %% ../nbs/lib/03h_trained.ipynb #36eee936
+def _on_base(rec): # runs with the same can share a loaded model
+    return base_of(rec), *(str(model_params(rec)[k]) for k in ('route', 'dtype'))
+
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -267,7 +274,7 @@ def predict_runs(
         raise Refusal(f"runs of another task than {task}: {', '.join(other)}")
     for r, f in files.items():
         if _kept(f, rows, views) is None: _copy_earlier(f, rows, views, _made_of(recs[r], rows))
-    def on_base(r): return base_of(recs[r]), *(str(model_params(recs[r])[k]) for k in ('route', 'dtype'))
+    def on_base(r): return _on_base(recs[r])
     todo = sorted([r for r in runs if _kept(files[r], rows, views) is None], key=on_base)
     for _, same in groupby(todo, on_base):
         model = None  # the old base goes before the new one comes
@@ -275,3 +282,38 @@ def predict_runs(
             model = load_run(recs[r], prompts[r], over=model)
             _predict_run(recs[r], model, prompts[r], rows, files[r], views, pack_tokens, progress)
     return {r: _kept(f, rows, views) for r, f in files.items()}
+
+# %% ../nbs/lib/03h_trained.ipynb #9af99deb
+class RunAsker:
+    "Train runs that predict some rows and one view at a time; one model is loaded at a time"
+    def __init__(self,
+        runs,        # Ids of train runs
+        rows,        # The table that is asked about
+        views:int=2, # 1: rows as they are; 2: also swapped
+        pack_tokens:int=4096, # Tokens in a pack
+    ):
+        self.recs = {r: find_run(r) for r in runs}
+        self.prompts = {r: trusted_prompt(rec) for r, rec in self.recs.items()}
+        self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
+        self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']
+        self.model = self.base = None  # `base`: as of `_on_base`
+
+    def tokens(self, run): # [rows] tokens of the plain view
+        enc = encode_cached(self.prompts[run], self.rows, self.views)
+        return enc[enc.view == 0].sort_values('row').n.to_numpy()
+
+    def load(self, run):
+        "Make a run's model ready"
+        if _on_base(self.recs[run]) != self.base: self.model = None  # the old base goes before the new one comes
+        self.model = load_run(self.recs[run], self.prompts[run], over=self.model)
+        self.base = _on_base(self.recs[run])
+        self.enc = encode_cached(self.prompts[run], self.rows, self.views)
+        self.lines = [np.flatnonzero(self.enc.view == v)[np.argsort(self.enc.row[self.enc.view == v], kind='stable')]
+                      for v in range(self.views)]
+        _fuse_and_compile(self.model, int(self.enc.n.sum()))
+
+    def ask(self, at, view): # [those rows, options], un-swapped
+        "The loaded run's probabilities for the rows at these positions, in one view"
+        from competition_kit.model import view_probs
+        p = view_probs(self.model, self.enc.iloc[self.lines[view][at]], self.n, self.pack_tokens, progress=False)
+        return swap_probs(p, self.n[at], self.task) if view else p

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['hold_vote', 'candidates', 'group_by_recipe', 'voters', 'left_out', 'voter_weights', 'run_weights', 'oof_probs',
-           'oof_vote', 'fold_scores', 'verdict', 'vote_inputs', 'score_vote', 'rows_to_predict', 'run_tables',
-           'voter_probs', 'write_votes', 'save_vote', 'VoteArgs', 'run_vote', 'vote', 'agreement', 'check_submission',
-           'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority', 'make_submission',
-           'practice_score', 'predict_runs', 'trusted_prompt']
+           'oof_vote', 'fold_scores', 'verdict', 'voters_worth', 'vote_inputs', 'training_table', 'score_vote',
+           'rows_to_predict', 'write_sample', 'run_tables', 'voter_probs', 'write_votes', 'save_vote', 'by_strength',
+           'stopping_limits', 'BallotAsker', 'prior_probs', 'staged_files', 'first_submission', 'run_staged',
+           'finish_staged', 'plan_memory', 'limit_memory', 'VoteArgs', 'run_vote', 'vote', 'agreement',
+           'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter', 'majority',
+           'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']
 
 # %% ../nbs/10_vote.ipynb #aea0798b
 from dataclasses import dataclass
@@ -15,19 +17,26 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from .choose import error_correlation, vote_curve, worth_sentence
+from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import (Refusal, at_least, content_hash, hash_obj, models_path, one_of, project_root, sha256,
-                                  write_table)
+from .core import (Refusal, at_least, atomic, content_hash, csv_text, data_path, hash_obj, jsonl_text,
+                                  models_path, one_of, project_root, read_json, sha256, share, write_json, write_table)
 from .log import people
 from .record import find_run, records
-from .probs import align, baselines, read_probs, scores, write_probs
-from .rows import n_options, tasks
+from .probs import align, baselines, class_prior, log_loss, read_probs, scores, write_probs
+from .rows import n_options, read_raw, tasks
+from .sequential import calibrated_limits, exact_limits
+from .staged import (gap_sentence, gaps, no_answers, passes, read_answers, staged_vote, vote_so_far,
+                                    voter_means, write_answers)
 from .submission import (check_submission, find_sample, make_submission, practice_score,
                                         read_sample)
-from .tables import check_texts, load_rows, parse_mix, table_name, table_path, validated_part
+from .tables import (check_texts, load_rows, parse_mix, sample_files, table_name, table_path,
+                                    validated_part)
 from .teachers import adopted, adopted_table
-from .trained import (check_run, load_adapter, model_params, model_stages, predict_runs, recipe_key,
-                                     same_tables, trusted_prompt)
+from .prompt import encode_cached
+from .trained import (RunAsker, _seen, base_of, check_run, is_full, load_adapter, model_params,
+                                     model_stages, predict_runs, recipe_key, same_tables, trusted_prompt)
 _all_ = ['agreement', 'check_submission', 'combine', 'entropy', 'find_sample', 'fit_weights', 'load_adapter',
          'majority', 'make_submission', 'practice_score', 'predict_runs', 'trusted_prompt']  # for votes by hand
 
@@ -94,7 +103,7 @@ def voters(
 ): # DataFrame with a line a run: `voter`, `run`, `fold`, its scores, and its weight from the workbook
     "The runs that vote, by voter; without `runs`, by the column `keep`"
     check_texts(voters, locals())
-    asked, marks = (runs or '').split(), people()
+    asked, marks = [_adopt_folder(n) for n in (runs or '').split()], people()
     files, names = [n for n in asked if _is_table(n)], [n for n in asked if not _is_table(n)]
     lost = [n for n in files if _is_file(n) and not (project_root()/n).is_file()]
     if lost: raise Refusal('no such file', lost[0])
@@ -104,6 +113,18 @@ def voters(
     for i, file in enumerate(files, len(groups)+1):
         table.append(dict(voter=f'{i}: {Path(file).name}', run=file, vote_weight=1.))
     return pd.DataFrame(table, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
+
+def _adopt_folder(name): # the id of a run whose folder was named; one from elsewhere is linked into `models/`
+    folder = project_root()/name
+    if not ('/' in name and folder.is_dir()): return name
+    if not (folder/'record.json').is_file():
+        raise Refusal('a model folder without record.json: its prompt and task are unknown', folder,
+                      fix='Copy the whole folder of the run')
+    run, here = read_json(folder/'record.json')['run_id'], models_path()
+    if not (here/run).exists():
+        here.mkdir(parents=True, exist_ok=True)
+        (here/run).symlink_to(folder.resolve())
+    return run
 
 def _ballot_line(voter, rec, marks): # one run's line of the table
     run, weight = rec['run_id'], marks.get(rec['run_id'], {}).get('vote_weight')
@@ -201,6 +222,10 @@ def oof_probs(
     return {voter: align(t, rows, width) for voter, t in tables.items()}, rows
 
 # %% ../nbs/10_vote.ipynb #e051db6d
+def _parts(rows): # [rows] their folds; of a single fold the halves of its groups
+    if rows.fold.nunique() > 1: return rows.fold.to_numpy()
+    return pd.factorize(rows.get('group', rows.index), sort=True)[0] % 2
+
 def oof_vote(
     oof,                # Voter → [rows, options]
     rows,               # Those rows, with `label` and `fold`; in a single fold, rows of one `group` stay together
@@ -208,9 +233,9 @@ def oof_vote(
     rule:str='mean',    # As for `combine`
 ) -> np.ndarray: # [rows, options]
     "The vote of out-of-fold probabilities; weights are fitted on the other folds, or on the other half of one fold"
-    p, part, label = np.stack(list(oof.values())), rows.fold.to_numpy(), rows.label.to_numpy()
+    p, label = np.stack(list(oof.values())), rows.label.to_numpy()
     if not isinstance(weights, str): return combine(p, weights, rule)
-    if len(np.unique(part)) < 2: part = pd.factorize(rows.get('group', rows.index), sort=True)[0] % 2
+    part = _parts(rows)
     if len(np.unique(part)) < 2:
         raise Refusal('weights cannot be fitted and scored: all rows are of one group', fix='Take weights log')
     out = np.zeros_like(p[0])
@@ -266,18 +291,35 @@ def _sentence(metric, vote, best, base, lead, spread):
     over = f'the spread over folds or seeds ({spread:.4f})'
     return head+(f', which is less than {over}: that may be chance.' if lead <= spread else f', more than {over}.')
 
+# %% ../nbs/10_vote.ipynb #1ccc5e3d
+def voters_worth(
+    oof,     # Voter → [rows, options], out of fold
+    rows,    # Those rows
+    weights, # One number a voter
+    rule:str='mean', # As for `combine`
+) -> dict: # `worth`, a sentence, and `curve`, from `vote_curve`; empty for a single voter
+    "How many independent voters the voters are worth, and the score by number of votes"
+    if len(oof) < 2: return {}
+    p, label, part = np.stack(list(oof.values())), rows.label.to_numpy(), _parts(rows)
+    found = dict(worth=worth_sentence(error_correlation(p, label), weights))
+    if len(np.unique(part)) < 2: return found
+    metric = 'accuracy' if rule == 'majority' else tasks[rows.attrs['meta']['task']].metric
+    return found | dict(curve=vote_curve(p, label, part, rule, metric))
+
 # %% ../nbs/10_vote.ipynb #fa59d575
 def vote_inputs(
     ballot,                   # From `voters`
     data:str='sample_arena',  # Name of the training table; `<data>_test` is predicted
     sample:str='',            # As for `find_sample`
+    test:str='',              # As for `rows_to_predict`
 ) -> dict: # For the run id
     "The inputs of a vote: name → hash"
-    name = table_name(data)
     runs = {r: _sum(r) for r in ballot.run}
-    tables = {n: content_hash(table_path(n)) for n in (name, f'{name}_test')}
-    return {**runs, **tables, 'vote_weight': hash_obj(ballot.vote_weight.tolist()),
-            'sample': sha256(find_sample(data, sample))}
+    files = {'vote_weight': hash_obj(ballot.vote_weight.tolist())}
+    if sample := _sample(data, sample, test): files['sample'] = sha256(sample)
+    if test: return {**runs, **files, 'test': sha256(_test_file(test))}
+    name = table_name(data)
+    return {**runs, **{n: content_hash(table_path(n)) for n in (name, f'{name}_test')}, **files}
 
 def _sum(run): # a hash of a voter's run, or of its probabilities
     if _is_file(run): return content_hash(project_root()/run)
@@ -307,6 +349,23 @@ def _seed_scores(ballot, oof, rows, metric): # scores of the largest set of vote
         by_params.setdefault(hash_obj(params), []).append(scores(oof[voter], rows.label.to_numpy())[metric])
     return max(by_params.values(), key=len, default=[])
 
+# %% ../nbs/10_vote.ipynb #e422eb49
+def _has_table(name): return data_path(f'{name}.parquet').is_file()
+
+def training_table(
+    ballot,    # From `voters`
+    data:str,  # Name of the training table
+): # DataFrame with all its columns, or None where one of the tables is missing
+    "The table that the voters are scored on"
+    mixes = [model_params(rec)['mix'] for rec in _records(ballot)] or [table_name(data)]
+    known = all(_has_table(part.name) for mix in mixes for part in parse_mix(mix))
+    return _table(ballot, data) if known else None
+
+def _unscored(ballot, weights): # the score of a vote without a training table
+    rows = pd.DataFrame(dict(label=np.array([], int), fold=np.array([], int)))
+    return dict(weights=voter_weights(ballot, weights), oof={}, rows=rows, vote=None, metrics=None, table=None,
+                sentence='The training table is not on this machine: the vote has no score.')
+
 # %% ../nbs/10_vote.ipynb #171fd172
 def score_vote(
     ballot,                  # From `voters`
@@ -315,7 +374,8 @@ def score_vote(
     rule:str='mean',         # As for `combine`
 ) -> dict: # `weights`, `oof` (voter → probabilities), `rows`, `vote`, `metrics`, `table`, `sentence`
     "The weights of a vote, and its score on out-of-fold rows; without any, `vote`, `metrics` and `table` are None"
-    table = _table(ballot, data)
+    table = training_table(ballot, data)
+    if table is None: return _unscored(ballot, weights)
     oof, rows = oof_probs(ballot, table)
     names = list(dict.fromkeys(ballot.voter))
     p = np.stack(list(oof.values())) if len(rows) and set(oof) == set(names) else None
@@ -326,7 +386,8 @@ def score_vote(
     elif not in_oof.sum(): sentence = 'The voters that have out-of-fold rows have weight 0: the vote has no score.'
     else:
         vote = oof_vote(oof, rows, 'fit' if weights == 'fit' else in_oof, rule)
-        return score | _scored(vote, oof, rows, table, ballot, fitted=weights == 'fit')
+        score |= _scored(vote, oof, rows, table, ballot, fitted=weights == 'fit')
+        return score | voters_worth(oof, rows, in_oof, rule)
     return score | dict(sentence=sentence)
 
 # %% ../nbs/10_vote.ipynb #579e3a32
@@ -361,13 +422,48 @@ def _task(ballot): # the one task of all voters
 def rows_to_predict(
     ballot,   # From `voters`
     data:str, # Name of the training table
-): # The table `<data>_test`; its task is the voters', since a file without ties does not say whether there are any
+    test:str='', # Path of a raw test file; default: the table `<data>_test`
+): # Its task is the voters', since a file without ties does not say whether there are any
     "The rows to predict"
-    rows, task = load_rows(f'{table_name(data)}_test'), _task(ballot)
+    rows, task = _raw_test(test) if test else load_rows(f'{table_name(data)}_test'), _task(ballot)
     if ('options' in rows) != (not tasks[task].pair):
         raise Refusal(f"the voters answer {task}, the test table is {rows.attrs['meta']['task']}")
     rows.attrs['meta']['task'] = task
     return rows
+
+# %% ../nbs/10_vote.ipynb #c5f08bd5
+def _test_file(test):
+    path = project_root()/test  # an absolute path stays what it is
+    if not path.is_file(): raise Refusal('no such file', path)
+    return path
+
+def _raw_test(test):
+    rows, info = read_raw(_test_file(test))
+    rows = rows.assign(label=-1, target=None)
+    rows.attrs['meta'] = dict(task=info['task'])
+    return rows
+
+def _sample(data, sample, test): # the host's sample submission; None where a test file has none beside it
+    if sample or not test: return find_sample(data, sample)
+    found = [p for p in sample_files(_test_file(test).parent) if p.suffix in ('.csv', '.jsonl')]
+    return found[0] if len(found) == 1 else None
+
+def write_sample(
+    rows,    # The rows to predict
+    folder,  # Where to
+) -> Path: # `sample_submission.csv`, or `.jsonl` for questions
+    "A sample submission for a test file that came without one"
+    task, name = tasks[rows.attrs['meta']['task']], Path(folder)/'sample_submission'
+    if task.pair:
+        even = [f'{1/len(task.options):.6f}']*len(rows)
+        path, text = name.with_suffix('.csv'), csv_text(dict(id=rows.id, **{f'winner_{o}': even for o in task.options}))
+    else:
+        problems = {}
+        for i in rows.id: problems.setdefault(i.rsplit('-', 1)[0], []).append(dict(answer='A'))
+        lines = [dict(id=i, questions=q) for i, q in problems.items()]
+        path, text = name.with_suffix('.jsonl'), jsonl_text(lines)
+    with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    return path
 
 # %% ../nbs/10_vote.ipynb #cc55f7de
 def run_tables(
@@ -399,6 +495,11 @@ def _any_seen(tables, rows): # [rows], True where a voter was trained on it, nul
     by_row = zip(*(_seen_by(t, rows) for t in tables))
     return pd.array([True if True in row else None if None in row else False for row in by_row], dtype='boolean')
 
+def _agreement_of(p, has, vote): # [rows] share of the voters asked that agree; NaN where nobody was
+    if has.all(): return agreement(p, vote)
+    same = np.stack([np.asarray(v).argmax(1) == vote.argmax(1) for v in p]) & has
+    return (same.sum(0)/np.where(has.any(0), has.sum(0), np.nan)).astype(np.float32)
+
 def write_votes(
     path,      # Where to
     rows,      # The rows predicted
@@ -408,13 +509,15 @@ def write_votes(
     views:int, # Orderings averaged
     seen,      # [rows] was a voter trained on it?
     run:str,   # Run id
+    has=None,  # [voters, rows] was the voter asked for the row? Default: all were
 ):
     "The vote and all voters in one table, which `read_probs` reads: a vote can be a voter, or a teacher"
     n, ids = n_options(rows, tasks[task]), list(rows.id)
-    def cut(a): return [o[:k] for o, k in zip(np.asarray(a, np.float32), n)]
-    df = pd.DataFrame(dict(id=ids, p=cut(vote), views=np.int32(views), seen=seen,
-                           agreement=agreement(p.values(), vote), entropy=entropy(vote),
-                           **{voter: cut(a) for voter, a in p.items()}))
+    has = np.ones((len(p), len(rows)), bool) if has is None else has
+    def cut(a, here): return [o[:k] if h else None for o, k, h in zip(np.asarray(a, np.float32), n, here)]
+    each = {voter: cut(a, here) for (voter, a), here in zip(p.items(), has)}
+    df = pd.DataFrame(dict(id=ids, p=cut(vote, np.ones(len(rows), bool)), views=np.int32(views), seen=seen,
+                           agreement=_agreement_of(p.values(), has, vote), entropy=entropy(vote), **each))
     write_table(df, path, task=task, options=list(tasks[task].options), ids=hash_obj(ids), run=run, voters=list(p))
 
 # %% ../nbs/10_vote.ipynb #a6867573
@@ -436,6 +539,209 @@ def save_vote(
     write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, views, seen=False, run=run.id)
     return [*files, 'oof.parquet']
 
+# %% ../nbs/10_vote.ipynb #2b956a35
+def by_strength(
+    ballot,     # From `voters`
+    score:dict, # From `score_vote`
+    as_named:bool=False, # Keep the order of the ballot
+): # (the ballot, the heaviest voter first; one weight a voter in that order)
+    "The order in which voters are asked"
+    names = list(dict.fromkeys(ballot.voter))
+    weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
+    loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
+    names = [v for v in names if weight[v] > 0]
+    if not as_named: names.sort(key=lambda v: (-weight[v], loss[v]))
+    lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
+    return lines, np.array([weight[v] for v in names])
+
+def stopping_limits(
+    names,       # Of the voters, in the order of `by_strength`
+    weights,     # Theirs
+    score:dict,  # From `score_vote`
+    rule:str,    # As for `combine`
+    change:float,# Share of the answers that may change; 0: None is returned, and all voters are asked
+): # [voters] margins, or None
+    "When to stop asking; calibrated where all voters have out-of-fold rows, else exact"
+    if not change: return None
+    if set(names) <= set(score['oof']) and len(score['rows']):
+        return calibrated_limits(np.stack([score['oof'][v] for v in names]), weights, rule, change)
+    if rule != 'logits': return exact_limits(weights)
+    print('change has no effect: without out-of-fold rows, a mean of logarithms has no certain margin')
+
+# %% ../nbs/10_vote.ipynb #83979a83
+class BallotAsker:
+    "The runs of a ballot, by their position; files of probabilities have answered already"
+    def __init__(self,
+        ballot,          # From `by_strength`
+        rows,            # The rows to predict
+        views:int,       # 1: rows as they are; 2: also swapped
+        pack_tokens:int, # Tokens in a pack
+        clock:Clock,     # Its pace begins anew with each base
+    ):
+        self.names, self.voters = list(ballot.run), list(dict.fromkeys(ballot.voter))
+        self.rows, self.clock = rows, clock
+        self.tables = {r: _read(r) for r in self.names if _is_table(r)}
+        self.models = RunAsker([r for r in self.names if r not in self.tables], rows, views, pack_tokens)
+        self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
+        for r, table in self.tables.items():
+            k = self.names.index(r)
+            self.answers.total[k], self.answers.views[k] = views*align(table, rows), views
+
+    def tokens(self): # [rows]
+        models = [r for r in self.names if r not in self.tables]
+        return self.models.tokens(models[0]) if models else np.ones(len(self.rows))
+
+    def load(self, k):
+        before = self.models.base
+        self.models.load(self.names[k])
+        if self.models.base != before: self.clock.pieces.clear()
+
+    def ask(self, k, at, view): return self.models.ask(at, view)
+
+    def seen(self): # [rows], True where a run was trained on it, null where one does not say
+        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else _seen(self.models.recs[r], self.rows)
+                  for r in self.names]
+        return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
+                        dtype='boolean')
+
+# %% ../nbs/10_vote.ipynb #4d364220
+def prior_probs(
+    table,    # From `training_table`; None: all options of a row are equal
+    rows,     # The rows to predict
+) -> np.ndarray: # [rows, options]
+    "Probabilities for rows that no model has seen"
+    task = tasks[rows.attrs['meta']['task']]
+    label = np.array([], int) if table is None else table.label.to_numpy()
+    return class_prior(label[label >= 0], n_options(rows, task), len(task.options))
+
+def staged_files(
+    run,        # From `run_stage`
+    asker,      # A `BallotAsker`
+    weights,    # One number a voter, in its order
+    prior,      # From `prior_probs`
+    args,       # `VoteArgs`
+    sample,     # The host's sample submission
+): # Function without arguments
+    "A function that writes the submission, what is missing from it, and the answers so far"
+    rows, a = asker.rows, asker.answers
+    def save():
+        p = vote_so_far(a, weights, prior, args.rule)
+        make_submission(p, rows, rows.attrs['meta']['task'], sample, run.folder/f'submission{sample.suffix}')
+        write_json(run.folder/'missing.json', gaps(a, asker.names, args.views))
+        write_answers(run.folder/'answers.npz', a, f'{run.id} {asker.names}')
+    return save
+
+def first_submission(
+    run,    # From `run_stage`
+    rows,   # The rows to predict
+    prior,  # From `prior_probs`
+    sample, # The host's sample submission
+):
+    "A valid submission before anything is predicted; one of an interrupted vote stays"
+    path, task = run.folder/f'submission{sample.suffix}', rows.attrs['meta']['task']
+    try: check_submission(path, sample, task, rows)
+    except Refusal:
+        make_submission(prior, rows, task, sample, path)
+        write_json(run.folder/'missing.json', dict(rows=len(rows), no_model=len(rows)))
+
+# %% ../nbs/10_vote.ipynb #7a0ecaf7
+def run_staged(
+    run,            # From `run_stage`
+    args,           # `VoteArgs` with a budget, a share of changes, or a share to re-score
+    ballot,         # From `voters`
+    rows,           # From `rows_to_predict`
+    sample,         # The host's sample submission
+    clock:Clock,
+    memory=None,    # From `plan_memory`
+):
+    "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
+    prior, pack_tokens = prior_probs(training_table(ballot, args.data), rows), args.pack_tokens
+    first_submission(run, rows, prior, sample)
+    score = score_vote(ballot, args.data, args.weights, args.rule)
+    lines, weights = by_strength(ballot, score, as_named=args.rescore < 1)
+    if memory: pack_tokens = memory['pack_tokens']
+    asker = BallotAsker(lines, rows, args.views, pack_tokens, clock)
+    read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
+    limits = stopping_limits(asker.voters, weights, score, args.rule, args.change)
+    todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore,
+                  order=range(len(weights)))
+    save = staged_files(run, asker, weights, prior, args, sample)
+    why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.tokens(), clock, save, pack_tokens)
+    vote = vote_so_far(asker.answers, weights, prior, args.rule)
+    finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory or {},
+                  vote_minutes=round(clock.used()/60, 3))
+
+# %% ../nbs/10_vote.ipynb #163ce385
+def finish_staged(
+    run,       # From `run_stage`
+    args,      # `VoteArgs`
+    ballot,    # From `voters`
+    sample,    # The host's sample submission
+    score,     # From `score_vote`
+    asker,     # A `BallotAsker`
+    vote,      # [rows, options]
+    why:str,   # Why it stopped; '' when it is complete
+    **facts,   # For the record
+):
+    "Write the votes of a budget, and finish its run"
+    (each, has), rows, submission = voter_means(asker.answers), asker.rows, run.folder/f'submission{sample.suffix}'
+    task, seen, views = rows.attrs['meta']['task'], asker.seen(), asker.answers.views.max(0)
+    missing = gaps(asker.answers, asker.names, args.views)
+    print(gap_sentence(missing, why) or 'The vote is complete.')
+    write_votes(run.folder/'votes.parquet', rows, vote, dict(zip(asker.voters, each)), task, views, seen, run.id, has)
+    files = [submission.name, 'missing.json', 'votes.parquet']
+    if score['vote'] is not None:
+        write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, args.views, seen=False, run=run.id)
+        files.append('oof.parquet')
+    metrics = {**(score['metrics'] or {}), 'seen': int(seen.fillna(False).sum())}
+    for solution in sorted(sample.parent.glob('solution.*'))[:1]: metrics |= practice_score(submission, solution)
+    facts |= _facts(args, ballot, score, run, submission)
+    facts['sentence'] = f"{facts['sentence']} {gap_sentence(missing, why)}".strip()
+    runs_per_row = round(float((asker.answers.views > 0).sum(0).mean()), 3)
+    run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=runs_per_row)
+
+# %% ../nbs/10_vote.ipynb #24b95b60
+def _job(rec): # of the cost model
+    from competition_kit.base import pick_dtype
+    from competition_kit.cost import Job, base_config, shape
+    p, base = model_params(rec), base_of(rec)
+    quant = base_config(base).to_dict().get('quantization_config') or {}
+    dtype = f"gptq{quant['bits']}" if quant.get('bits') in (4, 8) else str(p['dtype'])
+    if dtype == 'auto': dtype = pick_dtype(dtype)
+    return Job(shape(base), 'full' if is_full(rec) else 'lora', dtype, str(p['route']), p.get('lora_r', 0),
+               p.get('lora_modules', 'all-linear'), compiled=False)
+
+def plan_memory(
+    ballot,          # From `voters`
+    rows,            # The rows to predict
+    views:int,       # 1: rows as they are; 2: also swapped
+    pack_tokens:int, # Tokens in a pack, as wanted
+    limit_gb:float,  # 1e9 bytes
+) -> dict: # `limit_gb`, `pack_tokens` that fit, `planned_gb`
+    "Packs that keep every model of a vote below a memory limit; a model that cannot is refused"
+    from competition_kit.cost import prediction_memory, tokens_that_fit
+    plan = dict(limit_gb=limit_gb, pack_tokens=pack_tokens, planned_gb=0.)
+    jobs = [(_job(rec), _longest(rec, rows, views)) for rec in _records(ballot)]
+    for rec, (job, longest) in zip(_records(ballot), jobs):
+        fits = tokens_that_fit(job, limit_gb*1e9)
+        if fits < longest:
+            need = prediction_memory(job, longest)['peak']/1e9
+            raise Refusal(f'a row of {longest} tokens needs {need:.2f} GB, and max_memory_gb is {limit_gb:g}',
+                          rec['run_id'], fix='Take a smaller or quantised base, or leave the run out')
+        plan['pack_tokens'] = min(plan['pack_tokens'], fits)
+    peaks = [prediction_memory(job, max(plan['pack_tokens'], longest))['peak'] for job, longest in jobs]
+    return plan | dict(planned_gb=round(max(peaks, default=0)/1e9, 6))
+
+def _longest(rec, rows, views): return int(encode_cached(trusted_prompt(rec), rows, views).n.max())  # tokens
+
+def limit_memory(
+    limit_gb:float, # 1e9 bytes
+):
+    "Let torch take no more of the GPU than the limit; nothing happens on a CPU"
+    import torch
+    if not torch.cuda.is_available(): return
+    torch.cuda.set_per_process_memory_fraction(min(1., limit_gb*1e9/torch.cuda.mem_get_info()[1]))
+
 # %% ../nbs/10_vote.ipynb #ae93bf53
 @dataclass(frozen=True)
 class VoteArgs:
@@ -443,39 +749,64 @@ class VoteArgs:
     data:str='sample_arena'  # name of the training table; its test table <data>_test is predicted
     runs:str=''              # run ids or probability files, separated by spaces; empty: by the workbook's column keep
     weights:str='log'        # log (the workbook's vote_weight), fit (on out-of-fold rows), or numbers, such as 2 1 1
-    rule:str='mean'          # mean (of probabilities), logits (mean of their logarithms) or majority
+    rule:str='mean'          # mean (of probabilities), logits (mean of their logarithms), majority or ranks
     views:int=2              # 1: rows as they are; 2: also with the answers swapped
     sample:str=''            # path of the sample submission, if it is not in data/<data>/
     pack_tokens:int=4096     # tokens in a pack
+    budget:float=0.          # minutes; 0: no limit. The heaviest voter first, then what fits
+    change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
+    rescore:float=1.         # a cascade: share of the rows, of the smallest margin, for all but the first run named
+    test:str=''              # path of a raw test file, where there is no table <data>_test
+    max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
-        one_of(self, rule=('mean', 'logits', 'majority'), views=(1, 2))
+        one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
         at_least(self, 1, 'pack_tokens')
+        at_least(self, 0, 'budget', 'max_memory_gb')
+        share(self, 'change')
+        if not 0 < self.rescore <= 1: raise Refusal(f'rescore={self.rescore!r}', fix='Take a share above 0, up to 1')
+        if self.change and self.rescore < 1:
+            raise Refusal('change and rescore both choose the rows of later voters', fix='Take one of them')
+        if self.staged and self.rule == 'ranks':
+            raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0 and rescore 1')
+
+    @property
+    def staged(self): return bool(self.budget or self.change or self.rescore < 1)  # else all are asked for all
 
     @cached_property
     def ballot(self): return voters(self.data, self.runs)
 
-    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample)
+    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test)
 
 # %% ../nbs/10_vote.ipynb #3071e650
+def _within_memory(args, ballot, rows): # the plan, for the record; empty without a limit
+    if not args.max_memory_gb: return {}
+    plan = plan_memory(ballot, rows, args.views, args.pack_tokens, args.max_memory_gb)
+    limit_memory(args.max_memory_gb)
+    return plan
+
 def run_vote(
     run,           # From `run_stage`
     args:VoteArgs,
     ballot,        # From `voters`
 ):
     "Vote on the test table, write and check a submission, and finish the run"
-    rows, sample = rows_to_predict(ballot, args.data), find_sample(args.data, args.sample)
+    clock = Clock(args.budget)
+    rows = rows_to_predict(ballot, args.data, args.test)
+    sample = _sample(args.data, args.sample, args.test) or write_sample(rows, run.folder)
     read_sample(sample, rows, rows.attrs['meta']['task'])
+    memory = _within_memory(args, ballot, rows)
+    if args.staged: return run_staged(run, args, ballot, rows, sample, clock, memory)
     score = score_vote(ballot, args.data, args.weights, args.rule)
-    tables = run_tables(ballot, rows, run.folder, args.views, args.pack_tokens)
+    tables = run_tables(ballot, rows, run.folder, args.views, memory.get('pack_tokens', args.pack_tokens))
     each = voter_probs(ballot, tables, rows)
     p = combine(each.values(), score['weights'], args.rule)
     submission = run.folder/f'submission{sample.suffix}'
     print(make_submission(p, rows, rows.attrs['meta']['task'], sample, submission))
     files = save_vote(run, rows, p, each, tables, score, args.views)
     run.finish(_metrics(args, score, each, tables, rows, submission, sample), [submission.name, *files],
-               **_facts(args, ballot, score, run, submission))
+               **_facts(args, ballot, score, run, submission), memory=memory)
 
 hold_vote = run_vote  # its earlier name
 
@@ -497,7 +828,13 @@ def _facts(args, ballot, score, run, submission): # for the record: who votes an
     weights = run_weights(ballot, score['weights']).round(4).tolist()
     return dict(members=list(ballot.run), weights=weights, rule=args.rule,
                 left_out=left_out(ballot, args.data, args.runs), submission=f'models/{run.id}/{submission.name}',
-                sentence=score['sentence'], table=_without_nan(score['table']))
+                sentence=score['sentence'], table=_without_nan(score['table']), **_worth_facts(score))
+
+def _worth_facts(score): # for the record
+    if 'worth' not in score: return {}
+    curve = {f'{n} votes': {c: round(float(v), 5) for c, v in line.items()}
+             for n, line in score['curve'].iterrows()} if 'curve' in score else {}
+    return dict(worth=score['worth'], votes_curve=curve)
 
 def _without_nan(table): # for a record
     if table is None: return {}

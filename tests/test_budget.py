@@ -1,0 +1,206 @@
+"Votes under a budget: the same numbers when there is time, and a valid submission whenever the process is killed"
+
+import os, random, shutil, signal, subprocess, sys, time
+import numpy as np, pandas as pd, pytest
+from competition_kit.clock import Clock
+from competition_kit.core import Refusal, models_path, read_json, root_at
+from competition_kit.probs import align, read_probs
+from competition_kit.record import run_stage, start_run
+from competition_kit.submission import check_submission, find_sample, make_submission
+from competition_kit.tables import load_rows
+from competition_kit.vote import VoteArgs, plan_memory, run_staged, rows_to_predict, vote, voters, write_sample
+
+
+def held(**kw):
+    return run_stage(vote, VoteArgs(**kw))
+
+
+def votes_of(run):
+    return align(read_probs(run.folder / 'votes.parquet'), load_rows('sample_arena_test'))
+
+
+@pytest.mark.parametrize('rule', ['mean', 'logits'])
+def test_with_time_enough_the_budget_changes_nothing(runs, rule):
+    plain, timed = held(rule=rule), held(rule=rule, budget=600)
+    np.testing.assert_allclose(votes_of(timed), votes_of(plain), atol=2e-5)
+    r = timed.record
+    assert r['stopped'] == '' and r['missing']['no_model'] == 0 and r['runs_per_row'] == 5
+    assert r['weights'] == plain.record['weights'] and r['sentence'] == plain.record['sentence']
+    for metric in ('log_loss', 'accuracy', 'practice_log_loss'):
+        assert r['metrics'][metric] == pytest.approx(plain.record['metrics'][metric], abs=1e-4)
+
+
+def test_the_exact_rule_of_a_majority_keeps_every_answer(runs):
+    full, stopped = held(rule='majority', views=1), held(rule='majority', views=1, change=0.001)
+    np.testing.assert_array_equal(votes_of(full).argmax(1), votes_of(stopped).argmax(1))
+    assert stopped.record['runs_per_row'] <= 5
+
+
+def test_a_share_is_rescored(runs):
+    run = held(rescore=0.25, weights='1 3 1', views=1)  # the first asks for all, and weighs little
+    table = read_probs(run.folder / 'votes.parquet')
+    first, *others = table.attrs['meta']['voters']
+    assert table[first].notna().all()
+    assert [table[o].notna().sum() for o in others] == [len(table) // 4] * 2
+    assert table.agreement.between(0, 1).all()
+
+
+def test_a_file_of_probabilities_votes_under_a_budget(runs, own_root):
+    from competition_kit.probs import write_probs
+
+    test = load_rows('sample_arena_test')
+    p = np.random.default_rng(0).dirichlet([1] * 3, len(test))
+    write_probs(own_root / 'other/p.parquet', test, p, 'preference', seen=False, run='elsewhere')
+    both = f'{runs[4]} other/p.parquet'
+    np.testing.assert_allclose(votes_of(held(runs=both, budget=600)), votes_of(held(runs=both)), atol=2e-5)
+
+
+def test_questions_vote_under_a_budget(own_root, tiny):
+    from competition_kit.train import train_fold
+
+    train_fold(mix='sample_logic', fold=0, base=tiny, max_len=256, epochs=0.1, lora_r=2, dtype='fp32')
+    rows = load_rows('sample_logic_test')
+    plain, timed = (read_probs(held(data='sample_logic', budget=b).folder / 'votes.parquet') for b in (0, 60))
+    np.testing.assert_allclose(align(timed, rows), align(plain, rows), atol=2e-5)
+
+
+class SlowClock(Clock):
+    "A clock on which each look takes three seconds"
+
+    def __init__(self, minutes):
+        self.t = 0.0
+        super().__init__(minutes, now=self.tick)
+
+    def tick(self):
+        self.t += 3
+        return self.t
+
+
+def test_a_vote_that_runs_out_of_time_says_so(runs):
+    args = VoteArgs(budget=2, pack_tokens=512)
+    ballot = voters()
+    rows, sample = rows_to_predict(ballot, args.data), find_sample(args.data)
+    with start_run('vote', dict(of='a test'), {}) as run:
+        run_staged(run, args, ballot, rows, sample, SlowClock(2))
+    r = run.record
+    assert r['status'] == 'done' and r['stopped'] == 'the time is up'
+    assert 'The vote stopped early (the time is up)' in r['sentence']
+    assert check_submission(run.folder / 'submission.csv', sample, 'preference', rows)
+    assert read_json(run.folder / 'missing.json')['runs'] == r['missing']['runs']
+    assert sum(r['missing']['runs'].values()) > 0
+
+
+def test_an_engine_that_dies_under_a_budget_costs_no_submission(runs, monkeypatch):
+    import competition_kit.model as model
+
+    real, calls = model.view_probs, []
+
+    def dies(*args, **kw):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError('CUDA error: device lost')
+        return real(*args, **kw)
+
+    monkeypatch.setattr(model, 'view_probs', dies)
+    r = held(budget=60).record
+    assert r['status'] == 'done' and 'device lost' in r['stopped']
+    assert check_submission(models_path(r['run_id'], 'submission.csv'), find_sample('sample_arena'), 'preference')
+
+
+KILLED = '''
+import time
+import competition_kit.model as model
+from competition_kit.record import run_stage
+from competition_kit.vote import VoteArgs, vote
+real = model.view_probs
+def slow(*args, **kw):
+    time.sleep(.2)
+    return real(*args, **kw)
+model.view_probs = slow
+run_stage(vote, VoteArgs(budget=60, pack_tokens=512))
+'''
+
+
+def test_killed_at_a_random_second_a_valid_submission_lies_there(runs, own_root):
+    rows, sample = load_rows('sample_arena_test'), find_sample('sample_arena')
+    env = dict(os.environ, CK_ROOT=str(own_root))
+    seconds = random.Random(os.getpid())
+    missing = []
+    for _ in range(2):
+        p = subprocess.Popen([sys.executable, '-c', KILLED], env=env, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while not (found := list(models_path().glob('vote-*/submission.csv'))) and time.monotonic() < end:
+            assert p.poll() is None
+            time.sleep(0.05)
+        time.sleep(seconds.uniform(0, 4))
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        assert check_submission(found[0], sample, 'preference', rows)
+        missing.append(read_json(found[0].with_name('missing.json'))['no_model'])
+    assert missing == sorted(missing, reverse=True)  # the second attempt goes on where the first was killed
+    run = held(budget=60, pack_tokens=512)
+    assert run.id == found[0].parent.name and run.done and run.record['stopped'] == ''
+    np.testing.assert_allclose(votes_of(run), votes_of(held()), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    'bad, why',
+    [
+        (dict(budget=-1), 'budget'),
+        (dict(change=1), 'change'),
+        (dict(rescore=0), 'rescore'),
+        (dict(rescore=0.5, change=0.1), 'both choose'),
+        (dict(rule='ranks', budget=5), 'every voter'),
+    ],
+)
+def test_bad_arguments(bad, why):
+    with pytest.raises(Refusal, match=why):
+        VoteArgs(**bad)
+
+
+# ---- direct prediction: a finished model and a test file, nothing else
+@pytest.mark.parametrize('budget', [0, 60])
+def test_a_model_folder_and_a_test_file_are_enough(runs, own_root, tmp_path_factory, budget):
+    expected = votes_of(held(runs=runs[0]))
+    ids = list(load_rows('sample_arena_test').id)
+    elsewhere = tmp_path_factory.mktemp('input')
+    shutil.copytree(models_path(runs[0]), elsewhere / runs[0])
+    shutil.copy(own_root / 'data/sample_arena/test.csv', elsewhere / 'test.csv')
+    with root_at(tmp_path_factory.mktemp('offline')):
+        kw = dict(data='lmsys', runs=str(elsewhere / runs[0]), test=str(elsewhere / 'test.csv'), budget=budget)
+        run = held(**kw)
+        assert 'no score' in run.record['sentence']
+        assert run.record['members'] == [runs[0]]
+        got = pd.read_csv(run.folder / 'submission.csv', dtype={'id': str}).set_index('id').loc[ids]
+        np.testing.assert_allclose(got.to_numpy(), expected, atol=2e-5)
+        assert held(**kw).id == run.id
+
+
+def test_a_folder_without_a_record_is_refused(own_root):
+    (own_root / 'merged').mkdir()
+    with pytest.raises(Refusal, match='without record.json'):
+        voters(runs='./merged')
+
+
+def test_a_sample_is_written_for_questions(own_root):
+    rows = pd.DataFrame(dict(id=['a-0', 'a-1', 'b-0'], options=[['x', 'y']] * 3))
+    rows.attrs['meta'] = dict(task='choice')
+    path = write_sample(rows, own_root)
+    p = np.tile([0.2, 0.8, 0, 0, 0, 0, 0], (3, 1))
+    assert '2 problems with 3 answers' in make_submission(p, rows, 'choice', path, own_root / 'submission.jsonl')
+
+
+# ---- memory
+def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs):
+    ballot, rows = voters(runs=runs[0]), load_rows('sample_arena_test')
+    wide = plan_memory(ballot, rows, 2, 4096, 100)
+    assert wide['pack_tokens'] == 4096
+    limit = wide['planned_gb'] * 0.7
+    tight = plan_memory(ballot, rows, 2, 4096, limit)
+    assert 160 <= tight['pack_tokens'] < 4096
+    assert tight['planned_gb'] <= limit + 5e-4
+    with pytest.raises(Refusal, match='max_memory_gb is 0.0001'):
+        plan_memory(ballot, rows, 2, 4096, 1e-4)
+    run = held(runs=runs[0], max_memory_gb=limit)
+    assert run.record['memory'] == tight
+    np.testing.assert_allclose(votes_of(run), votes_of(held(runs=runs[0])), atol=2e-5)

@@ -1,0 +1,187 @@
+"Budgets on simulated machines: slower half-way, stalled, dead; what is on disk then, and what is said about it"
+
+import numpy as np, pytest
+from competition_kit.choose import simulated_voters
+from competition_kit.clock import Clock, cut_pieces, fits, piece_size, seconds_per_unit, timed_piece, work_within
+from competition_kit.combine import combine
+from competition_kit.core import Refusal
+from competition_kit.sequential import exact_limits
+from competition_kit.staged import (
+    gap_sentence,
+    gaps,
+    no_answers,
+    passes,
+    read_answers,
+    staged_vote,
+    vote_so_far,
+    write_answers,
+)
+
+N = 600
+
+
+class Machine:
+    "Three voters with two views on a simulated GPU; `rate(seconds)` tokens a second"
+
+    def __init__(self, minutes, rate, skills=(1.5, 1.5, 1.5)):
+        self.t, self.rate, self.saves = 0.0, rate, []
+        self.p, self.label = simulated_voters([*skills, *skills], N, shared=0.6)
+        self.plain, self.swapped = self.p[: len(skills)], self.p[len(skills) :]
+        self.clock = Clock(minutes, now=lambda: self.t)
+        self.a = no_answers(range(len(skills)), N, 3)
+        self.prior = np.full((N, 3), 1 / 3)
+        self.weights = np.ones(len(skills))
+
+    def load(self, run):
+        self.t += 10
+
+    def ask(self, run, rows, view):
+        self.t += 100 * len(rows) / self.rate(self.t)
+        return (self.swapped if view else self.plain)[run, rows]
+
+    def save(self):
+        self.saves.append((self.t, vote_so_far(self.a, self.weights, self.prior)))
+
+    def vote(self, **how):
+        todo = passes(self.a, self.weights, self.prior, **how)
+        why = staged_vote(self.a, todo, self.load, self.ask, np.full(N, 100), self.clock, self.save)
+        return why, gaps(self.a, list('abc'), 2)
+
+
+def test_without_a_budget_the_vote_is_the_mean_of_all():
+    m = Machine(0, lambda t: 1000)
+    why, missing = m.vote()
+    assert why == '' and gap_sentence(missing, why) == ''
+    np.testing.assert_allclose(m.saves[-1][1], m.p.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize('minutes', [2, 4, 6])
+def test_a_machine_that_becomes_twice_slower_ends_in_time(minutes):
+    m = Machine(minutes, lambda t: 1000 if t < 30 * minutes else 500)
+    why, missing = m.vote()
+    assert why == 'the time is up'
+    assert m.saves[-1][0] <= 60 * minutes
+    assert missing['no_model'] == 0  # the first pass was complete before
+    assert m.saves[-1][0] > 60 * minutes * 0.7  # and the time was used
+
+
+def test_a_stall_leaves_the_submission_of_before():
+    m = Machine(4, lambda t: 1 if 120 < t < 121 else 1000)
+    why, missing = m.vote()
+    assert why == 'the time is up'
+    in_time = [vote for t, vote in m.saves if t <= 240]
+    np.testing.assert_allclose(in_time[-1].sum(1), 1, atol=1e-5)
+    assert (np.abs(in_time[-1] - 1 / 3).max(1) > 1e-3).mean() > 0.99  # predictions, not the prior
+
+
+@pytest.mark.parametrize('dies_at', [15, 100, 200])
+def test_an_engine_that_dies_says_what_is_missing(dies_at):
+    def rate(t):
+        if t > dies_at:
+            raise RuntimeError('CUDA error: device lost')
+        return 1000
+
+    m = Machine(6, rate)
+    why, missing = m.vote()
+    assert why == 'RuntimeError: CUDA error: device lost'
+    said = gap_sentence(missing, why)
+    assert 'device lost' in said
+    answered = (m.a.views > 0).any(0)
+    assert missing['no_model'] == (~answered).sum()
+    assert ('class prior' in said) == (not answered.all())
+    np.testing.assert_allclose(m.saves[-1][1][~answered], 1 / 3, atol=1e-6)
+
+
+def test_without_a_budget_an_error_is_an_error():
+    m = Machine(0, lambda t: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        m.vote()
+
+
+def test_a_save_comes_first_and_once_a_minute():
+    m = Machine(30, lambda t: 300)
+    m.vote()
+    times = [t for t, _ in m.saves]
+    assert times[0] == 0
+    assert max(np.diff(times)) < 60 + 0.02 * 30 * 60 + 10
+
+
+def test_swapped_views_come_for_the_smallest_margins_first():
+    m = Machine(2.3, lambda t: 1000)
+    m.vote()
+    twice = m.a.views[0] == 2
+    assert 0 < twice.sum() < N
+    lead = np.sort(m.plain[0], 1)[:, -1] - np.sort(m.plain[0], 1)[:, -2]
+    assert lead[twice].max() <= lead[~twice].min() + 1e-6
+
+
+def test_limits_and_shares_spare_rows():
+    m = Machine(0, lambda t: 1000)
+    m.vote(rule='majority', views=1, limits=exact_limits(m.weights))
+    full = combine(m.plain, m.weights, 'majority').argmax(1)
+    asked = (m.a.views > 0).sum(0)
+    assert 2 <= asked.mean() < 3
+    np.testing.assert_array_equal(vote_so_far(m.a, m.weights, m.prior, 'majority').argmax(1), full)
+    m = Machine(0, lambda t: 1000)
+    m.vote(share=0.25)
+    assert ((m.a.views > 0).sum(1) == [N, N // 4, N // 4]).all()
+
+
+def test_an_interrupted_vote_goes_on(tmp_path):
+    m = Machine(3, lambda t: 1000)
+    m.vote()
+    write_answers(tmp_path / 'answers.npz', m.a, 'key')
+    again = Machine(0, lambda t: 1000)
+    assert read_answers(tmp_path / 'answers.npz', again.a, 'key')
+    before = int(again.a.views.sum())
+    asked = []
+    real = again.ask
+    again.ask = lambda run, rows, view: asked.append(len(rows)) or real(run, rows, view)
+    again.vote()
+    assert sum(asked) == 6 * N - before
+    np.testing.assert_allclose(again.saves[-1][1], m.p.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:-30], lambda b: b'', lambda b: b[:200] + b'\x00' * 50 + b[250:]])
+def test_damaged_answers_are_asked_again(tmp_path, damage):
+    m = Machine(0, lambda t: 1000)
+    m.vote()
+    file = tmp_path / 'answers.npz'
+    write_answers(file, m.a, 'key')
+    file.write_bytes(damage(file.read_bytes()))
+    fresh = Machine(0, lambda t: 1000)
+    assert not read_answers(file, fresh.a, 'key')
+    assert fresh.a.views.sum() == 0
+
+
+# ---- the clock alone
+def test_the_pace_is_the_slower_of_all_and_last():
+    t = [0.0]
+    clock = Clock(10, now=lambda: t[0])
+    assert seconds_per_unit(clock) == 0 and fits(clock, 1e9)
+    for seconds in (1, 1, 1, 1, 5, 5, 5):
+        timed_piece(clock, 10, lambda: t.__setitem__(0, t[0] + seconds))
+    assert seconds_per_unit(clock) == pytest.approx(0.5)
+    assert not fits(clock, 2000)
+    assert fits(clock, 1000, load=10)
+
+
+def test_pieces_are_all_rows_once_and_grow_with_the_pace():
+    units = np.random.default_rng(0).integers(1, 900, 500)
+    cut = list(cut_pieces(units, lambda: 4096))
+    np.testing.assert_array_equal(np.concatenate(cut), np.arange(500))
+    assert max(units[c].sum() for c in cut) <= 4096
+    assert [len(c) for c in cut_pieces([5000, 1, 1], lambda: 100)] == [1, 2]
+    t = [0.0]
+    clock = Clock(10, now=lambda: t[0])
+    assert piece_size(clock, 100) == 100
+    timed_piece(clock, 100, lambda: t.__setitem__(0, 0.1))
+    assert piece_size(clock, 100) == pytest.approx(6000)
+
+
+def test_a_refusal_is_raised_under_a_budget_too():
+    def refuses():
+        raise Refusal('no such base')
+
+    with pytest.raises(Refusal, match='no such base'):
+        work_within(Clock(5), [(1, refuses)])
