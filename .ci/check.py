@@ -134,7 +134,10 @@ def two_at_a_time(tasks, temporary):
                 if result := receiver.recv():
                     yield result
                     continue
-            except EOFError: yield single(f'{task[0].__name__} {task[1:]}', False, output='its process ended early')
+            except EOFError:
+                process.join()
+                why = f'its process ended early, with {process.exitcode}'
+                yield single(f'{task[0].__name__} {task[1:]}', False, output=why)
             del running[receiver]
             process.join()
 
