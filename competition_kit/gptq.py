@@ -82,6 +82,9 @@ class GptqArgs:
     @cached_property
     def parts(self): return fold_rows(self.table, self.fold) # rows to calibrate on, and held-out rows
 
+    @cached_property
+    def encoded(self): return [encode_cached(self.prompt, rows, self.views) for rows in self.parts]
+
     def inputs(self) -> dict: # For the run id: name → hash
         "Hashes of what the run is made from; what cannot be quantised or scored is refused"
         _check_source(self)
@@ -145,8 +148,7 @@ def calibration_ids(
     inference = _inference_lengths(args)
     if file := _calibration_file(args.calibration): ids = read_texts(file, args.prompt.tok, args.max_len)
     else:
-        table = _own_rows(args) if args.calibration else args.parts[0]
-        enc = encode_cached(args.prompt, table, args.views)
+        enc = encode_cached(args.prompt, _own_rows(args), args.views) if args.calibration else args.encoded[0]
         ids = list(enc.ids)
     at = draw_lines([len(i) for i in ids], inference, rows, draw) if ids else []
     return [ids[k] for k in at]
@@ -158,7 +160,7 @@ def _own_rows(args): # a calibration table
                       held.id[bad].tolist(), 'Calibrate on training rows')
     return rows
 
-def _inference_lengths(args): return encode_cached(args.prompt, args.parts[1], args.views).n.to_numpy()
+def _inference_lengths(args): return args.encoded[1].n.to_numpy()
 
 # %% ../nbs/09_gptq.ipynb #a8a80f48
 def load_source(
@@ -174,7 +176,7 @@ def measure(
 ) -> tuple: # Probabilities of the held-out rows, and the letter mass (None on the score routes)
     "Predict the held-out rows"
     held = args.parts[1]
-    enc = encode_cached(args.prompt, held, args.views)
+    enc = args.encoded[1]
     p = predict(model, args.prompt, held, args.views, args.pack_tokens, enc=enc)
     return p, letter_mass(model, args.prompt, held.iloc[:16])['letters'] if model.letters is not None else None
 

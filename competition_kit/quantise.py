@@ -10,6 +10,8 @@ __all__ = ['local_folder', 'layer_shapes', 'group_size', 'draw_lines', 'read_tex
 # %% ../nbs/lib/03k_quantise.ipynb #4efd337a
 import contextlib, gc, importlib.util, json, shutil, sys, time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
@@ -253,6 +255,47 @@ def _config(bits, group, damp, act_order, version): # as transformers, vLLM and 
                 true_sequential=True, damp_percent=damp, checkpoint_format='gptq',
                 meta=dict(quantizer=[f'gptqmodel:{version}']))
 
+# %% ../nbs/lib/03k_quantise.ipynb #163817a0
+_rate = 200e6  # bytes a second that the first checkpoint is expected to take: slower than the disks we measured
+
+class _Pace:
+    "Says when a checkpoint is due: it may take a twentieth of the time since the last one"
+    def __init__(self, cost): self.cost, self.end = cost, time.perf_counter()
+    def due(self): return time.perf_counter()-self.end >= 20*self.cost
+    def commit(self, write, *args):
+        start = time.perf_counter()
+        write(*args)
+        self.end = time.perf_counter()
+        self.cost = self.end-start
+
+@contextlib.contextmanager
+def _checkpoint(model, source, work, ids, dtype): # GPTQModel's setting; None for models that it cannot continue
+    from gptqmodel.looper import checkpoint, gptq_checkpoint
+    if model.model.config.model_type not in ('llama', 'qwen3_moe'):
+        yield None
+        return
+    pace = _Pace(_first_cost(ids, model.model.config.hidden_size, dtype))
+    commit = checkpoint.CheckpointExtension.on_boundary
+    def on_boundary(self, boundary):
+        if self._stop_requested or pace.due(): pace.commit(commit, self, boundary)
+        else: self.next_step = self.plan.after(boundary.step)
+    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.glob('*.*') if f.is_file()}
+    tokens = json.dumps([np.asarray(i).tolist() for i in ids]).encode()
+    with (patch.object(checkpoint.CheckpointExtension, 'on_boundary', on_boundary),
+          patch.multiple(gptq_checkpoint, _source_identity=lambda model: files,
+                         ContinuationCodec=SimpleNamespace(dumps=lambda inputs: tokens))):
+        yield checkpoint.CheckpointConfig(path=str(work/'checkpoint'))
+
+def _first_cost(ids, hidden, dtype): # seconds that the first checkpoint is expected to take
+    return sum(map(len, ids))*hidden*dtype.itemsize/_rate
+
+def _loss_sentence(config, cost): # what a killed run loses, where it is more than a minute
+    if config['model_type'] not in ('llama', 'qwen3_moe'):
+        return f"GPTQModel cannot continue models of type {config['model_type']}: a killed run starts again."
+    if 20*cost < 60: return ''
+    return (f'A checkpoint is expected to take {cost:.0f} s, so the first is due after {20*cost:.0f} s. A run that is '
+            'killed loses the layers since the last one; Ctrl-C and SIGTERM lose none.')
+
 # %% ../nbs/lib/03k_quantise.ipynb #270a33a1
 def check_installed():
     "Refuse to start without GPTQModel"
@@ -290,17 +333,18 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
     bar, cuda = _Progress(layers, progress, work/'seconds.json'), torch.cuda.is_available()
     rows = [dict(input_ids=torch.tensor(np.asarray(i), dtype=torch.long)[None]) for i in ids]
     for r in rows: r['attention_mask'] = torch.ones_like(r['input_ids'])
+    dtype, about = dtypes[pick_dtype(dtype)], read_json(source/'config.json')
+    if said := _loss_sentence(about, _first_cost(ids, about['hidden_size'], dtype)): print(said)
     with _output_to(work/'gptqmodel.log'), contextlib.chdir(work):  # it writes a folder `logs`
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, __version__
         config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
                                 offload_to_disk_path=str(work/'offload'))
-        model = GPTQModel.load(str(source), config, dtype=dtypes[pick_dtype(dtype)])
+        model = GPTQModel.load(str(source), config, dtype=dtype)
         model.layer_callback, bar.last = bar, time.perf_counter()
-        how = dict(batch_size=8 if cuda else 4, backend=BACKEND.TORCH, checkpoint=_checkpoint(model, work))
-        try: log = model.quantize(rows, **how)
-        except (RuntimeError, ValueError) as e:
-            raise Refusal(f'GPTQModel could not quantise this model ({str(e).splitlines()[0]})', work/'gptqmodel.log',
-                          fix='Try more calibration rows, another draw, or damp=.1') from e
+        how = dict(batch_size=8 if cuda else 4, backend=BACKEND.TORCH)
+        try:
+            with _refusals(work), _checkpoint(model, source, work, ids, dtype) as point:
+                log = model.quantize(rows, checkpoint=point, **how)
         finally: bar.bar.close()
         model.save(str(work/'made'))
         del model
@@ -308,10 +352,16 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
     if cuda: torch.cuda.empty_cache()
     return log['gptq'], bar.seconds, __version__
 
-def _checkpoint(model, work): # where it continues, for the models that GPTQModel can continue
-    from gptqmodel.looper.checkpoint_store import CheckpointConfig
-    if model.model.config.model_type not in ('llama', 'qwen3_moe'): return None
-    return CheckpointConfig(path=str(work/'checkpoint'))
+@contextlib.contextmanager
+def _refusals(work): # GPTQModel's errors as ours; it turns Ctrl-C and SIGTERM into an error, after a checkpoint
+    from gptqmodel.looper.checkpoint import CheckpointError, CheckpointStopped
+    try: yield
+    except CheckpointStopped as e: raise KeyboardInterrupt(str(e)) from e
+    except CheckpointError as e:
+        raise Refusal(f'the checkpoint cannot be continued ({e})', work, fix='Remove this folder') from e
+    except (RuntimeError, ValueError) as e:
+        raise Refusal(f'GPTQModel could not quantise this model ({str(e).splitlines()[0]})', work/'gptqmodel.log',
+                      fix='Try more calibration rows, another draw, or damp=.1') from e
 
 # %% ../nbs/lib/03k_quantise.ipynb #b9dd267b
 def weight_bytes(

@@ -1,5 +1,5 @@
 "The whole stage on models of two layers: chain, resume, the gate, and what it refuses"
-import shutil
+import os, shutil, signal
 import numpy as np
 import pytest
 pytest.importorskip('gptqmodel')
@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from competition_kit import quantise as Q
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
+from competition_kit.gate import Limits
 from competition_kit.gptq import GptqArgs, draw_spread, gptq, report_table
 from competition_kit.probs import align, read_probs
 from competition_kit.record import find_run, run_stage
@@ -109,8 +110,33 @@ def test_a_killed_run_continues_after_the_last_layer(made, monkeypatch, tmp_path
     assert all(torch.equal(want[k], found[k]) for k in want)
     assert not list(models_path('.gptq').iterdir())
 
-def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made):
-    strict = dict(start=made['full'], max_loss=0., max_flips=0., group=64)
+def test_a_stop_is_no_refusal_and_loses_no_layer(tiny, tmp_path, monkeypatch):
+    ids = list(np.random.default_rng(0).integers(3, 400, (32, 40)))
+    make = dict(source=tiny, ids=ids, dtype='fp32', progress=False)
+    Q.quantise(out=tmp_path/'first', **make)
+    monkeypatch.setattr(Q, '_rate', 1.)  # the first checkpoint is due after days
+    real, layers, how = Q._Progress.layer_complete, [], {}
+    def stop(self, layer_idx, submodule_finalized):
+        layers.append(layer_idx)
+        real(self, layer_idx, submodule_finalized)
+        if how and submodule_finalized: how.pop('do')()
+    monkeypatch.setattr(Q._Progress, 'layer_complete', stop)
+    def kill(): raise KeyboardInterrupt
+    published = tmp_path/'again.work/checkpoint/CURRENT'
+    for do in (kill, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert not published.exists(), 'no checkpoint is due'
+        how['do'] = do
+        with pytest.raises(KeyboardInterrupt): Q.quantise(out=tmp_path/'again', **make)
+    assert published.exists(), 'SIGTERM writes one'
+    layers.clear()
+    Q.quantise(out=tmp_path/'again', **make)
+    assert 0 not in layers, 'the first layer was done'
+    one, two = (load_file(tmp_path/n/'model.safetensors') for n in ('first', 'again'))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made, monkeypatch):
+    strict = dict(start=made['full'], group=64)
+    monkeypatch.setattr('competition_kit.gptq.limits', lambda args, bits: Limits(-1., 0.))  # nothing gains a nat
     with pytest.raises(Refusal, match='Try group=32, bits=8, rows=96') as e: quantised(**strict)
     run = models_path(str(e.value).split('models/')[1].split('/')[0])
     assert find_run(run.name)['status'] == 'failed'
@@ -122,11 +148,11 @@ def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made):
     tried = _tries_of(dict(strict, retry=True))
     order = ['4 bits, group 64, 24 rows', '4 bits, group 32, 24 rows', '8 bits, group 64, 24 rows',
              '4 bits, group 64, 96 rows']
-    assert len(tried) > 1 and tried == order[:len(tried)]
+    assert tried == order
 
-def _tries_of(args): # names of the tries in their order, whether one passed or none
-    try: folder = quantised(**args).folder
-    except Refusal as e: folder = models_path(str(e).split('models/')[1].split('/')[0])
+def _tries_of(args): # names of the tries in their order
+    with pytest.raises(Refusal, match='the gate failed') as e: quantised(**args)
+    folder = models_path(str(e.value).split('models/')[1].split('/')[0])
     return [t['name'].split(', draw')[0] for t in read_json(folder/'report.json')['tries']]
 
 def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
