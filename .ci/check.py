@@ -1,6 +1,6 @@
 "Run every test there is, two tasks at a time; the last line counts them."
 import hashlib, multiprocessing, os, re, shutil, subprocess, sys, tempfile, time, traceback
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def command_line():
 def work_in(folder, results, task, *args):
     "In a process of its own: send the results of a task, and None at its end; its temporary files lie in `folder`"
     os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
-    for r in task(*args): results.send(r)
+    for r in task(*args): results.send(astuple(r))  # a notebook may have replaced `__main__`, where `Result` is from
     results.send(None)
 
 def two_at_a_time(tasks, temporary):
@@ -132,7 +132,7 @@ def two_at_a_time(tasks, temporary):
             process, task = running[receiver]
             try:
                 if result := receiver.recv():
-                    yield result
+                    yield Result(*result)
                     continue
             except EOFError:
                 process.join()
