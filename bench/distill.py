@@ -17,13 +17,13 @@ FIT = dict(mix='open', max_len=640, batch=32, pack_tokens=32768, warmup=.1, sche
 TWO_TABLES = 'open + alpaca'
 
 # name → seeds, arguments; `needs`: lines whose runs must be finished first; `against`: the line to compare with
-LINES = {
+LINES = { # in the order in which they begin
+    'teacher: qwen': dict(seeds=1, args=dict(base='TEACHER', lr=3e-4, pack_tokens=8192)),
     'labels': dict(seeds=3),
     'labels, asked in one view': dict(seeds=3, needs=['labels'], views=1),
     'labels, score route': dict(seeds=3, args=dict(route='score')),
     'labels, twice the steps': dict(seeds=1, args=dict(epochs=2.)),
     'labels, alpaca rows with real labels': dict(seeds=3, args=dict(mix=TWO_TABLES)),
-    'teacher: qwen': dict(seeds=1, args=dict(base='TEACHER', lr=3e-4, pack_tokens=8192)),
     'qwen, seed form': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed')),
     'qwen, soft form (T = 5)': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft')),
     'qwen, soft form, T = 2': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft', temperature=2.),
