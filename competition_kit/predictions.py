@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['rows_to_predict', 'test_file', 'sample_file', 'write_sample', 'run_tables', 'voter_probs', 'any_seen', 'write_votes',
-           'save_vote', 'by_strength', 'stopping_limits', 'BallotAsker', 'prior_probs']
+           'save_vote', 'by_strength', 'stopping_limits', 'BallotAsker', 'prior_probs', 'cascade_scores',
+           'share_in_time', 'forecast', 'cascade_plan']
 
 # %% ../nbs/lib/03q_predictions.ipynb #f10bbf30
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .ballot import ballot_records, is_prob_file, is_table, voter_table
+from .cascade import best_share, cascade_curve
 from .clock import Clock
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
 from .sequential import calibrated_limits, exact_limits
-from .staged import no_answers
+from .staged import minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
 from .trained import RunAsker, _seen, predict_runs
@@ -202,6 +205,9 @@ class BallotAsker:
             k = self.names.index(r)
             self.answers.total[k], self.answers.views[k] = views*align(table, rows), views
 
+    @cached_property
+    def sizes(self): return self.tokens()  # [rows]
+
     def tokens(self): # [rows]
         models = [r for r in self.names if r not in self.tables]
         return self.models.tokens(models[0]) if models else np.ones(len(self.rows))
@@ -228,3 +234,56 @@ def prior_probs(
     task = tasks[rows.attrs['meta']['task']]
     label = np.array([], int) if table is None else table.label.to_numpy()
     return class_prior(label[label >= 0], n_options(rows, task), len(task.options))
+
+# %% ../nbs/lib/03q_predictions.ipynb #d67527e5
+def cascade_scores(
+    names,      # Of the voters, in the order of `by_strength`
+    weights,    # Theirs
+    score:dict, # From `score_vote`
+    rule:str,   # As for `combine`
+    shares=(0, .05, .1, .15, .2, .25, .3, .4, .5, .6, .7, .8, .9, 1), # Of the rows
+): # DataFrame by share: `margin`, `log_loss`, `accuracy`; all are NaN without out-of-fold rows
+    "What re-scoring a share of the rows is worth"
+    oof, label = score['oof'], score['rows'].label.to_numpy()
+    if len(names) < 2 or not len(label) or not set(names) <= set(oof):
+        return pd.DataFrame(np.nan, pd.Index(shares, name='share'), ['margin', 'log_loss', 'accuracy'])
+    others = combine([oof[v] for v in names[1:]], weights[1:], rule)
+    curve = cascade_curve(oof[names[0]], others, label, (0, 0), sum(weights[1:])/weights[0], shares, rule)
+    return curve.drop(columns='minutes')
+
+def share_in_time(
+    curve,        # From `cascade_scores`, with a column `minutes`
+    budget:float, # Minutes; inf: no limit
+    metric:str,   # `log_loss` or `accuracy`
+) -> float: # Of the rows; 0 where nothing fits
+    "The share with the best score that fits the budget; without scores the largest"
+    fits = curve[curve.minutes <= budget]
+    if not len(fits): return 0.
+    return best_share(curve, budget, metric) if curve[metric].notna().all() else float(fits.index.max())
+
+# %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f
+def forecast(
+    asker,       # A `BallotAsker`
+    views:int,   # Orderings asked for
+    share:float=1., # Of the rows, for all voters but the first
+) -> float: # Minutes
+    "How long the whole vote will take, from its beginning"
+    rows = None if share == 1 else rows_in_doubt(asker.answers, 0, share)
+    return minutes_needed(asker.answers, asker.sizes, views, asker.clock, rows)
+
+def cascade_plan(
+    asker,      # A `BallotAsker`, its second model measured
+    weights,    # One number a voter, in its order
+    score:dict, # From `score_vote`
+    rule:str,   # As for `combine`
+    views:int,  # Orderings asked for
+) -> dict: # `share`, `predicted_minutes`, `metric`, and `curve`, a DataFrame by share
+    "The share to re-score, with the minutes of the vote"
+    curve = cascade_scores(asker.voters, weights, score, rule)
+    curve['minutes'] = [forecast(asker, views, share) for share in curve.index]
+    metric = 'accuracy' if rule == 'majority' else tasks[asker.models.task].metric
+    share = share_in_time(curve, asker.clock.budget(), metric)
+    known = f", out-of-fold {metric.replace('_', '-')} {curve[metric][share]:.4f} after {curve[metric][0]:.4f}"
+    print(f'{share:.0%} of the rows are re-scored: {curve.minutes[share]:.2f} minutes predicted'
+          +(known if np.isfinite(curve[metric][0]) else ''))
+    return dict(share=share, predicted_minutes=round(float(curve.minutes[share]), 3), metric=metric, curve=curve)

@@ -45,6 +45,21 @@ def test_a_share_is_rescored(runs):
     assert table.agreement.between(0, 1).all()
 
 
+def test_the_share_is_chosen_from_the_budget_and_recorded(runs):
+    r = held(runs=f'{runs[0]} {runs[2]}', weights='1 3', views=1, rescore=0, budget=60).record
+    curve, asked = r['cascade']['curve'], len(load_rows('sample_arena_test')) - r['missing']['runs'][runs[2]]
+    best = min(curve, key=lambda share: curve[share][r['cascade']['metric']])
+    assert r['share'] == float(best)
+    assert asked == round(max(r['share'], 0.05) * r['missing']['rows'])  # a twentieth measured the pace
+    assert 0 < r['predicted_minutes'] < 1 and r['stopped'] == ''
+
+
+def test_a_budget_has_a_forecast(runs, capsys):
+    r = held(budget=60, views=1).record
+    assert 0 < r['predicted_minutes'] < 2
+    assert 'The whole vote needs about' in capsys.readouterr().out
+
+
 def test_a_file_of_probabilities_votes_under_a_budget(runs, own_root):
     from competition_kit.probs import write_probs
 
@@ -148,7 +163,7 @@ def test_killed_at_a_random_second_a_valid_submission_lies_there(runs, own_root)
     [
         (dict(budget=-1), 'budget'),
         (dict(change=1), 'change'),
-        (dict(rescore=0), 'rescore'),
+        (dict(rescore=-0.1), 'rescore'),
         (dict(rescore=0.5, change=0.1), 'both choose'),
         (dict(rule='ranks', budget=5), 'every voter'),
     ],
