@@ -189,8 +189,8 @@ def first_submission(
     path, task = run.folder/f'submission{sample.suffix}', rows.attrs['meta']['task']
     try: check_submission(path, sample, task, rows)
     except Refusal:
-        make_submission(prior, rows, task, sample, path)
         write_json(run.folder/'missing.json', dict(rows=len(rows), no_model=len(rows)))
+        make_submission(prior, rows, task, sample, path)
 
 # %% ../nbs/10_vote.ipynb #ed574d5f
 def planned_passes(
