@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Answers', 'no_answers', 'voter_means', 'vote_so_far', 'gaps', 'gap_sentence', 'write_answers', 'read_answers',
-           'passes', 'staged_vote']
+           'rows_in_doubt', 'passes', 'minutes_needed', 'staged_vote']
 
 # %% ../nbs/lib/02o_staged.ipynb #9b71dfe0
 import zipfile
 from dataclasses import dataclass
 import numpy as np
 from .cascade import least_certain
-from .clock import Clock, cut_pieces, piece_size, work_within
+from .clock import Clock, cut_pieces, piece_size, present_pace, work_within
 from .core import atomic
 from .sequential import _scores, ask_order, combine_asked, margin, still_open
 
@@ -111,6 +111,16 @@ def _open_rows(a, k, order, weights, rule, limits): # [rows] bool: does a row ne
     total = np.tensordot(weights[first], np.stack([_scores(p[v], rule) for v in first]), 1)/weights.sum()
     return has[first].all(0) & still_open(total, limits[k-1])
 
+def rows_in_doubt(
+    a:Answers,
+    voter:int,   # The first model of a cascade
+    share:float, # Of the rows
+) -> np.ndarray: # Positions, the smallest margin first
+    "The rows of which a voter is least certain"
+    return least_certain(voter_means(a)[0][voter], share)
+
+def _first_unanswered(a, run, rows): return rows[a.views[run, rows] == 0][:max(1, round(.05*len(rows)))]
+
 def passes(
     a:Answers,       # Changes while the passes are worked through
     weights,         # One number a voter
@@ -118,7 +128,8 @@ def passes(
     rule:str='mean', # As for `combine_asked`
     views:int=2,     # 1: rows as they are; 2: also swapped
     limits=None,     # [voters], from `calibrated_limits`; None: ask every voter for every row
-    share:float=1.,  # Of the rows, those of the smallest margin, that voters after the first are asked for
+    share:float=1.,  # Of the rows, those of the first voter's smallest margin, that the others are asked for;
+                     # or a function without arguments, called after the second voter's first rows
     order=None,      # Of the voters; default: the heaviest first, as `limits` need it
 ): # Triples: position of a run, views, positions of rows
     "What to ask, in this order; rows are chosen when a pass begins"
@@ -130,12 +141,33 @@ def passes(
             if k == 0 and run == np.flatnonzero(a.voter == voter)[0]:
                 yield run, [0], np.flatnonzero(a.views[run] == 0)
                 done = 1
-            vote = vote_so_far(a, weights, prior, rule)
-            if k and chosen is None: chosen = least_certain(vote, share)
-            rows = chosen if k else np.argsort(margin(vote), kind='stable')
+            if k and chosen is None:
+                if callable(share):
+                    yield run, list(range(views)), _first_unanswered(a, run, rows_in_doubt(a, order[0], share=1))
+                    share = share()
+                chosen = rows_in_doubt(a, order[0], share)
+            rows = chosen if k else np.argsort(margin(vote_so_far(a, weights, prior, rule)), kind='stable')
             need = a.views[run] == done
             if k: need &= _open_rows(a, k, order, weights, rule, limits)
             if done < views: yield run, list(range(done, views)), rows[need[rows]]
+
+# %% ../nbs/lib/02o_staged.ipynb #56f57e85
+def minutes_needed(
+    a:Answers,
+    tokens,       # [rows] size of a row in one view
+    views:int,    # Orderings asked for
+    clock:Clock,  # With the pace of the model that is loaded
+    rows=None,    # Positions of the rows that voters after `first` are asked for; None: all
+    first:int=0,  # The voter that is asked for all rows
+) -> float:
+    "Minutes from the beginning to the end of the vote, at the present pace"
+    left = np.maximum(views-a.views, 0)
+    if rows is not None:
+        skipped = np.ones(left.shape, bool)
+        skipped[:, rows] = False
+        left = left*~(skipped & (a.voter != first)[:, None])
+    loads = ((left > 0).any(1) & (a.views == 0).all(1)).sum()*max(clock.loads, default=0.)
+    return (clock.used()+float((left*np.asarray(tokens)).sum())*present_pace(clock)+loads)/60
 
 # %% ../nbs/lib/02o_staged.ipynb #68b663e4
 def staged_vote(
@@ -150,12 +182,15 @@ def staged_vote(
     every:float=60,   # Seconds between two saves within a pass
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
-    saved, loads = clock.now(), [0.]
+    saved, loaded = clock.now(), None
     save()
     def timed_load(run):
-        began = clock.now()
+        nonlocal loaded
+        if run == loaded: return
+        began, loaded = clock.now(), None
         load(run)
-        loads.append(clock.now()-began)
+        loaded = run
+        clock.loads.append(clock.now()-began)
     def answer(run, views, rows):
         nonlocal saved
         found = [ask(run, rows, view) for view in views]
@@ -171,7 +206,7 @@ def staged_vote(
             yield units[at].sum(), lambda: answer(run, views, rows[at])
     for run, views, rows in todo:
         if not len(rows): continue
-        why = work_within(clock, pieces(run, views, rows), max(loads))
+        why = work_within(clock, pieces(run, views, rows), max(clock.loads, default=0.))
         save()
         saved = clock.now()
         if why: return why

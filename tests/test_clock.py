@@ -9,9 +9,11 @@ from competition_kit.sequential import exact_limits
 from competition_kit.staged import (
     gap_sentence,
     gaps,
+    minutes_needed,
     no_answers,
     passes,
     read_answers,
+    rows_in_doubt,
     staged_vote,
     vote_so_far,
     write_answers,
@@ -125,6 +127,49 @@ def test_limits_and_shares_spare_rows():
     m = Machine(0, lambda t: 1000)
     m.vote(share=0.25)
     assert ((m.a.views > 0).sum(1) == [N, N // 4, N // 4]).all()
+
+
+@pytest.mark.parametrize('minutes', [4, 8, 30])
+def test_the_share_is_chosen_when_the_second_model_is_measured(minutes):
+    "a second model five times slower: the predicted minutes hold, and the largest share that fits is asked for"
+    m, found = Machine(minutes, lambda t: 1000, (1.0, 2.0)), {}
+
+    def ask(run, rows, view):
+        m.t += 100 * len(rows) / (200 if run else 1000)
+        return (m.swapped if view else m.plain)[run, rows]
+
+    def load(run):
+        m.t += 10
+        m.clock.pieces.clear()
+
+    def choose():
+        shares = np.arange(0, 1.01, 0.05)
+        needed = [minutes_needed(m.a, np.full(N, 100), 2, m.clock, rows_in_doubt(m.a, 0, s)) for s in shares]
+        fits = np.flatnonzero(np.array(needed) <= m.clock.budget())
+        found.update(share=shares[fits[-1]], minutes=needed[fits[-1]])
+        return found['share']
+
+    todo = passes(m.a, m.weights, m.prior, share=choose, order=[0, 1])
+    why = staged_vote(m.a, todo, load, ask, np.full(N, 100), m.clock, m.save)
+    asked = (m.a.views > 0).mean(1)
+    assert why == '' and asked[0] == 1 and asked[1] == pytest.approx(found['share'], abs=1 / N)
+    assert 0.05 < found['share'] < 1 or minutes == 30
+    assert m.t / 60 == pytest.approx(found['minutes'], rel=0.02)
+
+
+def test_a_restarted_cascade_asks_for_the_same_rows():
+    m = Machine(0, lambda t: 1000, (1.0, 2.0))
+    steps = passes(m.a, m.weights, m.prior, views=1, share=0.25, order=[0, 1])
+    for run, views, rows in steps:
+        first = rows[: len(rows) // 2] if run else rows  # killed half-way through the second model
+        m.a.total[run, first] += m.plain[run, first]
+        m.a.views[run, first] += 1
+    again = [rows for run, _, rows in passes(m.a, m.weights, m.prior, views=1, share=0.25, order=[0, 1]) if run]
+    assert len(np.concatenate(again)) == N // 4 - N // 8
+    np.testing.assert_array_equal(np.concatenate([first, again[0]]), rows_in_doubt(m.a, 0, 0.25))
+    chosen = passes(m.a, m.weights, m.prior, views=1, share=lambda: 0.25, order=[0, 1])
+    measured = [rows for run, _, rows in chosen if run][0]  # rows that are still to be asked show the pace
+    np.testing.assert_array_equal(measured, again[0][: N // 20])
 
 
 def test_an_interrupted_vote_goes_on(tmp_path):

@@ -898,7 +898,7 @@ def test_an_unsealed_record_changes_no_number(runs, own_root):
 
 
 def test_baselines_come_from_the_records(runs, own_root, monkeypatch):
-    import competition_kit.vote as V
+    import competition_kit.vote_score as V
 
     fitted, real = [], V.baselines
 
@@ -916,7 +916,7 @@ def test_baselines_come_from_the_records(runs, own_root, monkeypatch):
 
 
 def test_baselines_of_a_changed_table_are_fitted_again(runs, own_root):
-    from competition_kit.vote import _known_baselines
+    from competition_kit.vote_score import _known_baselines
 
     ballot, rows = voters(runs=runs[0]), load_rows('sample_arena')
     held_rows = rows[rows.fold == 0]
