@@ -161,7 +161,7 @@ def block_mask(
     token = torch.arange(n, device=ends.device)
     if seen_to is None:
         sequence = torch.bucketize(token, ends[1:].contiguous(), right=True)
-        seen_to, position = ends[sequence+1], token-ends[sequence]
+        seen_to, position = ends[sequence+1].long(), token-ends[sequence]
         if shared: seen_to, position = torch.where(sequence == 0, n, seen_to), position+ends[1]*(sequence > 0)
     start = token[::size]
     need = (_of_blocks(seen_to, size) > start[:, None]) & (start[:, None] >= start)
@@ -194,14 +194,15 @@ def capped_attention(
     window,        # Tokens that a token sees, itself included; None: all
     softcap:float, # Scores are squeezed into ± this
     shared:bool,   # The first segment is a prefix that all see
-    seen_to=None, position=None, # [tokens] of a tree, as in `Layout`
+    layout=None,   # The `Layout`, for `seen_to` and `position` of a tree
 ) -> torch.Tensor: # [1, tokens, heads, head size]
     "Attention with a soft cap within each sequence of a pack, by FlexAttention"
     def cap(s, b, h, i, j): return softcap*(2*torch.sigmoid(s*(2/softcap))-1)  # tanh, sooner
     hopper = q.shape[-1] > 128 and torch.cuda.get_device_capability(q.device) == (9, 0)
     wide = launch_options[hopper] if q.shape[-1] > 128 else {}
     options = dict(wide, BACKEND='TRITON')  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
-    mask = block_mask(ends, q.shape[2], window, shared, seen_to=seen_to, position=position)
+    tree = {} if layout is None else dict(seen_to=layout.seen_to, position=layout.position)
+    mask = block_mask(ends, q.shape[2], window, shared, **tree)
     with torch._dynamo.config.patch(specialize_float=True):
         out = compiled_flex()(q, k, v, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=True,
                               kernel_options=options)
@@ -223,8 +224,8 @@ def packed_attention(
     longest = layout.longest if layout is not None else query.shape[2]
     window = sliding_window if sliding_window and sliding_window < longest else None
     if layout is not None and softcap:
-        tree = dict(shared=layout.key_ends is not None, seen_to=layout.seen_to, position=layout.position)
-        return capped_attention(query, key, value, scaling, layout.ends, window, softcap, **tree), None
+        shared = layout.key_ends is not None
+        return capped_attention(query, key, value, scaling, layout.ends, window, softcap, shared, layout), None
     if layout is not None: return varlen_attention(query, key, value, scaling, layout, window), None
     out = by_sequence(module, query, key, value, bounds or [0, query.shape[2]], scaling, softcap, window)
     return out.transpose(1, 2).contiguous(), None
