@@ -287,7 +287,8 @@ def attempt(
     speed = rows_a_second(model, args)
     del model
     gc.collect()
-    report = compare(p, q, args.parts[1].label.to_numpy(), None if mass is None else (facts['mass'], mass))
+    held = args.parts[1]
+    report = compare(p, q, held.label.to_numpy(), None if mass is None else (facts['mass'], mass), held.group)
     report |= dict(bytes=[weight_bytes(source), weight_bytes(folder)], rows_s=[facts['speed'], speed],
                    warning=warning, calibration=[len(i) for i in ids], model=folder.name)
     return folder, report, q, layers

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['folds_of', 'named_members', 'check_members', 'MergeArgs', 'base_of_merge', 'past_rows', 'comparison_rows',
-           'paired_difference', 'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together',
-           'write_merge', 'merged_params', 'compare_logits', 'check_twin', 'member_probs', 'merge', 'merge_runs',
-           'plot_energy', 'plot_members']
+           'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together', 'write_merge',
+           'merged_params', 'compare_logits', 'check_twin', 'member_probs', 'merge', 'merge_runs', 'plot_energy',
+           'plot_members']
 
 # %% ../nbs/08_merge.ipynb #87920e4e
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .combine import combine
 from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, read_table, seal,
                                   write_json, write_table)
+from .gate import paired_difference
 from .lora import (base_weights, check_loras, check_start, energy_at, mean_head, mean_weights,
                                   merge_into_base, merge_loras, read_lora, singular_values, start_drift, with_updates)
 from .model import collate, load_classifier, option_mask, predict
@@ -205,17 +206,6 @@ def comparison_rows(
 _seen_rows = 200  # enough for a comparison of logits
 
 # %% ../nbs/08_merge.ipynb #b5d733d1
-def paired_difference(
-    a,      # [rows] losses
-    b,      # [rows] losses of another model
-    group,  # [rows] groups of rows that belong together
-) -> tuple: # Mean of a - b, and its standard error over groups; NaN for one group
-    "How much larger one model's losses are on the same rows"
-    d = np.asarray(a, float)-np.asarray(b, float)
-    sums = pd.Series(d-d.mean()).groupby(pd.factorize(np.asarray(group))[0]).sum()
-    n = len(sums)
-    return d.mean(), float(np.sqrt(n/(n-1)*(sums**2).sum())/len(d)) if n > 1 else np.nan
-
 def compare_models(
     p:dict,     # `merged`, then each member's run id → [rows, options]
     weights,    # One number a member
