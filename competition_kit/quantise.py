@@ -45,6 +45,8 @@ def layer_shapes(
     if not found: raise Refusal('no weight matrices of layers, or they are quantised already', folder)
     return found
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #0a8c33ee
 def group_size(
     shapes:dict, # From `layer_shapes`
     asked:int=0, # 0: the largest that fits
@@ -92,6 +94,8 @@ def read_texts(
             raise Refusal(f'line {k} is no JSON object with a field `text`', path) from e
     return [np.array(i[:max_len], np.int32) for i in tok(texts, add_special_tokens=False)['input_ids']] if texts else []
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #c0fdcdf6
 def check_calibration(
     lengths,    # Tokens of each calibration row
     inference,  # Tokens of each row of inference
@@ -108,6 +112,8 @@ def check_calibration(
     return (f'Calibration rows have {np.median(lengths):.0f} tokens in the median and rows of inference '
             f'{np.median(inference):.0f}: calibrate at the length of inference')
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #dbb21f24
 def plot_calibration(
     lengths,   # Tokens of each calibration row
     inference, # Tokens of each row of inference
@@ -136,6 +142,8 @@ def check_weights(
                     raise Refusal(f'{name} has {int((~t.isfinite()).sum())} values that are NaN or infinite', file,
                                   fix='Train or merge the model again')
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #8efcd796
 @torch.no_grad()
 def activations(
     classifier,      # A `Classifier`
@@ -164,6 +172,8 @@ def activations(
                       fix='Take dtype=bf16, or another model')
     return found
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #cee5d7f3
 def fp16_sentence(
     found:pd.Series, # From `activations`
 ) -> str:
@@ -179,6 +189,8 @@ def fp16_sentence(
 def _output_to(file): # GPTQModel's output, and what stands beside it
     with open(file, 'a', encoding='utf-8') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f): yield
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #dce25c31
 class _Progress:
     "GPTQModel's callback: seals a layer that is complete, and shows a bar"
     def __init__(self, layers, show, kept):
@@ -206,6 +218,22 @@ def layer_table(
     worst = d.loc[d.groupby('layer').error.idxmax()].set_index('layer').module
     t = pd.DataFrame(dict(error=d.groupby('layer').error.sum(), worst=worst))
     return t.assign(seconds=pd.Series(seconds, dtype=float).reindex(t.index).round(2))
+
+# %% ../nbs/lib/03k_quantise.ipynb #102c6f6c
+def _other_files(source, out, index, q): # configuration, tokenizer, and the index of several shards
+    left = {'config.json', 'manifest.json', 'lineage.json', 'model.safetensors.index.json'}
+    for f in source.iterdir():
+        if f.is_file() and f.suffix != '.safetensors' and f.name not in left and not f.name.startswith('.'):
+            shutil.copy(f, out)
+    write_json(out/'config.json', read_json(source/'config.json') | dict(quantization_config=q))
+    write_json(out/'quantize_config.json', q)  # where AutoGPTQ looks
+    if len(set(index.values())) > 1:
+        write_json(out/'model.safetensors.index.json', dict(metadata={}, weight_map=index))
+
+def _config(bits, group, damp, act_order, version): # as transformers, vLLM and the kit read it
+    return dict(quant_method='gptq', bits=bits, group_size=group, desc_act=act_order, sym=True, lm_head=False,
+                true_sequential=True, damp_percent=damp, checkpoint_format='gptq',
+                meta=dict(quantizer=[f'gptqmodel:{version}']))
 
 # %% ../nbs/lib/03k_quantise.ipynb #922f2f2e
 _packed = 'qweight', 'qzeros', 'scales', 'g_idx'
@@ -239,20 +267,6 @@ def _tensor(where, name):
     from safetensors import safe_open
     with safe_open(where[name], 'pt') as f: return f.get_tensor(name)
 
-def _other_files(source, out, index, q): # configuration, tokenizer, and the index of several shards
-    left = {'config.json', 'manifest.json', 'lineage.json', 'model.safetensors.index.json'}
-    for f in source.iterdir():
-        if f.is_file() and f.suffix != '.safetensors' and f.name not in left and not f.name.startswith('.'):
-            shutil.copy(f, out)
-    write_json(out/'config.json', read_json(source/'config.json') | dict(quantization_config=q))
-    write_json(out/'quantize_config.json', q)  # where AutoGPTQ looks
-    if len(set(index.values())) > 1:
-        write_json(out/'model.safetensors.index.json', dict(metadata={}, weight_map=index))
-
-def _config(bits, group, damp, act_order, version): # as transformers, vLLM and the kit read it
-    return dict(quant_method='gptq', bits=bits, group_size=group, desc_act=act_order, sym=True, lm_head=False,
-                true_sequential=True, damp_percent=damp, checkpoint_format='gptq',
-                meta=dict(quantizer=[f'gptqmodel:{version}']))
 
 # %% ../nbs/lib/03k_quantise.ipynb #163817a0
 def _write_result(file, result): # GPTQModel's result for a matrix: tensors, and numbers for its log
