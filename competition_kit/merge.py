@@ -273,7 +273,7 @@ def logit_shift(
     return dict(max=float(np.nanmax(d)), mean=float(np.nanmean(d)), flips=float(flips))
 
 
-# %% ../nbs/08_merge.ipynb #2f1742f2
+# %% ../nbs/08_merge.ipynb #74a60889
 def members_together(
     args,   # `MergeArgs`
     base,   # To put them on
@@ -321,7 +321,7 @@ def merged_params(
         return p | dict(method='lora', lora_r=config['r'], lora_alpha=config['lora_alpha'])
     return p | dict(method='full', dtype=pick_dtype('auto') if args.twin else p['dtype'])
 
-# %% ../nbs/08_merge.ipynb #043b012d
+# %% ../nbs/08_merge.ipynb #17e7ccb8
 def check_twin(
     model,  # The quantised base
     twin,   # Name, folder or Hub id
@@ -383,7 +383,7 @@ def member_probs(
     if todo: tables |= predict_runs(todo, rows, folder, views)
     return {r: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for r, t in tables.items()}
 
-# %% ../nbs/08_merge.ipynb #fd007be5
+# %% ../nbs/08_merge.ipynb #cf305ca8
 def _finish(run, args, rows, seen, p, facts):
     metrics, first, task, past = {}, args.recs[0], args.recs[0]['task'], past_rows(args)
     if not seen.any():
@@ -425,7 +425,7 @@ def merge(
                                            table=_without_nan(table), prompt=prompt.hash))
 
 
-# %% ../nbs/08_merge.ipynb #28c843b0
+# %% ../nbs/08_merge.ipynb #2c5ffa36
 def merge_runs(
     **args, # As of `MergeArgs`
 ): # The finished `Run`
