@@ -1,5 +1,5 @@
-"""The offline package for `cpu`: built, then run by papermill in a network namespace of its own, whole and with planted
-faults. `python bench/bundle.py` prints a JSON line for each; it needs pip's index, `unshare -rn` and some three minutes."""
+"""The offline package for `cpu`: built, then run by papermill in a network namespace of its own, whole and with
+planted faults. `python bench/bundle.py` prints a JSON line for each. It needs pip's index and `unshare -rn`."""
 import contextlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from common import report, timed
@@ -43,7 +43,8 @@ def run_notebook(
     folder.mkdir()
     settings = dict(PACKAGE=package, SAMPLE=sample, OUT=folder/'submission.csv', MINUTES=minutes, WORK=folder/'work')
     words = [w for k, v in settings.items() for w in ('-p', k, str(v))]
-    command = [*offline, sys.executable, '-m', 'papermill', str(package/'submit.ipynb'), str(folder/'run.ipynb'), *words]
+    papermill = [sys.executable, '-m', 'papermill', str(package/'submit.ipynb'), str(folder/'run.ipynb')]
+    command = [*offline, *papermill, *words]
     if during: threading.Thread(target=during, args=(folder,), daemon=True).start()
     start = time.time()
     p = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -57,7 +58,8 @@ def kill_the_vote(folder, seconds=300):
     while time.time() < end:
         for file in folder.glob('work/root/models/vote-*/missing.json'):
             with contextlib.suppress(ValueError, OSError):
-                if (found := json.loads(file.read_text()))['no_model'] < found['rows']: return _kill_in(folder/'work/root')
+                found = json.loads(file.read_text())
+                if found['no_model'] < found['rows']: return _kill_in(folder/'work/root')
         time.sleep(.02)
 
 def _kill_in(root): # the processes that work in a folder of this bench
@@ -65,8 +67,8 @@ def _kill_in(root): # the processes that work in a folder of this bench
         with contextlib.suppress(OSError):
             if Path(os.readlink(p/'cwd')) == root.resolve(): os.kill(int(p.name), signal.SIGKILL)
 
-def without_a_model(package, folder): # a copy of the package that lacks a file of one run; links save the copy
-    "Plant a fault: one adapter is missing"
+def without_a_model(package, folder): # the copy
+    "Link the package into another folder, where the adapter of one run is missing"
     broken = folder/'broken'
     shutil.copytree(package, broken, copy_function=os.link)
     run = read_json(broken/'package.json')['runs'][-1]['run']

@@ -429,7 +429,8 @@ def ids_of(
     text = Path(path).read_text(encoding='utf-8')
     if Path(path).suffix == '.jsonl': return [json.loads(line)['id'] for line in text.splitlines() if line.strip()]
     header, *rows = csv.reader(io.StringIO(text))
-    return [header, *(row[header.index('id')] for row in rows)]
+    at = header.index('id')
+    return [header, *(row[at:at+1] for row in rows)]
 
 def take_submission(
     root,   # Project root of the vote
@@ -463,12 +464,14 @@ run_stage(vote, VoteArgs(**json.loads(sys.argv[1])))'''
     with open(Path(root)/'vote.log', 'w') as log:
         p = subprocess.Popen([python, '-c', code, json.dumps(arguments)], env=environment, stdout=log,
                              stderr=subprocess.STDOUT, cwd=root, start_new_session=True)
-        while p.poll() is None and time.time() < deadline:
-            take_submission(root, sample, out)
-            time.sleep(1)
-        late = p.poll() is None
-        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
-        p.wait()
+        try:
+            while p.poll() is None and time.time() < deadline:
+                take_submission(root, sample, out)
+                time.sleep(1)
+        finally:
+            late = p.poll() is None
+            with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+            p.wait()
     lines = (Path(root)/'vote.log').read_text(errors='replace').strip().splitlines() or ['']
     why = 'the deadline came' if late else f'the vote ended with {p.returncode}: {lines[-1]}' if p.returncode else ''
     return take_submission(root, sample, out), why
