@@ -7,9 +7,10 @@ __all__ = ['targets', 'Target', 'find_target', 'each', 'package_runs', 'largest_
            'package_bases', 'folder_bytes', 'check_model', 'needed_packages', 'pip_options', 'run_pip',
            'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file', 'prior_csv', 'prior_lines',
            'prior_submission', 'file_fault', 'file_faults', 'machine_faults', 'clean_environment', 'install',
-           'whole_runs', 'vote_arguments', 'ids_of', 'take_submission', 'guarded_vote', 'submission_cells',
-           'write_notebook', 'copy_run', 'copy_bases', 'class_shares', 'needed_files', 'file_list', 'package_sizes',
-           'check_size', 'package_facts', 'package_folder', 'bundle', 'adapter_config', 'adapter_package']
+           'whole_runs', 'vote_arguments', 'link_bases', 'ids_of', 'take_submission', 'guarded_vote',
+           'submission_cells', 'write_notebook', 'copy_run', 'copy_bases', 'class_shares', 'needed_files', 'file_list',
+           'package_sizes', 'check_size', 'package_facts', 'package_folder', 'bundle', 'adapter_config',
+           'adapter_package']
 
 # %% ../nbs/lib/11_bundle.ipynb #df8842bc
 import concurrent.futures, contextlib, csv, hashlib, importlib.metadata, inspect, io, json, os, re, shutil, signal
@@ -129,7 +130,8 @@ def check_fp16(
     run, dtype = rec['run_id'], str(model_params(rec)['dtype'])
     if dtype == 'fp32': return
     if dtype == 'bf16':
-        raise Refusal('it computes in bf16, which the target does not have', run, fix='Train it with dtype auto')
+        raise Refusal('it computes in bf16, which the target does not have', run,
+                      fix='Train it with dtype auto, or take a target with bf16')
     most = largest_activation(run)
     if most is None:
         raise Refusal('nobody has measured whether its activations fit into fp16', run,
@@ -421,6 +423,25 @@ def vote_arguments(
     return dict(how, runs=' '.join(r['run'] for r in runs), weights=' '.join(map(str, by_voter.values())),
                 budget=budget, test=str(Path(test).resolve()), sample=str(Path(sample).resolve()))
 
+# %% ../nbs/lib/11_bundle.ipynb #8f797ab0
+def link_bases(
+    package,    # Folder of the package
+    bases:dict, # Base → dict of `folder`, below `bases` or a full path on the platform, and `hash`
+    files,      # Names of all files, as in `package.json`
+    root,       # Where to: below `bases`, with `names.json` for `02b_base`
+):
+    "Link the files of the bases into one folder"
+    names = {name: 'smollm2' if name == 'smollm2' else base['hash'] for name, base in bases.items()}
+    for name, base in bases.items():
+        start = f"{base['folder']}/" if base['folder'].startswith('/') else f"bases/{base['folder']}/"
+        for file in (f for f in files if f.startswith(start)):
+            link = Path(root)/'bases'/names[name]/file.removeprefix(start)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to((Path(package)/file).resolve())
+    (Path(root)/'bases').mkdir(parents=True, exist_ok=True)
+    (Path(root)/'bases/names.json').write_text(json.dumps(names))
+
 # %% ../nbs/lib/11_bundle.ipynb #679ac72f
 def ids_of(
     path, # A submission or a sample
@@ -535,7 +556,8 @@ with noted('vote'):
     if not runs: why = 'no run is whole'
     elif minutes <= 0: why = 'the deadline came before the vote'
     elif python:
-        environment = clean_environment(CK_ROOT=str(root.resolve()), CK_BASES=str((package/'bases').resolve()))
+        link_bases(package, facts['bases'], facts['files'], root)
+        environment = clean_environment(CK_ROOT=str(root.resolve()), CK_BASES=str((root/'bases').resolve()))
         arguments = vote_arguments(runs, facts['how'], minutes, test, sample)
         lacks, why = guarded_vote(python, root, environment, arguments, sample, OUT, DEADLINE)
 report = dict(submission='the class prior' if lacks is None else 'the vote', lacks=lacks, ended_early=why,
@@ -550,7 +572,7 @@ def submission_cells(
     "The cells of the submission notebook"
     def source(*functions): return '\n\n'.join(inspect.getsource(f).rstrip() for f in functions)
     checks = source(replace_file, prior_csv, prior_lines, prior_submission, file_fault, file_faults, machine_faults)
-    votes = source(whole_runs, vote_arguments, ids_of, take_submission, guarded_vote)
+    votes = source(whole_runs, link_bases, vote_arguments, ids_of, take_submission, guarded_vote)
     return [_settings.format(minutes=int(target.hours*60*.95)), '\n\n'.join([_start, checks, _first]),
             '\n\n'.join([source(clean_environment, install), _second]), '\n\n'.join([votes, _third])]
 
@@ -592,17 +614,13 @@ def copy_bases(
     bases:dict, # From `package_bases`
     folder,     # `bases` of the package
 ) -> dict: # Base → its folder, below `bases` or with a full path
-    "Copy the bases that the platform does not have, and write `names.json`"
-    names = {name: b['there'] or ('smollm2' if name == 'smollm2' else b['hash']) for name, b in bases.items()}
-    for name, b in bases.items():
-        if b['there']: continue
+    "Copy the bases that the platform does not have"
+    for b in (b for b in bases.values() if not b['there']):
         for file in _base_files(b['folder']):
-            to = Path(folder)/names[name]/file.relative_to(b['folder'])
+            to = Path(folder)/b['hash']/file.relative_to(b['folder'])
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, to)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder)/'names.json', names)
-    return names
+    return {name: b['there'] or b['hash'] for name, b in bases.items()}
 
 # %% ../nbs/lib/11_bundle.ipynb #8a228b3f
 def class_shares(

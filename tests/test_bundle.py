@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
-                                    guarded_vote, install, missing_on_target, package_bases, package_facts,
+                                    guarded_vote, install, link_bases, missing_on_target, package_bases, package_facts,
                                     package_runs, prior_submission, submission_cells, take_submission, targets,
                                     whole_runs)
 from competition_kit.ck import main
@@ -67,11 +67,15 @@ def test_weights_must_fit_into_the_gpu(runs):
 # ---- what a package predicts
 def packed(rec, folder): # the run and its base in a package
     copy_run(rec, folder/'models')
-    return copy_bases(package_bases([rec]), folder/'bases')
+    bases = package_bases([rec])
+    names = copy_bases(bases, folder/'bases')
+    facts = package_facts(folder, targets['cpu'], [rec], dict(runs=[]), bases, names)
+    link_bases(folder, facts['bases'], facts['files'], folder/'root')
+    return names
 
 def predictions_there(rec, package, rows, root, monkeypatch): # in another root, with the package's models and bases
     with root_at(root):
-        monkeypatch.setenv('CK_BASES', str(package/'bases'))
+        monkeypatch.setenv('CK_BASES', str(package/'root/bases'))
         (root/'models').symlink_to(package/'models')
         return predict_runs([rec['run_id']], rows, root/'out')[rec['run_id']]
 
@@ -92,6 +96,23 @@ def test_a_packed_model_predicts_the_same_where_its_base_is_gone(samples, own_ro
     write_json(config, read_json(config) | dict(rms_norm_eps=.1))
     with pytest.raises(Refusal, match='not the one it was trained on'):
         predictions_there(run.record, own_root/'package', rows, own_root/'again', monkeypatch)
+
+def test_a_base_of_the_platform_is_named_and_may_have_more_files(runs, own_root, monkeypatch):
+    from competition_kit.base import base_hash
+    rec = find_run(runs[0])
+    platform = own_root/'platform'
+    bases = package_bases([rec], {rec['base']: str(platform)})
+    names = copy_bases(bases, own_root/'package/bases')
+    assert not list(own_root.glob('package/bases/*')), 'it stays at home'
+    (own_root/'package').mkdir()
+    facts = package_facts(own_root/'package', targets['cpu'], [rec], dict(runs=[]), bases, names)
+    assert len(file_faults(own_root/'package', facts['files'])) == len(facts['files'])
+    shutil.copytree(rec['params']['base'], platform)
+    (platform/'extra.json').write_text('{}')
+    assert not file_faults(own_root/'package', facts['files'])
+    link_bases(own_root/'package', {'moved': facts['bases'][rec['params']['base']]}, facts['files'], own_root/'root')
+    monkeypatch.setenv('CK_BASES', str(own_root/'root/bases'))
+    assert base_hash('moved') == rec['base'] != base_hash(str(platform))
 
 def test_damaged_files_are_named_and_their_runs_stay_out(runs, own_root):
     recs, how = package_runs(runs[:3])
