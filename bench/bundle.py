@@ -71,7 +71,7 @@ def without_a_model(package, folder): # the copy
     "Link the package into another folder, where the adapter of one run is missing"
     broken = folder/'broken'
     shutil.copytree(package, broken, copy_function=os.link)
-    run = read_json(broken/'package.json')['runs'][-1]['run']
+    run = read_json(broken/'bundle.json')['runs'][-1]['run']
     (broken/f'models/{run}/adapter/adapter_model.safetensors').unlink()
     return broken
 

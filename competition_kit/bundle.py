@@ -35,7 +35,7 @@ class Target:
     gpus:int=0
     gpu_gb:float=None     # Memory of one GPU
     memory_gb:float=None  # Main memory
-    package_gb:float=200. # Largest package
+    package_gb:float=200. # Largest package (Kaggle's limit of a data set)
     hours:float=12.       # Longest run; a competition may allow less
     python:str=''         # Its Python; '' is the Python of this machine
     fp16:bool=False       # Computes 16 bits in fp16 only; no flash attention, no vLLM
@@ -49,7 +49,7 @@ targets = dict(
     l4x4=Target('L4', 4, 24., python='3.12', source=f'AIMO-2 (2025): four L4, 96 GB; {_kaggle}'),
     h100=Target('H100', 1, 80., hours=5., python='3.12', source=f'AIMO-3 (2026-04): one H100, five hours; {_kaggle}'),
     cpu=Target(memory_gb=30., source=_kaggle),
-    adapter=Target(rank=32, source='NVIDIA Nemotron Model Reasoning Challenge (2026-03): rank 32 at most'))
+    adapter=Target(package_gb=None, hours=None, rank=32, source='NVIDIA Nemotron Model Reasoning Challenge (2026-03): rank 32 at most'))
 
 # %% ../nbs/lib/11_bundle.ipynb #646e23ed
 def find_target(
@@ -229,7 +229,7 @@ def pip_options(
 def run_pip(*words): # What pip printed
     "Run this Python's pip; its error becomes a refusal"
     clean = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    words = [sys.executable, '-m', 'pip', *map(str, words), '--disable-pip-version-check', '-q']
+    words = [sys.executable, '-m', 'pip', *map(str, words), '--disable-pip-version-check', '--no-color', '-q']
     p = subprocess.run(words, capture_output=True, text=True, env=clean)
     if not p.returncode: return p.stdout
     errors = [line.removeprefix('ERROR: ') for line in p.stderr.splitlines() if line.startswith('ERROR: ')]
@@ -427,7 +427,7 @@ def vote_arguments(
 def link_bases(
     package,    # Folder of the package
     bases:dict, # Base → dict of `folder`, below `bases` or a full path on the platform, and `hash`
-    files,      # Names of all files, as in `package.json`
+    files,      # Names of all files, as in `bundle.json`
     root,       # Where to: below `bases`, with `names.json` for `02b_base`
 ):
     "Link the files of the bases into one folder"
@@ -498,7 +498,7 @@ run_stage(vote, VoteArgs(**json.loads(sys.argv[1])))'''
     return take_submission(root, sample, out), why
 
 # %% ../nbs/lib/11_bundle.ipynb #c40f27b0
-_settings = '''PACKAGE = ''  # folder of this package; empty: found by its package.json
+_settings = '''PACKAGE = ''  # folder of this package; empty: found by its bundle.json
 TEST = ''     # the host's test file; empty: beside the sample
 SAMPLE = ''   # the host's sample submission; empty: found by its name
 OUT = 'submission.csv'
@@ -526,8 +526,8 @@ def first_file(pattern, *folders):
 _first = '''places = [p for p in ('/kaggle/input', '.') if Path(p).is_dir()]
 facts = dict(prior={}, files={}, runs=[], target={})
 with noted('package'):
-    package = Path(PACKAGE) if PACKAGE else first_file('package.json', *places).parent
-    facts = json.loads((package/'package.json').read_text())
+    package = Path(PACKAGE) if PACKAGE else first_file('bundle.json', *places).parent
+    facts = json.loads((package/'bundle.json').read_text())
 with noted('first submission'):
     sample = Path(SAMPLE) if SAMPLE else first_file('*sample*submi*', *places)
     test = Path(TEST) if TEST else first_file('*test*', sample.parent)
@@ -663,7 +663,7 @@ def package_sizes(
     parts = {p.name: p for p in sorted(Path(folder).iterdir()) if p.is_dir()} | {'package': Path(folder)}
     files = [sum(f.is_file() for f in p.rglob('*')) for p in parts.values()]
     gb = [round(folder_bytes(p)/1e9, 3) for p in parts.values()]
-    return pd.DataFrame(dict(files=files, GB=gb, limit=['']*(len(parts)-1)+[target.package_gb]), index=list(parts))
+    return pd.DataFrame(dict(files=files, GB=gb, limit=['']*(len(parts)-1)+[target.package_gb or '']), index=list(parts))
 
 def check_size(
     recs,          # Records of model runs
@@ -689,7 +689,7 @@ def package_facts(
     bases:dict,    # From `package_bases`
     names:dict,    # From `copy_bases`
 ) -> dict:
-    "What `package.json` holds"
+    "What `bundle.json` holds"
     needs = {r['run_id']: needed_files(r, names) for r in recs}
     python = target.python or '.'.join(map(str, sys.version_info[:2]))
     return dict(made=now(), target=asdict(target) | dict(python=python), task=recs[0]['task'], prior=class_shares(recs),
@@ -729,7 +729,7 @@ def bundle(
     check_size(recs, bases, t, folder_bytes(tmp))
     for rec in recs: copy_run(rec, tmp/'models')
     names = copy_bases(bases, tmp/'bases')
-    write_json(tmp/'package.json', package_facts(tmp, t, recs, how, bases, names))
+    write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
     write_notebook(tmp/'submit.ipynb', t, f"Submission of {', '.join(runs)}")
     tmp.rename(out)
     return out
@@ -760,7 +760,7 @@ def adapter_package(
     target:Target,
     out,           # Folder of the package
 ) -> Path:
-    "`submission.zip` with an adapter, and `package.json` with the hash of its base"
+    "`submission.zip` with an adapter, and `bundle.json` with the hash of its base"
     recs = each(find_run, runs)
     if len(recs) != 1: raise Refusal(f'an adapter is one run, not {len(recs)}', fix='Merge them with 08_merge')
     rec = recs[0]
@@ -772,6 +772,6 @@ def adapter_package(
         z.writestr('adapter_config.json', json.dumps(config, indent=1))
         z.write(file, file.name)
     base = dict(name=model_params(rec)['base'], hash=rec['base'])
-    write_json(out/'package.json', dict(made=now(), run=rec['run_id'], base=base, rank=config['r'],
+    write_json(out/'bundle.json', dict(made=now(), run=rec['run_id'], base=base, rank=config['r'],
                                         target=asdict(target), files=file_list(out, {})))
     return out

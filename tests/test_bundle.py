@@ -171,7 +171,7 @@ def test_the_notebook_needs_nothing_but_python_and_leaves_the_prior(samples, own
     assert not p.returncode, p.stderr
     assert check_submission(own_root/'submission.csv', sample, 'preference')
     report = read_json(own_root/'missing.json')
-    assert report['submission'] == 'the class prior' and any('package.json' in fault for fault in report['faults'])
+    assert report['submission'] == 'the class prior' and any('bundle.json' in fault for fault in report['faults'])
 
 # ---- wheels
 def wheel(folder, name, version, requires=()):
@@ -225,7 +225,7 @@ def test_the_zip_has_two_files_and_the_base_is_named(runs, own_root):
     with zipfile.ZipFile(own_root/'zip/submission.zip') as z:
         assert sorted(z.namelist()) == ['adapter_config.json', 'adapter_model.safetensors']
         assert json.loads(z.read('adapter_config.json'))['base_model_name_or_path']
-    facts = read_json(own_root/'zip/package.json')
+    facts = read_json(own_root/'zip/bundle.json')
     assert facts['base']['hash'] == find_run(runs[0])['base'] and 'submission.zip' in facts['files']
     assert main(['bundle', runs[4], '--target', 'adapter', '--out', str(own_root/'score')]) == 2
 
