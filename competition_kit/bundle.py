@@ -49,7 +49,8 @@ targets = dict(
     l4x4=Target('L4', 4, 24., python='3.12', source=f'AIMO-2 (2025): four L4, 96 GB; {_kaggle}'),
     h100=Target('H100', 1, 80., hours=5., python='3.12', source=f'AIMO-3 (2026-04): one H100, five hours; {_kaggle}'),
     cpu=Target(memory_gb=30., source=_kaggle),
-    adapter=Target(package_gb=None, hours=None, rank=32, source='NVIDIA Nemotron Model Reasoning Challenge (2026-03): rank 32 at most'))
+    adapter=Target(package_gb=None, hours=None, rank=32,
+                   source='NVIDIA Nemotron Model Reasoning Challenge (2026-03): rank 32 at most'))
 
 # %% ../nbs/lib/11_bundle.ipynb #646e23ed
 def find_target(
@@ -663,7 +664,8 @@ def package_sizes(
     parts = {p.name: p for p in sorted(Path(folder).iterdir()) if p.is_dir()} | {'package': Path(folder)}
     files = [sum(f.is_file() for f in p.rglob('*')) for p in parts.values()]
     gb = [round(folder_bytes(p)/1e9, 3) for p in parts.values()]
-    return pd.DataFrame(dict(files=files, GB=gb, limit=['']*(len(parts)-1)+[target.package_gb or '']), index=list(parts))
+    limits = ['']*(len(parts)-1)+[target.package_gb or '']
+    return pd.DataFrame(dict(files=files, GB=gb, limit=limits), index=list(parts))
 
 def check_size(
     recs,          # Records of model runs

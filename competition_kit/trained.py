@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .base import _snapshot, base_hash, load_tokenizer, local_base
-from .core import Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root, read_json
+from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root,
+                                  read_json)
 from .folds import fold_rows
 from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record
@@ -171,7 +172,8 @@ def has_seen(
 
 # %% ../nbs/lib/03h_trained.ipynb #97531cec
 def _is_here(base): # a base that has been fetched; a model with weights of its own does without it
-    return bool(local_base(base)) or (bases_path('smollm2').exists() if base == 'smollm2' else _snapshot(base) is not None)
+    if base == 'smollm2': return bases_path('smollm2').exists()
+    return bool(local_base(base) or _snapshot(base))
 
 @functools.lru_cache(8)
 def _prompt(base, base_sum, task, max_len, truncation): # a prompt and its tokenizer's hash; made once for many runs
