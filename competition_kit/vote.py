@@ -144,10 +144,15 @@ def vote(
     run_vote(run, args, args.ballot)
 
 # %% ../nbs/10_vote.ipynb #326b8e0e
+def _scored(score, rows, seen, submission, sample): # for the record: out of fold, rows seen, and for practice
+    seen = rows.id[seen.fillna(False).to_numpy(bool)]
+    out = {**(score['metrics'] or {}), 'seen': len(seen)}
+    for solution in sorted(sample.parent.glob('solution.*'))[:1]: out |= practice_score(submission, solution, seen)
+    return out
+
 def _metrics(args, score, each, tables, rows, submission, sample): # for the record
-    out = {**(score['metrics'] or {}), 'seen': int(any_seen(tables.values(), rows).fillna(False).sum())}
+    out = _scored(score, rows, any_seen(tables.values(), rows), submission, sample)
     if args.rule == 'majority': out['ties'] = int(majority(each.values(), score['weights'])[1].sum())
-    for solution in sorted(sample.parent.glob('solution.*'))[:1]: out |= practice_score(submission, solution)
     return out
 
 def _facts(args, ballot, score, run, submission): # for the record: who votes and who does not, with which weights
@@ -279,8 +284,7 @@ def finish_staged(
     if score['vote'] is not None:
         write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, args.views, seen=False, run=run.id)
         files.append('oof.parquet')
-    metrics = {**(score['metrics'] or {}), 'seen': int(seen.fillna(False).sum())}
-    for solution in sorted(sample.parent.glob('solution.*'))[:1]: metrics |= practice_score(submission, solution)
+    metrics = _scored(score, rows, seen, submission, sample)
     facts |= _facts(args, ballot, score, run, submission)
     facts['sentence'] = f"{facts['sentence']} {gap_sentence(missing, why)}".strip()
     runs_per_row = round(float((asker.answers.views > 0).sum(0).mean()), 3)
