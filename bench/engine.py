@@ -109,8 +109,9 @@ def measure_parity(a):
     from competition_kit.prompt import Prompt
     most = 128 if a.small else 1024
     prompt = Prompt(load_tokenizer(), 'preference', most)
-    ids = sequences(lengths(32 if a.small else 1024, most), len(prompt.tok))
-    gate, n, kit, speed = sequences(lengths(64, most), len(prompt.tok), 1), np.full(64, 3), [], []
+    k, m = (8, 4) if a.small else (64, 1024)
+    ids, gate = sequences(lengths(m, most), len(prompt.tok)), sequences(lengths(k, most), len(prompt.tok), 1)
+    n, kit, speed = np.full(k, 3), [], []
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder)/str(k) for k in (1, 2)]
         for k, f in enumerate(adapters):
