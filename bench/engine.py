@@ -86,12 +86,12 @@ def free():
     gc.collect()
     if device == 'cuda': torch.cuda.empty_cache()
 
-def by_packs(classifier, gate, ids, budget=16384):
+def by_packs(classifier, gate, ids, compiled=True, budget=16384):
     "Probabilities of the gate's rows, and the tokens a second of the others"
     n = np.full(max(len(gate), len(ids)), len(classifier.letters))
     if device == 'cuda':
         fuse(classifier)
-        compile_layers(classifier)
+        if compiled: compile_layers(classifier)
     p = view_probs(classifier, as_enc(gate), n, budget, progress=False)
     view_probs(classifier, as_enc(ids), n, budget, progress=False)
     seconds = timed(view_probs, classifier, as_enc(ids), n, budget, progress=False)[1]
@@ -115,7 +115,7 @@ def measure_parity(a):
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder)/str(k) for k in (1, 2)]
         for k, f in enumerate(adapters):
-            p, s = by_packs(random_adapter(load_classifier('smollm2', prompt, dtype=dtype), f, k), gate, ids)
+            p, s = by_packs(random_adapter(load_classifier('smollm2', prompt, dtype=dtype), f, k), gate, ids, False)
             kit.append(p)
             speed.append(s)
             free()
@@ -125,7 +125,7 @@ def measure_parity(a):
             for k in 0, 1:
                 logp, fast = by_vllm(engine, gate, ids, prompt.letters, k+1)
                 facts = parity(kit[k], logp, n, base)
-                report('vllm', what='engine parity', base='smollm2', lora=k+1, **facts, packs_tokens_s=speed[k],
+                report('vllm', what='engine parity', shape='smollm2', lora=k+1, **facts, packs_tokens_s=speed[k],
                        vllm_tokens_s=fast, start_seconds=start, engine_version=engine.version)
 
 def measure_letters(a, name='qwen2.5-7b', bits=16):
@@ -192,7 +192,7 @@ def measure_text(a):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', nargs='*', default=['text', 'letters', 'parity'])
+    p.add_argument('what', nargs='*', default=['parity', 'text', 'letters'])
     p.add_argument('--layers', type=int, default=8)
     p.add_argument('--small', action='store_true')
     a = p.parse_args()
