@@ -162,7 +162,7 @@ class Engine:
         dtype:str='auto',         # `auto`, `bf16`, `fp16` or `fp32`
         max_len:int=2048,         # Tokens of the longest sequence, with the new ones
         tensor_parallel:int=1,    # GPUs that share the model
-        limit:float=1800.,        # Seconds without an answer after which the engine counts as dead
+        limit:float=1800.,        # Seconds for a thousand rows, or to start, after which the engine counts as dead
         **options,                # Further arguments of `vllm.LLM`
     ):
         engine_input('vllm')
@@ -193,8 +193,9 @@ class Engine:
     def _ask(self, request, **kw):
         try:
             self.pipe.send((request, kw))
-            ready = wait([self.pipe, self.ended], self.limit)
-            if not ready: raise self._dead(f'the vLLM engine gave no answer in {self.limit:g} seconds')
+            limit = self.limit*max(1, len(kw.get('ids', ()))/1000)
+            ready = wait([self.pipe, self.ended], limit)
+            if not ready: raise self._dead(f'the vLLM engine gave no answer in {limit:g} seconds')
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
             raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None

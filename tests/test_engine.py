@@ -192,7 +192,7 @@ def test_text_letters_and_an_engine_that_dies(two, own_root, capsys):
         engine.process.kill()
         began = time.time()
         got = asker.ask(some, 1)
-        assert abs(got-packs.ask(some, 1)).max() < 1e-5 and time.time()-began < 20
+        assert abs(got-packs.ask(some, 1)).max() < 1e-3 and time.time()-began < 30
         assert 'the vLLM engine died' in capsys.readouterr().out
         assert read_json(folder/'engine.json')[' '.join(ids)]['engine'] == 'packs'
 
