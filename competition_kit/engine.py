@@ -10,7 +10,6 @@ __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_orde
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,8 +22,8 @@ from .prompt import encode_cached
 from .quant import quant_kind
 from .ranks import _die_with_parent
 from .rows import swap_probs
-from .trained import (RunAsker, _copy_earlier, _fuse_and_compile, _kept, _made_of, _on_base, _seen, base_of,
-                                     is_full, load_run, model_params, predict_runs, weights_path)
+from .trained import (RunAsker, _copy_earlier, _kept, _made_of, _on_base, _seen, base_of, is_full,
+                                     model_params, predict_runs, weights_path)
 
 # %% ../nbs/lib/03m_engine.ipynb #28d3cc3e
 def vllm_version() -> str: # '' where it is not installed
@@ -100,7 +99,8 @@ def engine_env() -> dict:
     own = dict(PYTHONPATH=path, PYTHONSAFEPATH='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false',
                VLLM_NO_USAGE_STATS='1', VLLM_WORKER_MULTIPROCESSING_METHOD='spawn')
     if not _has_gpu(): own['TORCHDYNAMO_DISABLE'] = '1'  # for a CPU, compiling takes long
-    return dict(VLLM_LOGGING_LEVEL='WARNING', VLLM_CPU_KVCACHE_SPACE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0') | kept | own
+    usual = dict(VLLM_LOGGING_LEVEL='WARNING', VLLM_CPU_KVCACHE_SPACE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0')
+    return usual | kept | own
 
 def _has_gpu():
     import torch
@@ -162,7 +162,7 @@ class Engine:
         dtype:str='auto',         # `auto`, `bf16`, `fp16` or `fp32`
         max_len:int=2048,         # Tokens of the longest sequence, with the new ones
         tensor_parallel:int=1,    # GPUs that share the model
-        limit:float=1800.,        # Seconds without an answer after which the engine counts as dead
+        limit:float=1800.,        # Seconds for a thousand rows, or to start, after which the engine counts as dead
         **options,                # Further arguments of `vllm.LLM`
     ):
         engine_input('vllm')
@@ -193,8 +193,9 @@ class Engine:
     def _ask(self, request, **kw):
         try:
             self.pipe.send((request, kw))
-            ready = wait([self.pipe, self.ended], self.limit)
-            if not ready: raise self._dead(f'the vLLM engine gave no answer in {self.limit:g} seconds')
+            limit = self.limit*max(1, len(kw.get('ids', ()))/1000)
+            ready = wait([self.pipe, self.ended], limit)
+            if not ready: raise self._dead(f'the vLLM engine gave no answer in {limit:g} seconds')
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
             raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None
@@ -223,7 +224,10 @@ class Engine:
         ids,              # Token arrays
         seeds,            # A number for each array, of its sampling
         max_new:int=256,  # Tokens
-        temperature:float=1., top_p:float=1., top_k:int=0, min_p:float=0., # 0 is greedy; all tokens; all tokens; no floor
+        temperature:float=1., # 0 is greedy
+        top_p:float=1.,   # 1: all tokens
+        top_k:int=0,      # 0: all tokens
+        min_p:float=0.,   # 0: all tokens
         adapter=0,        # As for `letters`
         **more,           # Further arguments of `vllm.SamplingParams`, such as `stop`
     ) -> list: # For each array a dict: `text`, `tokens` and `finish` (`stop` or `length`)
@@ -266,6 +270,7 @@ def letter_probs(
     p = np.exp(logp-logp.max(1, keepdims=True))
     return (p/p.sum(1, keepdims=True)).astype(np.float32)
 
+# %% ../nbs/lib/03m_engine.ipynb #783bd837
 def parity(
     kit,       # [rows, letters] probabilities by the kit's forward
     logp,      # [rows, letters] by the engine, among the whole vocabulary
@@ -307,6 +312,11 @@ def why_not_served(
     quant = quant_kind(base_of(rec))
     if quant and quant['bits'] == 8 and not _has_gpu(): return 'vLLM has no 8-bit GPTQ on a CPU'
     return ''
+
+def _free_gpu(): # of what this process no longer needs
+    import torch
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def _served_dtype(rec): # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
     return 'fp16' if quant_kind(base_of(rec)) and not _has_gpu() else str(model_params(rec)['dtype'])
@@ -381,8 +391,9 @@ class EngineAsker(RunAsker):
             facts['parity'][run] = parity(kit[run], logp, self.n[gate], base, limit)
             check_parity(run, facts['parity'][run])
         if not may_leave: return facts
-        took = self._seconds(lambda: self.server.letters(self._ids(same[-1], other), self._letters(), len(same), True), other)
-        chosen, facts['why'] = faster(packs, took*len(same), start)
+        ids, letters, slot = self._ids(same[-1], other), self._letters(same[-1]), self.server.n_adapters
+        vllm = self._seconds(lambda: self.server.letters(ids, letters, slot, fresh=True), other)*len(same)
+        chosen, facts['why'] = faster(packs, vllm, start)
         if chosen == 'packs':
             self.close()
             facts['engine'] = 'packs'
@@ -394,9 +405,8 @@ class EngineAsker(RunAsker):
             RunAsker.load(self, run)
             kit[run] = RunAsker.ask(self, gate, 0)
         seconds = self._seconds(lambda: RunAsker.ask(self, other, 0), other)
-        self.model = self.base = None  # the GPU belongs to the engine now
-        gc.collect()
-        if _has_gpu(): __import__('torch').cuda.empty_cache()
+        self.model = self.base = None
+        _free_gpu()
         return kit, seconds*len(same)
 
     def _seconds(self, f, at): # of all rows and views, from those of some rows
@@ -407,7 +417,7 @@ class EngineAsker(RunAsker):
     def _start(self, same):
         rec, longest = self.recs[same[0]], max(int(self._encoded(r).n.max()) for r in same)
         adapters = [] if is_full(rec) else [weights_path(self.recs[r]) for r in same]
-        how = dict(dtype=_served_dtype(rec), max_len=longest+1) | self.options
+        how = dict(dtype=_served_dtype(rec), max_len=longest+1, enforce_eager=True) | self.options
         self.server = Engine(base_of(rec), adapters, **how)
 
     def _by_vllm(self, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
@@ -470,13 +480,12 @@ def ask_engine(
     "Each run's probabilities for `rows`, by packs or by vLLM"
     folder, packs, files = Path(folder), [], {r: Path(folder)/f'{r}.parquet' for r in runs}
     with EngineAsker(runs, rows, views, pack_tokens, engine, folder, **options) as asker:
-        for _, same in groupby(sorted(runs, key=lambda r: _on_base(asker.recs[r])), lambda r: _on_base(asker.recs[r])):
-            same = list(same)
-            for r in same: _copy_served(asker, r, files[r])
-            todo = [r for r in same if _kept(files[r], rows, views) is None]
-            if not todo: continue
-            packs += [r for r in todo if asker.choose(r) == 'packs' or not _write_served(asker, r, files[r])]
-    return {r: _kept(f, rows, views) for r, f in files.items()} | predict_runs(packs, rows, folder, views, pack_tokens, progress)
+        for r in sorted(runs, key=lambda r: _on_base(asker.recs[r])):
+            _copy_served(asker, r, files[r])
+            if _kept(files[r], rows, views) is not None: continue
+            if asker.choose(r) == 'packs' or not _write_served(asker, r, files[r]): packs.append(r)
+    tables = predict_runs(packs, rows, folder, views, pack_tokens, progress)
+    return tables | {r: _kept(f, rows, views) for r, f in files.items() if r not in tables}
 
 def engine_facts(
     folder, # As for `ask_engine`

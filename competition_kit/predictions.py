@@ -288,7 +288,8 @@ def cascade_plan(
     curve['minutes'] = [forecast(asker, views, share) for share in curve.index]
     metric = 'accuracy' if rule == 'majority' else tasks[asker.models.task].metric
     share = share_in_time(curve, asker.clock.budget(), metric)
-    known = f", out-of-fold {metric.replace('_', '-')} {curve[metric][share]:.4f} after {curve[metric][0]:.4f}"
+    name, scored = metric.replace('_', '-'), curve[metric]
+    known = f'; out-of-fold {name} {scored[share]:.4f}, without re-scoring {scored[0]:.4f}'
     print(f'{share:.0%} of the rows are re-scored: {curve.minutes[share]:.2f} minutes predicted'
-          +(known if np.isfinite(curve[metric][0]) else ''))
+          +(known if np.isfinite(scored[0]) else ''))
     return dict(share=share, predicted_minutes=round(float(curve.minutes[share]), 3), metric=metric, curve=curve)

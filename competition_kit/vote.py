@@ -13,7 +13,8 @@ __all__ = ['hold_vote', 'VoteArgs', 'vote_inputs', 'run_vote', 'vote', 'staged_f
 
 # %% ../nbs/10_vote.ipynb #f6deac55
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+import numpy as np
 import pandas as pd
 from .ballot import (candidates, group_by_recipe, is_prob_file, left_out, run_weights, voter_weights,
                                     voters)
@@ -23,6 +24,7 @@ from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_ro
                                   write_json)
 from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
+from .parallel import parallel_vote
 from .predictions import (BallotAsker, any_seen, by_strength, cascade_plan, forecast, prior_probs,
                                          rows_to_predict, run_tables, sample_file, save_vote, stopping_limits,
                                          test_file, voter_probs, write_sample, write_votes)
@@ -59,26 +61,28 @@ class VoteArgs:
     rescore:float=1.         # a cascade: share of the rows for all but the first run named; 0: what fits the budget
     test:str=''              # path of a raw test file, where there is no table <data>_test
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
+    gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
     engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
-        at_least(self, 1, 'pack_tokens')
+        at_least(self, 1, 'pack_tokens', 'gpus')
         at_least(self, 0, 'budget', 'max_memory_gb')
-        engine_input(self.engine)
-        if self.max_memory_gb and self.engine != 'packs':
-            raise Refusal('max_memory_gb limits packs, not vLLM', fix='Take engine=packs')
+        if engine_input(self.engine) and (self.max_memory_gb or self.gpus > 1):
+            raise Refusal('max_memory_gb and gpus are for packs, not for vLLM', fix='Take engine=packs')
         share(self, 'change')
         if not 0 <= self.rescore <= 1:
             raise Refusal(f'rescore={self.rescore!r}', fix='Take a share up to 1, or 0: what fits the budget')
         if self.change and self.rescore < 1:
             raise Refusal('change and rescore both choose the rows of later voters', fix='Take one of them')
         if self.staged and self.rule == 'ranks':
-            raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0 and rescore 1')
+            raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
+        if self.gpus > 1 and not self.rescore:
+            raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
 
     @property
-    def staged(self): return bool(self.budget or self.change or self.rescore < 1)  # else all are asked for all
+    def staged(self): return bool(self.budget or self.change or self.rescore < 1 or self.gpus > 1)  # else all at once
 
     @cached_property
     def ballot(self): return voters(self.data, self.runs)
@@ -254,10 +258,16 @@ def run_staged(
     asker = BallotAsker(lines, rows, args.views, pack_tokens, clock, args.engine, run.folder)
     read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
     limits = stopping_limits(asker.voters, weights, score, args.rule, args.change)
-    todo, plan = planned_passes(asker, weights, prior, args, limits, score)
-    save = staged_files(run, asker, weights, prior, args, sample)
-    with asker.models: # which ends its engine
-        why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.sizes, clock, save, pack_tokens)
+    save, plan = staged_files(run, asker, weights, prior, args, sample), {}
+    if args.gpus > 1:
+        make = partial(BallotAsker, lines, views=args.views, pack_tokens=pack_tokens)
+        how = dict(weights=weights, prior=prior, rule=args.rule, views=args.views, limits=limits, share=args.rescore,
+                   order=np.arange(len(weights)))
+        why = parallel_vote(asker, make, how, args.gpus, run.folder/'parts', save, pack_tokens, args.max_memory_gb)
+    else:
+        todo, plan = planned_passes(asker, weights, prior, args, limits, score)
+        with asker.models: # which ends its engine
+            why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.sizes, clock, save, pack_tokens)
     vote = vote_so_far(asker.answers, weights, prior, args.rule)
     finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory or {}, **plan,
                   vote_minutes=round(clock.used()/60, 3))

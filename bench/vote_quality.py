@@ -1,0 +1,235 @@
+"""What is each way to vote worth? Voters, rules, weights, swapped views and a cascade on held-out rows.
+
+usage: python bench/vote_quality.py open=FILE alpaca=FILE --teacher BASE [--folds 5] [--seeds 3] [--jobs 4] [--set JSON]
+The voters are the runs of `distill.py` (`labels`, the same with the rows of the second table, the teacher) and score
+heads on the same rows. Runs that lie in CK_ROOT with the same arguments are not trained again: start both scripts
+with one CK_ROOT and the same `--set`. All else is arithmetic over out-of-fold probabilities.
+`spread` is the standard deviation over seeds or, of a single vote, over folds. `difference` is the mean difference to
+the line `against`, row by row; `least` is the smallest difference that two standard errors over groups can tell."""
+import argparse, json, multiprocessing, os, tempfile, time, traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import distill  # sets the threads of its processes
+import numpy as np
+import pandas as pd
+from competition_kit.cascade import least_certain, rescore
+from competition_kit.choose import effective_voters, error_correlation
+from competition_kit.combine import combine, fit_weights
+from competition_kit.probs import accuracy, log_loss
+from competition_kit.sequential import calibrated_limits, exact_limits, sequential_vote
+
+FAMILIES = 'labels', 'labels, alpaca rows with real labels', 'score head'
+SHORT = dict(zip(FAMILIES, ('labels', 'more rows', 'score head')))
+TEACHER = 'teacher: qwen'
+distill.LINES['score head'] = dict(seeds=3, args=dict(route='score'))
+
+# ---- predictions
+def predicted(job): # (line, seed, fold, rows with `p` of two views and, for `labels`, `one_view`); an error as text
+    line, args = job
+    began = time.time()
+    try: return line, args['seed'], args['fold'], _predicted(line, args), time.time()-began
+    except Exception: return line, args['seed'], args['fold'], traceback.format_exc()[-1500:], time.time()-began
+
+def _predicted(line, args):
+    import contextlib, io
+    from competition_kit.train import held_out, train_fold
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run = train_fold(**args)
+        rows, p = held_out(run)
+        out = pd.DataFrame(dict(id=rows.id, label=rows.label, group=rows.group, fold=args['fold'], p=list(p)))
+        if line == 'labels': out['one_view'] = list(one_view(run.id, rows, args['pack_tokens']))
+    return out
+
+def one_view(run, rows, pack_tokens): # [rows, options]; kept beside the run
+    from competition_kit.core import models_path
+    from competition_kit.probs import align
+    from competition_kit.trained import predict_runs
+    return align(predict_runs([run], rows, models_path('one_view'), 1, pack_tokens, progress=False)[run], rows)
+
+def jobs(folds, seeds): # those that take longest first
+    lines = {TEACHER: 1, 'score head': seeds, FAMILIES[1]: seeds, 'labels': seeds}
+    return [(line, args) for line, n in lines.items() for stage, args in distill.jobs_of(line, {}, folds)
+            if args['seed'] < n]
+
+# ---- arithmetic
+class Held:
+    "Out-of-fold probabilities: `p[line, seed]` and `one[seed]`, [rows, options], for rows that all of them have"
+    def __init__(self, tables): # (line, seed) → the rows of all folds
+        self.seeds = sorted({s for _, s in tables if all((line, s) in tables for line in FAMILIES)})
+        if not self.seeds: raise SystemExit('no seed has runs of every family')
+        tables = {(line, s): t for (line, s), t in tables.items() if s in self.seeds or line == TEACHER}
+        first = next(iter(tables.values()))
+        ids = set(first.id).intersection(*(t.id for t in tables.values()))
+        rows = first[first.id.isin(ids)].sort_values('id', kind='stable').reset_index(drop=True)
+        self.label, self.fold, self.group = rows.label.to_numpy(), rows.fold.to_numpy(), rows.group.to_numpy()
+        def of(t, column): return np.stack(t.set_index('id')[column].loc[rows.id])
+        self.p = {key: of(t, 'p') for key, t in tables.items()}
+        self.one = {seed: of(t, 'one_view') for (line, seed), t in tables.items() if line == 'labels'}
+
+    def by_fold(self, make): # [rows, options]; `make` gets masks of one fold and of the others
+        out = np.zeros_like(self.p['labels', 0])
+        for k in np.unique(self.fold): out[self.fold == k] = make(self.fold == k, self.fold != k)
+        return out
+
+def losses(p, label): return -np.log(np.maximum(p[np.arange(len(label)), label], 1e-15))  # [rows]
+
+def compared(own, peer, held, metric): # difference of two lists of votes, row by row; what the rows can tell
+    def mean(votes): # [rows]
+        if metric == 'log_loss': return np.mean([losses(p, held.label) for p in votes], 0)
+        return np.mean([p.argmax(1) == held.label for p in votes], 0)
+    d = mean(own)-mean(peer)
+    by_group = pd.Series(d-d.mean()).groupby(held.group).sum()
+    least = 2*np.sqrt((by_group**2).sum())/len(d)
+    better = -d.mean() if metric == 'log_loss' else d.mean()
+    return dict(metric=metric, difference=d.mean(), least=least,
+                told='better' if better > least else 'worse' if better < -least else 'no difference')
+
+class Table:
+    "The lines of the result; votes of a name may be several repetitions"
+    def __init__(self, held): self.held, self.votes, self.lines = held, {}, []
+
+    def add(self, name, votes, against=None, metric='log_loss', **facts):
+        held, self.votes[name] = self.held, votes
+        score = log_loss if metric == 'log_loss' else accuracy
+        own, folds = [score(p, held.label) for p in votes], np.unique(held.fold)
+        over = 'seeds' if len(own) > 1 else 'folds'
+        if over == 'folds': spread = [score(votes[0][held.fold == k], held.label[held.fold == k]) for k in folds]
+        else: spread = own
+        line = dict(line=name, accuracy=np.mean([accuracy(p, held.label) for p in votes]),
+                    spread=np.std(spread, ddof=1), over=over)
+        if metric == 'log_loss': line = dict(line=name, log_loss=np.mean(own)) | line
+        if against: line |= compared(votes, self.votes[against], held, metric) | dict(against=against)
+        self.lines.append(line | facts)
+
+def independent(p, label): # how many voters the voters count as
+    rho = error_correlation(np.stack(p), label)
+    n = len(p)
+    return dict(rho=(rho.sum()-n)/(n*(n-1)), n_eff=effective_voters(rho))
+
+def members(held, n, k): # n voters of all families; the k-th choice of their seeds
+    seeds = [held.seeds[(k+s) % len(held.seeds)] for s in range(len(held.seeds))]
+    return [held.p[line, s] for s in seeds for line in FAMILIES][:n]
+
+def add_voters(t):
+    held = t.held
+    for line in FAMILIES:
+        t.add(f'single: {SHORT[line]}', [held.p[line, s] for s in held.seeds], 'single: labels' if t.votes else None)
+    if (TEACHER, 0) in held.p: t.add('single: 0.5B', [held.p[TEACHER, 0]], 'single: labels')
+    best = min((f'single: {SHORT[line]}' for line in FAMILIES),
+               key=lambda name: next(l['log_loss'] for l in t.lines if l['line'] == name))
+    for line in FAMILIES:
+        p = [held.p[line, s] for s in held.seeds]
+        t.add(f'{len(p)} seeds: {SHORT[line]}', [combine(p)], f'single: {SHORT[line]}', **independent(p, held.label))
+    most = len(FAMILIES)*len(held.seeds)
+    for n in [n for n in (3, 5, 7, 9) if n <= most]:
+        chosen = [members(held, n, k) for k in range(len(held.seeds) if n < most else 1)]
+        worth = pd.DataFrame([independent(p, held.label) for p in chosen]).mean().to_dict()
+        t.add(f'{n} of {most} voters', [combine(p) for p in chosen], best, **worth)
+
+def add_rules(t):
+    held = t.held
+    p = np.stack([held.p[line, s] for line in FAMILIES for s in held.seeds])
+    t.add('all voters, mean', [combine(p)])
+    t.add('all voters, logits', [combine(p, rule='logits')], 'all voters, mean')
+    for rule in 'majority', 'ranks':
+        t.add(f'all voters, {rule}', [combine(p, rule=rule)], 'all voters, mean', 'accuracy')
+    t.add('all voters, fitted weights (nested)', [held.by_fold(lambda here, other: combine(
+        p[:, here], fit_weights(p[:, other], held.label[other])))], 'all voters, mean')
+
+def add_sequential(t): # limits are calibrated on the other folds
+    held = t.held
+    p = np.stack([held.p[line, s] for line in FAMILIES for s in held.seeds])
+    w = np.full(len(p), 1/len(p))
+    for rule, change in ('majority', 0), ('mean', .001), ('mean', .01):
+        asked = np.zeros(len(held.label))
+        def one(here, other):
+            limits = calibrated_limits(p[:, other], w, rule, change) if change else exact_limits(w)
+            q = p[:, here]
+            vote, count = sequential_vote(lambda v, rows: q[v, rows], here.sum(), w, limits, rule)
+            asked[here] = count
+            return vote
+        vote = held.by_fold(one)
+        same = (vote.argmax(1) == combine(p, rule=rule).argmax(1)).mean()
+        t.add(f'sequential {rule}, change {change:g}', [vote], f'all voters, {rule}', 'accuracy',
+              voters_a_row=asked.mean(), same=same)
+
+def add_swaps(t):
+    held = t.held
+    t.add('one view', [held.one[s] for s in held.seeds])
+    for share in .1, .3, 1.:
+        votes = []
+        for s in held.seeds:
+            one, rows = held.one[s], least_certain(held.one[s], share)
+            swapped = 2*held.p['labels', s]-one  # the kept probabilities are the mean of both views
+            votes.append(rescore(one, swapped[rows], rows))
+        t.add(f'swapped views for {share:.0%} of the rows', votes, 'one view', views_a_row=1+share)
+
+def add_cascade(t): # the large model's weight is chosen on the other folds
+    held = t.held
+    if (TEACHER, 0) not in held.p: return
+    large = held.p[TEACHER, 0]
+    for share in .1, .25, .5, 1.:
+        votes = []
+        for s in held.seeds:
+            small = held.p['labels', s]
+            def vote(at, weight):
+                rows = least_certain(small[at], share)
+                return rescore(small[at], large[at][rows], rows, weight)
+            def nested(here, other):
+                best = min((.5, 1, 2, 4, 16), key=lambda w: log_loss(vote(other, w), held.label[other]))
+                return vote(here, best)
+            votes.append(held.by_fold(nested))
+        t.add(f'cascade: 0.5B for {share:.0%} of the rows', votes, 'single: labels')
+    t.lines[-1]['gap_to_large'] = t.lines[-1]['log_loss']-log_loss(large, held.label)
+
+def table(held):
+    t = Table(held)
+    for add in add_voters, add_rules, add_sequential, add_swaps, add_cascade: add(t)
+    return pd.DataFrame(t.lines)
+
+def collected(a): # the predictions of all folds, by line and seed; what failed is left out
+    from common import gpus
+    cards, spawn, began = gpus(), multiprocessing.get_context('spawn'), time.time()
+    pool = ProcessPoolExecutor(a.jobs*len(cards), spawn, distill.begin,
+                               (os.environ['CK_ROOT'], cards, spawn.Value('i', -1)))
+    out = {}
+    for done in as_completed([pool.submit(predicted, job) for job in jobs(a.folds, a.seeds)]):
+        line, seed, fold, rows, took = done.result()
+        if isinstance(rows, str):
+            print(f'FAILED {line}, seed {seed}, fold {fold}: {rows}', flush=True)
+            continue
+        print(f'{line} | seed {seed} fold {fold}: {took:.0f} s, {time.time()-began:.0f} s in all', flush=True)
+        out.setdefault((line, seed), []).append(rows)
+    pool.shutdown()
+    return {key: pd.concat(parts) for key, parts in out.items() if len(parts) == a.folds}
+
+def make_tables(files): # as distill.py makes them
+    from competition_kit.core import bases_path, data_path
+    from competition_kit.tables import split
+    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
+    data_path().mkdir(parents=True, exist_ok=True)
+    for part in files:
+        name, file = part.split('=')
+        if not data_path(f'{name}.parquet').exists(): distill.write_tables(name, split(str(Path(file).resolve()))[0])
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('tables', nargs=2)
+    p.add_argument('--teacher', default='smollm2')
+    p.add_argument('--folds', type=int, default=5)
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--jobs', type=int, default=4, help='processes a GPU')
+    p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
+    p.add_argument('--out', default='.')
+    a = p.parse_args()
+    distill.FIT.update(a.set)
+    distill.LINES[TEACHER]['args']['base'] = a.teacher
+    make_tables(a.tables)
+    tables = collected(a)
+    pd.concat([t.assign(line=line, seed=seed) for (line, seed), t in tables.items()]).to_parquet(
+        Path(a.out)/'vote_said.parquet')
+    t = table(Held(tables))
+    t.to_json(Path(a.out)/'vote_quality.json', orient='records', indent=1)
+    with pd.option_context('display.width', 250):
+        print(t.to_string(index=False, na_rep='', float_format=lambda v: f'{v:.4f}'))

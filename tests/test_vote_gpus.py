@@ -1,0 +1,116 @@
+"Votes in several processes: the same numbers, and what a process that dies or stalls costs"
+
+import os, time
+from functools import partial
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+import competition_kit.parallel as P
+from competition_kit.choose import simulated_voters
+from competition_kit.clock import Clock
+from competition_kit.core import Refusal
+from competition_kit.parallel import parallel_vote, row_parts
+from competition_kit.probs import align, read_probs
+from competition_kit.record import run_stage
+from competition_kit.submission import check_submission, find_sample
+from competition_kit.tables import load_rows
+from competition_kit.vote import VoteArgs, vote
+
+N = 40
+ASKER = '''
+import os, signal, time
+import numpy as np
+from competition_kit.choose import simulated_voters
+from competition_kit.core import Refusal
+from competition_kit.staged import no_answers
+
+class Asker:
+    "Two simulated voters; the process that has row 0 does what `fate` says at its second voter"
+    def __init__(self, rows, clock, fate):
+        self.rows, self.clock, self.fate, self.run = rows, clock, fate, 0
+        self.p = simulated_voters([1.5, 1.5], 40)[0][:, rows.id.astype(int)]
+        self.answers, self.sizes = no_answers([0, 1], len(rows), 3), np.ones(len(rows))
+    def load(self, run): self.run = run
+    def ask(self, run, at, view):
+        if run and 0 in set(self.rows.id):
+            if self.fate == 'dies': os.kill(os.getpid(), signal.SIGKILL)
+            if self.fate == 'stalls': time.sleep(600)
+            if self.fate == 'refuses': raise Refusal('an adapter is damaged')
+            if self.fate == 'raises': raise RuntimeError('CUDA error: device lost')
+        return self.p[run, at]
+'''
+
+
+@pytest.fixture
+def asker(tmp_path, monkeypatch):
+    "A function that makes simulated askers of a fate; the processes can import it"
+    (tmp_path / 'simulated_asker.py').write_text(ASKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(tmp_path), str(Path(P.__file__).parents[1])]))
+    monkeypatch.delitem(__import__('sys').modules, 'simulated_asker', raising=False)
+    return __import__('simulated_asker').Asker
+
+
+def voted(asker, fate, minutes, folder):
+    "(the driver's asker, why it stopped, how often it saved)"
+    saves, make = [], partial(asker, fate=fate)
+    driver = make(rows=pd.DataFrame(dict(id=np.arange(N))), clock=Clock(minutes))
+    how = dict(weights=[1, 1], prior=np.full((N, 3), 1 / 3), views=1)
+    return driver, saves, lambda: parallel_vote(driver, make, how, 2, folder, lambda: saves.append(1))
+
+
+@pytest.mark.parametrize('n', [1, 3, 4])
+def test_parts_hold_every_row_once_and_about_as_many_tokens(n):
+    sizes = np.random.default_rng(n).integers(1, 1000, 301)
+    parts = row_parts(sizes, n)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(301))
+    tokens = [sizes[part].sum() for part in parts]
+    assert max(tokens) - min(tokens) <= sizes.max()
+
+
+def test_two_processes_vote_like_one(runs):
+    def votes(**how):
+        run = run_stage(vote, VoteArgs(runs=' '.join(runs[:2]), **how))
+        return align(read_probs(run.folder / 'votes.parquet'), load_rows('sample_arena_test')), run
+
+    (alone, _), (both, run) = votes(), votes(gpus=2)
+    np.testing.assert_allclose(both, alone, atol=2e-5)
+    assert run.record['stopped'] == '' and run.record['missing']['no_model'] == 0
+    assert check_submission(run.folder / 'submission.csv', find_sample('sample_arena'), 'preference')
+
+
+@pytest.mark.parametrize('fate, why', [('dies', 'process [01] ended with -9'), ('raises', 'device lost')])
+def test_a_process_that_dies_costs_its_own_rows(asker, tmp_path, fate, why):
+    driver, saves, work = voted(asker, fate, 60, tmp_path / 'parts')
+    began = time.monotonic()
+    assert __import__('re').search(why, work())
+    assert time.monotonic() - began < 60 and len(saves) >= 2
+    seen = driver.answers.views
+    assert seen[0].all() and seen[1].sum() == N / 2 and seen[1, 0] == 0  # the other process has done its part
+    again, _, work = voted(asker, '', 60, tmp_path / 'parts')
+    again.answers.total[:], again.answers.views[:] = driver.answers.total, driver.answers.views
+    assert work() == ''
+    np.testing.assert_allclose(again.answers.total, simulated_voters([1.5, 1.5], N)[0], atol=1e-6)
+    assert (again.answers.views == 1).all()
+
+
+def test_a_process_that_stalls_is_ended_in_time(asker, tmp_path):
+    driver, _, work = voted(asker, 'stalls', 0.5, tmp_path / 'parts')
+    why = work()
+    assert 'did not end in time' in why and driver.clock.used() < 30
+    assert driver.answers.views[0].all()
+
+
+def test_without_a_budget_a_dead_process_is_an_error_and_its_answers_stay(asker, tmp_path):
+    driver, _, work = voted(asker, 'dies', 0, tmp_path / 'parts')
+    with pytest.raises(RuntimeError, match='ended with -9'):
+        work()
+    assert driver.answers.views[0].all()
+    _, _, work = voted(asker, 'refuses', 60, tmp_path / 'parts')
+    with pytest.raises(Refusal, match='an adapter is damaged'):
+        work()
+
+
+def test_bad_numbers_of_gpus():
+    for bad in dict(gpus=0), dict(gpus=2, rule='ranks'), dict(gpus=2, rescore=0):
+        with pytest.raises(Refusal):
+            VoteArgs(**bad)
