@@ -3,7 +3,7 @@ and the merged model is quantised to 4 and 8 bits. Each loader answers the same 
 
 usage: python bench/loaders.py [--rows 32] [--loaders kit peft transformers vllm] [--folder DIR] [--base smollm2]
 Prints one JSON line for each loader, model and dtype: the largest and mean difference of a letter's probability, and
-the largest of its logit (each row's mean taken off), against the kit in fp32 and in the same dtype. --folder keeps what was made."""
+the largest of its logit (each row's mean taken off), against the kit in fp32 and in the same dtype."""
 import argparse, functools, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
