@@ -320,12 +320,15 @@ def _keeping(kept): # GPTQModel passes its results to `kept`, and takes those of
         result = solve(self, *args, **kw)
         kept.write(m.layer_index, m.full_name, result)
         return result
-    def run(*, plan, layer_index, **kw):
+    def run(*, looper, plan, layer_index, cur_layer_device, **kw):
         if layer_index in kept.finished:  # no inputs are collected, so none can be missed
+            for m in plan.modules.values():
+                looper._prepare_named_module_for_forward(named_module=m, fallback_device=cur_layer_device)
             all_of_them = replace(plan.calibration_coverage_policy, validate_input_coverage=False,
                                   prune_uncovered_modules=False)
             plan = replace(plan, execute_forward=False, calibration_coverage_policy=all_of_them)
-        return run_subset(plan=plan, layer_index=layer_index, **kw)
+        place = dict(looper=looper, layer_index=layer_index, cur_layer_device=cur_layer_device)
+        return run_subset(plan=plan, **place, **kw)
     with patch.object(GPTQ, 'quantize', quantize), patch.object(stage_layer, 'run_subset_stage', run), kept.pool: yield
 
 # %% ../nbs/lib/03k_quantise.ipynb #2f0d2d30
