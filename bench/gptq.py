@@ -81,15 +81,15 @@ def measure_time(a):
                 took = {}
                 for name, f in dict(plain=plain, kit=kit, plain2=plain, kit2=kit).items():
                     out = Path(d)/f'{kind}-{bits}-{name}'
-                    start = time.perf_counter()
+                    start, cpu = time.perf_counter(), time.process_time()
                     try:
                         with contextlib.redirect_stdout(io.StringIO()): layers = f(source, out, ids, bits, a.group)
                     except Exception: print('FAILED', kind, bits, name, traceback.format_exc()[-1500:], flush=True)
-                    else: took[name] = layers, time.perf_counter()-start
+                    else: took[name] = layers, time.perf_counter()-start, time.process_time()-cpu
                     shutil.rmtree(out, ignore_errors=True)
-                for name, (layers, whole) in took.items():
+                for name, (layers, whole, cpu) in took.items():
                     report('torch', 'gptqmodel', what=f'{kind} {bits} bits', who=name.rstrip('2'), layers=layers,
-                           seconds_a_layer=float(np.median(layers[1:] or layers)), whole=whole)
+                           seconds_a_layer=float(np.median(layers[1:] or layers)), whole=whole, cpu_s=cpu)
 
 def kit_in_silence(*args):
     with contextlib.redirect_stdout(io.StringIO()): return kit(*args)

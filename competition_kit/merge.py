@@ -237,18 +237,19 @@ def merge_verdict(
     if not unseen:
         return ('Some member was trained on every row, or nobody can tell: no score here says how good the merge is. '
                 'Give a table of new rows with labels: held=…')
-    parts = [_against(name, line) for name, line in table.iterrows() if name.startswith(('mean', 'best'))]
-    lost = [name for name, line in table.iterrows() if line['merged - it'] > line['least']]
-    advice = f" It lost to the {lost[0].split(':')[0]}: do not submit the merge." if lost else ''
-    return f"On {unseen} rows that no member has seen, the merge {' and '.join(parts)}.{advice}"
+    others = table[table.index.str.startswith(('mean', 'best'))].rename(index=lambda name: name.split(':')[0])
+    text = ' and '.join(_against(name, line) for name, line in others.iterrows())
+    lost = ' and to the '.join(others.index[others['merged - it'] > others.least])
+    advice = f' It lost to the {lost}: do not submit the merge.' if lost else ''
+    return f'On {unseen} rows that no member has seen, the merge {text}.{advice}'
 
 def _against(name, line): # one comparison as a part of a sentence
     gap, least = line['merged - it'], line['least']
-    if abs(gap) < 5e-5: return f"is as good as the {name.split(':')[0]}"
-    side = 'better' if gap < 0 else 'worse'
-    told = f'more than the {least:.4f} that these rows can tell' if abs(gap) > least else \
-        f'which may be chance: the rows cannot tell less than {least:.4f}'
-    return f"is {side} than the {name.split(':')[0]} by {abs(gap):.4f} ({told})"
+    if abs(gap) < 5e-5: return f'is as good as the {name}'
+    told = f'more than the {least:.4f} that these rows can tell'
+    if abs(gap) <= least: told = f'which may be chance: the rows cannot tell less than {least:.4f}'
+    if np.isnan(least): told = 'which may be chance: the rows are one group'
+    return f"is {'better' if gap < 0 else 'worse'} than the {name} by {abs(gap):.4f} ({told})"
 
 # %% ../nbs/08_merge.ipynb #a4884d29
 @torch.no_grad()

@@ -208,7 +208,7 @@ def layer_table(
     seconds:dict, # Layer → seconds
 ) -> pd.DataFrame: # A line a layer: `error`, its worst module, `seconds`
     "The error that GPTQ leaves in each layer; modules that were rounded plainly are refused"
-    d = pd.DataFrame(log)
+    d = pd.DataFrame(log).sort_values(['layer', 'module'])  # modules of a layer are solved in parallel
     d['error'] = pd.to_numeric(d.loss, errors='coerce')
     plain = d[d.error.isna() | (d.error >= 999999999) | (pd.to_numeric(d.samples, errors='coerce') == 0)]
     if len(plain):
@@ -269,14 +269,17 @@ def _tensor(where, name):
 
 
 # %% ../nbs/lib/03k_quantise.ipynb #163817a0
-def _write_result(file, result): # GPTQModel's result for a matrix: tensors, and numbers for its log
-    from safetensors.torch import save_file
+def _codes(result): # GPTQModel's result for a matrix as tensors on the CPU, and numbers for its log
     weight, scale, zero, groups, *numbers = result
     s, z = scale[:, groups.long()], zero[:, groups.long()]
     codes = (weight.float()/s+z).round().to(torch.uint8)
     exact = torch.equal((s*(codes-z)).to(weight.dtype), weight)
     tensors = dict(weight=codes if exact else weight, scale=scale, zero=zero, groups=groups)
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, file, metadata=dict(numbers=json.dumps(numbers)))
+    return {k: v.cpu().contiguous() for k, v in tensors.items()}, numbers
+
+def _write_result(file, tensors, numbers):
+    from safetensors.torch import save_file
+    save_file(tensors, file, metadata=dict(numbers=json.dumps(numbers)))
 
 def _read_result(file, like): # the same result, with the dtype and on the device of a weight
     from safetensors import safe_open
@@ -297,7 +300,7 @@ class _Kept:
     def read(self, layer, name, like): return _read_result(self._of(layer)/f'{name}.safetensors', like)
     def write(self, layer, name, result):
         self._of(layer).mkdir(parents=True, exist_ok=True)
-        self.jobs.append(self.pool.submit(_write_result, self._of(layer)/f'{name}.safetensors', result))
+        self.jobs.append(self.pool.submit(_write_result, self._of(layer)/f'{name}.safetensors', *_codes(result)))
     def finish(self, layer, seconds):
         if layer in self.finished: return
         while self.jobs: self.jobs.pop().result()
@@ -317,12 +320,15 @@ def _keeping(kept): # GPTQModel passes its results to `kept`, and takes those of
         result = solve(self, *args, **kw)
         kept.write(m.layer_index, m.full_name, result)
         return result
-    def run(*, plan, layer_index, **kw):
+    def run(*, looper, plan, layer_index, cur_layer_device, **kw):
         if layer_index in kept.finished:  # no inputs are collected, so none can be missed
+            for m in plan.modules.values():
+                looper._prepare_named_module_for_forward(named_module=m, fallback_device=cur_layer_device)
             all_of_them = replace(plan.calibration_coverage_policy, validate_input_coverage=False,
                                   prune_uncovered_modules=False)
             plan = replace(plan, execute_forward=False, calibration_coverage_policy=all_of_them)
-        return run_subset(plan=plan, layer_index=layer_index, **kw)
+        place = dict(looper=looper, layer_index=layer_index, cur_layer_device=cur_layer_device)
+        return run_subset(plan=plan, **place, **kw)
     with patch.object(GPTQ, 'quantize', quantize), patch.object(stage_layer, 'run_subset_stage', run), kept.pool: yield
 
 # %% ../nbs/lib/03k_quantise.ipynb #2f0d2d30
