@@ -108,7 +108,8 @@ def model_of(name): # with a LoRA that does something
         model = AutoModelForCausalLM.from_pretrained(base_path(name), dtype=dtype, num_hidden_layers=int(layers), **kw)
     else:
         shape = dict(known_bases[name], num_hidden_layers=int(layers), vocab_size=49152, pad_token_id=0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **kw), dtype=dtype)
+        with torch.device('cuda' if GPU else 'cpu'):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **kw), dtype=dtype)
     classifier = M.add_lora(M.Classifier(model.requires_grad_(False), list(range(330, 337))), r=16)
     for n, p in classifier.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .01)
