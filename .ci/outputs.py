@@ -5,9 +5,10 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 models = Path(sys.argv[1]) if len(sys.argv) > 1 else root/'models'
 
-def after_parameters(nb):
-    at = next(i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', []))
-    return [c for c in nb['cells'][at+1:] if c['cell_type'] == 'code']
+def results(nb): # the driver and the cells below it
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    at = next(i for i, c in enumerate(code) if 'from_notebook(' in ''.join(c['source']))
+    return code[at:]
 
 for path in sorted((root/'nbs').glob('[0-9]*.ipynb')):
     if path.stem == '01_tour': continue
@@ -15,9 +16,9 @@ for path in sorted((root/'nbs').glob('[0-9]*.ipynb')):
     if not runs:
         print(f'{path.name}: no run in {models.name}')
         continue
-    real = {c['id']: c for c in after_parameters(json.loads(runs[-1].read_text(encoding='utf-8')))}
+    real = {c['id']: c for c in results(json.loads(runs[-1].read_text(encoding='utf-8')))}
     nb = json.loads(path.read_text(encoding='utf-8'))
-    for c in after_parameters(nb):
+    for c in results(nb):
         made = real.get(c['id'], {}).get('outputs', [])
         c['outputs'] = [o for o in made if o.get('name') != 'stderr']  # progress bars
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')

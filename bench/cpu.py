@@ -12,7 +12,7 @@ import competition_kit.model as M
 from competition_kit.base import base_path
 from competition_kit.attention import register_attention
 from competition_kit.model import Classifier, add_lora, collate, option_mask, pack_loss
-from competition_kit.pack import contest_lengths, pack
+from competition_kit.pack import as_tree, contest_lengths, pack
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name, default in dict(layers=4, rows=32, max_len=1024, batch=8, budget=1024, repeat=5, template=160).items():
@@ -57,9 +57,9 @@ def padded():
     return out
 
 def without_prefix(): # packs with the template in every row
-    shared, M.common = M.common, lambda ids: 0
+    shared, M.prefix_tree = M.prefix_tree, lambda ids: as_tree([0, *np.cumsum([len(i) for i in ids])])
     try: return packed()
-    finally: M.common = shared
+    finally: M.prefix_tree = shared
 
 def step(model, f): # seconds, logits, gradient
     model.zero_grad()

@@ -17,26 +17,29 @@ FIT = dict(mix='open', max_len=640, batch=32, pack_tokens=32768, warmup=.1, sche
 TWO_TABLES = 'open + alpaca'
 
 # name → seeds, arguments; `needs`: lines whose runs must be finished first; `against`: the line to compare with
-LINES = {
-    'labels': dict(seeds=3),
-    'labels, alpaca rows with real labels': dict(seeds=3, args=dict(mix=TWO_TABLES)),
+LINES = { # in the order in which they begin
     'teacher: qwen': dict(seeds=1, args=dict(base='TEACHER', lr=3e-4, pack_tokens=8192)),
+    'labels': dict(seeds=3),
+    'labels, asked in one view': dict(seeds=3, needs=['labels'], views=1),
+    'labels, score route': dict(seeds=3, args=dict(route='score')),
+    'labels, twice the steps': dict(seeds=1, args=dict(epochs=2.)),
+    'labels, alpaca rows with real labels': dict(seeds=3, args=dict(mix=TWO_TABLES)),
     'qwen, seed form': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed')),
     'qwen, soft form (T = 5)': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft')),
-    'qwen, soft form, T = 2': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=2.),
+    'qwen, soft form, T = 2': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft', temperature=2.),
                                    against='qwen, soft form (T = 5)'),
-    'qwen, soft form, T = 1': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='soft', temperature=1.),
+    'qwen, soft form, T = 1': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='soft', temperature=1.),
                                    against='qwen, soft form (T = 5)'),
-    'qwen, kl form': dict(seeds=1, needs=['teacher: qwen'], args=dict(form='kl')),
+    'qwen, kl form': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='kl')),
     'qwen, seed form, in-sample': dict(seeds=3, needs=['teacher: qwen'], args=dict(form='seed', in_sample=True),
                                        against='qwen, seed form'),
-    'qwen, seed form, cleaned below .3': dict(seeds=1, needs=['teacher: qwen'], args=dict(clean_below=.3)),
-    'teacher with more rows, seed form': dict(seeds=1, needs=['labels, alpaca rows with real labels']),
-    'two teachers, seed form': dict(seeds=1, needs=['teacher: qwen', 'labels, alpaca rows with real labels']),
+    'qwen, seed form, cleaned below .3': dict(seeds=3, needs=['teacher: qwen'], args=dict(clean_below=.3)),
+    'teacher with more rows, kl form': dict(seeds=3, needs=['labels, alpaca rows with real labels'],
+                                            args=dict(form='kl')),
     'self, soft form': dict(seeds=3, needs=['labels'], args=dict(form='soft')),
-    'denoised labels (half their own)': dict(seeds=1, needs=['labels'], table='denoised', pseudo=dict(
+    'denoised labels (half their own)': dict(seeds=3, needs=['labels'], table='denoised', pseudo=dict(
         data='open', own=.5, margin=0., near='keep')),
-    'alpaca pseudo-labelled, filtered': dict(seeds=1, needs=['labels', 'teacher: qwen'], table='pseudo', pseudo=dict(
+    'alpaca pseudo-labelled, filtered': dict(seeds=3, needs=['labels', 'teacher: qwen'], table='pseudo', pseudo=dict(
         data='hidden', margin=.1)),
     'alpaca pseudo-labelled, not filtered': dict(seeds=1, needs=['labels', 'teacher: qwen'], table='every', pseudo=dict(
         data='hidden', margin=0., near='keep')),
@@ -72,24 +75,27 @@ def one(name, stage, args):
 
 def _run(stage, args):
     from competition_kit.distill import distill_fold
+    from competition_kit.probs import align
     from competition_kit.pseudo import PseudoArgs, pseudo
     from competition_kit.record import run_stage
     from competition_kit.tables import publish
     from competition_kit.train import held_out, train_fold
+    from competition_kit.trained import predict_runs
     if stage == 'pseudo':
         run = run_stage(pseudo, PseudoArgs(**args))
         publish(run.folder, args['name'])
         return run.id, run.record['metrics']
-    run = (train_fold if stage == 'train' else distill_fold)(**args)
+    run = (distill_fold if stage == 'distill' else train_fold)(**args)
     rows, p = held_out(run)
+    if stage == 'one view': p = align(predict_runs([run.id], rows, run.folder/'one', views=1)[run.id], rows)
     return run.id, pd.DataFrame(dict(fold=args['fold'], seed=args['seed'], id=rows.id, label=rows.label, p=list(p)))
 
 def jobs_of(name, ids, folds): # (stage, arguments) of a line, once the lines that it needs are finished
     line = LINES[name]
     args = dict(FIT, **line.get('args', {}))
     if 'pseudo' in line: args['mix'] = line['table'] if line['table'] == 'denoised' else f"open + {line['table']}"
-    elif 'needs' in line: args['teachers'] = ' '.join(ids[n] for n in line['needs'])
-    stage = 'distill' if 'teachers' in args else 'train'
+    elif 'needs' in line and 'views' not in line: args['teachers'] = ' '.join(ids[n] for n in line['needs'])
+    stage = 'distill' if 'teachers' in args else 'one view' if 'views' in line else 'train'
     return [(stage, dict(args, fold=f, seed=s)) for s in range(line['seeds']) for f in range(folds)]
 
 def compared(own, peer): # log-losses of two lines, in pairs of seed and fold

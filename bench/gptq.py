@@ -1,10 +1,13 @@
 """GPTQ: the time of a layer beside plain GPTQModel, and what quantising costs a fine-tuned model.
 
 usage: python bench/gptq.py time [--layers 4] [--rows 128] [--tokens 2047] [--bits 4 8] [--kind llama qwen2]
+       python bench/gptq.py kill [--layers 4] [--rows 128] [--tokens 2047] [--bits 4] [--kind llama]
        python bench/gptq.py quality open=FILE alpaca=FILE [--folds 5] [--seeds 3] [--jobs 4] [--lines …] [--set JSON]
 `time` makes a model of the 14B shape with random weights, cut to some layers, and quantises it twice in each of the
-settings: by GPTQModel alone, and by the kit. `quality` trains the folds of the first table, quantises each run in every
-line's way, and compares it with its 16-bit model on the held-out rows; the second table gives other prompts."""
+settings: by GPTQModel alone, and by the kit. `kill` ends the kit's run by SIGKILL when half of the layers are finished,
+continues it, and compares its bytes with those of a whole run. `quality` trains the folds of the first table, quantises
+each run in every line's way, and compares it with its 16-bit model on the held-out rows; the second table gives other
+prompts."""
 import argparse, contextlib, io, json, multiprocessing, os, shutil, tempfile, time, traceback
 from pathlib import Path
 
@@ -87,6 +90,35 @@ def measure_time(a):
                 for name, (layers, whole) in took.items():
                     report('torch', 'gptqmodel', what=f'{kind} {bits} bits', who=name.rstrip('2'), layers=layers,
                            seconds_a_layer=float(np.median(layers[1:] or layers)), whole=whole)
+
+def kit_in_silence(*args):
+    with contextlib.redirect_stdout(io.StringIO()): return kit(*args)
+
+def measure_kill(a):
+    from common import report
+    from competition_kit.core import sha256
+    kind, bits = a.kind[0], a.bits[0]
+    ids = [np.random.default_rng(k).integers(3, 4096, a.tokens).tolist() for k in range(a.rows)]
+    with tempfile.TemporaryDirectory() as d:
+        source, whole, killed = (Path(d)/n for n in (kind, 'whole', 'killed'))
+        random_model(source, kind, a.layers, json.loads(a.shape) if a.shape else SHAPE)
+        start = time.perf_counter()
+        layers = kit_in_silence(source, whole, ids, bits, a.group)
+        took = time.perf_counter()-start
+        spawn, args = multiprocessing.get_context('spawn'), (source, killed, ids, bits, a.group)
+        child = spawn.Process(target=kit_in_silence, args=args)
+        child.start()
+        half = f'layers-*/{a.layers//2-1:03d}/manifest.json'
+        while child.is_alive() and not list(Path(f'{killed}.work').glob(half)): time.sleep(.02)
+        child.kill()
+        child.join()
+        kept = list(Path(f'{killed}.work').glob('layers-*/*/manifest.json'))
+        size = sum(f.stat().st_size for f in Path(f'{killed}.work').glob('layers-*/*/*'))
+        start = time.perf_counter()
+        kit_in_silence(*args)
+        report('torch', 'gptqmodel', what=f'{kind} {bits} bits, SIGKILL', layers=layers, whole=took,
+               kept_layers=len(kept), kept_gib=size/2**30, continued=time.perf_counter()-start,
+               same_bytes=sha256(whole/'model.safetensors') == sha256(killed/'model.safetensors'))
 
 # Quality
 
@@ -181,14 +213,14 @@ def measure_quality(a):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_subparsers(dest='what', required=True)
-    t = what.add_parser('time')
-    t.add_argument('--layers', type=int, default=4)
-    t.add_argument('--rows', type=int, default=128)
-    t.add_argument('--tokens', type=int, default=2047)
-    t.add_argument('--group', type=int, default=128)
-    t.add_argument('--bits', type=int, nargs='+', default=[4, 8])
-    t.add_argument('--kind', nargs='+', default=['llama'])
-    t.add_argument('--shape', default='', help='JSON: another shape than that of 14B')
+    for t in (what.add_parser('time'), what.add_parser('kill')):
+        t.add_argument('--layers', type=int, default=4)
+        t.add_argument('--rows', type=int, default=128)
+        t.add_argument('--tokens', type=int, default=2047)
+        t.add_argument('--group', type=int, default=128)
+        t.add_argument('--bits', type=int, nargs='+', default=[4, 8])
+        t.add_argument('--kind', nargs='+', default=['llama'])
+        t.add_argument('--shape', default='', help='JSON: another shape than that of 14B')
     q = what.add_parser('quality')
     q.add_argument('tables', nargs=2)
     q.add_argument('--lines', nargs='+', default=list(LINES))
@@ -198,4 +230,4 @@ if __name__ == '__main__':
     q.add_argument('--set', type=json.loads, default={}, help='further arguments of every training, as JSON')
     q.add_argument('--out', default='.')
     a = p.parse_args()
-    measure_time(a) if a.what == 'time' else measure_quality(a)
+    dict(time=measure_time, kill=measure_kill, quality=measure_quality)[a.what](a)

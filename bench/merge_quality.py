@@ -90,7 +90,7 @@ def lines(results, weights=None): # (line, draw) → [rows, options]
     return out
 
 def summary(out, rows):
-    from competition_kit.merge import paired_difference
+    from competition_kit.gate import paired_difference
     label, at = rows.label.to_numpy(), np.arange(len(rows))
     def losses(q): return -np.log(np.clip(q[at, label].astype(float), 1e-15, 1))
     each = {k: np.mean([losses(q) for q in models], 0) for k, models in out.items()}

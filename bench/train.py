@@ -167,8 +167,15 @@ def kit(a, shape, layers, what):
     a.host = (time.perf_counter()-t)/4
     return took, packs[a.warm:]
 
+def two_teachers(lines): # random probabilities and the loss of `07_distill` over them
+    import functools
+    from competition_kit.distill import distill_loss, named_form
+    p = torch.randn(lines, 2, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    more = dict(teacher=p, use=torch.ones(lines, 3, dtype=torch.bool))
+    return more, functools.partial(distill_loss, form=named_form('seed', 2))
+
 def kit_fit(a, shape, layers, what):
-    "Our packs through `fit`, 32 rows a step"
+    "Our packs through `fit`, 32 rows a step; `kit-fit-distill`: with the probabilities of two teachers"
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
@@ -187,8 +194,9 @@ def kit_fit(a, shape, layers, what):
             if not times: torch.cuda.reset_peak_memory_stats()
             times.append(time.perf_counter())
     f.ProgressBar = Clock
-    data = f.Steps(enc, rows, tasks['preference'], steps)
-    with tempfile.TemporaryDirectory() as d: f.fit(classifier, data, Path(d), lr=1e-5, save_every=10**6)
+    more, loss = two_teachers(len(enc)) if what == 'kit-fit-distill' else ({}, f.pack_loss)
+    data = f.Steps(enc, rows, tasks['preference'], steps, more=more)
+    with tempfile.TemporaryDirectory() as d: f.fit(classifier, data, Path(d), lr=1e-5, save_every=10**6, loss=loss)
     return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
 
 def hf(a, shape, layers, what):
@@ -228,7 +236,7 @@ def hf(a, shape, layers, what):
 
 def measure(a, shape, layers, what):
     left, a.host = torch.cuda.memory_allocated(), 0  # by what ran before: not this one's
-    way = hf if what.startswith('hf') else kit_fit if what == 'kit-fit' else kit
+    way = hf if what.startswith('hf') else kit_fit if what.startswith('kit-fit') else kit
     t, rows = way(a, shape, layers, what)
     mem = (torch.cuda.max_memory_allocated()-left)/2**30
     torch._dynamo.reset()

@@ -7,6 +7,7 @@ __all__ = ['launch_options', 'mask_mod', 'exact_attention', 'by_sequence', 'Layo
            'block_mask', 'compiled_flex', 'capped_attention', 'packed_attention', 'register_attention']
 
 # %% ../nbs/lib/03b_attention.ipynb #b7c73acc
+from .pack import Tree, as_tree
 from dataclasses import dataclass
 import functools
 import numpy as np
@@ -18,11 +19,14 @@ def mask_mod(
     sequence,       # [tokens] the number of each token's sequence
     window,         # Tokens that a token sees, itself included; None: the whole sequence
     position=None,  # [tokens] positions, where sequence 0 is a prefix that all sequences see
+    seen_to=None,   # [tokens] the token of the pack from which on each is not seen; None: as `sequence` says
 ): # Function of batch, head, query and key, as FlexAttention takes it
     "Which tokens of a pack see each other"
+    if seen_to is None:
+        seen_to = torch.searchsorted(sequence.contiguous(), sequence.contiguous(), right=True)
+        if position is not None: seen_to = torch.where(sequence == 0, len(sequence), seen_to)
     def sees(b, h, i, j):
-        same = sequence[i] == sequence[j]
-        seen = same & (i >= j) if position is None else (same | (sequence[j] == 0)) & (i >= j)
+        seen = (i >= j) & (i < seen_to[j])
         if not window: return seen
         distance = i-j if position is None else position[i]-position[j]
         return seen & (distance < window)
@@ -55,68 +59,74 @@ def _chunk(module): # Tokens of a chunk, where a layer attends in chunks
     if not getattr(config, 'attention_chunk_size', None): return None
     return config.attention_chunk_size if config.layer_types[module.layer_idx] == 'chunked_attention' else None
 
-def _rescaled(module, query, bounds): # Queries scaled by position in the row; Llama 4 scales by position in the pack
+def _rescaled(module, query, position): # Queries scaled by position in the row; Llama 4 scales by position in the pack
     config = getattr(module, 'config', None)
     if not getattr(config, 'attn_temperature_tuning', None) or module.use_rope: return query
     def scale(position): return torch.log1p(torch.floor((position+1.)/config.floor_scale))*config.attn_scale+1
-    prefix, in_pack = bounds[0], torch.arange(query.shape[2], device=query.device)
-    in_row = torch.cat([in_pack[:prefix], *(in_pack[prefix:prefix+e-s] for s, e in zip(bounds, bounds[1:]))])
+    in_row, in_pack = torch.from_numpy(position).to(query.device), torch.arange(query.shape[2], device=query.device)
     return (query*(scale(in_row)/scale(in_pack))[:, None]).to(query.dtype)
 
 # %% ../nbs/lib/03b_attention.ipynb #c926f761
 def by_sequence(
     module,            # The layer that asks, or None
     query, key, value, # [1, heads, tokens, head size]
-    bounds,            # Where sequences begin, and the end; the tokens before the first are a prefix of all
+    bounds,            # A `Tree`, or as `as_tree` reads it
     scaling, softcap=None, window=None, # As in `exact_attention`
 ) -> torch.Tensor: # [1, heads, tokens, head size]
-    "Attention within each sequence of a pack, one call a sequence"
-    query, prefix, chunk = _rescaled(module, query, bounds), bounds[0], _chunk(module)
-    heads = [x[:, :, :prefix] for x in (query, key, value)]
-    out = [exact_attention(*heads, scaling, softcap, window, chunk)] if prefix else []
-    for s, e in zip(bounds, bounds[1:]):
-        k, v = key[:, :, s:e], value[:, :, s:e]
-        if prefix: k, v = torch.cat([heads[1], k], 2), torch.cat([heads[2], v], 2)
-        out.append(exact_attention(query[:, :, s:e], k, v, scaling, softcap, window, chunk))
+    "Attention within each sequence of a pack, one call a segment"
+    tree, chunk = as_tree(bounds), _chunk(module)
+    query, sizes = _rescaled(module, query, tree.position), (tree.stop-tree.start).tolist()
+    out, paths = [], []  # of each segment, the keys and values from the root to its end
+    for parent, q, *own in zip(tree.parent, *(x.split(sizes, 2) for x in (query, key, value))):
+        if parent >= 0: own = [torch.cat([before, x], 2) for before, x in zip(paths[parent], own)]
+        paths.append(own)
+        out.append(exact_attention(q, *own, scaling, softcap, window, chunk))
     return torch.cat(out, 2)
 
 # %% ../nbs/lib/03b_attention.ipynb #17604f10
 @dataclass(frozen=True, eq=False)
 class Layout:
     "Where the sequences of a pack lie, as tensors on the GPU"
-    ends:torch.Tensor           # [sequences+1] int32: where each begins, and the end; a prefix is the first sequence
-    longest:int                 # Keys that the longest sequence sees
-    key_ends:torch.Tensor=None  # `ends` of the keys with their copies of the prefix; None without a prefix, as below
+    ends:torch.Tensor           # [segments+1] int32: where each begins, and the end; a prefix is the first of them
+    longest:int                 # Keys that the longest segment sees
+    key_ends:torch.Tensor=None  # `ends` of the keys with copies of their paths; None without a prefix, as below
     source:torch.Tensor=None    # [keys] the token of each key
     own:torch.Tensor=None       # [tokens] the key of each token
-    copies:torch.Tensor=None    # [sequences, prefix] the keys that are copies
+    copies:torch.Tensor=None    # [copies] the keys that are copies
+    seen_to:torch.Tensor=None   # [tokens] the token from which on each is not seen; None without a tree, as below
+    position:torch.Tensor=None  # [tokens] the position of each in its sequence
+
+def _paths(tree): # [keys] the tokens that each segment sees, one segment after the other
+    paths = []
+    for s, e, parent in zip(tree.ends, tree.ends[1:], tree.parent):
+        paths.append(np.append(paths[parent] if parent >= 0 else np.empty(0, int), np.arange(s, e)))
+    return np.concatenate(paths)
 
 def pack_layout(
-    bounds, # Where sequences begin, and the end; the tokens before the first are a prefix of all
+    bounds, # A `Tree`, or as `as_tree` reads it
     put,    # Takes an array to the GPU
 ) -> Layout:
     "The layout of a pack"
-    n, start = bounds[0], np.array(bounds)
-    if not n: return Layout(put(start.astype(np.int32)), int(np.diff(start).max()))
-    copies = start+n*np.arange(len(start))
-    own = np.arange(start[-1])+n*np.repeat(np.arange(len(start)), np.diff(start, prepend=0))
-    key_ends, source = np.append(0, copies).astype(np.int32), np.empty(copies[-1], int)
-    copies = copies[:-1]+np.arange(n)[:, None]
-    source[copies], source[own] = np.arange(n)[:, None], np.arange(start[-1])
-    ends = put(np.append(0, start).astype(np.int32))
-    return Layout(ends, int(n+np.diff(start).max()), *map(put, (key_ends, source, own, copies)))
+    tree = as_tree(bounds)
+    ends, longest = put(tree.ends.astype(np.int32)), int(tree.stop.max())
+    if (tree.parent < 0).all(): return Layout(ends, longest)
+    key_ends = np.append(0, np.cumsum(tree.stop))
+    own = np.arange(tree.ends[-1])+(key_ends[1:]-tree.ends[1:]).repeat(tree.stop-tree.start)
+    copies = np.delete(np.arange(key_ends[-1]), own)
+    more = (tree.seen_to, tree.position) if tree is bounds else ()
+    return Layout(ends, longest, *map(put, (key_ends.astype(np.int32), _paths(tree), own, copies, *more)))
 
 # %% ../nbs/lib/03b_attention.ipynb #dd5dcba8
-class _CopyPrefix(torch.autograd.Function): # Keys as each sequence sees them: the prefix, then its own
+class _CopyPaths(torch.autograd.Function): # Keys as each segment sees them: its path, then its own
     @staticmethod
     def forward(ctx, x, source, own, copies): # x: [tokens, heads, head size]
-        ctx.save_for_backward(own, copies)
+        ctx.save_for_backward(source, own, copies)
         return x[source]
     @staticmethod
     def backward(ctx, g):
-        own, copies = ctx.saved_tensors
-        d, n = g[own], len(copies)
-        return torch.cat([d[:n]+g[copies].sum(1), d[n:]]), None, None, None
+        source, own, copies = ctx.saved_tensors
+        out = g[own].float().index_add(0, source[copies], g[copies].float())
+        return out.to(g.dtype), None, None, None
 
 def varlen_attention(
     q, k, v,     # [1, heads, tokens, head size], 16 bits, on a GPU
@@ -129,7 +139,7 @@ def varlen_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     keys = layout.ends if layout.key_ends is None else layout.key_ends
     if layout.key_ends is not None:
-        k, v = (_CopyPrefix.apply(x, layout.source, layout.own, layout.copies) for x in (k, v))
+        k, v = (_CopyPaths.apply(x, layout.source, layout.own, layout.copies) for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
     q, k, v = (x.contiguous() for x in (q, k, v))
     longest, seen = layout.longest, ((window or 0)-1, 0)
@@ -138,26 +148,30 @@ def varlen_attention(
 # %% ../nbs/lib/03b_attention.ipynb #09da4bfc
 @functools.lru_cache(4)  # all layers of a pack ask for the same
 def block_mask(
-    ends,         # [sequences+1] int32, as in `Layout`
-    n:int,        # Tokens of the pack
-    window,       # Tokens that a token sees, itself included; None: all
-    shared=False, # The first sequence is a prefix that all see
-    size=128,     # Tokens of a block
+    ends,          # [segments+1] int32, as in `Layout`
+    n:int,         # Tokens of the pack
+    window,        # Tokens that a token sees, itself included; None: all
+    shared=False,  # The first segment is a prefix that all see
+    size=128,      # Tokens of a block
+    seen_to=None,  # [tokens] of a tree, as in `Layout`
+    position=None, # [tokens] of a tree, as in `Layout`
 ): # A `BlockMask`
     "Which blocks of a pack see each other"
     from torch.nn.attention.flex_attention import BlockMask
     token = torch.arange(n, device=ends.device)
-    sequence = torch.bucketize(token, ends[1:].contiguous(), right=True)
+    if seen_to is None:
+        sequence = torch.bucketize(token, ends[1:].contiguous(), right=True)
+        seen_to, position = ends[sequence+1].long(), token-ends[sequence]
+        if shared: seen_to, position = torch.where(sequence == 0, n, seen_to), position+ends[1]*(sequence > 0)
     start = token[::size]
-    stop = (start+size).clamp(max=n)-1
-    need = sequence[stop] >= sequence[start][:, None]
-    if window: need &= start[:, None]-stop < window
-    if shared: need |= sequence[start] == 0
-    need &= start[:, None] >= start
+    need = (_of_blocks(seen_to, size) > start[:, None]) & (start[:, None] >= start)
+    if window: need &= -_of_blocks(-position, size)[:, None]-_of_blocks(position, size) < window
     order = need.int().argsort(dim=1, descending=True, stable=True).int()
-    position = token-ends[sequence]+ends[1]*(sequence > 0) if shared else None
     return BlockMask.from_kv_blocks(need.sum(1, dtype=torch.int32)[None, None], order[None, None], BLOCK_SIZE=size,
-                                    mask_mod=mask_mod(sequence, window, position), seq_lengths=(n, n))
+                                    mask_mod=mask_mod(None, window, position, seen_to), seq_lengths=(n, n))
+
+def _of_blocks(x, size): # the largest number in each block
+    return F.pad(x, (0, -len(x) % size), value=torch.iinfo(x.dtype).min).view(-1, size).amax(1)
 
 # %% ../nbs/lib/03b_attention.ipynb #d9ed585b
 launch_options = { # Is it a Hopper? → launch of kernels for heads of more than 128
@@ -179,14 +193,16 @@ def capped_attention(
     ends,          # As in `Layout`
     window,        # Tokens that a token sees, itself included; None: all
     softcap:float, # Scores are squeezed into ± this
-    shared:bool,   # The first sequence is a prefix that all see
+    shared:bool,   # The first segment is a prefix that all see
+    layout=None,   # The `Layout`, for `seen_to` and `position` of a tree
 ) -> torch.Tensor: # [1, tokens, heads, head size]
     "Attention with a soft cap within each sequence of a pack, by FlexAttention"
     def cap(s, b, h, i, j): return softcap*(2*torch.sigmoid(s*(2/softcap))-1)  # tanh, sooner
     hopper = q.shape[-1] > 128 and torch.cuda.get_device_capability(q.device) == (9, 0)
     wide = launch_options[hopper] if q.shape[-1] > 128 else {}
     options = dict(wide, BACKEND='TRITON')  # the kernel for short queries cannot take 65 to 127 tokens of paired heads
-    mask = block_mask(ends, q.shape[2], window, shared)
+    tree = {} if layout is None else dict(seen_to=layout.seen_to, position=layout.position)
+    mask = block_mask(ends, q.shape[2], window, shared, **tree)
     with torch._dynamo.config.patch(specialize_float=True):
         out = compiled_flex()(q, k, v, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=True,
                               kernel_options=options)
@@ -198,7 +214,7 @@ def packed_attention(
     attention_mask,             # None: packs need no mask
     scaling=None,               # Factor of the scores; None: 1/√(head size)
     softcap=None, sliding_window=None, # As the layer asks
-    bounds=None,                # Of the pack, for one call a sequence; None: one sequence
+    bounds=None,                # Of the pack, for one call a segment; None: one sequence
     layout=None,                # The same for a GPU's kernels
     **kw,
 ): # [1, tokens, heads, head size], and no weights
@@ -209,7 +225,7 @@ def packed_attention(
     window = sliding_window if sliding_window and sliding_window < longest else None
     if layout is not None and softcap:
         shared = layout.key_ends is not None
-        return capped_attention(query, key, value, scaling, layout.ends, window, softcap, shared), None
+        return capped_attention(query, key, value, scaling, layout.ends, window, softcap, shared, layout), None
     if layout is not None: return varlen_attention(query, key, value, scaling, layout, window), None
     out = by_sequence(module, query, key, value, bounds or [0, query.shape[2]], scaling, softcap, window)
     return out.transpose(1, 2).contiguous(), None

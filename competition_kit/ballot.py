@@ -48,6 +48,12 @@ def _damage(rec): # why a run cannot be trusted, or None
     except Refusal as e: return str(e)
 
 # %% ../nbs/lib/03l_ballot.ipynb #9d55cdb7
+def _made_of(run, recs): # ids of the runs whose models a merged or quantised model contains; `recs`: id → record
+    rec = recs.get(run, dict(stage=''))
+    start = rec['params']['start'] if rec['stage'] == 'gptq' else ''
+    parts = set(rec['members'] if rec['stage'] == 'merge' else filter(None, [start]))
+    return parts.union(*(_made_of(p, recs) for p in parts))
+
 def candidates(
     data:str='sample_arena',  # Name of the table that the runs were trained on
     names=(),                 # Run ids or their beginnings; empty: by the column `keep`
@@ -57,8 +63,9 @@ def candidates(
     marks = people()
     recs = [r for r in records() if _is_done(r) and _is_on(r, data)]
     kept = [r for r in recs if _keep(r['run_id'], marks)] or [r for r in recs if _keep(r['run_id'], marks) is None]
-    sound = [r for r in kept if not _damage(r)]
-    if sound: return sound
+    sound = {r['run_id']: r for r in kept if not _damage(r)}
+    chosen, every = any(_keep(r, marks) for r in sound), {r['run_id']: r for r in records()}
+    if sound: return [r for k, r in sound.items() if chosen or not _made_of(k, every) & set(sound)]
     why = f", and {len(kept)} damaged: {'; '.join(map(_damage, kept))}" if kept else ''
     raise Refusal(f'there is no finished train run on {data} that may vote{why}',
                   fix=f'Train one: ck run 04_train -p mix {data} -p fold 0. Or empty the column keep')
@@ -119,7 +126,9 @@ def _why_not(rec, data, kinds, keep, named): # why a train run does not vote
     if rec.get('task') not in kinds: return f"its task is {rec.get('task')}"
     if named: return 'not named'
     if keep is False: return 'keep is no'
-    return _damage(rec) or 'keep is empty, and others say yes'
+    return _damage(rec) or _undecided
+
+_undecided = 'keep is empty, and others say yes'
 
 def left_out(
     ballot,                   # From `voters`
@@ -128,10 +137,12 @@ def left_out(
 ) -> dict: # Reason → run ids
     "The train runs that do not vote, by reason"
     recs, marks, out = [r for r in records() if r['stage'] in model_stages], people(), {}
+    every = {r['run_id']: r for r in records()}
     kinds = {r['task'] for r in recs if r['run_id'] in set(ballot.run)} or {r.get('task') for r in recs}
     for rec in recs:
         if rec['run_id'] in set(ballot.run): continue
         why = _why_not(rec, data, kinds, _keep(rec['run_id'], marks), bool(runs))
+        if _made_of(rec['run_id'], every) & set(ballot.run) and why == _undecided: why = 'made of runs that vote'
         out.setdefault(why, []).append(rec['run_id'])
     folders = {f.parent.name for stage in model_stages for f in models_path().glob(f'{stage}-*/record.json')}
     damaged = folders-{r['run_id'] for r in records()}

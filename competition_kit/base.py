@@ -56,8 +56,13 @@ def _embedded():
 def local_base(
     base:str, # A name, folder or Hub id
 ): # Path, or None
-    "The folder of a base, seen from here or from the project's root"
-    return next((p for p in (Path(os.path.expanduser(base)), project_root()/base) if (p/'config.json').exists()), None)
+    "The folder of a base, seen from here or from the project's root, or as an offline package names it"
+    places = Path(os.path.expanduser(base)), project_root()/base, *_packed(base)
+    return next((p for p in places if (p/'config.json').exists()), None)
+
+def _packed(base): # its folder in an offline package, which `11_bundle` wrote with `names.json`
+    names = bases_path('names.json')
+    return [bases_path(folder) for name, folder in (read_json(names) if names.exists() else {}).items() if name == base]
 
 def _whole(folder): # the folder, unless transformers would read more or other files in it than weights in safetensors
     if (folder/'adapter_config.json').exists():

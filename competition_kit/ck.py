@@ -261,6 +261,7 @@ _EXAMPLES = '''examples:
   ck log                                   all runs and their scores
   ck cost --base qwen2.5-14b --gpu H100    what will a training cost?
   ck check submission.csv sample.csv       is this file valid?
+  ck bundle vote-1a2b --target t4x2        pack a vote for a platform without a network
   ck doctor                                what can this machine run?
 exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143 stopped by a signal'''
 
@@ -280,6 +281,7 @@ def _parser():
     _add_adopt(commands)
     _add(commands, 'doctor', lambda args: print(doctor()), 'say what this machine can run', 'ck doctor')
     _add_cost(commands)
+    _add_bundle(commands)
     return top
 
 # %% ../nbs/lib/12a_ck.ipynb #37fa0f89
@@ -364,6 +366,24 @@ def _cost(args):
     from competition_kit.cost import cost, cost_table
     given = {k: v for k, v in vars(args).items() if k in inspect.signature(cost).parameters}
     print(cost_table(cost(**given)))
+
+# %% ../nbs/lib/12a_ck.ipynb #9a600246
+def _add_bundle(commands):
+    p = _add(commands, 'bundle', _bundle, 'pack finished runs for a platform without a network',
+             'ck bundle vote-1a2b --target l4x4 --there Qwen/Qwen2.5-7B-Instruct=/kaggle/input/qwen2.5-7b')
+    p.add_argument('runs', nargs='+', metavar='RUN', help='a finished vote, or train, distill, merge or gptq runs')
+    p.add_argument('--target', default='cpu', help='t4x2, l4x4, h100, cpu (default), or adapter: a zip to submit')
+    p.add_argument('--out', default='', metavar='FOLDER', help='where to (below models/packages)')
+    p.add_argument('--wheels', default='', metavar='FOLDER', help="take wheels from a folder, not from pip's index")
+    p.add_argument('--there', nargs='+', default=[], metavar='BASE=FOLDER',
+                   help='a base that the platform has already, by name or hash, and its folder there')
+
+def _bundle(args):
+    from competition_kit.bundle import bundle, find_target, package_sizes
+    if wrong := [o for o in args.there if '=' not in o]: raise Refusal(f'--there {wrong[0]}', fix='Write BASE=FOLDER')
+    there = dict(o.split('=', 1) for o in args.there)
+    folder = bundle(args.runs, args.target, args.out, args.wheels, there)
+    print(package_sizes(folder, find_target(args.target)), f'package: {_short(folder)}', sep='\n')
 
 # %% ../nbs/lib/12a_ck.ipynb #9c91216a
 def _pairs(argv): # The arguments without `-p NAME VALUE`, and the pairs

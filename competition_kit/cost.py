@@ -423,10 +423,12 @@ def _spec(name, dtype, gpus): # What each GPU can do; processes share a CPU
     gpu = find_gpu(name, dtype)
     return gpu if gpu['name'] != 'CPU' else gpu | {k: gpu[k]/gpus for k in ('free', 'rate', 'bandwidth')}
 
-def _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed): # of all GPUs
-    spared = template*max(0, tokens/float(n.mean())-1)  # of a pack: the shared prefix is computed once
-    context = (tokens*mean_context(n)-spared*template/2)/(tokens-spared)
-    seconds = pack_seconds(job, gpu, context, tokens-spared, checkpointed)
+def _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared): # of all GPUs
+    rows = tokens/float(n.mean())
+    once, again = template*max(0, rows-1), shared*rows/2  # of a pack: the shared prefix, and the second view's beginning
+    left = tokens-once-again
+    context = (tokens*mean_context(n)-once*template/2-again*(template+shared/2))/left
+    seconds = pack_seconds(job, gpu, context, left, checkpointed)
     return gpus*(.97 if gpus > 1 else 1)*tokens/seconds
 
 # %% ../nbs/lib/03e_cost.ipynb #922174a2
@@ -449,6 +451,7 @@ def cost(
     pack_tokens:int=16384,        # Tokens in a pack; never less than the longest row
     compiled:bool=True,           # Compiled layers; on a CPU they never are
     sharded:bool=None,            # Base and optimiser over the GPUs; None: for `full`, and where one is too small
+    shared:float=0.,              # Tokens below the template that both views of a row begin with, computed once
 ) -> dict: # Sizes in GB (1e9 bytes); `cost_table` shows it
     "The cost of a training"
     _check_choices(method, route, lora_dropout, gpus=gpus, views=views, epochs=epochs, pack_tokens=pack_tokens,
@@ -458,7 +461,7 @@ def cost(
     job = Job(sizes, method, _definite_dtype(format, method, gpu, config), route, lora_r, lora_modules, lora_dropout,
               compiled and gpu['name'] != 'CPU')
     job, checkpointed = _fit(job, tokens, gpu['free'], gpus, sharded)
-    speed = _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed)
+    speed = _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared if views == 2 else 0)
     total = float(n.mean())*(len(n) if rows is None else rows)*views*epochs
     return _summary(job, gpu, gpus, tokens, checkpointed) | dict(
         mean_len=round(float(n.mean())), tokens=round(total), tokens_s=round(speed), hours=total/speed/3600,

@@ -30,9 +30,37 @@ from .tables import check_texts, load_rows, table_hashes
 from .trained import (ancestors, base_of, has_seen, is_full, lineage_of, load_run, model_params,
                                      model_stages, same_tables, training_rows, trusted_prompt)
 
+# %% ../nbs/09_gptq.ipynb #1c3e24ed
+class _Source:
+    "What the arguments name: the run, its table and its prompt, and rows to calibrate on and to compare on"
+    @cached_property
+    def record(self): return find_run(self.start) if self.start else None
+
+    @cached_property
+    def table(self): return load_rows(self.mix, self.seed)
+
+    @cached_property
+    def prompt(self):
+        if self.record: return trusted_prompt(self.record)
+        return Prompt(load_tokenizer(self.base), self.table.attrs['meta']['task'], self.max_len, self.truncation)
+
+    @cached_property
+    def parts(self): return fold_rows(self.table, self.fold) # rows to calibrate on, and held-out rows
+
+    @cached_property
+    def encoded(self): return [encode_cached(self.prompt, rows, self.views) for rows in self.parts]
+
+    def inputs(self) -> dict: # For the run id: name → hash
+        "Hashes of what the run is made from; what cannot be quantised or scored is refused"
+        _check_source(self)
+        start = dict(start=hash_obj(self.record['outputs'])) if self.start else {}
+        own = {'calibration': _calibration_hash(self.calibration)} if self.calibration else {}
+        hashes = {'base': base_hash(self.base), 'prompt.hash': self.prompt.hash}
+        return table_hashes(self.mix) | hashes | start | own
+
 # %% ../nbs/09_gptq.ipynb #4fdd4bf4
 @dataclass(frozen=True)
-class GptqArgs:
+class GptqArgs(_Source):
     "Arguments of `09_gptq`; wrong values raise a `Refusal`"
     start:str=''             # Run to quantise: all weights, or a LoRA over a 16-bit base; '': the base
     base:str='smollm2'       # Base to quantise; a run brings its own
@@ -68,31 +96,6 @@ class GptqArgs:
         share(self, 'damp')
         if not self.damp: raise Refusal('damp=0', fix='Take .05 or .1')
 
-    @cached_property
-    def record(self): return find_run(self.start) if self.start else None
-
-    @cached_property
-    def table(self): return load_rows(self.mix, self.seed)
-
-    @cached_property
-    def prompt(self):
-        if self.record: return trusted_prompt(self.record)
-        return Prompt(load_tokenizer(self.base), self.table.attrs['meta']['task'], self.max_len, self.truncation)
-
-    @cached_property
-    def parts(self): return fold_rows(self.table, self.fold) # rows to calibrate on, and held-out rows
-
-    @cached_property
-    def encoded(self): return [encode_cached(self.prompt, rows, self.views) for rows in self.parts]
-
-    def inputs(self) -> dict: # For the run id: name → hash
-        "Hashes of what the run is made from; what cannot be quantised or scored is refused"
-        _check_source(self)
-        start = dict(start=hash_obj(self.record['outputs'])) if self.start else {}
-        own = {'calibration': _calibration_hash(self.calibration)} if self.calibration else {}
-        hashes = {'base': base_hash(self.base), 'prompt.hash': self.prompt.hash}
-        return table_hashes(self.mix) | hashes | start | own
-
 # %% ../nbs/09_gptq.ipynb #3f3df701
 _of_the_run = 'base mix fold seed route max_len truncation views dtype'.split()
 
@@ -112,6 +115,8 @@ def _take_over(args, rec): # the fields that a run brings
         raise Refusal(f'{run} is quantised already, or a LoRA over a quantised base, which is never merged into it',
                       fix='Merge it into the 16-bit twin of its base first: 08_merge with how=base')
 
+
+# %% ../nbs/09_gptq.ipynb #5df593f4
 def _check_source(a): # can this model be quantised, and can the gate score its rows?
     check_installed()
     if not a.start and quant_kind(a.base): raise Refusal(f'the base {a.base} is quantised already')
@@ -180,6 +185,8 @@ def measure(
     p = predict(model, args.prompt, held, args.views, args.pack_tokens, enc=enc)
     return p, letter_mass(model, args.prompt, held.iloc[:16])['letters'] if model.letters is not None else None
 
+
+# %% ../nbs/09_gptq.ipynb #2d395821
 def rows_a_second(
     model,          # From `load_classifier`, without an adapter
     args:GptqArgs,
@@ -194,6 +201,8 @@ def rows_a_second(
         took.append(time.perf_counter()-start)
     return len(held)/min(took)
 
+
+# %% ../nbs/09_gptq.ipynb #2d5cd139
 def merged_folder(
     model,    # A model with or without an adapter
     args:GptqArgs,
@@ -287,7 +296,8 @@ def attempt(
     speed = rows_a_second(model, args)
     del model
     gc.collect()
-    report = compare(p, q, args.parts[1].label.to_numpy(), None if mass is None else (facts['mass'], mass))
+    held = args.parts[1]
+    report = compare(p, q, held.label.to_numpy(), None if mass is None else (facts['mass'], mass), held.group)
     report |= dict(bytes=[weight_bytes(source), weight_bytes(folder)], rows_s=[facts['speed'], speed],
                    warning=warning, calibration=[len(i) for i in ids], model=folder.name)
     return folder, report, q, layers
@@ -300,32 +310,7 @@ def limits(args, bits): # `Limits` of a run
     return Limits(by_bits.log_loss if args.max_loss < 0 else args.max_loss,
                   by_bits.flips if args.max_flips < 0 else args.max_flips)
 
-# %% ../nbs/09_gptq.ipynb #5a35d46a
-def gptq(
-    run,           # From `run_stage`
-    args:GptqArgs,
-):
-    "Quantise, pass the gate, and finish the run"
-    source, p, facts = measure_source(args, run.folder)
-    print(sentence := fp16_sentence(pd.Series(facts['activations'])))
-    group, report = group_size(layer_shapes(source), args.group), dict(fp16=sentence, tries=[], draws=[])
-    for t in tries(args, group):
-        folder, found, q, layers = attempt(args, t, source, p, facts)
-        passed, text = verdict(found, limits(args, t.bits))
-        report['tries'].append(dict(found, name=t.name, passed=passed, verdict=text))
-        write_json(run.folder/'report.json', report)
-        print(f'{t.name}. {text}', flush=True)
-        if passed: break
-    else:
-        raise Refusal(f'the gate failed. {text} The report is kept', run.folder/'report.json',
-                      fix=advice(args, group))
-    for k in range(1, args.draws):
-        other = Try(t.bits, t.group, t.rows, args.draw+k)
-        report['draws'].append(dict(attempt(args, other, source, p, facts)[1], name=other.name))
-        write_json(run.folder/'report.json', report)
-    print(worth := worth_sentence(found['bytes'], found['rows_s']))
-    _finish(run, args, t, folder, q, dict(report, worth=worth, layers=layers.reset_index().to_dict('records')))
-
+# %% ../nbs/09_gptq.ipynb #548ad636
 def _finish(run, args, t, folder, q, report): # the model, its probabilities and the record
     out, held = run.folder/'model', args.parts[1]
     shutil.rmtree(out, ignore_errors=True)
@@ -357,6 +342,33 @@ def _seen(args, held): # [held rows], bool: was a row in the training data of th
     if not args.start: return np.zeros(len(held), bool)
     return has_seen(held, args.table, training_rows(ancestors(args.start)))
 
+# %% ../nbs/09_gptq.ipynb #5a35d46a
+def gptq(
+    run,           # From `run_stage`
+    args:GptqArgs,
+):
+    "Quantise, pass the gate, and finish the run"
+    source, p, facts = measure_source(args, run.folder)
+    print(sentence := fp16_sentence(pd.Series(facts['activations'])))
+    group, report = group_size(layer_shapes(source), args.group), dict(fp16=sentence, tries=[], draws=[])
+    for t in tries(args, group):
+        folder, found, q, layers = attempt(args, t, source, p, facts)
+        passed, text = verdict(found, limits(args, t.bits))
+        report['tries'].append(dict(found, name=t.name, passed=passed, verdict=text))
+        write_json(run.folder/'report.json', report)
+        print(f'{t.name}. {text}', flush=True)
+        if passed: break
+    else:
+        raise Refusal(f'the gate failed. {text} The report is kept', run.folder/'report.json',
+                      fix=advice(args, group))
+    for k in range(1, args.draws):
+        other = Try(t.bits, t.group, t.rows, args.draw+k)
+        report['draws'].append(dict(attempt(args, other, source, p, facts)[1], name=other.name))
+        write_json(run.folder/'report.json', report)
+    print(worth := worth_sentence(found['bytes'], found['rows_s']))
+    _finish(run, args, t, folder, q, dict(report, worth=worth, layers=layers.reset_index().to_dict('records')))
+
+
 # %% ../nbs/09_gptq.ipynb #812e887d
 def report_table(
     run, # A run of this stage, also one that failed
@@ -381,6 +393,7 @@ def plot_quantised(run): # A matplotlib figure
     fig, ax = plt.subplots(1, 3, figsize=(11, 3), layout='constrained')
     ax[0].bar(layers.layer, layers.error)
     ax[0].set(xlabel='layer', ylabel='error', title='error of each layer')
+    ax[0].xaxis.get_major_locator().set_params(integer=True)
     plot_calibration(found['calibration'], _inference_lengths(args), ax[1])
     held = args.parts[1]
     a, b = (align(read_probs(run.folder/f'{n}.parquet'), held) for n in ('before', 'probs'))

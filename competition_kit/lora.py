@@ -90,6 +90,14 @@ def stack_factors(
     pairs = [(w, *l.pair(layer, device)) for l, w in zip(loras, weights) if layer in l.layers]
     return torch.cat([a for _, a, _ in pairs]), torch.cat([w*b for w, _, b in pairs], 1)
 
+# %% ../nbs/lib/03j_lora.ipynb #eac0c0cc
+def _orthonormal(x): # [n, R] → T and C, both [R, R] in fp64: the columns of x@T are orthonormal, and x is x@T@C
+    wide = x.double()
+    values, vectors = torch.linalg.eigh(wide.T@wide)
+    root = values.clamp_min(0).sqrt()
+    inverse = torch.where(root > 1e-7*root.max(), 1/root, 0)  # fp32 rounding is larger than what this leaves out
+    return vectors*inverse, (vectors*root).T
+
 # %% ../nbs/lib/03j_lora.ipynb #75cba514
 def compress(
     a,        # [R, inputs]
@@ -97,21 +105,13 @@ def compress(
     rank:int, # Wanted; the rest is filled with zeros if there is less
 ): # A [rank, inputs], B [outputs, rank], all singular values in descending order
     "The nearest product of a smaller rank (Eckart and Young 1936)"
-    with _one_thread():
-        qb, rb = torch.linalg.qr(b)
-        qa, ra = torch.linalg.qr(a.T)
-        u, s, v = torch.linalg.svd(rb@ra.T)
+    (to_b, b_in_it), (to_a, a_in_it) = _orthonormal(b), _orthonormal(a.T)
+    u, s, v = torch.linalg.svd(b_in_it@a_in_it.T)
     root, k = s[:rank].sqrt(), min(rank, len(s))
     new_a, new_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(len(b), rank)
-    new_a[:k], new_b[:, :k] = root[:, None]*(v[:k]@qa.T), (qb@u[:, :k])*root
+    new_a[:k] = ((to_a@v[:k].T)*root).T.to(a.dtype)@a
+    new_b[:, :k] = b@((to_b@u[:, :k])*root).to(b.dtype)
     return new_a, new_b, s
-
-@contextlib.contextmanager
-def _one_thread(): # two threads make a QR of 13,824 × 320 on a CPU 13 times slower
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
 
 def energy(
     singular, # [R] singular values of an update
@@ -151,6 +151,7 @@ def mean_factors(
     pairs = [(w, *l.pair(layer, device)) for l, w in zip(loras, weights)]
     return sum(w*a for w, a, _ in pairs), sum(w*b for w, _, b in pairs)
 
+# %% ../nbs/lib/03j_lora.ipynb #a598cedc
 def _product_norm(a, b): # Frobenius norm of b@a, in fp64
     a, b = a.double(), b.double()
     return float(((b.T@b)*(a@a.T)).sum().clamp_min(0).sqrt())
@@ -248,26 +249,8 @@ def merged_config(
     return loras[0].config | dict(r=most, lora_alpha=most, rank_pattern=other, alpha_pattern=other, use_rslora=False,
                                   target_modules=wanted, lora_dropout=0., inference_mode=True)
 
-def merge_loras(
-    loras:list,        # `Lora`s of one base
-    weights,           # As for `mean_weights`
-    folder,            # Of the new adapter
-    how:str='concat',  # `concat` or `svd`; `factors`, refused without a shared start
-    rank:int=32,       # Of `svd`
-    start=None,        # As for `start_drift`
-    device='cpu',      # To compute on
-) -> pd.DataFrame: # A line a layer: `rank`, and `energy` (svd) or `drift` and `error` (factors)
-    "Write the weighted mean of LoRAs as a LoRA that plain peft loads, layer by layer"
-    layers, w, folder = check_loras(loras), mean_weights(weights, len(loras)), Path(folder)
-    table, head = pd.DataFrame(index=layers), mean_head(loras, w)
-    if how == 'factors': check_start(table := start_drift(loras, w, start, device))
-    table['rank'] = list(_ranks(loras, layers, how, rank).values())
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_factors(folder/'adapter_model.safetensors', loras, w, how, table, head, device)
-    write_json(folder/'adapter_config.json', merged_config(loras, table['rank'].to_dict()))
-    seal(folder)
-    return table
 
+# %% ../nbs/lib/03j_lora.ipynb #72c3ff49
 def _ranks(loras, layers, how, rank): # layer → rank
     total = {k: sum(l.layers[k][1] for l in loras if k in l.layers) for k in layers}
     if how == 'concat': return total
@@ -290,6 +273,27 @@ def _write_factors(file, loras, w, how, table, head, device): # fills in `energy
             yield f'{_prefix}{k}.lora_B.weight', b
         yield from head.items()
     write_tensors(file, shapes | {k: (t.dtype, t.shape) for k, t in head.items()}, tensors())
+
+# %% ../nbs/lib/03j_lora.ipynb #e11d2a9b
+def merge_loras(
+    loras:list,        # `Lora`s of one base
+    weights,           # As for `mean_weights`
+    folder,            # Of the new adapter
+    how:str='concat',  # `concat` or `svd`; `factors`, refused without a shared start
+    rank:int=32,       # Of `svd`
+    start=None,        # As for `start_drift`
+    device='cpu',      # To compute on
+) -> pd.DataFrame: # A line a layer: `rank`, and `energy` (svd) or `drift` and `error` (factors)
+    "Write the weighted mean of LoRAs as a LoRA that plain peft loads, layer by layer"
+    layers, w, folder = check_loras(loras), mean_weights(weights, len(loras)), Path(folder)
+    table, head = pd.DataFrame(index=layers), mean_head(loras, w)
+    if how == 'factors': check_start(table := start_drift(loras, w, start, device))
+    table['rank'] = list(_ranks(loras, layers, how, rank).values())
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_factors(folder/'adapter_model.safetensors', loras, w, how, table, head, device)
+    write_json(folder/'adapter_config.json', merged_config(loras, table['rank'].to_dict()))
+    seal(folder)
+    return table
 
 # %% ../nbs/lib/03j_lora.ipynb #53188010
 def _names_in_model(base): # pairs of a file of the base, and its names → names in the model
@@ -322,6 +326,21 @@ def _write_shard(path, file, names, loras, w, device): # one file of the base, w
             yield k, t
     write_tensors(path, shapes, tensors())
 
+# %% ../nbs/lib/03j_lora.ipynb #5b615567
+def _copy_rest(source, folder, options): # configuration, tokenizer and chat templates
+    for f in [*source.glob('*'), *source.glob('additional_chat_templates/*')]:
+        kept = f.suffix in ('.json', '.jinja', '.model', '.tiktoken', '.txt') and not f.name.endswith('.index.json')
+        if not f.is_file() or not kept or f.name in ('manifest.json', 'lineage.json'): continue
+        to = folder/f.relative_to(source)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(f, to)
+    if not options: return
+    config = read_json(folder/'config.json')
+    kinds = [k.replace('ForCausalLM', 'ForSequenceClassification') for k in config.get('architectures') or []]
+    config |= dict(architectures=kinds, id2label={str(i): k for i, k in enumerate(options)},
+                   label2id={k: i for i, k in enumerate(options)})
+    write_json(folder/'config.json', config)
+
 # %% ../nbs/lib/03j_lora.ipynb #5c9c8487
 def merge_into_base(
     base:str,     # `smollm2`, a folder or a Hub id, in 16 or 32 bits
@@ -351,19 +370,6 @@ def merge_into_base(
     if n > 1: write_json(folder/'model.safetensors.index.json', dict(metadata={}, weight_map=places))
     _copy_rest(shards[0][0].parent, folder, options if head else ())
 
-def _copy_rest(source, folder, options): # configuration, tokenizer and chat templates
-    for f in [*source.glob('*'), *source.glob('additional_chat_templates/*')]:
-        kept = f.suffix in ('.json', '.jinja', '.model', '.tiktoken', '.txt') and not f.name.endswith('.index.json')
-        if not f.is_file() or not kept or f.name in ('manifest.json', 'lineage.json'): continue
-        to = folder/f.relative_to(source)
-        to.parent.mkdir(exist_ok=True)
-        shutil.copyfile(f, to)
-    if not options: return
-    config = read_json(folder/'config.json')
-    kinds = [k.replace('ForCausalLM', 'ForSequenceClassification') for k in config.get('architectures') or []]
-    config |= dict(architectures=kinds, id2label={str(i): k for i, k in enumerate(options)},
-                   label2id={k: i for i, k in enumerate(options)})
-    write_json(folder/'config.json', config)
 
 # %% ../nbs/lib/03j_lora.ipynb #9a77d714
 def base_weights(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['folds_of', 'named_members', 'check_members', 'MergeArgs', 'base_of_merge', 'past_rows', 'comparison_rows',
-           'paired_difference', 'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together',
-           'write_merge', 'merged_params', 'compare_logits', 'check_twin', 'member_probs', 'merge', 'merge_runs',
-           'plot_energy', 'plot_members']
+           'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together', 'write_merge',
+           'merged_params', 'check_twin', 'compare_logits', 'member_probs', 'merge', 'merge_runs', 'plot_energy',
+           'plot_members']
 
 # %% ../nbs/08_merge.ipynb #87920e4e
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .combine import combine
 from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, read_table, seal,
                                   write_json, write_table)
+from .gate import paired_difference
 from .lora import (base_weights, check_loras, check_start, energy_at, mean_head, mean_weights,
                                   merge_into_base, merge_loras, read_lora, singular_values, start_drift, with_updates)
 from .model import collate, load_classifier, option_mask, predict
@@ -137,10 +138,7 @@ class MergeArgs:
         return folds.pop() if len(folds) == 1 else None
 
     @cached_property
-    def start(self): # for factors: the `Lora` that all members continue, or None
-        if self.how != 'factors': return None
-        starts = {model_params(r).get('start') for r in self.recs}
-        return read_lora(models_path(starts.pop(), 'adapter')) if len(starts) == 1 and all(starts) else None
+    def start(self): return _shared_start(self) if self.how == 'factors' else None
 
     @property
     def base(self): return base_of_merge(self)
@@ -153,6 +151,10 @@ class MergeArgs:
         return dict(members, base=base_hash(self.base), **(table_hashes(self.held) if self.held else {}))
 
 # %% ../nbs/08_merge.ipynb #5574bf79
+def _shared_start(args): # the `Lora` that all members continue, or None
+    starts = {model_params(r).get('start') for r in args.recs}
+    return read_lora(models_path(starts.pop(), 'adapter')) if len(starts) == 1 and all(starts) else None
+
 def base_of_merge(
     args, # `MergeArgs`
 ) -> str: # As for `load_classifier`
@@ -205,17 +207,6 @@ def comparison_rows(
 _seen_rows = 200  # enough for a comparison of logits
 
 # %% ../nbs/08_merge.ipynb #b5d733d1
-def paired_difference(
-    a,      # [rows] losses
-    b,      # [rows] losses of another model
-    group,  # [rows] groups of rows that belong together
-) -> tuple: # Mean of a - b, and its standard error over groups; NaN for one group
-    "How much larger one model's losses are on the same rows"
-    d = np.asarray(a, float)-np.asarray(b, float)
-    sums = pd.Series(d-d.mean()).groupby(pd.factorize(np.asarray(group))[0]).sum()
-    n = len(sums)
-    return d.mean(), float(np.sqrt(n/(n-1)*(sums**2).sum())/len(d)) if n > 1 else np.nan
-
 def compare_models(
     p:dict,     # `merged`, then each member's run id → [rows, options]
     weights,    # One number a member
@@ -281,6 +272,8 @@ def logit_shift(
     flips = (np.nanargmax(after, 1) != np.nanargmax(before, 1)).mean()
     return dict(max=float(np.nanmax(d)), mean=float(np.nanmean(d)), flips=float(flips))
 
+
+# %% ../nbs/08_merge.ipynb #74a60889
 def members_together(
     args,   # `MergeArgs`
     base,   # To put them on
@@ -328,6 +321,20 @@ def merged_params(
         return p | dict(method='lora', lora_r=config['r'], lora_alpha=config['lora_alpha'])
     return p | dict(method='full', dtype=pick_dtype('auto') if args.twin else p['dtype'])
 
+# %% ../nbs/08_merge.ipynb #17e7ccb8
+def check_twin(
+    model,  # The quantised base
+    twin,   # Name, folder or Hub id
+    layers, # Names of layers of the adapters; the first and the last are compared
+):
+    "Refuse a twin whose weights are not those that were quantised"
+    for k, t in base_weights(twin, [layers[0], layers[-1]]):
+        w = dense_weight(model.base.get_submodule(k), torch.float32).cpu()
+        off = float((w-t).norm()/t.norm()) if w.shape == t.shape else np.inf
+        if off > .5:  # 4 bits are off by about .1, other weights by 1.4
+            raise Refusal(f'{twin} is not the base that was quantised: {k} is off by {off:.0%}', twin,
+                          fix='Name the model that the quantised base was made from')
+
 # %% ../nbs/08_merge.ipynb #eb822314
 def compare_logits(
     run,    # From `run_stage`
@@ -355,19 +362,6 @@ def compare_logits(
     _check_read_back(args, table)
     return model, pd.DataFrame.from_dict(table, orient='index'), facts
 
-def check_twin(
-    model,  # The quantised base
-    twin,   # Name, folder or Hub id
-    layers, # Names of layers of the adapters; the first and the last are compared
-):
-    "Refuse a twin whose weights are not those that were quantised"
-    for k, t in base_weights(twin, [layers[0], layers[-1]]):
-        w = dense_weight(model.base.get_submodule(k), torch.float32).cpu()
-        off = float((w-t).norm()/t.norm()) if w.shape == t.shape else np.inf
-        if off > .5:  # 4 bits are off by about .1, other weights by 1.4
-            raise Refusal(f'{twin} is not the base that was quantised: {k} is off by {off:.0%}', twin,
-                          fix='Name the model that the quantised base was made from')
-
 def _check_read_back(args, table):
     none, together = list(table.values())[:2]
     if args.how == 'concat' and together['mean'] > max(.05, none['mean']/2):
@@ -388,6 +382,26 @@ def member_probs(
     todo = [r for r in ids if args.held or not has(tables[r])]
     if todo: tables |= predict_runs(todo, rows, folder, views)
     return {r: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for r, t in tables.items()}
+
+# %% ../nbs/08_merge.ipynb #cf305ca8
+def _finish(run, args, rows, seen, p, facts):
+    metrics, first, task, past = {}, args.recs[0], args.recs[0]['task'], past_rows(args)
+    if not seen.any():
+        metrics = dict(scores(p['merged'], rows.label.to_numpy()), baselines=baselines(past, rows, task, {}))
+        if not args.held: facts['held_out'] = len(rows)
+    if 'letters' in first: facts['letters'] = first['letters']
+    files = [f'{k}/{f.name}' for k in ('adapter', 'model') for f in sorted((run.folder/k).glob('*')) if f.is_file()]
+    files += [f for f in ('probs.parquet', 'layers.parquet') if (run.folder/f).exists()]
+    params = merged_params(run, args)
+    if past is not None: facts['rows'] = len(past)
+    run.finish(metrics, [f for f in files if not f.endswith('manifest.json')], task=task,
+               base=base_hash(args.base), mix=params['mix'], tokenizer=first['tokenizer'], model=params,
+               members=args.members.split(), weights=[round(w, 6) for w in args.w], **facts)
+
+def _without_nan(table): # for a record
+    if table is None: return {}
+    return {k: {c: None if pd.isna(v) else round(float(v), 5) for c, v in line.items()}
+            for k, line in table.to_dict('index').items()}
 
 # %% ../nbs/08_merge.ipynb #28278ab8
 def merge(
@@ -410,25 +424,8 @@ def merge(
     _finish(run, args, rows, seen, p, dict(facts, logits=logits.to_dict('index'), sentence=sentence,
                                            table=_without_nan(table), prompt=prompt.hash))
 
-def _finish(run, args, rows, seen, p, facts):
-    metrics, first, task, past = {}, args.recs[0], args.recs[0]['task'], past_rows(args)
-    if not seen.any():
-        metrics = dict(scores(p['merged'], rows.label.to_numpy()), baselines=baselines(past, rows, task, {}))
-        if not args.held: facts['held_out'] = len(rows)
-    if 'letters' in first: facts['letters'] = first['letters']
-    files = [f'{k}/{f.name}' for k in ('adapter', 'model') for f in sorted((run.folder/k).glob('*')) if f.is_file()]
-    files += [f for f in ('probs.parquet', 'layers.parquet') if (run.folder/f).exists()]
-    params = merged_params(run, args)
-    if past is not None: facts['rows'] = len(past)
-    run.finish(metrics, [f for f in files if not f.endswith('manifest.json')], task=task,
-               base=base_hash(args.base), mix=params['mix'], tokenizer=first['tokenizer'], model=params,
-               members=args.members.split(), weights=[round(w, 6) for w in args.w], **facts)
 
-def _without_nan(table): # for a record
-    if table is None: return {}
-    return {k: {c: None if pd.isna(v) else round(float(v), 5) for c, v in line.items()}
-            for k, line in table.to_dict('index').items()}
-
+# %% ../nbs/08_merge.ipynb #2c5ffa36
 def merge_runs(
     **args, # As of `MergeArgs`
 ): # The finished `Run`

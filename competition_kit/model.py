@@ -12,7 +12,7 @@ from .attention import pack_layout, packed_attention, register_attention
 from .base import base_path, pick_dtype
 from .core import Refusal, read_json
 from .parity import check_forward, check_length
-from .pack import pack, shared_prefix as common
+from .pack import as_tree, pack, prefix_tree, shared_prefix as common
 from .quant import complete, load_mapped, load_nf4, quant_kind, text_config
 from .rows import n_options, swap_probs, tasks
 from pathlib import Path
@@ -30,13 +30,16 @@ _all_ = ['packed_attention']
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
-) -> dict: # `input_ids`, `position_ids` [1, tokens]; `bounds` [sequences+1]: tokens before the first are the prefix
-    "Lay sequences end to end, their shared prefix once"
-    ids = list(ids)
-    p, n = common(ids), np.array([len(i) for i in ids])
-    def put(parts): return torch.from_numpy(np.concatenate(parts)).long()[None].to(device)
-    tokens, positions = [ids[0][:p], *(i[p:] for i in ids)], [np.arange(p), *(np.arange(p, k) for k in n)]
-    return dict(input_ids=put(tokens), position_ids=put(positions), bounds=[p, *(p+np.cumsum(n-p)).tolist()])
+) -> dict: # `input_ids`, `position_ids` [1, tokens]; `bounds`: a `Tree`, or [sequences+1] as `as_tree` reads it
+    "Lay sequences end to end, what they share once"
+    ids = [np.asarray(i) for i in ids]
+    tree = prefix_tree(ids)
+    tokens = np.concatenate([ids[k][a:b] for k, a, b in zip(tree.sequence, tree.start, tree.stop)])
+    def put(x): return torch.from_numpy(x).long()[None].to(device)
+    prefix = len(tree.parent)-len(ids)  # segments that are no sequence's own
+    one_level = not prefix or prefix == 1 and (tree.parent[1:] == 0).all()
+    bounds = tree.ends[prefix:].tolist() if one_level else tree
+    return dict(input_ids=put(tokens), position_ids=put(tree.position), bounds=bounds)
 
 # %% ../nbs/lib/03c_model.ipynb #2fdaa1d8
 def _logit_scale(config): # What the class multiplies its logits with
@@ -85,9 +88,9 @@ class Classifier(torch.nn.Module):
         def put(x): # pinned, or the processor would wait for the GPU here
             if self.device.type != 'cuda': return torch.from_numpy(x)
             return torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True)
-        within = dict(layout=pack_layout(bounds, put)) if self.varlen else dict(bounds=bounds)
+        within = dict(layout=pack_layout(bounds, put)) if self.varlen else dict(bounds=as_tree(bounds))
         h = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **within).last_hidden_state
-        h = h[0, put(np.array(bounds[1:])-1)].float()
+        h = h[0, put(as_tree(bounds).last)].float()
         return base.score(h).float() if self.letters is None else _letter_logits(base, h, self.letters)
 
 # %% ../nbs/lib/03c_model.ipynb #a06c094e
@@ -332,7 +335,7 @@ def view_probs(
     width = len(classifier.letters) if classifier.letters is not None else classifier.base.config.num_labels
     out, missing = np.zeros((len(enc), width), np.float32), option_mask(np.asarray(n)[enc.row], width)
     with tqdm(total=len(enc), desc='predict', disable=not progress, mininterval=1, file=sys.stdout) as bar:
-        for p in pack(enc.n, budget):
+        for p in pack(enc.n, budget, enc.ids):
             logits = classifier(**collate(enc.ids.iloc[p], classifier.device))
             out[p] = logits.masked_fill(missing[p].to(logits.device), float('-inf')).softmax(-1).cpu()
             bar.update(len(p))

@@ -17,13 +17,14 @@ from .cascade import best_share, cascade_curve
 from .clock import Clock
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
+from .engine import EngineAsker, ask_engine
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
 from .sequential import calibrated_limits, exact_limits
 from .staged import minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
-from .trained import RunAsker, _seen, predict_runs
+from .trained import _seen
 
 # %% ../nbs/lib/03q_predictions.ipynb #f2815653
 def _task(ballot): # the one task of all voters
@@ -88,12 +89,13 @@ def run_tables(
     ballot,      # From `voters`
     rows,        # To predict
     folder,      # Of the vote
-    views,       # As for `predict_runs`
-    pack_tokens, # As for `predict_runs`
+    views,       # As for `ask_engine`
+    pack_tokens, # As for `ask_engine`
+    engine:str='packs', # As for `ask_engine`
 ) -> dict: # Run → probability table
     "Predict with the runs that vote, and read the probability tables that vote"
     trained, tables = [r for r in ballot.run if not is_table(r)], [r for r in ballot.run if is_table(r)]
-    return predict_runs(trained, rows, folder, views, pack_tokens) | {r: voter_table(r) for r in tables}
+    return ask_engine(trained, rows, folder, views, pack_tokens, engine) | {r: voter_table(r) for r in tables}
 
 def voter_probs(
     ballot,      # From `voters`
@@ -195,11 +197,14 @@ class BallotAsker:
         views:int,       # 1: rows as they are; 2: also swapped
         pack_tokens:int, # Tokens in a pack
         clock:Clock,     # Its pace begins anew with each base
+        engine:str='packs', # As for `EngineAsker`
+        folder='.',      # As for `EngineAsker`
     ):
         self.names, self.voters = list(ballot.run), list(dict.fromkeys(ballot.voter))
         self.rows, self.clock = rows, clock
         self.tables = {r: voter_table(r) for r in self.names if is_table(r)}
-        self.models = RunAsker([r for r in self.names if r not in self.tables], rows, views, pack_tokens)
+        models = [r for r in self.names if r not in self.tables]
+        self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder)
         self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
         for r, table in self.tables.items():
             k = self.names.index(r)

@@ -9,15 +9,16 @@ __all__ = ['local_folder', 'layer_shapes', 'group_size', 'draw_lines', 'read_tex
 
 # %% ../nbs/lib/03k_quantise.ipynb #4efd337a
 import contextlib, gc, importlib.util, json, shutil, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 from .base import base_path, pick_dtype
-from .core import Refusal, damage, read_json, seal, write_json
+from .core import Refusal, damage, hash_obj, read_json, seal, versions, write_json
 from .model import collate, dtypes
 from .pack import pack
 
@@ -44,6 +45,8 @@ def layer_shapes(
     if not found: raise Refusal('no weight matrices of layers, or they are quantised already', folder)
     return found
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #0a8c33ee
 def group_size(
     shapes:dict, # From `layer_shapes`
     asked:int=0, # 0: the largest that fits
@@ -91,6 +94,8 @@ def read_texts(
             raise Refusal(f'line {k} is no JSON object with a field `text`', path) from e
     return [np.array(i[:max_len], np.int32) for i in tok(texts, add_special_tokens=False)['input_ids']] if texts else []
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #c0fdcdf6
 def check_calibration(
     lengths,    # Tokens of each calibration row
     inference,  # Tokens of each row of inference
@@ -107,6 +112,8 @@ def check_calibration(
     return (f'Calibration rows have {np.median(lengths):.0f} tokens in the median and rows of inference '
             f'{np.median(inference):.0f}: calibrate at the length of inference')
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #dbb21f24
 def plot_calibration(
     lengths,   # Tokens of each calibration row
     inference, # Tokens of each row of inference
@@ -135,6 +142,8 @@ def check_weights(
                     raise Refusal(f'{name} has {int((~t.isfinite()).sum())} values that are NaN or infinite', file,
                                   fix='Train or merge the model again')
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #8efcd796
 @torch.no_grad()
 def activations(
     classifier,      # A `Classifier`
@@ -163,6 +172,8 @@ def activations(
                       fix='Take dtype=bf16, or another model')
     return found
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #cee5d7f3
 def fp16_sentence(
     found:pd.Series, # From `activations`
 ) -> str:
@@ -178,19 +189,19 @@ def fp16_sentence(
 def _output_to(file): # GPTQModel's output, and what stands beside it
     with open(file, 'a', encoding='utf-8') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f): yield
 
+
+# %% ../nbs/lib/03k_quantise.ipynb #dce25c31
 class _Progress:
-    "GPTQModel's callback: a bar over the layers, and the seconds of each, which a continued run reads from a file"
-    def __init__(self, layers, show, file):
+    "GPTQModel's callback: seals a layer that is complete, and shows a bar"
+    def __init__(self, layers, show, kept):
         self.bar = tqdm(total=layers, desc='quantise', unit='layer', disable=not show, file=sys.stdout)
-        self.file, self.last = file, time.perf_counter()
-        self.seconds = {int(k): s for k, s in read_json(file).items()} if file.exists() else {}
+        self.kept, self.last = kept, time.perf_counter()
     def layer_complete(self, layer_idx, submodule_finalized):
-        if not submodule_finalized: return
+        if submodule_finalized: return
         now = time.perf_counter()
-        self.seconds[layer_idx], self.last = now-self.last, now
-        if not self.bar.n and layer_idx: self.bar.initial = self.bar.n = layer_idx  # continued
+        self.kept.finish(layer_idx, now-self.last)
+        self.last = now
         self.bar.update(1)
-        write_json(self.file, self.seconds)
 
 def layer_table(
     log:list,     # GPTQModel's log: a dict a module
@@ -207,6 +218,22 @@ def layer_table(
     worst = d.loc[d.groupby('layer').error.idxmax()].set_index('layer').module
     t = pd.DataFrame(dict(error=d.groupby('layer').error.sum(), worst=worst))
     return t.assign(seconds=pd.Series(seconds, dtype=float).reindex(t.index).round(2))
+
+# %% ../nbs/lib/03k_quantise.ipynb #102c6f6c
+def _other_files(source, out, index, q): # configuration, tokenizer, and the index of several shards
+    left = {'config.json', 'manifest.json', 'lineage.json', 'model.safetensors.index.json'}
+    for f in source.iterdir():
+        if f.is_file() and f.suffix != '.safetensors' and f.name not in left and not f.name.startswith('.'):
+            shutil.copy(f, out)
+    write_json(out/'config.json', read_json(source/'config.json') | dict(quantization_config=q))
+    write_json(out/'quantize_config.json', q)  # where AutoGPTQ looks
+    if len(set(index.values())) > 1:
+        write_json(out/'model.safetensors.index.json', dict(metadata={}, weight_map=index))
+
+def _config(bits, group, damp, act_order, version): # as transformers, vLLM and the kit read it
+    return dict(quant_method='gptq', bits=bits, group_size=group, desc_act=act_order, sym=True, lm_head=False,
+                true_sequential=True, damp_percent=damp, checkpoint_format='gptq',
+                meta=dict(quantizer=[f'gptqmodel:{version}']))
 
 # %% ../nbs/lib/03k_quantise.ipynb #922f2f2e
 _packed = 'qweight', 'qzeros', 'scales', 'g_idx'
@@ -240,71 +267,108 @@ def _tensor(where, name):
     from safetensors import safe_open
     with safe_open(where[name], 'pt') as f: return f.get_tensor(name)
 
-def _other_files(source, out, index, q): # configuration, tokenizer, and the index of several shards
-    left = {'config.json', 'manifest.json', 'lineage.json', 'model.safetensors.index.json'}
-    for f in source.iterdir():
-        if f.is_file() and f.suffix != '.safetensors' and f.name not in left and not f.name.startswith('.'):
-            shutil.copy(f, out)
-    write_json(out/'config.json', read_json(source/'config.json') | dict(quantization_config=q))
-    write_json(out/'quantize_config.json', q)  # where AutoGPTQ looks
-    if len(set(index.values())) > 1:
-        write_json(out/'model.safetensors.index.json', dict(metadata={}, weight_map=index))
-
-def _config(bits, group, damp, act_order, version): # as transformers, vLLM and the kit read it
-    return dict(quant_method='gptq', bits=bits, group_size=group, desc_act=act_order, sym=True, lm_head=False,
-                true_sequential=True, damp_percent=damp, checkpoint_format='gptq',
-                meta=dict(quantizer=[f'gptqmodel:{version}']))
 
 # %% ../nbs/lib/03k_quantise.ipynb #163817a0
-_rate = 200e6  # bytes a second that the first checkpoint is expected to take: slower than the disks we measured
+def _write_result(file, result): # GPTQModel's result for a matrix: tensors, and numbers for its log
+    from safetensors.torch import save_file
+    weight, scale, zero, groups, *numbers = result
+    s, z = scale[:, groups.long()], zero[:, groups.long()]
+    codes = (weight.float()/s+z).round().to(torch.uint8)
+    exact = torch.equal((s*(codes-z)).to(weight.dtype), weight)
+    tensors = dict(weight=codes if exact else weight, scale=scale, zero=zero, groups=groups)
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, file, metadata=dict(numbers=json.dumps(numbers)))
 
-class _Pace:
-    "Says when a checkpoint is due: it may take a twentieth of the time since the last one"
-    def __init__(self, cost): self.cost, self.end = cost, time.perf_counter()
-    def due(self): return time.perf_counter()-self.end >= 20*self.cost
-    def commit(self, write, *args):
-        start = time.perf_counter()
-        write(*args)
-        self.end = time.perf_counter()
-        self.cost = self.end-start
+def _read_result(file, like): # the same result, with the dtype and on the device of a weight
+    from safetensors import safe_open
+    with safe_open(file, 'pt') as f:
+        weight, scale, zero, groups = (f.get_tensor(k).to(like.device) for k in ('weight', 'scale', 'zero', 'groups'))
+        numbers = json.loads(f.metadata()['numbers'])
+    if weight.dtype == torch.uint8: weight = (scale[:, groups.long()]*(weight-zero[:, groups.long()])).to(like.dtype)
+    return weight, scale, zero, groups, *numbers
 
+# %% ../nbs/lib/03k_quantise.ipynb #a6803d05
+class _Kept:
+    "The results of finished layers: a sealed folder a layer, a file a matrix"
+    def __init__(self, folder):
+        self.folder, self.pool, self.jobs = Path(folder), ThreadPoolExecutor(1), []
+        self.finished = {int(d.name) for d in self.folder.glob('[0-9]*') if not damage(d)}
+        self.seconds = {k: read_json(self._of(k)/'seconds.json') for k in self.finished}
+    def _of(self, layer): return self.folder/f'{layer:03d}'
+    def read(self, layer, name, like): return _read_result(self._of(layer)/f'{name}.safetensors', like)
+    def write(self, layer, name, result):
+        self._of(layer).mkdir(parents=True, exist_ok=True)
+        self.jobs.append(self.pool.submit(_write_result, self._of(layer)/f'{name}.safetensors', result))
+    def finish(self, layer, seconds):
+        if layer in self.finished: return
+        while self.jobs: self.jobs.pop().result()
+        self.seconds[layer] = seconds
+        write_json(self._of(layer)/'seconds.json', seconds)
+        self.jobs.append(self.pool.submit(seal, self._of(layer)))
+
+# %% ../nbs/lib/03k_quantise.ipynb #ab0ac429
 @contextlib.contextmanager
-def _checkpoint(model, source, work, ids, dtype): # GPTQModel's setting; None for models that it cannot continue
-    from gptqmodel.looper import checkpoint, gptq_checkpoint
-    if model.model.config.model_type not in ('llama', 'qwen3_moe'):
-        yield None
-        return
-    pace = _Pace(_first_cost(ids, model.model.config.hidden_size, dtype))
-    commit = checkpoint.CheckpointExtension.on_boundary
-    def on_boundary(self, boundary):
-        if self._stop_requested or pace.due(): pace.commit(commit, self, boundary)
-        else: self.next_step = self.plan.after(boundary.step)
-    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.glob('*.*') if f.is_file()}
-    tokens = json.dumps([np.asarray(i).tolist() for i in ids]).encode()
-    with (patch.object(checkpoint.CheckpointExtension, 'on_boundary', on_boundary),
-          patch.multiple(gptq_checkpoint, _source_identity=lambda model: files,
-                         ContinuationCodec=SimpleNamespace(dumps=lambda inputs: tokens))):
-        yield checkpoint.CheckpointConfig(path=str(work/'checkpoint'))
+def _keeping(kept): # GPTQModel passes its results to `kept`, and takes those of finished layers from it
+    from gptqmodel.looper import stage_layer
+    from gptqmodel.quantization.gptq import GPTQ
+    solve, run_subset = GPTQ.quantize, stage_layer.run_subset_stage
+    def quantize(self, *args, **kw):
+        m = self._named_module
+        if m.layer_index in kept.finished: return kept.read(m.layer_index, m.full_name, self.module.weight)
+        result = solve(self, *args, **kw)
+        kept.write(m.layer_index, m.full_name, result)
+        return result
+    def run(*, plan, layer_index, **kw):
+        if layer_index in kept.finished:  # no inputs are collected, so none can be missed
+            all_of_them = replace(plan.calibration_coverage_policy, validate_input_coverage=False,
+                                  prune_uncovered_modules=False)
+            plan = replace(plan, execute_forward=False, calibration_coverage_policy=all_of_them)
+        return run_subset(plan=plan, layer_index=layer_index, **kw)
+    with patch.object(GPTQ, 'quantize', quantize), patch.object(stage_layer, 'run_subset_stage', run), kept.pool: yield
 
-def _first_cost(ids, hidden, dtype): # seconds that the first checkpoint is expected to take
-    return sum(map(len, ids))*hidden*dtype.itemsize/_rate
-
-def _loss_sentence(config, cost): # what a killed run loses, where it is more than a minute
-    if config['model_type'] not in ('llama', 'qwen3_moe'):
-        return f"GPTQModel cannot continue models of type {config['model_type']}: a killed run starts again."
-    if 20*cost < 60: return ''
-    return (f'A checkpoint is expected to take {cost:.0f} s, so the first is due after {20*cost:.0f} s. A run that is '
-            'killed loses the layers since the last one; Ctrl-C and SIGTERM lose none.')
-
-# %% ../nbs/lib/03k_quantise.ipynb #270a33a1
+# %% ../nbs/lib/03k_quantise.ipynb #2f0d2d30
 def check_installed():
     "Refuse to start without GPTQModel"
     if importlib.util.find_spec('gptqmodel') is None:
         raise Refusal('GPTQModel is not installed', fix='Run `pip install "competition_kit[gptq]"`')
 
+@contextlib.contextmanager
+def _refusals(work): # GPTQModel's errors as ours
+    try: yield
+    except (RuntimeError, ValueError) as e:
+        raise Refusal(f'GPTQModel could not quantise this model ({str(e).splitlines()[0]})', work/'gptqmodel.log',
+                      fix='Try more calibration rows, another draw, or damp=.1') from e
+
+# %% ../nbs/lib/03k_quantise.ipynb #9be9ad15
+def _layers_folder(work, source, ids, settings): # of the finished layers of one model, calibration set and configuration
+    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.glob('*.*') if f.is_file()}
+    programs = {k: v for k, v in versions().items() if k in ('torch', 'transformers', 'gptqmodel')}
+    return work/f'layers-{hash_obj([files, [np.asarray(i).tolist() for i in ids], settings, programs])}'
+
+def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progress):
+    "GPTQModel's log, and the seconds of each layer; the model is in `work/made`"
+    layers = 1+max(int(n.split('.layers.')[1].split('.')[0]) for n in layer_shapes(source))
+    kept = _Kept(_layers_folder(work, source, ids, [bits, group, damp, act_order, dtype]))
+    rows = [dict(input_ids=torch.tensor(np.asarray(i), dtype=torch.long)[None]) for i in ids]
+    for r in rows: r['attention_mask'] = torch.ones_like(r['input_ids'])
+    bar = _Progress(layers, progress, kept)
+    with _output_to(work/'gptqmodel.log'), contextlib.chdir(work), contextlib.closing(bar.bar):  # it writes `logs`
+        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+        config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
+                                offload_to_disk_path=str(work/'offload'))
+        model = GPTQModel.load(str(source), config, dtype=dtypes[dtype])
+        model.layer_callback, bar.last = bar, time.perf_counter()
+        with _refusals(work), _keeping(kept):
+            log = model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
+        if left := model.quantize_config.dynamic:
+            raise Refusal(f'{len(left)} matrices were left as they are: no calibration token reached them',
+                          work/'gptqmodel.log', list(left), 'Give more calibration rows, or other ones')
+        model.save(str(work/'made'))
+    return log['gptq'], kept.seconds
+
+# %% ../nbs/lib/03k_quantise.ipynb #270a33a1
 def quantise(
     source,              # Folder of a model in 16 or 32 bits
-    out,                 # Folder to write, sealed; a sealed one is left as it is. `<out>.work` holds the checkpoint
+    out,                 # Folder to write, sealed; a sealed one is left as it is. `<out>.work` holds the finished layers
     ids,                 # Token arrays to calibrate on
     bits:int=4,          # 4 or 8
     group:int=64,        # Group size, from `group_size`
@@ -318,50 +382,17 @@ def quantise(
     if not damage(out): return pd.read_json(out/'layers.json', orient='table')
     check_installed()
     work = out.with_name(f'{out.name}.work')
+    shutil.rmtree(work/'offload', ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    log, seconds, version = _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progress)
+    log, seconds = _run_gptqmodel(source, work, ids, bits, group, damp, act_order, pick_dtype(dtype), progress)
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
     table = layer_table(log, seconds)
-    graft(work/'made', source, out, _config(bits, group, damp, act_order, version))
+    graft(work/'made', source, out, _config(bits, group, damp, act_order, versions()['gptqmodel']))
     table.to_json(out/'layers.json', orient='table')
     seal(out)
     shutil.rmtree(work)
     return table
-
-def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progress):
-    "GPTQModel's log, the seconds of each layer, and its version; the model is in `work/made`"
-    layers = 1+max(int(n.split('.layers.')[1].split('.')[0]) for n in layer_shapes(source))
-    bar, cuda = _Progress(layers, progress, work/'seconds.json'), torch.cuda.is_available()
-    rows = [dict(input_ids=torch.tensor(np.asarray(i), dtype=torch.long)[None]) for i in ids]
-    for r in rows: r['attention_mask'] = torch.ones_like(r['input_ids'])
-    dtype, about = dtypes[pick_dtype(dtype)], read_json(source/'config.json')
-    if said := _loss_sentence(about, _first_cost(ids, about['hidden_size'], dtype)): print(said)
-    with _output_to(work/'gptqmodel.log'), contextlib.chdir(work):  # it writes a folder `logs`
-        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, __version__
-        config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
-                                offload_to_disk_path=str(work/'offload'))
-        model = GPTQModel.load(str(source), config, dtype=dtype)
-        model.layer_callback, bar.last = bar, time.perf_counter()
-        how = dict(batch_size=8 if cuda else 4, backend=BACKEND.TORCH)
-        try:
-            with _refusals(work), _checkpoint(model, source, work, ids, dtype) as point:
-                log = model.quantize(rows, checkpoint=point, **how)
-        finally: bar.bar.close()
-        model.save(str(work/'made'))
-        del model
-    gc.collect()
-    if cuda: torch.cuda.empty_cache()
-    return log['gptq'], bar.seconds, __version__
-
-@contextlib.contextmanager
-def _refusals(work): # GPTQModel's errors as ours; it turns Ctrl-C and SIGTERM into an error, after a checkpoint
-    from gptqmodel.looper.checkpoint import CheckpointError, CheckpointStopped
-    try: yield
-    except CheckpointStopped as e: raise KeyboardInterrupt(str(e)) from e
-    except CheckpointError as e:
-        raise Refusal(f'the checkpoint cannot be continued ({e})', work, fix='Remove this folder') from e
-    except (RuntimeError, ValueError) as e:
-        raise Refusal(f'GPTQModel could not quantise this model ({str(e).splitlines()[0]})', work/'gptqmodel.log',
-                      fix='Try more calibration rows, another draw, or damp=.1') from e
 
 # %% ../nbs/lib/03k_quantise.ipynb #b9dd267b
 def weight_bytes(

@@ -503,7 +503,7 @@ def _read_pairs(cols, path):
     empty = [None]*len(ids)
     models = dict.fromkeys(('model_a', 'model_b'), empty) | {c: cols[c] for c in ('model_a', 'model_b') if c in cols}
     texts |= _names(models, models)
-    rows = _table(ids, label, target, texts, **_names(cols, ['source']))
+    rows = _table(ids, label, target, texts, **_names(cols, ('source', 'language')))
     return rows, dict(task=task.name, **notes)
 
 # %% ../nbs/lib/01d_rows.ipynb #79a88728
@@ -579,7 +579,7 @@ def _read_rows(cols, path):
     refuse([not _is_target(t, k) for t, k in zip(cols['target'], n)],
            'a soft label that is not one number for each option, summing to 1', path, ids)
     refuse([not _is_weight(w) for w in cols['weight']], 'a weight that is not a number from 0', path, ids)
-    more = _names(cols, ('group', 'source'))
+    more = _names(cols, ('group', 'source', 'language'))
     rows = _table(ids, label.astype(int), cols['target'], texts, weight=cols['weight'], **more)
     return rows, dict(task=task, **notes)
 

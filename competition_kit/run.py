@@ -373,9 +373,10 @@ def example_cells(
 ) -> set: # Their positions
     "The cells of a stage notebook that a headless run leaves out"
     src = [_source(c) if c['cell_type'] == 'code' else '' for c in nb['cells']]
-    params = next((i for i, c in enumerate(nb['cells']) if 'parameters' in _tags(c)), 0)
     if not any(re.search(r'^#\| *default_exp', s, re.M) for s in src): return set()
-    return {i for i, s in enumerate(src[:params]) if s and not re.search(r'^#\| *export', s, re.M)}
+    kept = [bool(re.search(r'^#\| *export', s, re.M)) or 'parameters' in _tags(c) for s, c in zip(src, nb['cells'])]
+    driver = next((i for i, s in enumerate(src) if 'from_notebook(' in s and not kept[i]), 0)
+    return {i for i in range(driver) if src[i] and not kept[i]}
 
 # %% ../nbs/lib/12_run.ipynb #7f9e2491
 def _execute(path, out, params, env, private): # The kernel's process id, and None or what went wrong as a dict
@@ -389,9 +390,10 @@ def _execute(path, out, params, env, private): # The kernel's process id, and No
         return pid, {**(error or {}), **stopped}
 
 def _papermill(km, path, out, params): # None, or dict of ename, evalue and perhaps traceback
-    examples = example_cells(read_notebook(path))
+    examples, injected = example_cells(read_notebook(path)), []
     def skip_examples(cell, cell_index, **kw):
-        if cell_index in examples: cell.metadata.tags = [*cell.metadata.get('tags', []), 'skip-execution']
+        if 'injected-parameters' in cell.metadata.get('tags', []): injected.append(cell)  # it moves what follows by one
+        if cell_index-len(injected) in examples: cell.metadata.tags = [*cell.metadata.get('tags', []), 'skip-execution']
     try:
         from papermill import execute_notebook
         nb = execute_notebook(_escaped(path), _escaped(out), params, km=km, kernel_name='python3', language='python',

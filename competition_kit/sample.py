@@ -12,7 +12,8 @@ from .core import Refusal, atomic, csv_text, data_path, jsonl_text
 
 # %% ../nbs/lib/01b_sample.ipynb #fdfb94f7
 def _gym(name, n, seed, **kw):
-    import reasoning_gym
+    try: import reasoning_gym
+    except ImportError as e: raise Refusal('the samples need reasoning-gym', fix='pip install reasoning-gym') from e
     return reasoning_gym.create_dataset(name, size=n, seed=seed, **kw)
 
 def _item(question, right, wrong): return dict(question=question, right=right, wrong=wrong)

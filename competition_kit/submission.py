@@ -194,20 +194,31 @@ def _values_text(cols, p, task):
 def _answers(lines): # question → letter
     return {f"{o['id']}-{k}": q['answer'] for o in lines for k, q in enumerate(o['questions'])}
 
-def practice_score(
-    path,      # A submission
-    solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
-) -> dict: # `practice_log_loss` and `practice_accuracy`, or the latter alone
-    "The leaderboard's score, for data whose solution is at hand"
+def _scorer(path, solution): # (ids, function of ids → scores) of a submission whose solution is known
     got, kind = sample_layout(path)
     true, _ = sample_layout(solution)
     if kind == 'answers':
         got, true = _answers(got), _answers(true)
         _check_ids(sorted(got), sorted(true), path, solution)
-        return dict(practice_accuracy=round(float(np.mean([got[i] == true[i] for i in true])), 5))
+        return list(true), lambda ids: dict(practice_accuracy=round(float(np.mean([got[i] == true[i] for i in ids])), 5))
     a, b = (pd.DataFrame(o).set_index('id') for o in (got, true))
     _check_ids(sorted(a.index), sorted(b.index), path, solution)
-    b = b.loc[a.index]
-    if kind == 'label': return dict(practice_accuracy=round(float((a.winner == b.winner).mean()), 5))
-    s = scores(a.to_numpy(float), b[a.columns].to_numpy(float).argmax(1))
-    return dict(practice_log_loss=s['log_loss'], practice_accuracy=s['accuracy'])
+    def accuracy(ids): return dict(practice_accuracy=round(float((a.winner[ids] == b.winner[ids]).mean()), 5))
+    if kind == 'label': return list(a.index), accuracy
+    def both(ids):
+        s = scores(a.loc[ids].to_numpy(float), b.loc[ids, a.columns].to_numpy(float).argmax(1))
+        return dict(practice_log_loss=s['log_loss'], practice_accuracy=s['accuracy'])
+    return list(a.index), both
+
+def practice_score(
+    path,      # A submission
+    solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
+    seen=(),   # Ids of test rows that a voter was trained on, such as pseudo-labelled ones
+) -> dict: # `practice_log_loss` and `practice_accuracy`, or the latter alone; with `_seen` and `_unseen` where some are seen
+    "The leaderboard's score, for data whose solution is at hand"
+    ids, score = _scorer(path, solution)
+    known = set(map(str, seen))
+    parts = dict(seen=[i for i in ids if str(i) in known], unseen=[i for i in ids if str(i) not in known])
+    out = score(ids)
+    if all(parts.values()): out |= {f'{k}_{part}': v for part, some in parts.items() for k, v in score(some).items()}
+    return out

@@ -23,7 +23,7 @@ from .cost import Job, cost, cost_table, layers_to_checkpoint, shape
 from .pack import plan_steps
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
                                    write_probs)
-from .prompt import Prompt, encode_cached, length_report, pick_rows, tokenizer_hash
+from .prompt import Prompt, by_row, encode_cached, length_report, pick_rows, tokenizer_hash
 from .quant import quant_kind
 from .ranks import as_rank, gather_to_rank0, is_sharded, launch, rank, ranks, shard
 from .record import find_run, run_stage
@@ -211,13 +211,14 @@ def _reset(module): # new random weights, for modules that have any
 # %% ../nbs/04_train.ipynb #5e762120
 def _cost(a, enc): # what the planner expects of a run, as text
     template = common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
+    shared = np.mean([common(list(enc.ids.iloc[views])) for views in by_row(enc)[:1000]])-template
     names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'
     same = {k: getattr(a, k) for k in names.split()}
     try:
         return cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype,
                                route='answer' if a.route == 'answer' else 'score', lengths=enc.n[enc.view == 0],
                                template=template, gpus=ranks(), sharded=a.sharded and ranks() > 1,
-                               compiled=a.compiled != 'no', **same))
+                               compiled=a.compiled != 'no', shared=max(0., float(shared)), **same))
     except Refusal as e:
         if torch.cuda.is_available() and a.recompute < 0: raise
         return str(e)

@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .base import base_hash, load_tokenizer, local_base
-from .core import Refusal, atomic, damage_cached, hash_obj, models_path, project_root, read_json
+from .base import _snapshot, base_hash, load_tokenizer, local_base
+from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root,
+                                  read_json)
 from .folds import fold_rows
 from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record
@@ -170,6 +171,10 @@ def has_seen(
     return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
 
 # %% ../nbs/lib/03h_trained.ipynb #97531cec
+def _is_here(base): # a base that has been fetched; a model with weights of its own does without it
+    if base == 'smollm2': return bases_path('smollm2').exists()
+    return bool(local_base(base) or _snapshot(base))
+
 @functools.lru_cache(8)
 def _prompt(base, base_sum, task, max_len, truncation): # a prompt and its tokenizer's hash; made once for many runs
     tok = load_tokenizer(base)
@@ -183,8 +188,9 @@ def trusted_prompt(
     p, fix = model_params(rec), 'Run the same command again, which trains it anew, or leave it out'
     def same(now, then, what):
         if now != then: raise Refusal(f'{what} ({now}, then {then})', rec['run_id'], fix=fix)
-    same(base_hash(p['base']), rec['base'], f"the base {p['base']} is not the one it was trained on")
-    prompt, tokenizer = _prompt(p['base'], rec['base'], rec['task'], p['max_len'], p['truncation'])
+    base = base_of(rec) if is_full(rec) and not _is_here(p['base']) else p['base']
+    if base == p['base']: same(base_hash(base), rec['base'], f"the base {base} is not the one it was trained on")
+    prompt, tokenizer = _prompt(base, rec['base'], rec['task'], p['max_len'], p['truncation'])
     same(tokenizer, rec['tokenizer'], 'the tokenizer is not the one it was trained with')
     same(prompt.hash, rec['prompt'], 'prompts are not built as when it was trained')
     return prompt

@@ -23,6 +23,7 @@ from .combine import agreement, combine, entropy, fit_weights, majority
 from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_root, sha256, share,
                                   write_json)
 from .memory import limit_memory, plan_memory
+from .engine import engine_facts, engine_input
 from .parallel import parallel_vote
 from .predictions import (BallotAsker, any_seen, by_strength, cascade_plan, forecast, prior_probs,
                                          rows_to_predict, run_tables, sample_file, save_vote, stopping_limits,
@@ -60,6 +61,7 @@ class VoteArgs:
     rescore:float=1.         # a cascade: share of the rows for all but the first run named; 0: what fits the budget
     test:str=''              # path of a raw test file, where there is no table <data>_test
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
+    engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
     gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
 
     def __post_init__(self):
@@ -67,6 +69,9 @@ class VoteArgs:
         one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
         at_least(self, 1, 'pack_tokens', 'gpus')
         at_least(self, 0, 'budget', 'max_memory_gb')
+        engine_input(self.engine)
+        if self.max_memory_gb and self.engine != 'packs':
+            raise Refusal('max_memory_gb limits packs, not vLLM', fix='Take engine=packs')
         share(self, 'change')
         if not 0 <= self.rescore <= 1:
             raise Refusal(f'rescore={self.rescore!r}', fix='Take a share up to 1, or 0: what fits the budget')
@@ -76,6 +81,8 @@ class VoteArgs:
             raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
         if self.gpus > 1 and not self.rescore:
             raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
+        if self.gpus > 1 and self.engine != 'packs':
+            raise Refusal('several processes predict with packs only', fix='Take engine packs, or gpus 1')
 
     @property
     def staged(self): return bool(self.budget or self.change or self.rescore < 1 or self.gpus > 1)  # else all at once
@@ -83,7 +90,7 @@ class VoteArgs:
     @cached_property
     def ballot(self): return voters(self.data, self.runs)
 
-    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test)
+    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test) | engine_input(self.engine)
 
 # %% ../nbs/10_vote.ipynb #0abdc1f8
 def vote_inputs(
@@ -124,14 +131,15 @@ def run_vote(
     memory = _within_memory(args, ballot, rows)
     if args.staged: return run_staged(run, args, ballot, rows, sample, clock, memory)
     score = score_vote(ballot, args.data, args.weights, args.rule)
-    tables = run_tables(ballot, rows, run.folder, args.views, memory.get('pack_tokens', args.pack_tokens))
+    pack_tokens = memory.get('pack_tokens', args.pack_tokens)
+    tables = run_tables(ballot, rows, run.folder, args.views, pack_tokens, args.engine)
     each = voter_probs(ballot, tables, rows)
     p = combine(each.values(), score['weights'], args.rule)
     submission = run.folder/f'submission{sample.suffix}'
     print(make_submission(p, rows, rows.attrs['meta']['task'], sample, submission))
     files = save_vote(run, rows, p, each, tables, score, args.views)
     run.finish(_metrics(args, score, each, tables, rows, submission, sample), [submission.name, *files],
-               **_facts(args, ballot, score, run, submission), memory=memory)
+               **_facts(args, ballot, score, run, submission), memory=memory, engine=engine_facts(run.folder))
 
 hold_vote = run_vote  # its earlier name
 
@@ -143,10 +151,15 @@ def vote(
     run_vote(run, args, args.ballot)
 
 # %% ../nbs/10_vote.ipynb #326b8e0e
+def _scored(score, rows, seen, submission, sample): # for the record: out of fold, rows seen, and for practice
+    seen = rows.id[seen.fillna(False).to_numpy(bool)]
+    out = {**(score['metrics'] or {}), 'seen': len(seen)}
+    for solution in sorted(sample.parent.glob('solution.*'))[:1]: out |= practice_score(submission, solution, seen)
+    return out
+
 def _metrics(args, score, each, tables, rows, submission, sample): # for the record
-    out = {**(score['metrics'] or {}), 'seen': int(any_seen(tables.values(), rows).fillna(False).sum())}
+    out = _scored(score, rows, any_seen(tables.values(), rows), submission, sample)
     if args.rule == 'majority': out['ties'] = int(majority(each.values(), score['weights'])[1].sum())
-    for solution in sorted(sample.parent.glob('solution.*'))[:1]: out |= practice_score(submission, solution)
     return out
 
 def _facts(args, ballot, score, run, submission): # for the record: who votes and who does not, with which weights
@@ -245,7 +258,7 @@ def run_staged(
     score = score_vote(ballot, args.data, args.weights, args.rule)
     lines, weights = by_strength(ballot, score, as_named=args.rescore < 1)
     if memory: pack_tokens = memory['pack_tokens']
-    asker = BallotAsker(lines, rows, args.views, pack_tokens, clock)
+    asker = BallotAsker(lines, rows, args.views, pack_tokens, clock, args.engine, run.folder)
     read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
     limits = stopping_limits(asker.voters, weights, score, args.rule, args.change)
     save, plan = staged_files(run, asker, weights, prior, args, sample), {}
@@ -256,7 +269,8 @@ def run_staged(
         why = parallel_vote(asker, make, how, args.gpus, run.folder/'parts', save, pack_tokens, args.max_memory_gb)
     else:
         todo, plan = planned_passes(asker, weights, prior, args, limits, score)
-        why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.sizes, clock, save, pack_tokens)
+        with asker.models: # which ends its engine
+            why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.sizes, clock, save, pack_tokens)
     vote = vote_so_far(asker.answers, weights, prior, args.rule)
     finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory or {}, **plan,
                   vote_minutes=round(clock.used()/60, 3))
@@ -283,9 +297,9 @@ def finish_staged(
     if score['vote'] is not None:
         write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, args.views, seen=False, run=run.id)
         files.append('oof.parquet')
-    metrics = {**(score['metrics'] or {}), 'seen': int(seen.fillna(False).sum())}
-    for solution in sorted(sample.parent.glob('solution.*'))[:1]: metrics |= practice_score(submission, solution)
+    metrics = _scored(score, rows, seen, submission, sample)
     facts |= _facts(args, ballot, score, run, submission)
     facts['sentence'] = f"{facts['sentence']} {gap_sentence(missing, why)}".strip()
     runs_per_row = round(float((asker.answers.views > 0).sum(0).mean()), 3)
-    run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=runs_per_row)
+    run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=runs_per_row,
+               engine=engine_facts(run.folder))

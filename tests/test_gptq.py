@@ -1,5 +1,5 @@
 "The whole stage on models of two layers: chain, resume, the gate, and what it refuses"
-import os, shutil, signal
+import shutil, signal, subprocess, sys
 import numpy as np
 import pytest
 pytest.importorskip('gptqmodel')
@@ -90,49 +90,54 @@ def test_lora_is_added_into_its_base(made):
     assert found['kl'] < 1e-3, 'the model that is compared is the LoRA over its base'
     assert not (run.folder/'merged').exists() and not (run.folder/'model/adapter_config.json').exists()
 
-def test_a_killed_run_continues_after_the_last_layer(made, monkeypatch, tmp_path):
-    whole = quantised(start=made['full'], **wide)
-    want = load_file(whole.folder/'model/model.safetensors')
-    shutil.rmtree(whole.folder)
-    real, layers = Q._Progress.layer_complete, []
+def test_a_killed_quantisation_continues_with_the_same_bytes(tiny, tmp_path, monkeypatch):
+    ids = [np.array(i) for i in np.random.default_rng(0).integers(3, 400, (32, 40))]
+    make = dict(source=tiny, ids=ids, dtype='fp32', progress=False)
+    table = Q.quantise(out=tmp_path/'whole', **make)
+    assert _kill_in_second_layer(tiny, tmp_path/'killed', ids) == -signal.SIGKILL
+    written, seconds = [], read_json(next((tmp_path/'killed.work').glob('layers-*/000/seconds.json')))
+    real = Q._Kept.write
+    monkeypatch.setattr(Q._Kept, 'write', lambda self, layer, *a: (written.append(layer), real(self, layer, *a)))
+    again = Q.quantise(out=tmp_path/'killed', **make)
+    assert set(written) == {1}, 'the first layer was finished'
+    one, two = ((tmp_path/n/'model.safetensors').read_bytes() for n in ('whole', 'killed'))
+    assert one == two and again.error.equals(table.error) and again.seconds[0] == round(seconds, 2)
+
+def _kill_in_second_layer(base, out, ids): # its exit code
+    np.save(out.with_suffix('.npy'), ids)
+    code = f"""
+import os, signal, time
+import numpy as np
+from pathlib import Path
+from competition_kit import quantise as Q
+def write(self, layer, name, result, real=Q._Kept.write):
+    if layer == 1:
+        while not (self.folder/'000/manifest.json').exists(): time.sleep(.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, layer, name, result)
+Q._Kept.write = write
+Q.quantise({str(base)!r}, {str(out)!r}, list(np.load({str(out.with_suffix('.npy'))!r})), dtype='fp32', progress=False)
+"""
+    return subprocess.run([sys.executable, '-c', code], timeout=300).returncode
+
+def test_a_matrix_that_no_token_reaches_is_refused(tiny, tmp_path, monkeypatch):
+    from gptqmodel.looper.gptq_processor import GPTQProcessor
+    monkeypatch.setattr(GPTQProcessor, 'has_captured_input_ids', lambda self, name: name != 'mlp.up_proj')
+    ids = list(np.random.default_rng(0).integers(3, 400, (32, 40)))
+    with pytest.raises(Refusal, match='2 matrices were left as they are.*up_proj'):
+        Q.quantise(tiny, tmp_path/'out', ids, dtype='fp32', progress=False)
+
+def test_an_interrupted_run_continues_and_removes_its_finished_layers(made, monkeypatch):
+    real = Q._Progress.layer_complete
     def stop(self, layer_idx, submodule_finalized):
-        layers.append(layer_idx)
         real(self, layer_idx, submodule_finalized)
-        if layer_idx == 1: raise KeyboardInterrupt
+        if layer_idx == 0: raise KeyboardInterrupt
     monkeypatch.setattr(Q._Progress, 'layer_complete', stop)
     with pytest.raises(KeyboardInterrupt): quantised(start=made['full'], **wide)
-    assert layers[0] == 0 and list(models_path('.gptq').glob('*.work/checkpoint'))
-    layers.clear()
-    monkeypatch.setattr(Q._Progress, 'layer_complete', lambda *a, **k: (layers.append(k['layer_idx']), real(*a, **k)))
-    run = quantised(start=made['full'], **wide)
-    assert set(layers) == {1}, 'the first layer was done'
-    found = load_file(run.folder/'model/model.safetensors')
-    assert all(torch.equal(want[k], found[k]) for k in want)
+    assert list(models_path('.gptq').glob('*.work/layers-*/000/manifest.json'))
+    monkeypatch.undo()
+    assert quantised(start=made['full'], **wide).done
     assert not list(models_path('.gptq').iterdir())
-
-def test_a_stop_is_no_refusal_and_loses_no_layer(tiny, tmp_path, monkeypatch):
-    ids = list(np.random.default_rng(0).integers(3, 400, (32, 40)))
-    make = dict(source=tiny, ids=ids, dtype='fp32', progress=False)
-    Q.quantise(out=tmp_path/'first', **make)
-    monkeypatch.setattr(Q, '_rate', 1.)  # the first checkpoint is due after days
-    real, layers, how = Q._Progress.layer_complete, [], {}
-    def stop(self, layer_idx, submodule_finalized):
-        layers.append(layer_idx)
-        real(self, layer_idx, submodule_finalized)
-        if how and submodule_finalized: how.pop('do')()
-    monkeypatch.setattr(Q._Progress, 'layer_complete', stop)
-    def kill(): raise KeyboardInterrupt
-    published = tmp_path/'again.work/checkpoint/CURRENT'
-    for do in (kill, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert not published.exists(), 'no checkpoint is due'
-        how['do'] = do
-        with pytest.raises(KeyboardInterrupt): Q.quantise(out=tmp_path/'again', **make)
-    assert published.exists(), 'SIGTERM writes one'
-    layers.clear()
-    Q.quantise(out=tmp_path/'again', **make)
-    assert 0 not in layers, 'the first layer was done'
-    one, two = (load_file(tmp_path/n/'model.safetensors') for n in ('first', 'again'))
-    assert all(torch.equal(one[k], two[k]) for k in one)
 
 def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made, monkeypatch):
     strict = dict(start=made['full'], group=64)

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from competition_kit.attention import Layout, packed_attention, register_attention
+from competition_kit.attention import Layout, pack_layout, packed_attention, register_attention
 from competition_kit.model import Classifier, add_lora, collate, option_mask, pack_loss
+from competition_kit.pack import Tree, as_tree, prefix_tree
 from competition_kit.speed import checkpoint_activations, compile_layers, fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -37,6 +38,39 @@ def test_attention(cap, window, heads, kv, size):
         assert gap(got, want) < .01
         for a, b in zip(got_grad, want_grad): assert gap(a, b) < .015
 
+def _views(lengths, template=40, seed=0):
+    "Rows in two views: the template and a question, then two answers in either order"
+    rng, out = np.random.default_rng(seed), []
+    def tokens(n): return rng.integers(1, 512, n).astype(np.int32)
+    head = tokens(template)
+    for question, *answers in lengths:
+        begin, (a, b) = np.append(head, tokens(question)), map(tokens, answers)
+        out += [np.concatenate([begin, a, b]), np.concatenate([begin, b, a])]
+    return out
+ROWS = (300, 150, 90), (20, 7, 1), (17, 500, 400), (900, 3, 2)
+
+@pytest.mark.parametrize('window', [None, 100], ids=['whole', 'window'])
+@pytest.mark.parametrize('cap', [None, 3.], ids=['plain', 'capped'])
+@pytest.mark.parametrize('heads, kv, size', [(8, 4, 256), (14, 2, 64)])
+def test_attention_of_a_prefix_tree(cap, window, heads, kv, size):
+    "The varlen kernel over copies of keys, and FlexAttention's mask, against one call a segment in fp32"
+    torch.manual_seed(0)
+    def put(x): return torch.from_numpy(x).cuda()
+    both = _views(ROWS)
+    for ids in (both, both[:2], [*both[:2], both[0], both[0][:200]], [i[40:] for i in both]):
+        tree = prefix_tree(ids)
+        assert len(tree.parent) > len(ids)
+        kw = dict(device='cuda', dtype=torch.bfloat16, requires_grad=True)
+        q, k, v = (torch.randn(1, h, tree.ends[-1], size, **kw) for h in (heads, kv, kv))
+        plain, asked = [x.float() for x in (q, k, v)], dict(softcap=cap, sliding_window=window)
+        got = packed_attention(None, q, k, v, None, layout=pack_layout(tree, put), **asked)[0]
+        want = packed_attention(None, *plain, None, bounds=tree, **asked)[0]
+        dy = torch.randn_like(want)
+        got_grad = torch.autograd.grad(got, (q, k, v), dy.bfloat16())
+        want_grad = torch.autograd.grad(want, (q, k, v), dy)
+        assert gap(got, want) < .01
+        for a, b in zip(got_grad, want_grad): assert gap(a, b) < .015
+
 # ---- layers
 def _model(kind, layers=12, **kw):
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,7 +84,7 @@ def _model(kind, layers=12, **kw):
 
 def _step(classifier, pack):
     classifier.zero_grad()
-    k = len(pack['bounds'])-1
+    k = len(as_tree(pack['bounds']).leaf)
     target, weight = torch.eye(3, device='cuda')[[0]*k], torch.ones(k, device='cuda')
     out = classifier(**pack)
     pack_loss(out, target, weight, option_mask([3]*k, 3).cuda(), k).backward()
@@ -91,6 +125,24 @@ def test_keys_that_all_sequences_see(kind, quick):
         out, grad = _step(classifier, once)
         assert gap(out, torch.cat([o for o, _ in alone])) < .05
         assert gap(grad, sum(g for _, g in alone)/len(rows)) < .05
+
+@pytest.mark.parametrize('quick', [False, True], ids=['plain', 'compiled'])
+@pytest.mark.parametrize('kind', ['qwen2', 'gemma2'])
+def test_two_views_share_their_beginning(kind, quick):
+    "A prefix tree: the same logits and gradients as each sequence alone, and no more graphs than for other packs"
+    import torch._dynamo.utils as counted
+    torch._dynamo.reset()
+    counted.counters.clear()
+    classifier = fuse(_trained(kind))
+    if quick: compile_layers(classifier)
+    for seed in range(3):
+        ids = _views(ROWS[seed:seed+3], seed=seed)
+        pack, alone = collate(ids, 'cuda'), [_step(classifier, collate([i], 'cuda')) for i in ids]
+        assert isinstance(pack['bounds'], Tree)
+        out, grad = _step(classifier, pack)
+        assert gap(out, torch.cat([o for o, _ in alone])) < .05
+        assert gap(grad, sum(g for _, g in alone)/len(ids)) < .05
+    assert counted.counters['stats']['unique_graphs'] <= (24 if kind == 'gemma2' else 8)
 
 def test_the_compiler_keeps_less(kind='qwen2'):
     "what is cheap to compute again is not kept for the backward pass"

@@ -62,6 +62,18 @@ def test_a_merge_votes_teaches_and_continues(runs, tiny, tmp_path):
     with pytest.raises(Refusal, match='was trained on'): train_fold(start=merged[0].id, fold=1, **args)
 
 
+def test_a_merge_does_not_vote_beside_its_members(runs, own_root):
+    from competition_kit.vote import candidates, left_out
+    merged = merge_runs(members=seeds(runs, 0)).id
+    assert merged not in {r['run_id'] for r in candidates()}
+    assert left_out(voters()) == {'made of runs that vote': [merged]}
+    assert list(voters(runs=merged).run) == [merged], 'it votes where it is named'
+    write_record(models_path(f := merged, 'record.json'), find_run(f) | dict(stage='gptq', params=dict(start=runs[0])))
+    assert f not in {r['run_id'] for r in candidates()}, 'a quantised model neither'
+    for r in seeds(runs, 0).split(): shutil.rmtree(models_path(r))
+    assert f in {r['run_id'] for r in candidates()}, 'the runs that it was made of are gone'
+
+
 def test_members_of_two_folds_leave_no_new_rows(runs):
     run = merge_runs(members=runs[0], folds=True)
     assert run.record['members'] == runs[:2]
@@ -185,7 +197,7 @@ def test_a_quantised_base_needs_its_twin(tiny, tmp_path, own_root):
 def test_a_killed_merge_ends_with_the_same_weights(runs, own_root, tmp_path, monkeypatch):
     whole = {}
     with root_at(shutil.copytree(own_root, tmp_path/'undisturbed')):
-        for how in ('concat', 'svd', 'base'):
+        for how in ('svd', 'base'):
             run = merge_runs(members=seeds(runs, 0), how=how, rank=3)
             whole[how] = {f.name: f.read_bytes() for f in run.folder.rglob('*.safetensors')}
     stack, calls = lora.stack_factors, []

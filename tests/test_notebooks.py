@@ -1,5 +1,5 @@
 "What keeps notebooks runnable headless, and the package equal to them"
-import ast, configparser, json, re, subprocess, sys, tomllib
+import ast, configparser, json, re, subprocess, symtable, sys, tomllib
 from pathlib import Path
 import pytest
 
@@ -66,6 +66,24 @@ def test_headless_needs_no_example(stem):
     ruff = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F821', '-']
     p = subprocess.run(ruff, input=rest, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout
+
+@pytest.mark.parametrize('stem', stages)
+def test_no_example_changes_a_parameter(stem):
+    "with Run All the examples run between the parameters and the driver"
+    from competition_kit.run import example_cells
+    nb = json.loads((root/f'nbs/{stem}.ipynb').read_text(encoding='utf-8'))
+    examples = [text(nb['cells'][i]) for i in sorted(example_cells(nb))]
+    code = '\n'.join(s for s in examples if 'IN_TEST' not in s)
+    symbols = symtable.symtable(code, stem, 'exec').get_symbols()
+    bound = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+    params = documented(next(text(c) for c in nb['cells'] if 'parameters' in tags(c)).splitlines())
+    assert not bound & set(params)
+
+@pytest.mark.parametrize('stem', stages)
+def test_parameters_stand_on_the_first_screen(stem):
+    above = cells(root/f'nbs/{stem}.ipynb')
+    above = above[:next(i for i, c in enumerate(above) if 'parameters' in tags(c))]
+    assert sum(len(text(c).splitlines()) for c in above) <= 30
 
 def documented(lines): # name → (type, default, comment) of lines such as `fold: int = 0  # Fold that is held out`
     found = [re.match(r'\s*(\w+)\s*:\s*(\w+)\s*=\s*(.*?)\s*#\s*(.*)$', l) for l in lines]

@@ -49,6 +49,9 @@ def sequence(k, n): # the first two packs begin alike
     return np.append(np.full(9, first), rest).astype(np.int32)
 lengths = [(150, 40, 7), (100, 101), (300,), *((90+7*k, 30) for k in range(3))]
 packs = [M.collate([sequence(k, n) for n in ns]) for k, ns in enumerate(lengths)]
+def views(n): return [np.append(sequence(0, n), sequence(9, k)) for k in (12, 30)]
+packs += [M.collate([*views(60), *views(90)]), M.collate(views(70))]
+assert not isinstance(packs[-2]['bounds'], list)  # two rows in two views: a tree
 def step(b):
     classifier.zero_grad()
     out = classifier(**b)

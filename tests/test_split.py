@@ -129,7 +129,8 @@ def test_wsdm(root, suffix):
     )
     rows, test = split('w')
     assert rows.attrs['meta']['task'] == test.attrs['meta']['task'] == 'preference2'
-    assert rows.attrs['meta']['read']['train']['ignored'] == ['language']
+    assert rows.attrs['meta']['read']['train']['ignored'] == []
+    assert set(rows.language) == {'English'}
     assert list(rows.label[:2]) == [1, 0]
     assert rows.prompt[0] == [words(0)]
     assert rows.target.isna().all()
@@ -793,7 +794,7 @@ def test_labels_that_are_none_are_listed(root):
         root,
         'd/train.csv',
         [dict(without([r], 'winner')[0], model_a='m', preferred='x') for r in wsdm()],
-        r"no label; columns that were not read: \['language', 'preferred'\]",
+        r"no label; columns that were not read: \['preferred'\]",
     )
     refused(
         root,

@@ -476,6 +476,8 @@ def test_practice_scores(own_root):
     (own_root / 'w.csv').write_text('id,winner\n1,model_a\n2,model_b\n')
     (own_root / 't.csv').write_text('id,winner\n2,model_b\n1,model_b\n')
     assert practice_score(own_root / 'w.csv', own_root / 't.csv') == dict(practice_accuracy=0.5)
+    apart = practice_score(own_root / 'w.csv', own_root / 't.csv', seen=[1])
+    assert apart == dict(practice_accuracy=0.5, practice_accuracy_seen=0.0, practice_accuracy_unseen=1.0)
 
 
 # ---- real runs, of a base of two layers

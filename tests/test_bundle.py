@@ -1,0 +1,259 @@
+"The offline package: what is refused before copying, what a packed model predicts, and what a broken one leaves"
+import json, os, shutil, subprocess, sys, time, zipfile
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+import pytest
+from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
+                                    guarded_vote, install, link_bases, missing_on_target, package_bases, package_facts,
+                                    package_runs, prior_submission, submission_cells, take_submission, targets,
+                                    whole_runs)
+from competition_kit.ck import main
+from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
+from competition_kit.record import find_run, run_stage, start_run
+from competition_kit.submission import check_submission, find_sample
+from competition_kit.tables import load_rows
+from competition_kit.trained import predict_runs
+from competition_kit.vote import VoteArgs, run_weights, vote, voter_weights, voters
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'bench'))
+
+# ---- runs and weights
+def test_a_vote_brings_its_voters_and_weights(runs):
+    held = run_stage(vote, VoteArgs(weights='3 1 0', rule='logits', views=1))
+    recs, how = package_runs([held.id])
+    ballot = voters(runs=' '.join(r['run_id'] for r in recs))
+    assert how['rule'] == 'logits' and how['views'] == 1
+    assert [r['run_id'] for r in recs] == held.record['members'][:4], 'a voter of weight 0 stays at home'
+    packed = voter_weights(ballot, ' '.join(str(w) for w in {r['voter']: r['weight'] for r in how['runs']}.values()))
+    np.testing.assert_allclose(run_weights(ballot, packed), held.record['weights'][:4])
+
+def test_faults_come_together_and_before_any_file(runs, own_root):
+    for run in runs[:2]:
+        file = models_path(run, 'adapter/adapter_model.safetensors')
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Refusal) as e: bundle(runs, 'cpu', own_root/'package')
+    assert all(run in str(e.value) for run in runs[:2]) and runs[2] not in str(e.value)
+    with pytest.raises(Refusal, match='no run .*x'): bundle(['train-x', runs[3]], 'cpu', own_root/'package')
+    with pytest.raises(Refusal, match='of stage vote|its own runs'):
+        bundle([run_stage(vote, VoteArgs(runs=runs[3])).id, runs[3]], 'cpu', own_root/'package')
+    assert not list(own_root.glob('*package*'))
+
+def test_a_base_that_is_gone_is_named(runs):
+    rec = find_run(runs[0])
+    gone = dict(rec, params=dict(rec['params'], base='./gone'))
+    with pytest.raises(Refusal, match='no base'): package_bases([gone])
+
+# ---- the T4
+def quantised(run, most): # a finished run of 09_gptq that measured `most`
+    with start_run('gptq', dict(start=run), {}, notebook='09_gptq.ipynb') as q:
+        write_json(q.folder/'report.json', dict(fp16=f'The largest activation is {most:.4g}, in model.norm: ...'))
+        q.finish({}, ['report.json'])
+
+def test_fp16_needs_a_measurement(runs):
+    rec = find_run(runs[0])
+    half = dict(rec, params=dict(rec['params'], dtype='auto'))
+    with pytest.raises(Refusal, match=f'ck run 09_gptq -p start {runs[0]}'): check_fp16(half)
+    with pytest.raises(Refusal, match='bf16'): check_fp16(dict(rec, params=dict(rec['params'], dtype='bf16')))
+    quantised(runs[0], 912.5)
+    check_fp16(half)
+    quantised(runs[1], 21000)
+    with pytest.raises(Refusal, match='21000'): check_fp16(dict(half, run_id=runs[1]))
+
+def test_weights_must_fit_into_the_gpu(runs):
+    small = replace(targets['t4x2'], gpu_gb=.001)
+    with pytest.raises(Refusal, match='T4 has 0.001'): check_model(find_run(runs[0]), small)
+
+# ---- what a package predicts
+def packed(rec, folder): # the run and its base in a package
+    copy_run(rec, folder/'models')
+    bases = package_bases([rec])
+    names = copy_bases(bases, folder/'bases')
+    facts = package_facts(folder, targets['cpu'], [rec], dict(runs=[]), bases, names)
+    link_bases(folder, facts['bases'], facts['files'], folder/'root')
+    return names
+
+def predictions_there(rec, package, rows, root, monkeypatch): # in another root, with the package's models and bases
+    with root_at(root):
+        monkeypatch.setenv('CK_BASES', str(package/'root/bases'))
+        (root/'models').symlink_to(package/'models')
+        return predict_runs([rec['run_id']], rows, root/'out')[rec['run_id']]
+
+@pytest.mark.parametrize('method', ['lora', 'full'])
+def test_a_packed_model_predicts_the_same_where_its_base_is_gone(samples, own_root, tiny, monkeypatch, method):
+    from competition_kit.train import train_fold
+    shutil.copytree(tiny, own_root/'base')
+    run = train_fold(mix='sample_arena:40', base='base', method=method, max_len=160, lora_r=2, dtype='fp32', epochs=.3)
+    rows = load_rows('sample_arena_test').head(6)
+    before = predict_runs([run.id], rows, own_root/'out')[run.id]
+    names = packed(run.record, own_root/'package')
+    assert bool(names) == (method == 'lora'), 'a model with weights of its own leaves its base at home'
+    (own_root/'base').rename(own_root/'elsewhere')
+    after = predictions_there(run.record, own_root/'package', rows, own_root/'there', monkeypatch)
+    np.testing.assert_array_equal(np.stack(before.p), np.stack(after.p))
+    if method == 'full': return
+    config = own_root/'package/bases'/names['base']/'config.json'
+    write_json(config, read_json(config) | dict(rms_norm_eps=.1))
+    with pytest.raises(Refusal, match='not the one it was trained on'):
+        predictions_there(run.record, own_root/'package', rows, own_root/'again', monkeypatch)
+
+def test_a_base_of_the_platform_is_named_and_may_have_more_files(runs, own_root, monkeypatch):
+    from competition_kit.base import base_hash
+    rec = find_run(runs[0])
+    platform = own_root/'platform'
+    bases = package_bases([rec], {rec['base']: str(platform)})
+    names = copy_bases(bases, own_root/'package/bases')
+    assert not list(own_root.glob('package/bases/*')), 'it stays at home'
+    (own_root/'package').mkdir()
+    facts = package_facts(own_root/'package', targets['cpu'], [rec], dict(runs=[]), bases, names)
+    assert len(file_faults(own_root/'package', facts['files'])) == len(facts['files'])
+    shutil.copytree(rec['params']['base'], platform)
+    (platform/'extra.json').write_text('{}')
+    assert not file_faults(own_root/'package', facts['files'])
+    link_bases(own_root/'package', {'moved': facts['bases'][rec['params']['base']]}, facts['files'], own_root/'root')
+    monkeypatch.setenv('CK_BASES', str(own_root/'root/bases'))
+    assert base_hash('moved') == rec['base'] != base_hash(str(platform))
+
+def test_damaged_files_are_named_and_their_runs_stay_out(runs, own_root):
+    recs, how = package_runs(runs[:3])
+    for rec in recs: copy_run(rec, own_root/'package/models')
+    names = copy_bases(bases := package_bases(recs), own_root/'package/bases')
+    facts = package_facts(own_root/'package', targets['cpu'], recs, how, bases, names)
+    assert not file_faults(own_root/'package', facts['files'])
+    adapter = f'models/{runs[1]}/adapter/adapter_model.safetensors'
+    data = (own_root/'package'/adapter).read_bytes()
+    (own_root/'package'/adapter).write_bytes(data[:-1]+bytes([data[-1] ^ 1]))
+    faults = file_faults(own_root/'package', facts['files'])
+    assert faults == {adapter: 'other content'}
+    assert whole_runs(facts['runs'], faults)[1] == [runs[1]]
+    weights = next(name for name in facts['files'] if name.startswith('bases/') and name.endswith('.safetensors'))
+    assert not whole_runs(facts['runs'], {weights: 'missing'})[0], 'all of them need the base'
+
+# ---- the guard
+def one_vote(own_root, no_model, text): # the folder of a vote that is under way
+    folder = own_root/'root/models/vote-1'
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'submission.csv').write_text(text)
+    write_json(folder/'missing.json', dict(rows=8, no_model=no_model))
+
+def test_only_a_valid_submission_of_a_model_replaces_the_prior(samples, own_root):
+    sample, out = find_sample('sample_arena'), own_root/'submission.csv'
+    prior_submission(sample, out, dict(model_a=.5, model_b=.3, tie=.2))
+    assert check_submission(out, sample, 'preference')
+    first, text = out.read_bytes(), sample.read_text()
+    one_vote(own_root, 8, text)
+    assert take_submission(own_root/'root', sample, out) is None, 'no model has seen a row'
+    one_vote(own_root, 3, text.replace('\n', '\n\n', 1).rsplit('\n', 2)[0]+'\n')
+    assert take_submission(own_root/'root', sample, out) is None and out.read_bytes() == first, 'a row is missing'
+    one_vote(own_root, 3, text)
+    assert take_submission(own_root/'root', sample, out)['no_model'] == 3
+    assert out.read_bytes() == sample.read_bytes()
+
+def test_a_vote_that_hangs_ends_at_the_deadline(samples, own_root):
+    sample, out = find_sample('sample_arena'), own_root/'submission.csv'
+    prior_submission(sample, out, {})
+    hangs = own_root/'python'
+    hangs.write_text('#!/bin/sh\nsleep 60 & sleep 60\n')
+    hangs.chmod(0o755)
+    start = time.time()
+    lacks, why = guarded_vote(str(hangs), own_root, dict(os.environ), {}, sample, out, start+1.5)
+    assert lacks is None and why == 'the deadline came' and time.time()-start < 10
+    assert check_submission(out, sample, 'preference')
+
+def test_the_notebook_needs_nothing_but_python_and_leaves_the_prior(samples, own_root):
+    "without a package: each cell notes what is wrong, and the sample becomes the submission"
+    sample = find_sample('sample_arena')
+    settings, *cells = submission_cells(targets['cpu'])
+    given = settings.replace("PACKAGE = ''", "PACKAGE = 'nowhere'").replace("SAMPLE = ''", f'SAMPLE = {str(sample)!r}')
+    script = own_root/'cells.py'
+    script.write_text('\n\n'.join([given, *cells]))
+    p = subprocess.run([sys.executable, '-I', '-S', script], cwd=own_root, capture_output=True, text=True)
+    assert not p.returncode, p.stderr
+    assert check_submission(own_root/'submission.csv', sample, 'preference')
+    report = read_json(own_root/'missing.json')
+    assert report['submission'] == 'the class prior' and any('bundle.json' in fault for fault in report['faults'])
+
+# ---- wheels
+def wheel(folder, name, version, requires=()):
+    folder.mkdir(exist_ok=True)
+    info = f'{name}-{version}.dist-info'
+    meta = [f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}', *(f'Requires-Dist: {r}' for r in requires)]
+    with zipfile.ZipFile(folder/f'{name}-{version}-py3-none-any.whl', 'w') as z:
+        z.writestr(f'{info}/METADATA', '\n'.join(meta)+'\n')
+        z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr(f'{info}/RECORD', f'{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
+
+def test_markers_of_the_target_count():
+    lines = ['c; python_version >= "3.12"', 'a-b; python_version >= "3.12"', 'd; python_version < "3.12"',
+             'e; extra == "x"']
+    found = [dict(metadata=dict(name='A.b', requires_dist=lines))]
+    assert missing_on_target(found, targets['l4x4']) == ['c']
+
+def test_wheels_that_are_not_there_are_named(runs, own_root):
+    wheel(own_root/'wheels', 'torch', '2.13.0')
+    with pytest.raises(Refusal, match='transformers'): bundle(runs[:1], 'cpu', own_root/'package', own_root/'wheels')
+    assert not list(own_root.glob('*package*'))
+
+def test_an_exchanged_wheel_is_not_installed(own_root):
+    import ensurepip
+    wheel(own_root/'wheels', 'votes', '1.0')
+    bundled = next((Path(ensurepip.__file__).parent/'_bundled').glob('pip-*.whl'))
+    shutil.copy(bundled, own_root/'wheels')
+    (own_root/'requirements.txt').write_text(f'votes==1.0 --hash=sha256:{"0"*64}\n')
+    with pytest.raises(RuntimeError, match='DO NOT MATCH'): install(own_root, own_root/'env')
+
+# ---- the adapter target
+def adapter_with(runs, **fields): # a run whose adapter's configuration has been changed
+    file = models_path(runs[0], 'adapter/adapter_config.json')
+    write_json(file, read_json(file) | fields)
+    return find_run(runs[0])
+
+@pytest.mark.parametrize('fields, what', [
+    (dict(r=64), 'rank'), (dict(bias='all'), 'bias'), (dict(use_dora=True), 'dora'),
+    (dict(rank_pattern={'q_proj': 64}), 'rank'), (dict(modules_to_save=['score']), 'whole modules'),
+    (dict(modules_to_save=['lm_head']), 'modules_to_save')])
+def test_what_a_host_does_not_take_is_refused(runs, fields, what):
+    with pytest.raises(Refusal, match=what): adapter_config(adapter_with(runs, **fields), 32)
+
+def test_target_modules_become_a_list(runs):
+    listed = adapter_config(find_run(runs[0]), 32)['target_modules']
+    pattern = adapter_config(adapter_with(runs, target_modules=r'.*\.(q_proj|v_proj)'), 32)['target_modules']
+    assert listed == pattern == sorted(listed)
+
+def test_the_zip_has_two_files_and_the_base_is_named(runs, own_root):
+    assert main(['bundle', runs[0], '--target', 'adapter', '--out', str(own_root/'zip')]) == 0
+    with zipfile.ZipFile(own_root/'zip/submission.zip') as z:
+        assert sorted(z.namelist()) == ['adapter_config.json', 'adapter_model.safetensors']
+        assert json.loads(z.read('adapter_config.json'))['base_model_name_or_path']
+    facts = read_json(own_root/'zip/bundle.json')
+    assert facts['base']['hash'] == find_run(runs[0])['base'] and 'submission.zip' in facts['files']
+    assert main(['bundle', runs[4], '--target', 'adapter', '--out', str(own_root/'score')]) == 2
+
+def test_the_command_refuses(root, capsys):
+    assert main(['bundle', 'x', '--target', 't4']) == 2
+    assert main(['bundle', 'x', '--there', 'qwen']) == 2
+    assert 'BASE=FOLDER' in capsys.readouterr().err
+
+# ---- the whole package, without a network
+@pytest.fixture(scope='module')
+def package(tmp_path_factory):
+    from bundle import can_go_offline, has_network, vote_of_small_runs
+    if not can_go_offline(): pytest.skip('no network namespace can be made here (unshare -rn)')
+    assert not has_network()
+    home = tmp_path_factory.mktemp('package')
+    with root_at(home/'project') as root:
+        return bundle([vote_of_small_runs(600)], 'cpu', home/'package'), root/'data/sample_arena/sample_submission.csv'
+
+@pytest.mark.offline
+@pytest.mark.parametrize('fault', ['none', 'a model is missing', 'the engine is killed', 'the budget is too short'])
+def test_a_valid_submission_lies_there(package, tmp_path, fault):
+    from bundle import kill_the_vote, run_notebook, without_a_model
+    folder, sample = package
+    if fault == 'a model is missing': folder = without_a_model(folder, tmp_path)
+    during = kill_the_vote if fault == 'the engine is killed' else None
+    report = run_notebook(folder, sample, tmp_path/'run', .2 if fault == 'the budget is too short' else 30, during)
+    assert (report['submission'] == 'the class prior') == (fault == 'the budget is too short')
+    assert len(report['left_out']) == (fault == 'a model is missing')
+    if fault == 'none': assert report['lacks']['finished'] and not report['ended_early'] and not report['faults']
+    else: assert report['ended_early'] or report['faults']
+    assert report['seconds'] < 300
