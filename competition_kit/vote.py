@@ -61,16 +61,17 @@ class VoteArgs:
     rescore:float=1.         # a cascade: share of the rows for all but the first run named; 0: what fits the budget
     test:str=''              # path of a raw test file, where there is no table <data>_test
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
-    gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
     engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
+    gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
         at_least(self, 1, 'pack_tokens', 'gpus')
         at_least(self, 0, 'budget', 'max_memory_gb')
-        if engine_input(self.engine) and (self.max_memory_gb or self.gpus > 1):
-            raise Refusal('max_memory_gb and gpus are for packs, not for vLLM', fix='Take engine=packs')
+        engine_input(self.engine)
+        if self.max_memory_gb and self.engine != 'packs':
+            raise Refusal('max_memory_gb limits packs, not vLLM', fix='Take engine=packs')
         share(self, 'change')
         if not 0 <= self.rescore <= 1:
             raise Refusal(f'rescore={self.rescore!r}', fix='Take a share up to 1, or 0: what fits the budget')
@@ -80,6 +81,8 @@ class VoteArgs:
             raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
         if self.gpus > 1 and not self.rescore:
             raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
+        if self.gpus > 1 and self.engine != 'packs':
+            raise Refusal('several processes predict with packs only', fix='Take engine packs, or gpus 1')
 
     @property
     def staged(self): return bool(self.budget or self.change or self.rescore < 1 or self.gpus > 1)  # else all at once
