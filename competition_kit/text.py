@@ -33,8 +33,8 @@ reasoning = dict( # language → instruction
     en='Choose the option that follows. What is not stated is false. First reason step by step in '
        '<thinking></thinking>. Then check the reasoning in <reflection></reflection>. '
        'Then write the letter of the option, and nothing else, in <output></output>.',
-    zh='请选出成立的选项。没有说明的事视为假。先在 <thinking></thinking> 中逐步推理，再在 <reflection></reflection> 中检查推理，'
-       '最后在 <output></output> 中只写选项的字母。')
+    zh='请选出成立的选项。没有说明的事视为假。先在 <thinking></thinking> 中逐步推理，'
+       '再在 <reflection></reflection> 中检查推理，最后在 <output></output> 中只写选项的字母。')
 answer_given = dict( # language → what is added where the answer is given
     en=' The right option is {}. Write the reasoning that leads to it from the problem alone, '
        'and do not say that you know the option.',
@@ -120,7 +120,8 @@ def _plain(text): return unicodedata.normalize('NFKC', text).replace('’', "'")
 def _bare(text): return _plain(text).casefold().strip(_markup)
 
 # %% ../nbs/lib/03n_text.ipynb #a9854791
-_captioned = re.compile(r'[\s*_`"(\[]*(?:option |选项\s*)?([A-Z])(?:[\s*_`")\].,。]*|[\s*_`"]*[.):\]、。,]\s*(.*))', re.S | re.I)
+_captioned = re.compile(r'[\s*_`"(\[]*(?:option |选项\s*)?([A-Z])'
+                        r'(?:[\s*_`")\].,。]*|[\s*_`"]*[.):\]、。,]\s*(.*))', re.S | re.I)
 _negation = re.compile(r"\b(?:not|no|never|neither|nor)\b|n't|[不非没未]")
 
 def _position(letter, options): # -1 for a letter past the row's options
@@ -192,7 +193,8 @@ def parse_replies(
 ): # DataFrame with the index of `replies`: `option` (-1: unparsed) and `how`
     "Parse replies by their row's options; replies to other rows are refused"
     options = dict(zip(rows.id, rows.options))
-    if other := sorted({*replies.id}-{*options}): raise Refusal('replies to rows that the table does not have', ids=other)
+    if other := sorted({*replies.id}-{*options}):
+        raise Refusal('replies to rows that the table does not have', ids=other)
     parsed = [parse_reply(t, options[i]) for i, t in zip(replies.id, replies.text)]
     return pd.DataFrame(parsed, columns=Reply._fields, index=replies.index)
 

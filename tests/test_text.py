@@ -16,10 +16,12 @@ PARSED = [ # reply, position, options
     ('<output>**C**</output>', 2, NAMES), ('<output>C. Cleo</output>', 2, NAMES), ('<output>cleo</output>', 2, NAMES),
     ('<output>The answer is D.</output>', 3, NAMES), ('<output>选项C</output>', 2, NAMES),
     ('<output>A knave</output>', 1, ['Knight', 'Knave']), ('<output>1</output>', 1, ['0', '1', '2']),
-    ('<output>张三是骗子</output>', 1, ['骑士', '骗子']), ('<output>not true</output>', 1, ['true', 'not true']),
+    ('<output>张三是骗子</output>', 1, ['骑士', '骗子']), 
+    ('<output>not true</output>', 1, ['true', 'not true']),
     ('<answer>D</answer>', 3, NAMES), (r'So \boxed{\text{B}}.', 1, NAMES),
     ('<think>The answer is A?</think>\n\nThe answer is **C**.', 2, NAMES), ('答案是B', 1, NAMES), 
-    ('因此应选 C。', 2, NAMES), ('正确答案为（D）。', 3, NAMES), ('Perhaps the answer is A.\nNo. The answer is B.', 1, NAMES),
+    ('因此应选 C。', 2, NAMES), ('正确答案为（D）。', 3, NAMES), 
+    ('Perhaps the answer is A.\nNo. The answer is B.', 1, NAMES),
     ('Hence the correct option is (D).', 3, NAMES), ('B is correct.', 1, NAMES), ('The answer is Ben.', 1, NAMES),
     ('The answer is A because she lies.', 0, NAMES), ('B', 1, NAMES), ('c', 2, NAMES), ('（Ｂ）', 1, NAMES),
     ('B. Ben', 1, NAMES), ('Some thoughts.\nDora', 3, NAMES)]
@@ -33,7 +35,8 @@ UNPARSED = [('', 'no answer'), ('<output></output>', 'no answer'), ('<output>A o
             ('<output>Z</output>', 'outside the options'), ('The answer is G.', 'outside the options'),
             ('Ｅ', 'outside the options'), ("I'm sorry, I can’t help with that.", 'refusal'), ('抱歉，我无法回答。', 'refusal'),
             ('<output>I cannot answer this.</output>', 'refusal'), ('A '*50, 'repetition'),
-            ('The answer is A. '*20, 'repetition'), ('答案是A。'*20, 'repetition'), ('<thinking>The answer is B.', 'cut off'),
+            ('The answer is A. '*20, 'repetition'), ('答案是A。'*20, 'repetition'),
+            ('<thinking>The answer is B.', 'cut off'),
             ('A knight always tells the truth.', 'no answer'), ('The answer is a knight.', 'no answer'),
             ('The answer is not B.', 'no answer'), ('Option A is wrong.', 'no answer'), ('选项A错误', 'no answer'),
             ('不选A', 'no answer'), ('答案不是A', 'no answer'), ('A. Anna\nB. Ben\nC. Cleo\nD. Dora', 'two answers'),
@@ -51,7 +54,8 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'), (REASON+'<output>C</output>
           (REASON+'<reflection>So the answer is B.</reflection><output>C</output>', 'contradicts its answer', 'stop'),
           (REASON+'<reflection>Is the answer B?\nNo, the answer is C.</reflection><output>C</output>', '', 'stop'),
           (REASON+'The given answer is C.<output>C</output>', 'leaks the instruction', 'stop'),
-          ('<thinking>题目给出的答案是C，所以Cleo最小，其他人都比她大。</thinking><output>C</output>', 'leaks the instruction', 'stop'),
+          ('<thinking>题目给出的答案是C，所以Cleo最小，其他人都比她大。</thinking><output>C</output>',
+           'leaks the instruction', 'stop'),
           (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
           (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
 
@@ -66,15 +70,18 @@ def test_lists_are_no_loops():
 
 @pytest.fixture(scope='module')
 def rows():
-    zh = dict(id='z', problem='骑士永远说真话，骗子永远说假话。李四说：“我是骑士”。', question='李四是骑士还是骗子？', options=['骑士', '骗子'])
+    zh = dict(id='z', problem='骑士永远说真话，骗子永远说假话。李四说：“我是骑士”。',
+              question='李四是骑士还是骗子？', options=['骑士', '骗子'])
     en = dict(id='e', problem='Anna is older than Ben.', question='Who is younger?', options=NAMES)
     return pd.DataFrame([zh, en, dict(en, id='f')])
 
 def test_prompts(rows):
     prompt = TextPrompt(load_tokenizer())
     enc, given = prompt.encode(rows), prompt.encode(rows, ['B', 'B', ''])
-    assert list(enc.id) == ['z', 'e', 'f'] and list(enc.language) == ['zh', 'en', 'en'] and list(enc.options) == [2, 4, 4]
-    assert enc.prompt[1] == enc.prompt[2] == given.prompt[2] and (given.prompt != enc.prompt).tolist() == [True, True, False]
+    assert list(enc.id) == ['z', 'e', 'f'] and list(enc.language) == ['zh', 'en', 'en']
+    assert list(enc.options) == [2, 4, 4]
+    assert enc.prompt[1] == enc.prompt[2] == given.prompt[2]
+    assert (given.prompt != enc.prompt).tolist() == [True, True, False]
     text = prompt.prompt.tok.decode(enc.ids[0])
     assert '逐步推理' in text and 'B. 骗子' in text and text.endswith('<|im_start|>assistant\n')
 
