@@ -112,6 +112,8 @@ _answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would 
            '|(?:答案|正确选项|正确的选项)(?:应该|应)?(?:是|为)?\\s*:?\\s*|(?<![不非别])(?:选择?)\\s*')
 _stated = re.compile(rf'(?:{_answer})(?:option |choice |选项)?[*_("“\[]*{_letter}', re.I)
 _stated_too = re.compile(rf'{_letter}[*_)\]]* is (?:the )?(?:correct|right|answer)', re.I)
+_joined = re.compile(r'(?:[*_)\]]*\s*(?:(?i:or|and)\b|[/,、或和])\s*(?:(?i:option|choice) )?'
+                     r'[*_(\[]*[A-Z](?![A-Za-z0-9]))*')
 _stated_text = re.compile(rf'(?:{_answer})(.+)$', re.I)
 _refusal = re.compile(r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:can(?:no|')t|cannot|won't)|as an ai)\b"
                       '|抱歉|无法(?:回答|确定|提供|判断)|不能回答|作为.{0,6}(?:人工智能|AI)', re.I)
@@ -144,7 +146,10 @@ def _captions(text, options): # positions by a letter, alone or before a text; a
     return {named} if named in others else {named, *others}
 
 def _states(line, options): # positions that a line calls the answer
-    letters = {_position(c, options) for c in _stated.findall(line)+_stated_too.findall(line)}
+    letters = {_position(c, options) for c in _stated_too.findall(line)}
+    for m in _stated.finditer(line):
+        more = re.findall('[A-Z]', _joined.match(line, m.end())[0])
+        letters |= {_position(c, options) for c in (m[1], *more)}
     return letters or set().union(*(_named(t, options) for t in _stated_text.findall(line)))
 
 def _in_tag(text, options):
@@ -199,7 +204,8 @@ def parse_replies(
     return pd.DataFrame(parsed, columns=Reply._fields, index=replies.index)
 
 # %% ../nbs/lib/03n_text.ipynb #83c6d231
-_leak = re.compile(r'\b(?:given|provided|known|stated|supplied|correct) (?:answer|option|letter) (?:is|was|of|says|must)\b'
+_leak = re.compile(r'\b(?:given|provided|known|stated|supplied|correct) (?:answer|option|letter) '
+                   r'(?:is|was|of|says|must)\b'
                    r'|\b(?:answer|option) (?:is|was) (?:already )?(?:given|provided|known)\b|\bthe (?:given|provided) '
                    r'(?:answer|option)\b|\bI (?:was|am|have been) (?:told|given)\b|do not say that you know'
                    '|(?:给定|给出|已知|提供|预先|事先知道)的?(?:正确)?(?:的)?(?:答案|选项)|(?:答案|选项)已(?:经)?(?:给出|给定|知)'

@@ -6,8 +6,8 @@ import pytest
 import torch
 from competition_kit.base import load_tokenizer, tiny_base
 from competition_kit.core import Refusal
-from competition_kit.replies import (Request, TransformersEngine, attempt_seed, batches, decode_batch, generate,
-                                      job_table, read_replies, sample_tokens)
+from competition_kit.replies import (Request, Text, TransformersEngine, attempt_seed, batches, decode_batch,
+                                     generate, job_table, read_replies, sample_tokens)
 from competition_kit.text import TextPrompt
 
 ROWS = pd.DataFrame([dict(id=f'r{k}', problem='Anna is older than Ben. '*(1+k % 5), question='Who is older?',
@@ -129,3 +129,91 @@ def test_adapters(engine, enc, samples, base):
     score = train_fold(mix='sample_logic', base=base, lora_r=4, epochs=.1, max_len=512, route='score')
     with pytest.raises(Refusal, match='no adapter of the answer route'):
         engine.replies([asked[0]._replace(adapter=score.id)])
+
+# ---- the stage
+RIGHT = '<thinking>Ben is older than Cleo and Anna is older than Ben, so she is last.</thinking><output>{}</output>'
+
+class Planted:
+    "Replies of a person, for the stage's own work: row → texts by attempt; it cannot stand for a model's speed"
+    name, version = 'planted', '1'
+    def __init__(self, texts, tok, die_at=99): self.texts, self.tok, self.die_at, self.asked = texts, tok, die_at, []
+    def replies(self, requests):
+        out = []
+        for r in requests:
+            if len(self.asked) == self.die_at: raise KeyboardInterrupt
+            text = self.tok.decode(r.ids)
+            row = next(k for k in self.texts if f'Row {k}.' in text)
+            said = self.texts[row]
+            self.asked.append((row, 'The right option is' in text, r.seed))
+            made = said[min(sum(a[0] == row for a in self.asked), len(said))-1]
+            out.append(Text(made, 'stop', len(made)))
+        return out
+
+LOOP = '<thinking>So Ben lies. Then Anna lies. '+'So Ben lies. Then Anna lies. '*9
+TEXTS = dict(first=[RIGHT.format('C')], third=['The answer is A or B', RIGHT.format('Ｄ'), RIGHT.format('Ｃ')],
+             text=['Cleo', RIGHT.format('Cleo')], wrong=[RIGHT.format('B')],
+             told=["I'm sorry, I cannot answer.", LOOP]+[RIGHT.format('B')]*4+[RIGHT.format('C')],
+             leak=[RIGHT.format('A')]*6+[RIGHT.format('C').replace('Ben', 'The given answer is C. Ben', 1)]*2)
+
+@pytest.fixture
+def planted(own_root):
+    "A table of rows with planted replies, and the stage's arguments"
+    from competition_kit.core import data_path
+    from competition_kit.tables import write_rows
+    rows = pd.DataFrame([dict(id=k, group=k, source='t', fold=0, label=2, target=None, weight=1.,
+                              problem=f'Row {k}. Anna is older than Ben. Ben is older than Cleo.',
+                              question='Who is the youngest?', options=['Anna', 'Ben', 'Cleo']) for k in TEXTS])
+    rows.attrs['meta'] = dict(name='t', task='choice', folds=5, seed=0, part='train')
+    write_rows(rows, data_path('t.parquet'))
+    return rows
+
+def run_planted(engine=None, **more):
+    from competition_kit.generate import GenerateArgs, generate as stage
+    from competition_kit.record import run_stage
+    args = GenerateArgs(**(dict(data='t', retries=6, given=2, max_new_tokens=9, shard=1) | more))
+    vars(args)['engine'] = engine or Planted(TEXTS, args.prompt.prompt.tok)
+    return args, run_stage(stage, args)
+
+def test_planted_replies_through_the_stage(planted):
+    from competition_kit.core import read_table
+    from competition_kit.rows import correct, read_corrections
+    from competition_kit.tables import load_rows, publish
+    args, run = run_planted()
+    m, asked = run.record['metrics'], args.engine.asked
+    assert {k for k, *_ in asked} == set(TEXTS) and len({seed for *_, seed in asked}) == len(asked)
+    assert [given for k, given, _ in asked if k == 'told'] == [False]*6+[True]
+    assert not any(given for k, given, _ in asked if k == 'third')
+    assert (m['sampled'], m['given'], m['doubtful']) == (3, 1, 2)
+    assert m['accuracy'] == pytest.approx(2/6), 'the first attempts of `first` and `text` are right'
+    reasons = 'two answers', 'outside the options', 'no reasoning', 'refusal', 'repeats itself', 'leaks the instruction'
+    assert [m[f'refused: {r}'] for r in reasons] == [1, 1, 1, 1, 1, 2]
+    publish(run.folder, args.name)
+    rows = load_rows('t_rationale').set_index('id')
+    assert set(rows.index) == {'first', 'third', 'text', 'told'} and rows.given.to_dict()['told']
+    assert rows.pass_rate.round(2).to_dict() == dict(first=1, third=.33, text=1, told=0)
+    assert rows.rationale['third'] == RIGHT.format('Ｃ') and list(rows.options['first']) == ['Anna', 'Ben', 'Cleo']
+    raw = read_table(run.folder/'replies.parquet')
+    assert len(raw) == len(asked) == m['replies'] and set(raw.engine) == {'planted'}
+    fixes = read_corrections(run.folder/'corrections.csv')
+    assert {f['id']: (f['old'], f['new']) for f in fixes} == dict(wrong=('C', 'B'), leak=('C', 'A'))
+    assert correct(planted, fixes, 'choice').label.tolist() == [2, 2, 2, 1, 2, 0]
+
+def test_a_stopped_stage_goes_on(planted):
+    from competition_kit.generate import GenerateArgs
+    tok = GenerateArgs(data='t').prompt.prompt.tok
+    with pytest.raises(KeyboardInterrupt): run_planted(Planted(TEXTS, tok, die_at=4))
+    args, run = run_planted()
+    first_round = [k for k, *_ in args.engine.asked[:2]]
+    assert len(first_round) == len(set(first_round)) == 2 and run.done
+    assert len(read_replies(run.folder/'replies')) == len(args.engine.asked)+4
+
+WRONG = dict(temperature=.5), dict(top_p=0.), dict(retries=0), dict(name='t'), dict(agree=2.)
+@pytest.mark.parametrize('wrong', WRONG)
+def test_arguments(planted, wrong):
+    from competition_kit.generate import GenerateArgs
+    with pytest.raises(Refusal): GenerateArgs(**(dict(data='t') | wrong))
+
+def test_other_tables_are_refused(samples):
+    from competition_kit.generate import GenerateArgs
+    with pytest.raises(Refusal, match='task preference'): GenerateArgs(data='sample_arena').rows
+    with pytest.raises(Refusal, match='without a label'): GenerateArgs(data='sample_logic_test').rows

@@ -31,9 +31,11 @@ def test_parsed(text, option, options): assert parse_reply(text, options).option
 
 UNPARSED = [('', 'no answer'), ('<output></output>', 'no answer'), ('<output>A or B</output>', 'two answers'),
             ('<output>A</output><output>B</output>', 'two answers'), ('B. Anna', 'two answers'),
-            ('The answer is A or the answer is B.', 'two answers'), ('<output>E</output>', 'outside the options'),
+            ('The answer is A or B', 'two answers'),
+            ('答案是A或B', 'two answers'), ('The answer is A or the answer is B.', 'two answers'), ('<output>E</output>', 'outside the options'),
             ('<output>Z</output>', 'outside the options'), ('The answer is G.', 'outside the options'),
-            ('Ｅ', 'outside the options'), ("I'm sorry, I can’t help with that.", 'refusal'), ('抱歉，我无法回答。', 'refusal'),
+            ('Ｅ', 'outside the options'), ("I'm sorry, I can’t help with that.", 'refusal'), 
+            ('抱歉，我无法回答。', 'refusal'),
             ('<output>I cannot answer this.</output>', 'refusal'), ('A '*50, 'repetition'),
             ('The answer is A. '*20, 'repetition'), ('答案是A。'*20, 'repetition'),
             ('<thinking>The answer is B.', 'cut off'),
