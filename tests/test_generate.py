@@ -1,0 +1,219 @@
+"Text generation: replies that depend on their request alone, shards, kills, adapters"
+import os, signal, subprocess, sys, time
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from competition_kit.base import load_tokenizer, tiny_base
+from competition_kit.core import Refusal
+from competition_kit.replies import (Request, Text, TransformersEngine, attempt_seed, batches, decode_batch,
+                                     generate, job_table, read_replies, sample_tokens)
+from competition_kit.text import TextPrompt
+
+ROWS = pd.DataFrame([dict(id=f'r{k}', problem='Anna is older than Ben. '*(1+k % 5), question='Who is older?',
+                          options=['Anna', 'Ben']) for k in range(10)])
+
+class Counted(TransformersEngine):
+    "A real engine that counts what it is asked"
+    asked = 0
+    def replies(self, requests):
+        self.asked += len(requests)
+        return super().replies(requests)
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory): return tiny_base(tmp_path_factory.mktemp('tiny'))
+
+@pytest.fixture(scope='module')
+def engine(base): return Counted(base, TextPrompt(load_tokenizer(base)), batch_tokens=1500)
+
+@pytest.fixture(scope='module')
+def enc(engine): return TextPrompt(engine.tok).encode(ROWS)
+
+def requests(enc, n=6, **more):
+    return [Request(ids, n, .12, .9, attempt_seed(0, i, k), **more)
+            for i, ids in zip(enc.id, enc.ids) for k in range(2)]
+
+def test_a_reply_does_not_depend_on_its_batch(engine, enc):
+    asked = requests(enc)
+    together = engine.replies(asked)
+    assert [engine.replies([r])[0] for r in asked[::3]] == together[::3]
+    assert engine.replies(asked[::-1])[::-1] == together
+    assert len({t.text for t in together}) > 10, 'seeds give different replies'
+    assert all(t.n_tokens == 6 and t.finish == 'length' for t in together)
+
+def test_greedy_is_that_of_transformers(engine, enc):
+    "left padding, positions and cache are right"
+    ids = [torch.tensor(enc.ids[k]).long()[None] for k in (0, 4)]
+    with torch.no_grad(): theirs = [engine.model.base.generate(i, max_new_tokens=6, do_sample=False) for i in ids]
+    ours = decode_batch(engine.model.base, [Request(enc.ids[k], 6, 0., 1., 0, '') for k in (0, 4)], {-1}, 0)
+    assert ours == [t[0, i.shape[1]:].tolist() for t, i in zip(theirs, ids)]
+
+def test_sequences_end_apart(engine, enc):
+    asked = [Request(enc.ids[k], n, .03, 1., k, '') for k, n in ((0, 3), (4, 7), (2, 5))]
+    free = decode_batch(engine.model.base, asked, {-1}, 0)
+    assert list(map(len, free)) == [3, 7, 5]
+    stopped = decode_batch(engine.model.base, asked, {free[1][2]}, 0)
+    assert stopped[1] == free[1][:free[1].index(free[1][2])+1] and free[0][:len(stopped[0])] == stopped[0]
+
+def test_sampling():
+    logits = torch.tensor([[2., 1., 0., -9.]])
+    p, u = logits.softmax(-1)[0].double().numpy(), (np.arange(2000)+.5)/2000
+    drawn = sample_tokens(logits.repeat(2000, 1), [1.]*2000, [1.]*2000, u)
+    assert np.abs(np.bincount(drawn, minlength=4)/2000-p).max() < 1e-3
+    nucleus = sample_tokens(logits.repeat(2000, 1), [1.]*2000, [.7]*2000, u)
+    assert set(nucleus.tolist()) == {0, 1}
+    assert sample_tokens(logits, [0.], [1.], [.99]).tolist() == [0]
+    assert sample_tokens(logits, [1.], [1e-9], [.99]).tolist() == [0]
+
+def test_batches(enc):
+    asked = requests(enc[:5])+requests(enc[5:], adapter='run')
+    found = batches(asked, 700)
+    assert sorted(k for b in found for k in b) == list(range(20))
+    for b in found:
+        lengths = [len(asked[k].ids) for k in b]
+        assert len({asked[k].adapter for k in b}) == 1 and lengths == sorted(lengths, reverse=True)
+        assert len(b) == 1 or len(b)*max(n+6 for n in lengths) <= 700
+
+def test_a_restart_asks_for_what_is_missing(engine, enc, tmp_path):
+    first = job_table(enc, 0, max_new_tokens=3)
+    generate(engine, first[:4], tmp_path, 3, progress=False)
+    engine.asked = 0
+    done = generate(engine, first, tmp_path, 3, progress=False)
+    assert engine.asked == 6 and list(done.id) == list(ROWS.id) and not done.text.isna().any()
+    generate(engine, first, tmp_path, 3, progress=False)
+    assert engine.asked == 6
+    other = [job_table(enc, 1, max_new_tokens=3), job_table(enc, 0, seed=1, max_new_tokens=3)]
+    more = generate(engine, pd.concat(other, ignore_index=True), tmp_path, progress=False)
+    assert engine.asked == 26 and more.key.nunique() == 20
+    kept = read_replies(tmp_path)
+    assert set(kept.version) == {engine.version} and set(kept.engine) == {'transformers'} and (kept.tokens == 3).all()
+    with pytest.raises(Refusal, match='twice'): generate(engine, pd.concat([first, first]), tmp_path)
+
+KILLED = '''
+import sys
+sys.path.insert(0, sys.argv[3])
+import torch
+torch.set_num_threads(1)
+from test_generate import *
+base, folder = sys.argv[1:3]
+prompt = TextPrompt(load_tokenizer(base))
+generate(TransformersEngine(base, prompt), job_table(prompt.encode(ROWS), 0, max_new_tokens=60), folder, 1, False)
+'''
+
+def test_a_kill_loses_one_shard(base, enc, tmp_path):
+    folder = tmp_path/'replies'
+    here = os.path.dirname(__file__)
+    p = subprocess.Popen([sys.executable, '-c', KILLED, base, str(folder), here], stderr=subprocess.DEVNULL)
+    end = time.monotonic()+120
+    while len(list(folder.glob('*.parquet'))) < 3 and p.poll() is None and time.monotonic() < end: time.sleep(.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    kept = {f.name: f.stat().st_mtime_ns for f in folder.glob('*.parquet')}
+    assert len(kept) >= 3 and len(read_replies(folder)) == len(kept)
+    engine = Counted(base, TextPrompt(load_tokenizer(base)))
+    done = generate(engine, job_table(enc, 0, max_new_tokens=60), folder, 1, False)
+    assert engine.asked == 10-len(kept) and len(done) == 10
+    assert all((folder/n).stat().st_mtime_ns == t for n, t in kept.items()), 'a complete shard was written again'
+
+def test_lengths_are_checked(engine, enc):
+    with pytest.raises(Refusal): engine.replies([Request(enc.ids[0], 10**6)])
+
+def test_adapters(engine, enc, samples, base):
+    from competition_kit.train import train_fold
+    run = train_fold(mix='sample_logic', base=base, lora_r=4, lr=.5, epochs=.3, max_len=512, dtype='fp32')
+    asked = requests(enc[:3])
+    plain = engine.replies(asked)
+    mixed = engine.replies(asked+[r._replace(adapter=run.id) for r in asked])
+    assert mixed[:6] == plain and mixed[6:] != plain
+    assert engine.replies(asked) == plain, 'the adapter stays on the base'
+    score = train_fold(mix='sample_logic', base=base, lora_r=4, epochs=.1, max_len=512, route='score')
+    with pytest.raises(Refusal, match='no adapter of the answer route'):
+        engine.replies([asked[0]._replace(adapter=score.id)])
+
+# ---- the stage
+RIGHT = '<thinking>Ben is older than Cleo and Anna is older than Ben, so she is last.</thinking><output>{}</output>'
+
+class Planted:
+    "Replies of a person, for the stage's own work: row → texts by attempt; it cannot stand for a model's speed"
+    name, version = 'planted', '1'
+    def __init__(self, texts, tok, die_at=99): self.texts, self.tok, self.die_at, self.asked = texts, tok, die_at, []
+    def replies(self, requests):
+        out = []
+        for r in requests:
+            if len(self.asked) == self.die_at: raise KeyboardInterrupt
+            text = self.tok.decode(r.ids)
+            row = next(k for k in self.texts if f'Row {k}.' in text)
+            said = self.texts[row]
+            self.asked.append((row, 'The right option is' in text, r.seed))
+            made = said[min(sum(a[0] == row for a in self.asked), len(said))-1]
+            out.append(Text(made, 'stop', len(made)))
+        return out
+
+LOOP = '<thinking>So Ben lies. Then Anna lies. '+'So Ben lies. Then Anna lies. '*9
+TEXTS = dict(first=[RIGHT.format('C')], third=['The answer is A or B', RIGHT.format('Ｄ'), RIGHT.format('Ｃ')],
+             text=['Cleo', RIGHT.format('Cleo')], wrong=[RIGHT.format('B')],
+             told=["I'm sorry, I cannot answer.", LOOP]+[RIGHT.format('B')]*4+[RIGHT.format('C')],
+             leak=[RIGHT.format('A')]*6+[RIGHT.format('C').replace('Ben', 'The given answer is C. Ben', 1)]*2)
+
+@pytest.fixture
+def planted(own_root):
+    "A table of rows with planted replies, and the stage's arguments"
+    from competition_kit.core import data_path
+    from competition_kit.tables import write_rows
+    rows = pd.DataFrame([dict(id=k, group=k, source='t', fold=0, label=2, target=None, weight=1.,
+                              problem=f'Row {k}. Anna is older than Ben. Ben is older than Cleo.',
+                              question='Who is the youngest?', options=['Anna', 'Ben', 'Cleo']) for k in TEXTS])
+    rows.attrs['meta'] = dict(name='t', task='choice', folds=5, seed=0, part='train')
+    write_rows(rows, data_path('t.parquet'))
+    return rows
+
+def run_planted(engine=None, **more):
+    from competition_kit.generate import GenerateArgs, generate as stage
+    from competition_kit.record import run_stage
+    args = GenerateArgs(**(dict(data='t', retries=6, given=2, max_new_tokens=9, shard=1) | more))
+    vars(args)['engine'] = engine or Planted(TEXTS, args.prompt.prompt.tok)
+    return args, run_stage(stage, args)
+
+def test_planted_replies_through_the_stage(planted):
+    from competition_kit.core import read_table
+    from competition_kit.rows import correct, read_corrections
+    from competition_kit.tables import load_rows, publish
+    args, run = run_planted()
+    m, asked = run.record['metrics'], args.engine.asked
+    assert {k for k, *_ in asked} == set(TEXTS) and len({seed for *_, seed in asked}) == len(asked)
+    assert [given for k, given, _ in asked if k == 'told'] == [False]*6+[True]
+    assert not any(given for k, given, _ in asked if k == 'third')
+    assert (m['sampled'], m['given'], m['doubtful']) == (3, 1, 2)
+    assert m['accuracy'] == pytest.approx(2/6), 'the first attempts of `first` and `text` are right'
+    reasons = 'two answers', 'outside the options', 'no reasoning', 'refusal', 'repeats itself', 'leaks the instruction'
+    assert [m[f'refused: {r}'] for r in reasons] == [1, 1, 1, 1, 1, 2]
+    publish(run.folder, args.name)
+    rows = load_rows('t_rationale').set_index('id')
+    assert set(rows.index) == {'first', 'third', 'text', 'told'} and rows.given.to_dict()['told']
+    assert rows.pass_rate.round(2).to_dict() == dict(first=1, third=.33, text=1, told=0)
+    assert rows.rationale['third'] == RIGHT.format('Ｃ') and list(rows.options['first']) == ['Anna', 'Ben', 'Cleo']
+    raw = read_table(run.folder/'replies.parquet')
+    assert len(raw) == len(asked) == m['replies'] and set(raw.engine) == {'planted'}
+    fixes = read_corrections(run.folder/'corrections.csv')
+    assert {f['id']: (f['old'], f['new']) for f in fixes} == dict(wrong=('C', 'B'), leak=('C', 'A'))
+    assert correct(planted, fixes, 'choice').label.tolist() == [2, 2, 2, 1, 2, 0]
+
+def test_a_stopped_stage_goes_on(planted):
+    from competition_kit.generate import GenerateArgs
+    tok = GenerateArgs(data='t').prompt.prompt.tok
+    with pytest.raises(KeyboardInterrupt): run_planted(Planted(TEXTS, tok, die_at=4))
+    args, run = run_planted()
+    first_round = [k for k, *_ in args.engine.asked[:2]]
+    assert len(first_round) == len(set(first_round)) == 2 and run.done
+    assert len(read_replies(run.folder/'replies')) == len(args.engine.asked)+4
+
+WRONG = dict(temperature=.5), dict(top_p=0.), dict(retries=0), dict(name='t'), dict(agree=2.)
+@pytest.mark.parametrize('wrong', WRONG)
+def test_arguments(planted, wrong):
+    from competition_kit.generate import GenerateArgs
+    with pytest.raises(Refusal): GenerateArgs(**(dict(data='t') | wrong))
+
+def test_other_tables_are_refused(samples):
+    from competition_kit.generate import GenerateArgs
+    with pytest.raises(Refusal, match='task preference'): GenerateArgs(data='sample_arena').rows
+    with pytest.raises(Refusal, match='without a label'): GenerateArgs(data='sample_logic_test').rows

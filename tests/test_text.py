@@ -1,0 +1,124 @@
+"Text answers: prompts in two languages, planted replies, faults of rationales, votes"
+import numpy as np
+import pandas as pd
+import pytest
+from competition_kit.base import load_tokenizer
+from competition_kit.combine import majority
+from competition_kit.core import Refusal
+from competition_kit.text import (TextPrompt, join_votes, parse_replies, parse_reply, rationale_fault, repeats,
+                                  row_languages, text_probs, text_votes)
+
+NAMES = ['Anna', 'Ben', 'Cleo', 'Dora']
+PARSED = [ # reply, position, options
+    ('<output>B</output>', 1, NAMES), ('<OUTPUT> b </OUTPUT>', 1, NAMES), ('<output>B', 1, NAMES),
+    ('<output>\n(C)\n</output>', 2, NAMES), ('<output>Ｂ</output>', 1, NAMES), ('＜output＞Ｂ＜/output＞', 1, NAMES),
+    ('<output>（Ａ）</output>', 0, NAMES), ('<output>A。</output>', 0, NAMES), ('<output>Ⓓ</output>', 3, NAMES),
+    ('<output>**C**</output>', 2, NAMES), ('<output>C. Cleo</output>', 2, NAMES), ('<output>cleo</output>', 2, NAMES),
+    ('<output>The answer is D.</output>', 3, NAMES), ('<output>选项C</output>', 2, NAMES),
+    ('<output>A knave</output>', 1, ['Knight', 'Knave']), ('<output>1</output>', 1, ['0', '1', '2']),
+    ('<output>张三是骗子</output>', 1, ['骑士', '骗子']), 
+    ('<output>not true</output>', 1, ['true', 'not true']),
+    ('<answer>D</answer>', 3, NAMES), (r'So \boxed{\text{B}}.', 1, NAMES),
+    ('<think>The answer is A?</think>\n\nThe answer is **C**.', 2, NAMES), ('答案是B', 1, NAMES), 
+    ('因此应选 C。', 2, NAMES), ('正确答案为（D）。', 3, NAMES), 
+    ('Perhaps the answer is A.\nNo. The answer is B.', 1, NAMES),
+    ('Hence the correct option is (D).', 3, NAMES), ('B is correct.', 1, NAMES), ('The answer is Ben.', 1, NAMES),
+    ('The answer is A because she lies.', 0, NAMES), ('B', 1, NAMES), ('c', 2, NAMES), ('（Ｂ）', 1, NAMES),
+    ('B. Ben', 1, NAMES), ('Some thoughts.\nDora', 3, NAMES)]
+
+@pytest.mark.parametrize('text, option, options', PARSED)
+def test_parsed(text, option, options): assert parse_reply(text, options).option == option
+
+UNPARSED = [('', 'no answer'), ('<output></output>', 'no answer'), ('<output>A or B</output>', 'two answers'),
+            ('<output>A</output><output>B</output>', 'two answers'), ('B. Anna', 'two answers'),
+            ('The answer is A or B', 'two answers'),
+            ('答案是A或B', 'two answers'), ('The answer is A or the answer is B.', 'two answers'),
+            ('<output>E</output>', 'outside the options'), ('<output>Z</output>', 'outside the options'),
+            ('The answer is G.', 'outside the options'),
+            ('Ｅ', 'outside the options'), ("I'm sorry, I can’t help with that.", 'refusal'),
+            ('抱歉，我无法回答。', 'refusal'),
+            ('<output>I cannot answer this.</output>', 'refusal'), ('A '*50, 'repetition'),
+            ('The answer is A. '*20, 'repetition'), ('答案是A。'*20, 'repetition'),
+            ('<thinking>The answer is B.', 'cut off'),
+            ('A knight always tells the truth.', 'no answer'), ('The answer is a knight.', 'no answer'),
+            ('The answer is not B.', 'no answer'), ('Option A is wrong.', 'no answer'), ('选项A错误', 'no answer'),
+            ('不选A', 'no answer'), ('答案不是A', 'no answer'), ('A. Anna\nB. Ben\nC. Cleo\nD. Dora', 'two answers'),
+            ('<output>not Ben</output>', 'no answer')]
+
+@pytest.mark.parametrize('text, how', UNPARSED)
+def test_unparsed(text, how): assert parse_reply(text, NAMES) == (-1, how)
+
+def test_letters_are_those_of_the_row():
+    assert parse_reply('<output>C</output>', NAMES[:2]) == (-1, 'outside the options')
+
+REASON = '<thinking>Ben is older than Cleo, and Anna is older than Ben.</thinking>'
+FAULTS = [(REASON+'<output>C</output>', '', 'stop'), (REASON+'<output>C</output>', 'cut off', 'length'),
+          (REASON+'<output>C', 'cut off', 'stop'), (REASON+'<output>B</output>', 'wrong', 'stop'),
+          (REASON+'<reflection>So the answer is B.</reflection><output>C</output>', 'contradicts its answer', 'stop'),
+          (REASON+'<reflection>Is the answer B?\nNo, the answer is C.</reflection><output>C</output>', '', 'stop'),
+          (REASON+'The given answer is C.<output>C</output>', 'leaks the instruction', 'stop'),
+          ('<thinking>题目给出的答案是C，所以Cleo最小，其他人都比她大。</thinking><output>C</output>',
+           'leaks the instruction', 'stop'),
+          (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
+          (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
+
+@pytest.mark.parametrize('text, fault, finish', FAULTS)
+def test_faults(text, fault, finish): assert rationale_fault(text, NAMES, 2, finish) == fault
+
+def test_lists_are_no_loops():
+    people = 'Abigail Ben Cleo Dora Emil Fay Gus Hanna Ida Jon'.split()
+    assert not repeats('\n'.join(f'{k}. If {p} is a knight, then {q} is a knave.'
+                                 for k, (p, q) in enumerate(zip(people, people[1:]))))
+    assert repeats('Fine. '+'If Ben lies, Anna lies. '*4) and not repeats('If Ben lies, Anna lies. '*2)
+
+@pytest.fixture(scope='module')
+def rows():
+    zh = dict(id='z', problem='骑士永远说真话，骗子永远说假话。李四说：“我是骑士”。',
+              question='李四是骑士还是骗子？', options=['骑士', '骗子'])
+    en = dict(id='e', problem='Anna is older than Ben.', question='Who is younger?', options=NAMES)
+    return pd.DataFrame([zh, en, dict(en, id='f')])
+
+def test_prompts(rows):
+    prompt = TextPrompt(load_tokenizer())
+    enc, given = prompt.encode(rows), prompt.encode(rows, ['B', 'B', ''])
+    assert list(enc.id) == ['z', 'e', 'f'] and list(enc.language) == ['zh', 'en', 'en']
+    assert list(enc.options) == [2, 4, 4]
+    assert enc.prompt[1] == enc.prompt[2] == given.prompt[2]
+    assert (given.prompt != enc.prompt).tolist() == [True, True, False]
+    text = prompt.prompt.tok.decode(enc.ids[0])
+    assert '逐步推理' in text and 'B. 骗子' in text and text.endswith('<|im_start|>assistant\n')
+
+def test_long_rows_keep_their_end(rows):
+    prompt = TextPrompt(load_tokenizer(), max_len=512)
+    enc = prompt.encode(rows[:2].assign(problem='word '*2000))
+    assert (enc.n <= 512).all() and (enc.cut > 0).all()
+    assert all(prompt.prompt.tok.decode(ids).endswith('assistant\n') for ids in enc.ids)
+
+def test_real_rows_are_read_in_their_language(samples):
+    from competition_kit.tables import load_rows
+    rows = load_rows('sample_logic')
+    chinese = ['岛上' in p for p in rows.problem]
+    assert [lang == 'zh' for lang in row_languages(rows)] == chinese and 0 < sum(chinese) < len(rows)
+
+def test_votes(rows):
+    texts = pd.DataFrame(dict(id=list('zzzeee'), text=['<output>B</output>']*2+['?']+['C', 'D', '<output>C</output>']))
+    parsed = parse_replies(texts, rows).assign(id=texts.id)
+    votes, unparsed = text_votes(parsed, rows)
+    assert votes[:, :4].tolist() == [[0, 2, 0, 0], [0, 0, 2, 1], [0]*4] and unparsed.tolist() == [1, 0, 0]
+    p, tie = text_probs(votes, [2, 4, 4])
+    assert np.allclose(p[2, :4], .25) and p[2, 4:].sum() == 0 and tie.tolist() == [False, False, True]
+    with pytest.raises(Refusal, match='does not have'): parse_replies(texts, rows[:1])
+    with pytest.raises(Refusal, match='does not have'): text_votes(pd.DataFrame(dict(id=['z'], option=[3])), rows)
+
+def test_ties_go_as_in_the_majority_of_the_kit():
+    letters = np.array([[.1, .6, .3, 0, 0, 0, 0]], np.float32)
+    hard = np.eye(7, dtype=np.float32)[[1, 2]][:, None]
+    p, tie = text_probs([[0, 1, 1, 0, 0, 0, 0]], [3], letters)
+    assert tie.all() and np.allclose(p, [[0, 2/3, 1/3, 0, 0, 0, 0]], atol=1e-6)
+    assert majority(hard)[1].all()
+
+def test_rows_without_a_parsed_text_keep_the_letters(rows):
+    letters = np.array([[[.4, .6, 0, 0, 0, 0, 0]], [[.2, .8, 0, 0, 0, 0, 0]]], np.float32)
+    p = join_votes([[0]*7], [2], letters, [1, 3], text_weight=5)
+    assert np.allclose(p, [[.25, .75, 0, 0, 0, 0, 0]], atol=1e-6)
+    assert join_votes([[4, 0, 0, 0, 0, 0, 0]], [2], letters, text_weight=5).argmax() == 0
