@@ -7,7 +7,7 @@ __all__ = ['launch_options', 'mask_mod', 'exact_attention', 'by_sequence', 'Layo
            'block_mask', 'compiled_flex', 'capped_attention', 'packed_attention', 'register_attention']
 
 # %% ../nbs/lib/03b_attention.ipynb #b7c73acc
-from .pack import Tree, as_tree
+from .pack import as_tree
 from dataclasses import dataclass
 import functools
 import numpy as np

@@ -425,7 +425,7 @@ def _spec(name, dtype, gpus): # What each GPU can do; processes share a CPU
 
 def _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared): # of all GPUs
     rows = tokens/float(n.mean())
-    once, again = template*max(0, rows-1), shared*rows/2  # of a pack: the shared prefix, and the second view's beginning
+    once, again = template*max(0, rows-1), shared*rows/2  # of a pack: shared prefix, beginning of the second view
     left = tokens-once-again
     context = (tokens*mean_context(n)-once*template/2-again*(template+shared/2))/left
     seconds = pack_seconds(job, gpu, context, left, checkpointed)

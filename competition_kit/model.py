@@ -12,7 +12,7 @@ from .attention import pack_layout, packed_attention, register_attention
 from .base import base_path, pick_dtype
 from .core import Refusal, read_json
 from .parity import check_forward, check_length
-from .pack import as_tree, pack, prefix_tree, shared_prefix as common
+from .pack import as_tree, pack, prefix_tree
 from .quant import complete, load_mapped, load_nf4, quant_kind, text_config
 from .rows import n_options, swap_probs, tasks
 from pathlib import Path

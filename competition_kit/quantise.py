@@ -345,7 +345,7 @@ def _refusals(work): # GPTQModel's errors as ours
                       fix='Try more calibration rows, another draw, or damp=.1') from e
 
 # %% ../nbs/lib/03k_quantise.ipynb #9be9ad15
-def _layers_folder(work, source, ids, settings): # of the finished layers of one model, calibration set and configuration
+def _layers_folder(work, source, ids, settings): # of the finished layers of one model, calibration and configuration
     files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.glob('*.*') if f.is_file()}
     programs = {k: v for k, v in versions().items() if k in ('torch', 'transformers', 'gptqmodel')}
     return work/f'layers-{hash_obj([files, [np.asarray(i).tolist() for i in ids], settings, programs])}'
@@ -374,7 +374,7 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
 # %% ../nbs/lib/03k_quantise.ipynb #270a33a1
 def quantise(
     source,              # Folder of a model in 16 or 32 bits
-    out,                 # Folder to write, sealed; a sealed one is left as it is. `<out>.work` holds the finished layers
+    out,                 # Folder to write, sealed; a sealed one is left as it is. `<out>.work`: finished layers
     ids,                 # Token arrays to calibrate on
     bits:int=4,          # 4 or 8
     group:int=64,        # Group size, from `group_size`

@@ -200,7 +200,8 @@ def _scorer(path, solution): # (ids, function of ids → scores) of a submission
     if kind == 'answers':
         got, true = _answers(got), _answers(true)
         _check_ids(sorted(got), sorted(true), path, solution)
-        return list(true), lambda ids: dict(practice_accuracy=round(float(np.mean([got[i] == true[i] for i in ids])), 5))
+        def right(ids): return dict(practice_accuracy=round(float(np.mean([got[i] == true[i] for i in ids])), 5))
+        return list(true), right
     a, b = (pd.DataFrame(o).set_index('id') for o in (got, true))
     _check_ids(sorted(a.index), sorted(b.index), path, solution)
     def accuracy(ids): return dict(practice_accuracy=round(float((a.winner[ids] == b.winner[ids]).mean()), 5))
@@ -214,7 +215,7 @@ def practice_score(
     path,      # A submission
     solution,  # The solution, in the submission's layout; the winner columns hold 0 and 1
     seen=(),   # Ids of test rows that a voter was trained on, such as pseudo-labelled ones
-) -> dict: # `practice_log_loss` and `practice_accuracy`, or the latter alone; with `_seen` and `_unseen` where some are seen
+) -> dict: # `practice_log_loss` and `practice_accuracy`, or the latter alone; both also for `seen` rows and others
     "The leaderboard's score, for data whose solution is at hand"
     ids, score = _scorer(path, solution)
     known = set(map(str, seen))

@@ -18,9 +18,9 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json
 from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
-from .model import add_lora, choose_letters, common, continue_from, load_classifier, pack_loss, predict
+from .model import add_lora, choose_letters, continue_from, load_classifier, pack_loss, predict
 from .cost import Job, cost, cost_table, layers_to_checkpoint, shape
-from .pack import plan_steps
+from .pack import plan_steps, shared_prefix
 from .probs import (align, baselines, plot_confusion, plot_reliability, read_probs, scores,
                                    write_probs)
 from .prompt import Prompt, by_row, encode_cached, length_report, pick_rows, tokenizer_hash
@@ -210,8 +210,8 @@ def _reset(module): # new random weights, for modules that have any
 
 # %% ../nbs/04_train.ipynb #5e762120
 def _cost(a, enc): # what the planner expects of a run, as text
-    template = common([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
-    shared = np.mean([common(list(enc.ids.iloc[views])) for views in by_row(enc)[:1000]])-template
+    template = shared_prefix([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
+    shared = np.mean([shared_prefix(list(enc.ids.iloc[views])) for views in by_row(enc)[:1000]])-template
     names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'
     same = {k: getattr(a, k) for k in names.split()}
     try:

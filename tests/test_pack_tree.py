@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig,
                           MistralConfig)
-from competition_kit.attention import by_sequence, exact_attention, pack_layout, packed_attention, register_attention
+from competition_kit.attention import exact_attention, pack_layout, packed_attention, register_attention
 from competition_kit.model import Classifier, add_lora, collate
 from competition_kit.pack import Tree, as_tree, least_run, pack, plan_steps, prefix_tree, shared_prefix
 
@@ -20,7 +20,7 @@ deep = [ # identical, one a prefix of another, one token of difference, nothing 
     [sequence([0, a, b], [a]*k) for a in (0, 1) for b in (0, 1) for k in (1, 3)]]
 
 def on_paths(tree, ids): # for each sequence its tokens' places in the pack
-    out, places = [None]*len(ids), []
+    places = []
     for m, (s, e) in enumerate(zip(tree.ends, tree.ends[1:])):
         before = places[tree.parent[m]] if tree.parent[m] >= 0 else []
         places.append([*before, *range(s, e)])
