@@ -4,13 +4,22 @@ usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--set JSON
 Nine voters (fold 0 of the three families of `vote_quality.py`, three seeds) predict the rows of the second file. They
 are trained if they do not lie in CK_ROOT. Aims: nine voters at most 6 times one, with the answers of the full vote in
 99.9 % of the rows; predicted within 15 % of the measured minutes."""
-import argparse, contextlib, io, json
+import argparse, contextlib, io, json, os, tempfile
 from pathlib import Path
 
 import distill
 import numpy as np
 from common import report, timed
-from vote_quality import FAMILIES, TEACHER, jobs, make_tables
+from vote_quality import FAMILIES, TEACHER, jobs
+
+def make_tables(files): # as distill.py makes them
+    from competition_kit.core import bases_path, data_path
+    from competition_kit.tables import split
+    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
+    data_path().mkdir(parents=True, exist_ok=True)
+    for part in files:
+        name, file = part.split('=')
+        if not data_path(f'{name}.parquet').exists(): distill.write_tables(name, split(str(Path(file).resolve()))[0])
 
 def trained(a): # line → runs of fold 0
     from competition_kit.train import train_fold

@@ -1,16 +1,14 @@
 """What is each way to vote worth? Voters, rules, weights, swapped views and a cascade on held-out rows.
 
-usage: python bench/vote_quality.py open=FILE alpaca=FILE --teacher BASE [--folds 5] [--seeds 3] [--jobs 4] [--set JSON]
-The voters are the runs of `distill.py` (`labels`, the same with the rows of the second table, the teacher) and score
-heads on the same rows. Runs that lie in CK_ROOT with the same arguments are not trained again: start both scripts
-with one CK_ROOT and the same `--set`. All else is arithmetic over out-of-fold probabilities.
+usage: python bench/vote_quality.py open=FILE said.parquet [said.parquet …] [--out FOLDER]
+`said.parquet` are the out-of-fold probabilities that `distill.py` leaves: of `labels` (also asked in one view), the
+same with the rows of the second table, the score route, and the teacher. All else is arithmetic over them.
 `spread` is the standard deviation over seeds or, of a single vote, over folds. `difference` is the mean difference to
 the line `against`, row by row; `least` is the smallest difference that two standard errors over groups can tell."""
-import argparse, json, multiprocessing, os, tempfile, time, traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import argparse
 from pathlib import Path
 
-import distill  # sets the threads of its processes
+import distill
 import numpy as np
 import pandas as pd
 from competition_kit.cascade import least_certain, rescore
@@ -18,54 +16,30 @@ from competition_kit.choose import effective_voters, error_correlation
 from competition_kit.combine import combine, fit_weights
 from competition_kit.probs import accuracy, log_loss
 from competition_kit.sequential import calibrated_limits, exact_limits, sequential_vote
+from competition_kit.tables import split
 
-FAMILIES = 'labels', 'labels, alpaca rows with real labels', 'score head'
+FAMILIES = 'labels', 'labels, alpaca rows with real labels', 'labels, score route'
 SHORT = dict(zip(FAMILIES, ('labels', 'more rows', 'score head')))
-TEACHER = 'teacher: qwen'
-distill.LINES['score head'] = dict(seeds=3, args=dict(route='score'))
+TEACHER, ONE_VIEW = 'teacher: qwen', 'labels, asked in one view'
 
-# ---- predictions
-def predicted(job): # (line, seed, fold, rows with `p` of two views and, for `labels`, `one_view`); an error as text
-    line, args = job
-    began = time.time()
-    try: return line, args['seed'], args['fold'], _predicted(line, args), time.time()-began
-    except Exception: return line, args['seed'], args['fold'], traceback.format_exc()[-1500:], time.time()-began
-
-def _predicted(line, args):
-    import contextlib, io
-    from competition_kit.train import held_out, train_fold
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = train_fold(**args)
-        rows, p = held_out(run)
-        out = pd.DataFrame(dict(id=rows.id, label=rows.label, group=rows.group, fold=args['fold'], p=list(p)))
-        if line == 'labels': out['one_view'] = list(one_view(run.id, rows, args['pack_tokens']))
-    return out
-
-def one_view(run, rows, pack_tokens): # [rows, options]; kept beside the run
-    from competition_kit.core import models_path
-    from competition_kit.probs import align
-    from competition_kit.trained import predict_runs
-    return align(predict_runs([run], rows, models_path('one_view'), 1, pack_tokens, progress=False)[run], rows)
-
-def jobs(folds, seeds): # those that take longest first
-    lines = {TEACHER: 1, 'score head': seeds, FAMILIES[1]: seeds, 'labels': seeds}
+def jobs(folds, seeds): # (line, arguments of 04_train); those that take longest first
+    lines = {TEACHER: 1, 'labels, score route': seeds, FAMILIES[1]: seeds, 'labels': seeds}
     return [(line, args) for line, n in lines.items() for stage, args in distill.jobs_of(line, {}, folds)
             if args['seed'] < n]
 
 # ---- arithmetic
 class Held:
     "Out-of-fold probabilities: `p[line, seed]` and `one[seed]`, [rows, options], for rows that all of them have"
-    def __init__(self, tables): # (line, seed) → the rows of all folds
+    def __init__(self, said, groups): # `said`: of distill.py; `groups`: id → group
+        tables = {key: t.set_index('id') for key, t in said.groupby(['line', 'seed'])}
         self.seeds = sorted({s for _, s in tables if all((line, s) in tables for line in FAMILIES)})
         if not self.seeds: raise SystemExit('no seed has runs of every family')
-        tables = {(line, s): t for (line, s), t in tables.items() if s in self.seeds or line == TEACHER}
-        first = next(iter(tables.values()))
-        ids = set(first.id).intersection(*(t.id for t in tables.values()))
-        rows = first[first.id.isin(ids)].sort_values('id', kind='stable').reset_index(drop=True)
-        self.label, self.fold, self.group = rows.label.to_numpy(), rows.fold.to_numpy(), rows.group.to_numpy()
-        def of(t, column): return np.stack(t.set_index('id')[column].loc[rows.id])
-        self.p = {key: of(t, 'p') for key, t in tables.items()}
-        self.one = {seed: of(t, 'one_view') for (line, seed), t in tables.items() if line == 'labels'}
+        used = {(line, s): t for (line, s), t in tables.items() if line in (*FAMILIES, TEACHER, ONE_VIEW)}
+        rows = tables['labels', self.seeds[0]].sort_index()
+        rows = rows.loc[sorted(set(rows.index).intersection(*(t.index for t in used.values())))]
+        self.label, self.fold, self.group = rows.label.to_numpy(), rows.fold.to_numpy(), groups[rows.index].to_numpy()
+        self.p = {key: np.stack(t.p.loc[rows.index]) for key, t in used.items()}
+        self.one = {seed: p for (line, seed), p in self.p.items() if line == ONE_VIEW}
 
     def by_fold(self, make): # [rows, options]; `make` gets masks of one fold and of the others
         out = np.zeros_like(self.p['labels', 0])
@@ -156,11 +130,12 @@ def add_sequential(t): # limits are calibrated on the other folds
 
 def add_swaps(t):
     held = t.held
-    t.add('one view', [held.one[s] for s in held.seeds])
+    if not held.one: return
+    t.add('one view', list(held.one.values()))
     for share in .1, .3, 1.:
         votes = []
-        for s in held.seeds:
-            one, rows = held.one[s], least_certain(held.one[s], share)
+        for s, one in held.one.items():
+            rows = least_certain(one, share)
             swapped = 2*held.p['labels', s]-one  # the kept probabilities are the mean of both views
             votes.append(rescore(one, swapped[rows], rows))
         t.add(f'swapped views for {share:.0%} of the rows', votes, 'one view', views_a_row=1+share)
@@ -188,48 +163,15 @@ def table(held):
     for add in add_voters, add_rules, add_sequential, add_swaps, add_cascade: add(t)
     return pd.DataFrame(t.lines)
 
-def collected(a): # the predictions of all folds, by line and seed; what failed is left out
-    from common import gpus
-    cards, spawn, began = gpus(), multiprocessing.get_context('spawn'), time.time()
-    pool = ProcessPoolExecutor(a.jobs*len(cards), spawn, distill.begin,
-                               (os.environ['CK_ROOT'], cards, spawn.Value('i', -1)))
-    out = {}
-    for done in as_completed([pool.submit(predicted, job) for job in jobs(a.folds, a.seeds)]):
-        line, seed, fold, rows, took = done.result()
-        if isinstance(rows, str):
-            print(f'FAILED {line}, seed {seed}, fold {fold}: {rows}', flush=True)
-            continue
-        print(f'{line} | seed {seed} fold {fold}: {took:.0f} s, {time.time()-began:.0f} s in all', flush=True)
-        out.setdefault((line, seed), []).append(rows)
-    pool.shutdown()
-    return {key: pd.concat(parts) for key, parts in out.items() if len(parts) == a.folds}
-
-def make_tables(files): # as distill.py makes them
-    from competition_kit.core import bases_path, data_path
-    from competition_kit.tables import split
-    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
-    data_path().mkdir(parents=True, exist_ok=True)
-    for part in files:
-        name, file = part.split('=')
-        if not data_path(f'{name}.parquet').exists(): distill.write_tables(name, split(str(Path(file).resolve()))[0])
-
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('tables', nargs=2)
-    p.add_argument('--teacher', default='smollm2')
-    p.add_argument('--folds', type=int, default=5)
-    p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--jobs', type=int, default=4, help='processes a GPU')
-    p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
+    p.add_argument('table')
+    p.add_argument('said', nargs='+')
     p.add_argument('--out', default='.')
     a = p.parse_args()
-    distill.FIT.update(a.set)
-    distill.LINES[TEACHER]['args']['base'] = a.teacher
-    make_tables(a.tables)
-    tables = collected(a)
-    pd.concat([t.assign(line=line, seed=seed) for (line, seed), t in tables.items()]).to_parquet(
-        Path(a.out)/'vote_said.parquet')
-    t = table(Held(tables))
+    rows, _ = split(str(Path(a.table.split('=')[-1]).resolve()))
+    said = pd.concat(map(pd.read_parquet, a.said)).drop_duplicates(['line', 'seed', 'id'])
+    t = table(Held(said, rows.set_index('id').group))
     t.to_json(Path(a.out)/'vote_quality.json', orient='records', indent=1)
     with pd.option_context('display.width', 250):
         print(t.to_string(index=False, na_rep='', float_format=lambda v: f'{v:.4f}'))
