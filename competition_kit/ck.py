@@ -357,6 +357,7 @@ def _add_cost(commands):
     o('--lengths', choices=['lmsys', 'wsdm', 'logic'], help='rows as long as those of this contest (lmsys)')
     o('--max-len', type=int, metavar='N', help='longer rows are truncated (2048)')
     o('--template', type=int, metavar='N', help='tokens of the shared prefix, computed once a pack (0)')
+    o('--shared', type=float, metavar='N', help='tokens below it with which both views of a row begin (0)')
     o('--rows', type=int, metavar='N', help='to train on (57477)')
     o('--views', type=int, choices=[1, 2], help='orders in which each row is seen (2)')
     o('--epochs', type=float, metavar='N', help='passes over the rows (1)')
