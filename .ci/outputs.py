@@ -22,6 +22,7 @@ for path in sorted((root/'nbs').glob('[0-9]*.ipynb')):
         made = real.get(c['id'], {}).get('outputs', [])
         c['outputs'] = [o for o in made if o.get('name') != 'stderr']  # progress bars
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
+    subprocess.run(['nbdev_clean', '--fname', path], cwd=root, check=True)
     print(f'{path.name}: outputs of {runs[-1].parent.name}')
 
 if list(models.glob('vote-*/submission.*')):
