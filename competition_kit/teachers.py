@@ -60,7 +60,7 @@ def adopted_table(
     out.attrs['meta'] = tables[0].attrs['meta']
     return out
 
-# %% ../nbs/lib/03i_teachers.ipynb #892ab144
+# %% ../nbs/lib/03i_teachers.ipynb #4b404dda
 def distinct_teachers(
     names:list, # Run ids or adopted names
 ) -> list: # The first name of each teacher
