@@ -147,7 +147,7 @@ def read_recipe(
     whole = read_yaml(file)
     _check_keys(whole, _TOP, where)
     scales = whole.pop('scales', Lined())
-    every = {'': whole, **{k: overlay(whole, _scale(k, v, scales, where)) for k, v in scales.items()}}
+    every = {'': whole, **{k: overlay(whole, _scale(k, scales, whole, where)) for k in scales}}
     for recipe in every.values(): _check_recipe(recipe, where)
     if scale not in every:
         raise Refusal(f'no scale {scale!r}', where(1), fix=f"There are: {', '.join(scales) or 'none'}")
@@ -155,17 +155,23 @@ def read_recipe(
     recipe.update(file=str(file), scale=scale, values=_values(recipe.get('values', Lined()), values, where))
     return recipe
 
-def _scale(name, over, scales, where):
-    line = scales.at[name]
-    if not isinstance(over, Lined): raise Refusal(f'the scale {name} is {over!r}', where(line), fix='Write keys below it')
+def _scale(name, scales, whole, where): # What it lays over the recipe
+    over = scales[name]
+    if not isinstance(over, Lined):
+        raise Refusal(f'the scale {name} is {over!r}', where(scales.at[name]), fix='Write keys below it')
     _check_keys(over, dict(about=str, values=Lined, jobs=Lined), where)
+    _check_values(over.get('values', Lined()), whole.get('values', Lined()), where)
     return over
+
+def _check_values(given, known, where):
+    for name in given:
+        if name in known: continue
+        line = given.at.get(name) if isinstance(given, Lined) else 1
+        raise Refusal(f'the recipe has no value {name!r}', where(line), fix=f"It has: {', '.join(known) or 'none'}")
 
 # %% ../nbs/lib/12b_graph.ipynb #dffa040f
 def _values(given, sets, where): # Name → value, `$name` filled in
-    for name, value in sets.items():
-        if name not in given:
-            raise Refusal(f'the recipe has no value {name!r}', where(1), fix=f"It has: {', '.join(given) or 'none'}")
+    _check_values(sets, given, where)
     out = Lined(at=given.at)
     for name, value in given.items():
         value = _as_given(name, sets[name], value) if name in sets else value

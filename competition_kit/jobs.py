@@ -6,7 +6,7 @@
 __all__ = ['recipe_folder', 'job_file', 'outside', 'plan_of', 'yielded', 'run_job', 'State', 'job_states', 'main']
 
 # %% ../nbs/lib/12c_jobs.ipynb #ba386aca
-import contextlib, os, re, sys, time
+import os, re, sys, time, traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import (Refusal, data_path, file_sums, hash_obj, models_path, now, project_root, read_json,
@@ -215,9 +215,10 @@ def main(
     with open(job_file(plan_file.parent, job, 'log'), 'ab') as log:
         for fd in (1, 2): os.dup2(log.fileno(), fd)
     try: return run_job(plan_file, key)
-    except Refusal as e:
-        _write_failure(plan_file.parent, job, dict(code=2, error=str(e), notebook=''))
-        print(e, flush=True)
+    except Exception as e:
+        traceback.print_exc()
+        error = str(e) if isinstance(e, Refusal) else f'{type(e).__name__}: {e}'
+        _write_failure(plan_file.parent, job, dict(code=2, error=error, notebook=''))
         return 2
 
 # %% ../nbs/lib/12c_jobs.ipynb #6b351ecb
