@@ -98,7 +98,7 @@ class TrainArgs(Training):
     mix:str='sample_arena'         # Table, or mix of tables, such as train + gpt4:100; phases: pseudo@0.8 > train
     fold:int=0                     # Fold that is held out
     base:str='smollm2'             # Base model: name, folder or Hub id
-    route:str='answer'             # answer: the letters' logits; score, score2: a head of 1 or 2 layers; text: rationales
+    route:str='answer'             # answer: the letters' logits; score, score2: head of 1 or 2 layers; text: rationales
     method:str='lora'              # lora, or full: all weights are trained
     start:str=''                   # Parent run: training continues its adapter, or its weights
     keep_head:bool=True            # Keep the parent's score head
@@ -361,7 +361,7 @@ def _shards(folder, a): # of a run's replies; other weights would write other on
     return folder/f"replies-{hash_obj(read_json(weights/'manifest.json'))}"
 
 def _engine(a, base, letters):
-    engine = TransformersEngine(base, a.text, a.dtype)
+    engine = TransformersEngine(base, a.text, a.dtype, 16*a.pack_tokens)  # a cache needs less than gradients
     engine.model.letters = letters
     return engine
 
@@ -375,7 +375,7 @@ def _replies_and_letters(folder, a, rows, letters): # [rows, 4, options]: both o
     kept = models_path('.replies', hash_obj([base_hash(a.base), a.dtype, engine.version]))
     return np.concatenate([own, text_and_letters(engine, a.text, rows, kept, **how)], 1)
 
-def _text_metrics(folder, a, held, p): # scores, beside those of the letters and of the base; `replies.parquet` is written
+def _text_metrics(folder, a, held, p): # scores beside the letters and the base; `replies.parquet` is written
     replies = read_replies(_shards(folder, a)).drop_duplicates('key').sort_values(['id', 'attempt'], ignore_index=True)
     replies = replies.join(parse_replies(replies, held))
     write_table(replies, folder/'replies.parquet')
