@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
            'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
-           'letter_probs', 'parity', 'check_parity', 'why_not_served', 'faster', 'EngineAsker', 'ask_engine',
-           'engine_facts']
+           'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'faster',
+           'EngineAsker', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
@@ -363,24 +363,34 @@ def check_parity(
     if facts.get('base', np.inf) <= facts['median']: no('its base is as near, so it may not have read the adapter')
 
 # %% ../nbs/lib/03m_engine.ipynb #a2fcf1d2
+def why_no_vllm(
+    base:str,  # Name, folder or Hub id
+    dtype:str, # As of a training
+) -> str: # '' if vLLM can
+    "Why vLLM cannot serve a base"
+    if dtype == 'nf4': return 'vLLM does not serve a base in nf4 as the kit has it'
+    quant = quant_kind(base)
+    return 'vLLM has no 8-bit GPTQ on a CPU' if quant and quant['bits'] == 8 and not _has_gpu() else ''
+
 def why_not_served(
     rec:dict, # Record of a run
 ) -> str: # '' if vLLM can
-    "Why vLLM cannot serve a run"
+    "Why vLLM cannot predict the letters of a run"
     p = model_params(rec)
     if str(p['route']) != 'answer': return 'a score head is predicted in packs only'
-    if str(p['dtype']) == 'nf4': return 'a base in nf4 is predicted in packs only'
-    quant = quant_kind(base_of(rec))
-    if quant and quant['bits'] == 8 and not _has_gpu(): return 'vLLM has no 8-bit GPTQ on a CPU'
-    return ''
+    return why_no_vllm(base_of(rec), str(p['dtype']))
+
+def served_dtype(
+    base:str,
+    dtype:str, # As of a training
+) -> str: # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
+    "The dtype that vLLM computes in"
+    return 'fp16' if quant_kind(base) and not _has_gpu() else dtype
 
 def _free_gpu(): # of what this process no longer needs
     import torch
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-
-def _served_dtype(rec): # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
-    return 'fp16' if quant_kind(base_of(rec)) and not _has_gpu() else str(model_params(rec)['dtype'])
 
 # %% ../nbs/lib/03m_engine.ipynb #aa0351d4
 def faster(
@@ -478,7 +488,8 @@ class EngineAsker(RunAsker):
     def _start(self, same):
         rec, longest = self.recs[same[0]], max(int(self._encoded(r).n.max()) for r in same)
         adapters = [] if is_full(rec) else [weights_path(self.recs[r]) for r in same]
-        how = dict(dtype=_served_dtype(rec), max_len=longest+1, enforce_eager=True) | self.options
+        dtype = served_dtype(base_of(rec), str(model_params(rec)['dtype']))
+        how = dict(dtype=dtype, max_len=longest+1, enforce_eager=True) | self.options
         self.server = Engine(base_of(rec), adapters, **how)
 
     def _by_vllm(self, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
