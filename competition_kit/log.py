@@ -47,6 +47,7 @@ runs  | started           | 17 | time   | kit    | First start, UTC.
 runs  | params            | 48 |        | kit    | All parameters. On a planned row: name=value, name=value.
 runs  | inputs            | 30 |        | kit    | Content hashes or run ids of the inputs.
 runs  | git               | 14 |        | kit    | Commit of the code.
+runs  | doubtful          | 30 |        | kit    | Row, its label and another option: corrections.csv of 05_generate.
 runs  | public_lb         | 11 |        | people | Your score on the public leaderboard.
 runs  | private_lb        | 11 |        | people | Your score on the private leaderboard.
 runs  | keep              |  8 |        | people | x, yes or 1: this run votes. no or 0: it does not. Empty: undecided.
@@ -525,7 +526,7 @@ def _facts(rec): # Column → value
     facts = {k: _first(k, rec, metrics, rec['params']) for k in names.split()}
     facts |= {k: metrics.get(k) for k in ('log_loss', 'accuracy', 'ece')}
     facts |= {f'baseline {k}': baselines.get(k) for k in ('log_loss', 'accuracy')}
-    facts |= {k: _listed(_first(k, rec, metrics, rec['params'])) for k in ('members', 'weights')}
+    facts |= {k: _listed(_first(k, rec, metrics, rec['params'])) for k in ('members', 'weights', 'doubtful')}
     facts |= {k: params_text(rec[k]) for k in ('params', 'inputs')}
     return facts | dict(started=_when(rec.get('started')))
 

@@ -204,7 +204,8 @@ class VllmEngine:
         from transformers import AutoConfig
         self.base, self.dtype, self.options = base, served_dtype(base, text_dtype(dtype)), options
         self.config = AutoConfig.from_pretrained(base_path(base)).get_text_config()
-        self.tok, self.max_len, self.version, self.server = prompt.prompt.tok, prompt.prompt.max_len, vllm_version(), None
+        self.tok, self.max_len, self.server = prompt.prompt.tok, prompt.prompt.max_len, None
+        self.version = vllm_version()
         self.slots = {'': 0} | {run: k for k, run in enumerate(adapters, 1)}
         self.folders = [run_adapter(run, base) for run in adapters]
 
