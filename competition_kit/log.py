@@ -47,12 +47,12 @@ runs  | started           | 17 | time   | kit    | First start, UTC.
 runs  | params            | 48 |        | kit    | All parameters. On a planned row: name=value, name=value.
 runs  | inputs            | 30 |        | kit    | Content hashes or run ids of the inputs.
 runs  | git               | 14 |        | kit    | Commit of the code.
-runs  | doubtful          | 30 |        | kit    | Row, its label and another option: corrections.csv of 05_generate.
 runs  | public_lb         | 11 |        | people | Your score on the public leaderboard.
 runs  | private_lb        | 11 |        | people | Your score on the private leaderboard.
 runs  | keep              |  8 |        | people | x, yes or 1: this run votes. no or 0: it does not. Empty: undecided.
 runs  | vote_weight       | 12 |        | people | A number: this run's weight in the vote. Empty: 1.
 runs  | note              | 44 |        | people | Anything.
+runs  | doubtful          | 30 |        | kit    | Row, its label and another option: corrections.csv of 05_generate.
 '''
 
 # %% ../nbs/lib/01a_log.ipynb #d9ac9bf9
