@@ -294,5 +294,7 @@ if __name__ == '__main__':
     a = arguments()
     for shape in a.shape:
         for what in a.what:
-            try: print(json.dumps(distill_ratio(a, shape) if what == 'distill-ratio' else result(a, shape, what)), flush=True)
+            try:
+                line = distill_ratio(a, shape) if what == 'distill-ratio' else result(a, shape, what)
+                print(json.dumps(line), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)
