@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 from .adapter import check_adapter
 from .base import base_path, pick_dtype
-from .core import Refusal, hash_obj, read_json, write_json
+from .core import Refusal, die_with_parent, hash_obj, read_json, write_json
 from .probs import write_probs
 from .prompt import encode_cached
 from .quant import quant_kind
-from .ranks import die_with_parent
 from .rows import swap_probs
 from .trained import (RunAsker, base_key, base_of, copy_earlier, is_full, kept_probs, model_params,
                                      predict_runs, prediction_key, trained_on, weights_path)

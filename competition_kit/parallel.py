@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .clock import Clock
-from .core import Refusal, read_json, write_json
+from .core import Refusal, die_with_parent, read_json, write_json
 from .staged import Answers, no_answers, passes, read_answers, staged_vote, write_answers
 
 # %% ../nbs/lib/03r_parallel.ipynb #c125fb0a
@@ -59,7 +59,6 @@ def answer_part(
 
 # %% ../nbs/lib/03r_parallel.ipynb #65f0a1a0
 def _start(path, gpu): # a process that answers a part; its output goes to a file beside it
-    from competition_kit.ranks import die_with_parent
     env = dict(OMP_NUM_THREADS='1') | os.environ | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {})
     with open(path.with_suffix('.log'), 'wb') as log:
         return subprocess.Popen([sys.executable, '-m', 'competition_kit.parallel', str(path)], env=env, stdout=log,
