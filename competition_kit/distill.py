@@ -103,7 +103,8 @@ class TeacherArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self, missing=('refuse', 'label'), form=('seed', 'soft', 'kl'), clean=('neutral', 'teacher'))
+        one_of(self, route=('answer', 'score', 'score2'), missing=('refuse', 'label'),
+               form=('seed', 'soft', 'kl'), clean=('neutral', 'teacher'))
         at_least(self, 0, 'temperature', 'clean_below')
         if self.online and self.clean_below:
             raise Refusal('clean_below needs all teacher probabilities before training', fix='Take online=False')
