@@ -6,7 +6,7 @@
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
            'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
            'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'faster',
-           'EngineAsker', 'ask_engine', 'engine_facts']
+           'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
@@ -537,6 +537,15 @@ class EngineAsker(RunAsker):
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+# %% ../nbs/lib/03m_engine.ipynb #e9cd24d8
+def release(
+    asker, # An `EngineAsker`
+):
+    "Give the memory of its model back, for another engine; the model is loaded again when it is asked"
+    asker.close()
+    asker.model = asker.base = None
+    _free_gpu()
 
 # %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(
