@@ -125,12 +125,13 @@ def _zebra(x, rng, id):
 def logic_problems(
     n:int,        # Number of problems; the questions are about three times as many
     seed:int=0,   # Another seed, other problems
+    people:int=2, # Of a knights problem; a zebra puzzle has three at least
 ) -> list: # Dictionaries in Tianchi's layout
     "Knights and knaves (half of them, and of these every third in Chinese) and zebra puzzles"
     rng, k = random.Random(seed), n-n//4
-    knights = _gym('knights_knaves', k, seed, n_people=2)
+    knights = _gym('knights_knaves', k, seed, n_people=people)
     out = [_knights(x, 'zh' if i%3 == 2 else 'en', rng, f'knights-{seed}-{i}') for i, x in enumerate(knights)]
-    zebras = _gym('zebra_puzzles', n-k, seed, num_people=3, num_characteristics=3)
+    zebras = _gym('zebra_puzzles', n-k, seed, num_people=max(3, people), num_characteristics=3)
     out += [_zebra(x, rng, f'zebra-{seed}-{i}') for i, x in enumerate(zebras)]
     rng.shuffle(out)
     return out
