@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .base import base_hash, fetched_base, load_tokenizer, local_base
+from .base import base_hash, fetched_base, is_embedded, load_tokenizer, local_base
 from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root,
                                   read_json)
 from .folds import fold_rows
@@ -71,7 +71,7 @@ def read_lineage(
     base:str, # Name, folder or Hub id
 ) -> list: # Dicts of `run_id`, `params` and `inputs`, the latest run first; empty for a base from elsewhere
     "The runs that the weights of a base come from, as `lineage.json` in its folder says"
-    if base == 'smollm2' or not (p := local_base(base)) or not (p/'lineage.json').exists(): return []
+    if is_embedded(base) or not (p := local_base(base)) or not (p/'lineage.json').exists(): return []
     if bad := damage_cached(p):
         raise Refusal(f"the model is not as it was trained: {'; '.join(bad)}", p,
                       fix='Copy it again, or train it again')
@@ -182,7 +182,7 @@ def trained_on(
 
 # %% ../nbs/lib/03h_trained.ipynb #97531cec
 def _is_here(base): # a base that has been fetched; a model with weights of its own does without it
-    if base == 'smollm2': return bases_path('smollm2').exists()
+    if is_embedded(base) and bases_path(base).exists(): return True
     try: return fetched_base(base) is not None
     except Refusal: return False
 
