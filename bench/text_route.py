@@ -1,11 +1,11 @@
 """What do rationales give a small model? Letters, rationales of three kinds, the probe as a filter, votes of samples.
 
-usage: python bench/text_route.py rg=FILE [open=FILE] [--base smollm2] [--seeds 0] [--until 380] [--out FOLDER] [--small]
+usage: python bench/text_route.py rg=FILE [open=FILE] [--base smollm2] [--seeds 0] [--until 380] [--out FOLDER]
 `FILE` is in Tianchi's layout. Fold 0 is held out. Tables and sampled rationales are made first, and kept in `--out`;
 `--prepare` stops after them, so that several processes can take a seed each. A line is printed, and appended to
 `lines.jsonl`, as soon as it is known; those in the file are not made again.
 `vote_1` is the mean accuracy of single samples; of k equal options each counts 1/k, and so does an unparsed reply."""
-import argparse, contextlib, io, itertools, json, os, random, re, tempfile, time
+import argparse, contextlib, itertools, json, os, random, re, tempfile, time
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
@@ -84,9 +84,15 @@ def knight_rationale(row): # of a row, or None
     return f"<thinking>\n{steps}\n</thinking>\n<reflection>\n{so}. {n} T. {asked[0] if asked else 'Number'}: " \
            f"{answer[0]}.\n</reflection>\n<output>{'ABCDEFG'[row.label]}</output>"
 
-def knight_problems(n, seed): # `n` problems of 2 to 4 people with one solution, in the layout of the file
+def form(problem): # of a problem, whatever its people are called
+    lines = said(problem)
+    number = {name: k for k, (name, _) in enumerate(lines)}
+    return str([(op, [(number[m], t) for m, t in atoms]) for _, (op, atoms) in lines])
+
+def knight_problems(n, seed, known): # `n` problems of 2 to 4 people with one solution, none with a known form
     rng, out = random.Random(seed), []
-    names = dict(en='Adam Bella Carl Dora Emil Frida Gina Hugo Ivan Julia'.split(), zh='张三 李四 王五 赵六 孙七 周八'.split())
+    names = dict(en='Adam Bella Carl Dora Emil Frida Gina Hugo Ivan Julia'.split(),
+                 zh='张三 李四 王五 赵六 孙七 周八'.split())
     while len(out) < n:
         lang, people = rng.choice(['en', 'zh']), rng.randint(2, 4)
         is_a, knight, knave, words = WORDS[lang]
@@ -96,7 +102,7 @@ def knight_problems(n, seed): # `n` problems of 2 to 4 people with one solution,
             told.append(rng.choice([atoms[0], *(w.format(*atoms) for w in words.values())]))
         say = '{}. {} says: "{}".' if lang == 'en' else '{}. {}说：“{}。”'
         problem = '\n'.join(say.format(k, w, t) for k, (w, t) in enumerate(zip(who, told), 1))
-        if not (is_knight := only_world(said(problem))): continue
+        if form(problem) in known or not (is_knight := only_world(said(problem))): continue
         head = ('On an island every person is either a knight, who always tells the truth, or a knave, who always lies.'
                 if lang == 'en' else '岛上的人不是骑士就是骗子：骑士永远说真话，骗子永远说假话。')
         out.append((f'more-{seed}-{len(out)}', f'{head}\n\n{problem}', lang, is_knight))
@@ -109,8 +115,8 @@ def only_world(lines): # name → is it a knight?, where one world alone fits
     return fit[0] if len(fit) == 1 else None
 
 def more_rows(n, seed, like): # one question about each of n problems, as rows like those of a table
-    rng, out = random.Random(seed), []
-    for name, problem, lang, is_knight in knight_problems(n, seed):
+    rng, out, known = random.Random(seed), [], {form(p) for p in like.problem.unique()}
+    for name, problem, lang, is_knight in knight_problems(n, seed, known):
         who, count = rng.choice(list(is_knight)), rng.random() < .25
         kinds = ['Knight', 'Knave'] if lang == 'en' else ['骑士', '骗子']
         options = list(map(str, range(len(is_knight)+1))) if count else kinds
@@ -271,7 +277,7 @@ def one(name, line, seed, a): # train, and report the line; with the first text 
 
 def lines_of(name): # those whose tables are there
     from competition_kit.core import data_path
-    def there(mix): return all(data_path(f'{t.strip()}.parquet').exists() for t in mix.replace('TABLE', name).split('+'))
+    def there(mix): return all(data_path(f'{t}.parquet').exists() for t in mix.replace('TABLE', name).split(' + '))
     return [line for line, args in LINES.items() if there(args['mix'])]
 
 def run_lines(a):

@@ -1,7 +1,6 @@
 "The text route: exact masks, transformers' loss, resumed runs, replies that are learned, planted rows"
-import os, shutil, signal, subprocess, sys, time
+import shutil, signal, subprocess, sys, time
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from competition_kit.base import load_tokenizer
@@ -22,7 +21,8 @@ from competition_kit.trained import load_run, predict_runs, trusted_prompt
 
 pytestmark = pytest.mark.usefixtures('baselines_once', 'samples')
 FORM = '<thinking>{} is {}.</thinking><output>{}</output>'
-small = dict(mix='told', route='text', batch=4, lora_r=4, dtype='fp32', max_new_tokens=64, pack_tokens=2048, max_len=700)
+small = dict(mix='told', route='text', batch=4, lora_r=4, dtype='fp32', max_new_tokens=64, pack_tokens=2048,
+             max_len=700)
 
 def told(n=40, options=2, **columns):
     "Write the table `told`: rows of two options with a rationale"
@@ -156,7 +156,8 @@ def test_two_processes_are_one(tiny):
     assert np.array_equal(held_out(two)[1], p) and list(held_out(two)[0].id) == list(rows.id)
     a, b = (read_table(r.folder/'replies.parquet') for r in (one, two))
     assert list(a.id) == list(b.id) and len(b) == len(rows)
-    assert one.record['metrics']['letters_log_loss'] == pytest.approx(two.record['metrics']['letters_log_loss'], abs=1e-3)
+    a, b = (r.record['metrics']['letters_log_loss'] for r in (one, two))
+    assert a == pytest.approx(b, abs=1e-3)
 
 def test_a_mix_holds_out_rows_without_a_rationale(tiny):
     rows = told(40)
