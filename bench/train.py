@@ -3,11 +3,12 @@
 LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
 usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared kit-dropout kit-keep kit-nf4 kit-gptq
-    kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64]
-    [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
+    kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq distill-ratio] [--layers 4 8]
+    [--r 64] [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model
-instead. Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher
-the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context.
+instead. `distill-ratio` trains one whole model with the plain loss and with two teachers' loss, in turns.
+Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher the
+forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context.
 `ms` is a pack's time, `host_ms` the processor's time to start one (of the last number of layers measured): where the
 two come close, the processor was measured, not the GPU."""
 import argparse, gc, json, tempfile, time
@@ -184,19 +185,18 @@ def two_teachers(lines): # random probabilities and the loss of `07_distill` ove
     more = dict(teacher=p, use=torch.ones(lines, 3, dtype=torch.bool))
     return more, functools.partial(distill_loss, form=named_form('seed', 2))
 
-def kit_fit(a, shape, layers, what):
-    "Our packs through `fit`, 32 rows a step; `kit-fit-distill`: with the probabilities of two teachers"
+def fit_seconds(a, classifier, distill=False): # of the packs behind `a.warm` steps, and their lengths
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
     from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
-    classifier, times = kit_model(a, shape, layers, what), []
-    rng, ns = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len)
+    rng, ns, times = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len), []
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]
     enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=ids))
     rows, steps = pd.DataFrame(dict(label=0, target=[None]*len(ns), weight=1.)), plan_steps(enc, 32, 1., a.budget, 0)
-    class Clock(f.ProgressBar):
+    bar = f.ProgressBar
+    class Clock(bar):
         def on_step_end(self, args, state, control, **kw):
             super().on_step_end(args, state, control, **kw)
             if state.global_step not in (a.warm, len(steps)): return
@@ -204,10 +204,23 @@ def kit_fit(a, shape, layers, what):
             if not times: torch.cuda.reset_peak_memory_stats()
             times.append(time.perf_counter())
     f.ProgressBar = Clock
-    more, loss = two_teachers(len(enc)) if what == 'kit-fit-distill' else ({}, f.pack_loss)
+    more, loss = two_teachers(len(enc)) if distill else ({}, f.pack_loss)
     data = f.Steps(enc, rows, tasks['preference'], steps, more=more)
     with tempfile.TemporaryDirectory() as d: f.fit(classifier, data, Path(d), lr=1e-5, save_every=10**6, loss=loss)
+    f.ProgressBar = bar
     return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
+
+def kit_fit(a, shape, layers, what):
+    "Our packs through `fit`, 32 rows a step; `kit-fit-distill`: with the probabilities of two teachers"
+    return fit_seconds(a, kit_model(a, shape, layers, what), what == 'kit-fit-distill')
+
+def distill_ratio(a, shape, times=3): # one whole model, compiled once; both losses in turns
+    classifier = kit_model(a, shape, known_bases[shape]['num_hidden_layers'], 'kit-fit')
+    fit_seconds(a, classifier)
+    pairs = [[fit_seconds(a, classifier, distill)[0] for distill in (False, True)] for _ in range(times)]
+    plain, distill = np.array(pairs).T
+    return dict(shape=shape, what='distill-ratio', plain_s=plain.round(2).tolist(), distill_s=distill.round(2).tolist(),
+                ratio=round(float(np.median(distill/plain)), 4))
 
 def hf(a, shape, layers, what):
     """transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like
@@ -292,5 +305,7 @@ if __name__ == '__main__':
     a = arguments()
     for shape in a.shape:
         for what in a.what:
-            try: print(json.dumps(result(a, shape, what)), flush=True)
+            try:
+                line = distill_ratio(a, shape) if what == 'distill-ratio' else result(a, shape, what)
+                print(json.dumps(line), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)

@@ -7,8 +7,8 @@ __all__ = ['table_stages', 'Lined', 'read_yaml', 'recipe_folders', 'known_recipe
            'fill', 'Job', 'stage_parameters', 'expand', 'steps', 'graph_text', 'mermaid']
 
 # %% ../nbs/lib/12b_graph.ipynb #0fc84f17
-import ast, difflib, functools, itertools, math, os, re
-from dataclasses import dataclass, field, replace
+import difflib, functools, itertools, math, os, re
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 import yaml
@@ -196,8 +196,8 @@ def fill(
     if isinstance(value, dict): return {k: fill(v, names, where) for k, v in value.items()}
     if not isinstance(value, str): return value
     def of(name):
-        if name not in names: raise Refusal(f'${name} is no value', where, fix=f"There are: {', '.join(names) or 'none'}")
-        return names[name]
+        if name in names: return names[name]
+        raise Refusal(f'${name} is no value', where, fix=f"There are: {', '.join(names) or 'none'}")
     if alone := re.fullmatch(r'\$(\w+)', value): return of(alone[1])
     return re.sub(r'\$(\w+)', lambda m: _written(m[1], of(m[1]), where), value)
 
@@ -226,7 +226,7 @@ class Job:
 
 def _instances(recipe, step, where): # Dicts of the variables of each instance of a job
     job = recipe['jobs'][step]
-    foreach, line = job.get('foreach', Lined()), where(recipe['jobs'].at.get(step))
+    foreach = job.get('foreach', Lined())
     _check_names(foreach, 'variable', where)
     lists = {k: fill(v, recipe['values'], where(foreach.at.get(k))) for k, v in foreach.items()}
     for k, v in lists.items():
@@ -320,8 +320,9 @@ def expand(
     def where(line): return f'{file}:{line}' if line else file
     every = {step: [(v, '/'.join([step, *map(str, v.values())])) for v in _instances(recipe, step, where)]
              for step in recipe['jobs']}
-    jobs = {name: _job(recipe, step, mine, name, every, where) for step, found in every.items() for mine, name in found}
-    out = {}
+    jobs, out = {}, {}
+    for step, found in every.items():
+        for mine, name in found: jobs[name] = _job(recipe, step, mine, name, every, where)
     for name in _ordered(jobs):
         out[name] = replace(jobs[name], key=_key(jobs[name], {n: out[n].key for n in jobs[name].needs}))
     _check_different(out)
@@ -374,5 +375,6 @@ def mermaid(
     lines = ['flowchart LR']
     for step, (found, before) in steps(jobs).items():
         times = f' × {len(found)}' if len(found) > 1 else ''
-        lines += [f'  {step}["{step}{times}<br/><small>{found[0].stage}</small>"]', *(f'  {b} --> {step}' for b in before)]
+        lines.append(f'  {step}["{step}{times}<br/><small>{found[0].stage}</small>"]')
+        lines += [f'  {b} --> {step}' for b in before]
     return '\n'.join(lines)

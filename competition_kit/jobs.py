@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import (Refusal, data_path, file_sums, hash_obj, models_path, now, project_root, read_json,
                                   write_json)
-from .graph import expand, read_recipe, table_stages
+from .graph import table_stages
 from .log import people
 from .record import code_hash, find_run, read_record, records
 from .run import find_notebook, run_notebook

@@ -20,7 +20,8 @@ from .core import Refusal, at_least, data_path, hash_obj, one_of, project_root, 
 from .groups import copied, group_rows, group_text, text_hash
 from .prompt import encode_texts, user_prompt
 from .record import find_run, records
-from .replies import TransformersEngine, generate as ask, job_table, read_replies
+from .replies import (end_engine, generate as ask, job_table, read_replies, reply_engine, reply_input,
+                                     start_engine)
 from .rows import file_readers, packed_suffixes, read_columns
 from .tables import check_texts, load_rows, table_hashes, table_name, write_rows
 from .teachers import teacher_inputs
@@ -183,6 +184,7 @@ class PairsArgs:
     batch_tokens:int=16384         # Tokens of a batch
     shard:int=64                   # Answers in a shard: a kill loses one
     seed:int=0                     # Of prompts, pairs and answers
+    engine:str='auto'              # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
@@ -197,9 +199,12 @@ class PairsArgs:
         if len(names) < 2 or len({*names}) < len(names):
             raise Refusal(f'models={self.models!r}: two different models are needed',
                           fix='Name bases and finished runs, each once, separated by blanks')
+        self.engines
 
     @cached_property
     def writers(self): return [parse_writer(w, self.temperature, self.top_p) for w in self.models.split()]
+    @cached_property
+    def engines(self): return [reply_engine(self.engine, w.base, self.dtype) for w in self.writers]
     @cached_property
     def pool(self): return read_pool(self.data)
     @cached_property
@@ -212,6 +217,7 @@ class PairsArgs:
         pool = dict(pool=sha256(_pool_file(self.data))) if _is_file(self.data) else table_hashes(self.data)
         tables = table_hashes(' + '.join(self.others)) if self.others else {}
         models = {f'model.{w.name}': base_hash(w.base) for w in self.writers}
+        for engine in self.engines: models |= reply_input(engine)
         return pool | tables | models | teacher_inputs([w.adapter for w in self.writers if w.adapter])
 
 # %% ../nbs/05a_pairs.ipynb #8769c418
@@ -242,23 +248,27 @@ def answers_of(
     jobs = job_table(enc, k, args.seed, args.max_new_tokens, writer.temperature, writer.top_p, writer.adapter)
     folder = run.folder/'replies'/hash_obj([*writer, base_hash(writer.base)])
     missing = not set(jobs.key) <= set(read_replies(folder).key)
-    engine = engine_of(args, writer) if missing else None
-    for some in [jobs[:args.shard], jobs] if len(jobs) > args.shard else [jobs]:
-        made = ask(engine, some, folder, args.shard)
-        if len(made) and not made.text.str.strip().any():
-            raise Refusal(f'{writer.name} answers with nothing: {len(made)} empty texts', run.id,
-                          fix='Leave the model out, or mend its chat template')
-    engine = None
-    _free_memory()
+    engine = engine_of(args, k) if missing else None
+    try:
+        for some in [jobs[:args.shard], jobs] if len(jobs) > args.shard else [jobs]:
+            made = ask(engine, some, folder, args.shard)
+            if len(made) and not made.text.str.strip().any():
+                raise Refusal(f'{writer.name} answers with nothing: {len(made)} empty texts', run.id,
+                              fix='Leave the model out, or mend its chat template')
+    finally:
+        end_engine(engine)
+        engine = None
+        _free_memory()
     return made
 
 def engine_of(
     args:PairsArgs,
-    writer:Writer,
-): # With `name`, `version` and `replies`
+    k:int, # Position in the list of models
+): # As from `start_engine`
     "The engine that writes the answers of one model"
-    prompt = TextPrompt(load_tokenizer(writer.base))
-    return TransformersEngine(writer.base, prompt, args.dtype, args.batch_tokens)
+    writer, prompt = args.writers[k], TextPrompt(load_tokenizer(args.writers[k].base))
+    adapters = [writer.adapter] if writer.adapter else []
+    return start_engine(args.engines[k], writer.base, prompt, args.dtype, args.batch_tokens, adapters)
 
 # %% ../nbs/05a_pairs.ipynb #f31fc783
 _refuses = re.compile(r"(?:i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i (?:can(?:no|')t|cannot|won't)\b|as an ai\b"

@@ -11,7 +11,7 @@ import contextlib, os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Refusal, at_least, models_path, read_json, to_json, write_json
+from .core import Refusal, at_least, read_json, write_json
 from .graph import expand, graph_text, read_recipe
 from .jobs import job_file, job_states, plan_of, recipe_folder
 from .run import gpu_ids
@@ -119,7 +119,8 @@ def _alone(opened): # One engine a recipe
     opened.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(opened.folder/'engine.lock', timeout=0)
     try: lock.acquire()
-    except Timeout: raise Refusal('another ck recipe is running it', opened.folder, fix='Wait for it, or stop it') from None
+    except Timeout:
+        raise Refusal('another ck recipe is running it', opened.folder, fix='Wait for it, or stop it') from None
     try: yield
     finally: lock.release()
 
@@ -149,13 +150,14 @@ def _prepare(opened, left, values): # The plan for the processes of the jobs; re
 
 def _work(opened, left, profile, cores):
     cores, done = cores or max(1, len(gpu_ids())), len(opened.jobs)-len(left)
-    print(f"{len(left)} of {len(opened.jobs)} jobs to run, {cores} at once; log: {opened.folder/'snakemake.log'}", flush=True)
+    log = opened.folder/'snakemake.log'
+    print(f'{len(left)} of {len(opened.jobs)} jobs to run, {cores} at once; log: {log}', flush=True)
     with snakemake(opened.folder, profile=profile, cores=cores) as process:
         finished, failed = follow(process, left, opened.folder, done)
     waiting = len(left)-len(finished)-len(failed)
     if not failed and not waiting: return 0
     print(f"{len(failed)} jobs failed, {waiting} wait for them" if failed else
-          f"{waiting} jobs have not run: see {opened.folder/'snakemake.log'}", flush=True)
+          f'{waiting} jobs have not run: see {log}', flush=True)
     return 1
 
 # %% ../nbs/11_recipe.ipynb #f0fcfc94

@@ -18,7 +18,7 @@ from .core import Refusal, at_least, atomic, data_path, jsonl_text, one_of, writ
 from .groups import copied, group_rows, group_text, text_hash
 from .pairs import encode_prompts
 from .record import find_run
-from .replies import TransformersEngine, generate as ask, job_table
+from .replies import end_engine, generate as ask, job_table, reply_engine, reply_input, start_engine
 from .rows import read_raw, tasks
 from .sample import logic_problems
 from .tables import check_texts, load_rows, table_hashes, write_rows
@@ -153,6 +153,7 @@ class SyntheticArgs:
     batch_tokens:int=16384    # Tokens of a batch
     shard:int=64              # Replies in a shard: a kill loses one
     seed:int=1                # Of problems and attempts; 0 makes the problems of sample_logic again
+    engine:str='auto'         # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
@@ -165,6 +166,7 @@ class SyntheticArgs:
         base = base_of(find_run(self.run)) if self.run else self.base
         object.__setattr__(self, 'name', self.name or f'{self.data}_synthetic')
         object.__setattr__(self, 'base', base_name(base))
+        if self.by == 'model': reply_engine(self.engine, self.base, self.dtype)
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
 
     @cached_property
@@ -178,14 +180,18 @@ class SyntheticArgs:
     @cached_property
     def prompt(self): return TextPrompt(load_tokenizer(self.base), self.max_len)
     @cached_property
-    def engine(self): return TransformersEngine(self.base, self.prompt, self.dtype, self.batch_tokens)
+    def writer(self): # the engine with the model that writes
+        adapters = [self.adapter] if self.adapter else []
+        engine = reply_engine(self.engine, self.base, self.dtype)
+        return start_engine(engine, self.base, self.prompt, self.dtype, self.batch_tokens, adapters)
     @property
     def adapter(self): return find_run(self.run)['run_id'] if self.run and not is_full(find_run(self.run)) else ''
 
     def inputs(self):
         tables = table_hashes(' + '.join(self.tables))
         if self.by == 'code': return tables
-        return tables | dict(base=base_hash(self.base)) | (teacher_inputs([self.run]) if self.run else {})
+        model = dict(base=base_hash(self.base)) | reply_input(reply_engine(self.engine, self.base, self.dtype))
+        return tables | model | (teacher_inputs([self.run]) if self.run else {})
 
 # %% ../nbs/05b_synthetic.ipynb #81008349
 def drafts(
@@ -198,7 +204,7 @@ def drafts(
     if (long := enc.ids.map(len) > args.max_len).any():
         raise Refusal(f'{long.sum()} prompts of more than {args.max_len} tokens', fix='Take fewer examples')
     how = args.max_new_tokens, args.temperature, args.top_p, args.adapter
-    made = ask(args.engine, job_table(enc, 0, args.seed, *how), run.folder/'drafts', args.shard)
+    made = ask(args.writer, job_table(enc, 0, args.seed, *how), run.folder/'drafts', args.shard)
     parsed = [(i, *parse_draft(t, f)) for i, t, f in zip(made.id, made.text, made.finish)]
     problems = [dict(id=i, problem=p['problem'], questions=[{k: p[k] for k in ('question', 'options')}])
                 for i, p, why in parsed if not why]
@@ -213,7 +219,7 @@ def agreed_labels(
     if rows.empty: return np.zeros(0, int)
     enc, how = args.prompt.encode(rows), (args.max_new_tokens, args.temperature, args.top_p, args.adapter)
     jobs = [job_table(enc, k, args.seed, *how) for k in range(args.attempts)]
-    made = ask(args.engine, pd.concat(jobs, ignore_index=True), run.folder/'attempts', args.shard)
+    made = ask(args.writer, pd.concat(jobs, ignore_index=True), run.folder/'attempts', args.shard)
     made = made.join(parse_replies(made, rows))
     write_table(made, run.folder/'attempts.parquet', run=run.id)
     votes, _ = text_votes(made, rows)
@@ -273,7 +279,8 @@ def synthetic(
     args:SyntheticArgs,
 ):
     "Make the rows, write those that stay, and finish the run"
-    rows, why, faults = made_rows(run, args)
+    try: rows, why, faults = made_rows(run, args)
+    finally: end_engine(vars(args).get('writer'))
     out = rows[why == 'kept'].reset_index(drop=True)
     if out.empty:
         raise Refusal(f'no row is left: {dict(Counter(why))}', run.id, fix='Take another seed, or make more problems')

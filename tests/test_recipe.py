@@ -1,12 +1,12 @@
 "Recipes: strict reading, the graph, running, kills, repetitions. Stages of a second stand in for trainings."
-import json, os, resource, signal, subprocess, sys, time
+import os, resource, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
-from competition_kit.core import Refusal, models_path, read_json, write_json
+from competition_kit.core import Refusal, models_path, root_at, write_json
 from competition_kit.graph import expand, find_recipe, known_recipes, read_recipe
 from competition_kit.jobs import _is_held, plan_of, recipe_folder, run_job
 from competition_kit.record import find_run
-from competition_kit.recipe import open_recipe, plan_table, repeated, run_recipe
+from competition_kit.recipe import open_recipe, plan_table, run_recipe
 
 CK = [sys.executable, '-m', 'competition_kit.ck', 'recipe']
 WORK = '''import time
@@ -39,8 +39,9 @@ def three(root):
     return root
 
 def write_stage(root, work, prose='# Work'):
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(prose), nbformat.v4.new_code_cell(
-        'seed: int = 0  # A number\ntext: str = ""  # Anything\nrate: float = 0.5  # A share'), nbformat.v4.new_code_cell(work)])
+    params = 'seed: int = 0  # A number\ntext: str = ""  # Anything\nrate: float = 0.5  # A share'
+    code = [nbformat.v4.new_code_cell(c) for c in (params, work)]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(prose), *code])
     book.cells[1].metadata.tags = ['parameters']
     (root/'nbs').mkdir(exist_ok=True, parents=True)
     nbformat.write(book, root/'nbs/90_work.ipynb')
@@ -101,7 +102,7 @@ def test_two_jobs_may_not_write_one_table(three):
 
 def test_scales_and_values(three):
     write_recipe(three, THREE+'  short: {jobs: {last: null}}\n')
-    names = lambda *a, **kw: list(expand(read_recipe('three', *a, **kw)))
+    def names(*a, **kw): return list(expand(read_recipe('three', *a, **kw)))
     assert names() == ['first/1', 'first/2', 'last']
     assert names('one') == ['first/1', 'last']
     assert names('short') == ['first/1', 'first/2']
@@ -156,12 +157,12 @@ def test_kill_the_engine_and_resume(three):
     assert starts(three) == ['1', '2', '3']
     assert 'accuracy 0.3000 (0.1000)' in out
     assert words() == ['done']*3
-    ids = ' '.join(find_run(r['run'])['run_id'] for s in ('1', '2') if (r := open_recipe('three').states[f'first/{s}'].made))
-    assert find_run(open_recipe('three').states['last'].made['run'])['params']['text'] == f'of {ids}'
+    made = [s.made['run'] for s in open_recipe('three').states.values()]
+    assert find_run(made[2])['params']['text'] == f'of {made[0]} {made[1]}'
     nothing_to_do(three)
 
 def nothing_to_do(three):
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    def used(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before, log = used(), recipe_folder(read_recipe('three'))/'snakemake.log'
     size = log.stat().st_size
     out = subprocess.run([*CK, 'run', 'three'], capture_output=True, text=True, check=True).stdout
@@ -169,44 +170,55 @@ def nothing_to_do(three):
     assert used()-before < 2
     assert log.stat().st_size == size
 
+NASTY = '$(touch pwned); `touch pwned` "\' & > pwned \\n %s'
 def test_a_failing_job_stops_only_those_after_it(three, capsys):
+    "and no value reaches a shell"
     (three/'fail1').touch()
-    assert run_recipe('three') == 1
-    assert words() == ['failed', 'done', 'to run']
+    assert run_recipe('three', text=NASTY) == 1
+    states = open_recipe('three', text=NASTY).states
+    assert [s.word for s in states.values()] == ['failed', 'done', 'to run']
+    assert find_run(states['first/2'].made['run'])['params']['text'] == NASTY
+    assert not list(three.rglob('pwned'))
     out = capsys.readouterr().out
     assert 'no luck' in out and '1 jobs failed, 1 wait' in out
     (three/'fail1').unlink()
-    assert run_recipe('three') == 0
+    assert run_recipe('three', text=NASTY) == 0
     assert starts(three) == ['1', '1', '2', '3']
 
 def test_a_run_that_was_started_by_hand_is_waited_for(three):
     (three/'hold1').touch()
-    by_hand = subprocess.Popen([sys.executable, '-m', 'competition_kit.ck', 'run', 'work', '-p', 'seed', '1', '-p', 'text', 'none'],
-                               stdout=subprocess.DEVNULL)
+    command = [sys.executable, '-m', 'competition_kit.ck', 'run', 'work', '-p', 'seed', '1', '-p', 'text', 'none']
+    by_hand = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     wait_for(lambda: starts(three) == ['1'])
-    p = subprocess.Popen([*CK, 'run', 'three', '--scale', 'one'], stdout=subprocess.DEVNULL)
-    log = recipe_folder(read_recipe('three', 'one'))
-    wait_for(lambda: any('we wait for it' in f.read_text() for f in log.glob('first-*.log')))
+    folder, job = planned()
+    p = subprocess.Popen([sys.executable, '-m', 'competition_kit.jobs', folder/'plan.json', job.key])
+    log = folder/f'first-{job.key}.log'
+    wait_for(lambda: log.exists() and 'we wait for it' in log.read_text())
     (three/'hold1').unlink()
-    assert by_hand.wait(30) == 0 and p.wait(60) == 0
-    assert starts(three) == ['1', '3']
+    assert by_hand.wait(60) == 0 and p.wait(60) == 0
+    assert starts(three) == ['1']
 
-def test_no_value_reaches_a_shell(three):
-    nasty = '$(touch pwned); `touch pwned` "\' & > pwned \\n %s'
-    assert run_recipe('three', 'one', text=nasty) == 0
-    assert not list(three.rglob('pwned'))
-    made = open_recipe('three', 'one', text=nasty).states['first/1'].made
-    assert find_run(made['run'])['params']['text'] == nasty
+def planned():
+    "The folder of the recipe with its plan, and the first job"
+    folder, jobs = recipe_folder(recipe := read_recipe('three')), expand(recipe)
+    write_json(folder/'plan.json', plan_of(recipe, jobs))
+    return folder, jobs['first/1']
 
 # ---- what still stands
+@pytest.fixture(scope='session')
+def done_once(tmp_path_factory):
+    "A root in which the recipe is done, without Snakemake: its jobs one after the other"
+    with root_at(tmp_path_factory.mktemp('done')) as root:
+        write_stage(root, WORK)
+        write_recipe(root, THREE)
+        folder = planned()[0]
+        for job in expand(read_recipe('three')).values(): assert run_job(folder/'plan.json', job.key) == 0
+    return root
+
 @pytest.fixture
-def done(three):
-    "The recipe without Snakemake: its jobs one after the other"
-    folder = recipe_folder(recipe := read_recipe('three'))
-    jobs = expand(recipe)
-    write_json(folder/'plan.json', plan_of(recipe, jobs))
-    for job in jobs.values(): assert run_job(folder/'plan.json', job.key) == 0
-    return three
+def done(done_once, root):
+    shutil.copytree(done_once, root, dirs_exist_ok=True)
+    return root
 
 def test_prose_repeats_nothing_and_code_asks(done, monkeypatch):
     write_stage(done, WORK, '# Other prose')
@@ -223,14 +235,15 @@ def test_prose_repeats_nothing_and_code_asks(done, monkeypatch):
     assert starts(done) == sorted('123123') and words() == ['done']*3
 
 def test_what_comes_from_outside_counts_by_content(done):
-    write_recipe(done, THREE.replace('text: none', 'text: notes.txt'))
+    write_recipe(done, THREE.replace('text: none', 'text: notes.txt').replace('of {first}', 'alone'))
     (done/'notes.txt').write_text('a')
     os.utime(done/'notes.txt', (1, 1))
-    assert run_recipe('three') == 0
+    folder = planned()[0]
+    for job in expand(read_recipe('three')).values(): assert run_job(folder/'plan.json', job.key) == 0
     os.utime(done/'notes.txt')
     assert words() == ['done']*3
     (done/'notes.txt').write_text('b')
-    assert words() == ['to run']*3
+    assert words() == ['to run', 'to run', 'done']
     assert 'changed: notes.txt' in plan_table(open_recipe('three'))
 
 def test_a_lost_run_is_made_again(done):

@@ -51,12 +51,13 @@ def as_draft(problem, options=('knight', 'knave')):
 
 def test_by_a_model(samples):
     known = load_rows('sample_logic').iloc[0]
-    drafts = [as_draft('Zed is older than Yan, who always lies.'), as_draft('Quin is a person of the island. Quin lies.'),
+    drafts = [as_draft('Zed is older than Yan, who always lies.'),
+              as_draft('Quin is a person of the island. Quin lies.'),
               as_draft('Uma is here and Ole is not.', ['yes', 'Yes']), 'A riddle.', shown_row(known),
               as_draft('Zed is older than Yan, who never lies now.')]
     right, other = '<output>A</output>', '<output>B</output>'
     args = SyntheticArgs(by='model', problems=6, attempts=5, agree=.8, max_new_tokens=9)
-    vars(args)['engine'] = Writer(args.prompt.prompt.tok, drafts, dict(
+    vars(args)['writer'] = Writer(args.prompt.prompt.tok, drafts, dict(
         Zed=[right]*4+['So it goes.']+[other]*5, Quin=[right]*3+[other]*2))
     run = run_stage(synthetic, args)
     m = run.record['metrics']
@@ -64,7 +65,8 @@ def test_by_a_model(samples):
     assert m['rows'] + m['rows: attempts disagree'] + sum(n for k, n in m.items() if k.startswith('rows: near')) == 4
     publish(run.folder, args.name)
     rows = load_rows(args.name)
-    assert set(rows.source) == {'model smollm2'} and rows.problem.str.startswith('Zed').all() and (rows.label >= 0).all()
+    assert set(rows.source) == {'model smollm2'} and rows.problem.str.startswith('Zed').all()
+    assert (rows.label >= 0).all()
     assert 'near sample_logic' in read_json(run.folder/'reasons.json').values()
     assert len(read_replies(run.folder/'drafts')) == 6
 

@@ -1,14 +1,14 @@
 "The text route: exact masks, transformers' loss, resumed runs, replies that are learned, planted rows"
-import os, shutil, signal, subprocess, sys, time
+import shutil, signal, subprocess, sys, time
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from competition_kit.base import load_tokenizer
-from competition_kit.completions import (CompletionSteps, completion_loss, encode_completions, reply_probs,
-                                         trusted_text_prompt)
+from competition_kit.completions import (CompletionSteps, completion_loss, encode_completions, has_rationale,
+                                         reply_probs, trusted_text_prompt)
 from competition_kit.core import Refusal, data_path, models_path, read_table
 from competition_kit.distill import DistillArgs
+from competition_kit.learnability import keep_learnable, probe
 from competition_kit.model import load_classifier, predict
 from competition_kit.pack import plan_steps
 from competition_kit.probs import align, read_probs
@@ -22,7 +22,8 @@ from competition_kit.trained import load_run, predict_runs, trusted_prompt
 
 pytestmark = pytest.mark.usefixtures('baselines_once', 'samples')
 FORM = '<thinking>{} is {}.</thinking><output>{}</output>'
-small = dict(mix='told', route='text', batch=4, lora_r=4, dtype='fp32', max_new_tokens=64, pack_tokens=2048, max_len=700)
+small = dict(mix='told', route='text', batch=4, lora_r=4, dtype='fp32', max_new_tokens=64, pack_tokens=2048,
+             max_len=700)
 
 def told(n=40, options=2, **columns):
     "Write the table `told`: rows of two options with a rationale"
@@ -156,7 +157,8 @@ def test_two_processes_are_one(tiny):
     assert np.array_equal(held_out(two)[1], p) and list(held_out(two)[0].id) == list(rows.id)
     a, b = (read_table(r.folder/'replies.parquet') for r in (one, two))
     assert list(a.id) == list(b.id) and len(b) == len(rows)
-    assert one.record['metrics']['letters_log_loss'] == pytest.approx(two.record['metrics']['letters_log_loss'], abs=1e-3)
+    a, b = (r.record['metrics']['letters_log_loss'] for r in (one, two))
+    assert a == pytest.approx(b, abs=1e-3)
 
 def test_a_mix_holds_out_rows_without_a_rationale(tiny):
     rows = told(40)
@@ -192,3 +194,30 @@ def test_arguments_are_refused(tiny, wrong, match):
 
 def test_distillation_refuses_the_route():
     with pytest.raises(Refusal, match="route='text'"): DistillArgs(route='text', mix='sample_logic')
+
+# ---- the probe
+def test_the_probe_reads_what_the_loss_counts(prompt, tiny):
+    "mean and least log-probability are transformers' own; rows without a rationale have none"
+    rows = told(8)
+    rows.loc[3, 'rationale'] = None
+    model, plain = (load_classifier(tiny, prompt.prompt, 'text', 'fp32') for _ in range(2))
+    plain.base.set_attn_implementation('sdpa')
+    probed = probe(model, prompt, rows, budget=1200, progress=False)
+    assert probed.loc[3, ['mean_logp', 'least_logp', 'least_at', 'weakest']].isna().all()
+    for line in encode_completions(prompt, rows).itertuples():
+        ids = torch.from_numpy(line.ids[None]).long()
+        with torch.no_grad(): logps = plain.base(ids).logits[0, :-1].log_softmax(-1)
+        own = logps.gather(1, ids[0, 1:, None])[line.start-1:, 0]
+        got = probed.iloc[line.row]
+        assert [got.mean_logp, got.least_logp] == pytest.approx([own.mean().item(), own.min().item()], abs=1e-4)
+        assert got.least_at == pytest.approx(int(own.argmin())/(len(own)-1))
+
+def test_the_filter_keeps_the_best(prompt, tiny):
+    rows = told(10)
+    with pytest.raises(Refusal, match='probe'): keep_learnable(rows)
+    probed = probe(load_classifier(tiny, prompt.prompt, 'text', 'fp32'), prompt, rows, progress=False)
+    best = keep_learnable(probed, share=.3)
+    assert list(best.id[best.rationale.notna()]) == list(probed.nlargest(3, 'least_logp').id)
+    assert len(best) == len(rows) and not has_rationale(best)[3:].any()
+    middle = float(probed.least_logp.median())
+    assert has_rationale(keep_learnable(probed, lowest=middle)).sum() == 5
