@@ -8,9 +8,8 @@ __all__ = ['recipe_of_plans', 'write_recipe', 'open_runs', 'plan_open_runs']
 # %% ../nbs/lib/12h_planning.ipynb #01c07cc2
 from pathlib import Path
 import yaml
-from .core import Refusal, atomic, project_root, read_json
-from .graph import expand, read_recipe, table_stages
-from .jobs import job_file
+from .core import Refusal, atomic, project_root
+from .graph import expand, read_recipe
 from .log import plan_runs, planned
 
 # %% ../nbs/lib/12h_planning.ipynb #f725be1d
@@ -28,8 +27,9 @@ def recipe_of_plans(
 def _voted_table(trained): # The table that the mixes are validated on, as an argument; it must be one for all
     from competition_kit.tables import validated_part
     names = {validated_part(j['args']['mix']).name for j in trained.values() if 'mix' in j['args']}
-    if len(names) > 1: raise Refusal(f"planned rows train on different tables: {', '.join(sorted(names))}",
-                                     fix='Plan those of one table at a time')
+    if len(names) > 1:
+        raise Refusal(f"planned rows train on different tables: {', '.join(sorted(names))}",
+                      fix='Plan those of one table at a time')
     return dict(data=names.pop()) if names else {}
 
 # %% ../nbs/lib/12h_planning.ipynb #81bebb26
@@ -40,8 +40,8 @@ def write_recipe(
     file, plans = project_root()/'recipes'/f'{name}.yaml', planned()
     if file.exists(): raise Refusal('there is a recipe of this name', file, fix='Take another name, or delete it')
     if not plans: raise Refusal('no row of the sheet `runs` has the status planned')
-    with atomic(file) as tmp:
-        tmp.write_text(yaml.safe_dump(recipe_of_plans(name, plans), sort_keys=False, allow_unicode=True), encoding='utf-8')
+    text = yaml.safe_dump(recipe_of_plans(name, plans), sort_keys=False, allow_unicode=True)
+    with atomic(file) as tmp: tmp.write_text(text, encoding='utf-8')
     try: expand(read_recipe(name))
     except Refusal:
         file.unlink()

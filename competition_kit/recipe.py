@@ -274,6 +274,7 @@ def _add_what(p, what):
     p.add_argument('--yes', action='store_true', help='repeat runs of older code, however long they took')
     p.add_argument('--as-is', action='store_true', help='use the results of older code')
 
+_DOES = {'plan': plan, 'run': run_recipe, 'resume': resume, 'report': report, 'from-log': from_log, 'to-log': to_log}
 _WORDS = 'name', 'scale', 'profile', 'cores', 'yes', 'as_is', 'gpu', 'gpus'
 
 def command(
@@ -285,5 +286,4 @@ def command(
         key, equals, value = text.partition('=')
         if not equals or key in _WORDS: raise Refusal(f'--set {text}', fix='Write NAME=VALUE')
         given[key] = value
-    does = {'plan': plan, 'run': run_recipe, 'resume': resume, 'report': report, 'from-log': from_log, 'to-log': to_log}
-    return does[args.what](**given)
+    return _DOES[args.what](**given)

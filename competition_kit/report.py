@@ -94,6 +94,8 @@ def _word(found, states): # Of a step: the state that asks for attention
     words = {states[j.name].word for j in found}
     return next((w for w in ('failed', 'running', 'changed code', 'to run') if w in words), 'done')
 
+def _css(word): return word.replace(' ', '-')
+
 def graph_svg(
     jobs,   # From `expand`
     states, # From `job_states`
@@ -109,7 +111,8 @@ def graph_svg(
             out.append(f'<path class="edge" d="M{x0} {y0} C{x0+bend} {y0} {x-bend} {y1} {x} {y1}"/>')
     for step, (found, _) in graph.items():
         (x, y), done = at[step], sum(states[j.name].word == 'done' for j in found)
-        out += [f'<g class="box {_word(found, states).replace(" ", "-")}"><rect x="{x}" y="{y}" width="{_WIDE}" height="{_HIGH}" rx="7"/>',
+        out += [f'<g class="box {_css(_word(found, states))}">',
+                f'<rect x="{x}" y="{y}" width="{_WIDE}" height="{_HIGH}" rx="7"/>',
                 f'<text x="{x+10}" y="{y+20}">{escape(step)}</text>',
                 f'<text class="small" x="{x+10}" y="{y+38}">{found[0].stage}, {done} of {len(found)} done</text></g>']
     return '\n'.join([*out, '</svg>'])
@@ -119,8 +122,8 @@ def _seconds(text): return datetime.strptime(text, '%Y-%m-%dT%H:%M:%SZ').timesta
 
 def _spans(jobs, states): # (name, start, end) of finished runs, in seconds
     recs = [(n, states[n].rec) for n in jobs if states[n].word == 'done' and states[n].rec]
-    spans = [(n, _seconds(r['ended'])-60*(r.get('minutes') or 0), _seconds(r['ended'])) for n, r in recs if r.get('ended')]
-    return sorted(spans, key=lambda s: s[1])
+    ends = [(n, r, _seconds(r['ended'])) for n, r in recs if r.get('ended')]
+    return sorted([(n, end-60*(r.get('minutes') or 0), end) for n, r, end in ends], key=lambda span: span[1])
 
 def times_svg(
     jobs,   # From `expand`
@@ -131,13 +134,15 @@ def times_svg(
     if not spans: return ''
     first, last = min(s[1] for s in spans), max(s[2] for s in spans)
     scale, height = wide/max(last-first, 1), len(spans)*high+22
-    out = [f'<svg viewBox="0 0 {left+wide+90} {height}" width="{left+wide+90}" role="img" aria-label="times of the jobs">']
+    size = f'viewBox="0 0 {left+wide+90} {height}" width="{left+wide+90}"'
+    out = [f'<svg {size} role="img" aria-label="times of the jobs">']
     for k, (name, start, end) in enumerate(spans):
         x, bar, y = left+(start-first)*scale, max((end-start)*scale, 2), k*high
         out += [f'<text class="small" x="{left-8}" y="{y+14}" text-anchor="end">{escape(name[:30])}</text>',
                 f'<rect class="bar" x="{x:.1f}" y="{y+4}" width="{bar:.1f}" height="12" rx="3"/>',
                 f'<text class="small" x="{x+bar+6:.1f}" y="{y+14}">{(end-start)/60:.1f} min</text>']
-    out.append(f'<text class="small" x="{left}" y="{height-4}">{(last-first)/3600:.2f} hours from the first start to the last end</text>')
+    text = f'{(last-first)/3600:.2f} hours from the first start to the last end'
+    out.append(f'<text class="small" x="{left}" y="{height-4}">{text}</text>')
     return '\n'.join([*out, '</svg>'])
 
 # %% ../nbs/lib/12g_report.ipynb #b66910b7
@@ -156,23 +161,37 @@ def pictures(
 
 # %% ../nbs/lib/12g_report.ipynb #b1554900
 STYLE = '''
-:root { color-scheme: light dark; --ink: #1c2733; --dim: #5d6b7a; --page: #fbfbf9; --card: #fff; --line: #d9dee3;
-  --done: #dff1e3; --run: #dceafb; --failed: #f8d9d7; --wait: #eef0f2; --changed: #fbeccb; --bar: #3f7fbf; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ed; --dim: #98a6b4; --page: #14191f; --card: #1b222a; --line: #36414c;
-  --done: #1f4a30; --run: #1f3f63; --failed: #642c2a; --wait: #2a323b; --changed: #5a4718; --bar: #6aa9e6; } }
+:root { color-scheme: light dark; --ink: #1c2733; --dim: #5d6b7a; --page: #fbfbf9; --line: #d9dee3; --bar: #3f7fbf;
+  --done: #dff1e3; --run: #dceafb; --failed: #f8d9d7; --wait: #eef0f2; --changed: #fbeccb; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e8ed; --dim: #98a6b4; --page: #14191f; --line: #36414c; --bar: #6aa9e6;
+    --done: #1f4a30; --run: #1f3f63; --failed: #642c2a; --wait: #2a323b; --changed: #5a4718; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 10px; } .dim { color: var(--dim); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--dim); font-weight: 600; } td.n, th.n { text-align: right; } code { font-size: 13px; }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 600 14px system-ui, sans-serif; }
-svg text.small { font-weight: 400; font-size: 12px; fill: var(--dim); } .edge { fill: none; stroke: var(--dim); stroke-width: 1.4; }
-.box rect { stroke: var(--line); fill: var(--wait); } .box.done rect { fill: var(--done); } .box.running rect { fill: var(--run); }
-.box.failed rect { fill: var(--failed); } .box.changed-code rect { fill: var(--changed); } .bar { fill: var(--bar); }
-.tag { border-radius: 9px; padding: 1px 9px; background: var(--wait); white-space: nowrap; } .tag.done { background: var(--done); }
-.tag.failed { background: var(--failed); } .tag.running { background: var(--run); } .tag.changed-code { background: var(--changed); }
-figure { margin: 0 0 22px; } figure img { max-width: 100%; background: #fff; border-radius: 6px; } figcaption { color: var(--dim); }
+h1 { font-size: 26px; margin: 0 0 4px; }
+h2 { font-size: 18px; margin: 34px 0 10px; }
+.dim, figcaption, th { color: var(--dim); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 20px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+svg { max-width: 100%; height: auto; }
+svg text { fill: var(--ink); font: 600 14px system-ui, sans-serif; }
+svg text.small { font-weight: 400; font-size: 12px; fill: var(--dim); }
+.edge { fill: none; stroke: var(--dim); stroke-width: 1.4; }
+.bar { fill: var(--bar); }
+.box rect { stroke: var(--line); fill: var(--wait); }
+.box.done rect { fill: var(--done); }
+.box.running rect { fill: var(--run); }
+.box.failed rect { fill: var(--failed); }
+.box.changed-code rect { fill: var(--changed); }
+.tag { border-radius: 9px; padding: 1px 9px; background: var(--wait); white-space: nowrap; }
+.tag.done { background: var(--done); }
+.tag.running { background: var(--run); }
+.tag.failed { background: var(--failed); }
+.tag.changed-code { background: var(--changed); }
+figure { margin: 0 0 22px; }
+figure img { max-width: 100%; background: #fff; border-radius: 6px; }
 '''
 
 # %% ../nbs/lib/12g_report.ipynb #95585b24
@@ -195,8 +214,8 @@ def _score_table(jobs, states):
         gain = won.get(step, {})
         words = [f"{k.replace('_', '-')} {gain_text(*gain[k])}" for k in ('log_loss', 'accuracy') if k in gain]
         over = f"over {escape(gain['before'])}: "+'; '.join(words) if words else ''
-        rows.append([escape(step), f"{s['done']} of {s['instances']}", f"{s['minutes']:.1f}", _number(s.get('log_loss')),
-                     _number(s.get('accuracy')), over])
+        rows.append([escape(step), f"{s['done']} of {s['instances']}", f"{s['minutes']:.1f}",
+                     _number(s.get('log_loss')), _number(s.get('accuracy')), over])
     return _table(['step', '#done', '#minutes', '#log-loss', '#accuracy', 'gain'], rows)
 
 def _job_table(jobs, states):
@@ -205,8 +224,8 @@ def _job_table(jobs, states):
         s = states[name]
         run = f"<code>{s.rec['run_id']}</code>" if s.rec else ''
         minutes = f"{s.rec['minutes']:.1f}" if s.rec and s.rec.get('minutes') is not None else ''
-        rows.append([escape(name), job.stage, f'<span class="tag {s.word.replace(" ", "-")}">{s.word}</span> {escape(s.why)}',
-                     minutes, run])
+        state = f'<span class="tag {_css(s.word)}">{s.word}</span> {escape(s.why)}'
+        rows.append([escape(name), job.stage, state, minutes, run])
     return _table(['job', 'stage', 'state', '#minutes', 'run'], rows)
 
 # %% ../nbs/lib/12g_report.ipynb #821b98b7
@@ -241,4 +260,5 @@ def report_html(
              f'<h2>Times</h2><div class=scroll>{times}</div>' if times else '',
              f'<h2>Jobs</h2>{_job_table(jobs, states)}', _cpu_part(jobs), _picture_part(jobs, states)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>{"".join(parts)}</main></body></html>'
+    body = f'<body><main>{"".join(parts)}</main></body>'
+    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>{body}</html>'
