@@ -399,7 +399,9 @@ def _bundle(args):
 
 # %% ../nbs/lib/12a_ck.ipynb #ed01738d
 def _add_recipe(commands, asked):
-    p = _add(commands, 'recipe', None, 'plan, run and resume a system of many runs', 'ck recipe run quickstart')
+    p = _add(commands, 'recipe', None, 'plan, run and resume a system of many runs',
+             'ck recipe plan arena_distill --scale seed --gpu H200\n  ck recipe run logic_vote --scale tiny\n'
+             '  ck recipe report logic_vote --scale tiny')
     if not asked: return
     stage = importlib.import_module('competition_kit.recipe')
     stage.add_arguments(p)

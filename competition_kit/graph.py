@@ -345,7 +345,8 @@ def _check_different(jobs):
             other = seen.setdefault(key, job)
             if other is job: continue
             what = 'have the same arguments' if key == job.key else 'write the same table'
-            raise Refusal(f'{other.name} and {job.name} {what}', job.where, fix='Give each a name or a value of its own')
+            raise Refusal(f'{other.name} and {job.name} {what}', job.where,
+                          fix='Give each a name or a value of its own')
 
 def _rank(jobs, written): # Order: the longest way to a job, then the file's own order
     depth = {}

@@ -79,10 +79,19 @@ def plan(
     here = len(gpu_ids())
     gpu, gpus = gpu or ('this machine' if here else 'A100-80'), gpus or here or 8
     left = {n: j for n, j in opened.jobs.items() if opened.states[n].word != 'done'}
-    costs = {n: estimate(j, opened.jobs, gpu) for n, j in left.items()}
+    with _offline(): costs = {n: estimate(j, opened.jobs, gpu) for n, j in left.items()}
     print(_title(opened), graph_text(opened.jobs), plan_table(opened, costs), _count_text(opened), sep='\n\n')
     if any(j.gpus for j in left.values()): print(_sum_text(left, costs, gpu, gpus))
     return 0
+
+@contextlib.contextmanager
+def _offline(): # The model libraries read it when they are loaded, which is in `estimate`
+    old = os.environ.get('HF_HUB_OFFLINE')
+    os.environ['HF_HUB_OFFLINE'] = '1'
+    try: yield
+    finally:
+        if old is None: del os.environ['HF_HUB_OFFLINE']
+        else: os.environ['HF_HUB_OFFLINE'] = old
 
 def _title(opened):
     r = opened.recipe
@@ -96,7 +105,7 @@ def _sum_text(left, costs, gpu, gpus):
     hours = {n: c['hours'] for n, c in costs.items() if 'hours' in c}
     total = sum(c.get('gpu_hours', 0) for c in costs.values())
     disk = sum(c.get('disk_gb', 0) for c in costs.values())
-    unknown = [n for n, j in left.items() if j.gpus and n not in hours]
+    unknown = list(dict.fromkeys(j.step for n, j in left.items() if j.gpus and n not in hours))
     text = (f'predicted on {gpus} x {gpu}: {hours_text(wall_hours(left, hours, gpus))}, {total:,.0f} GPU-hours, '
             f'{disk:,.1f} GB on disk')
     return text+(f"; not in the cost model: {', '.join(unknown)}" if unknown else '')
@@ -254,7 +263,8 @@ def add_arguments(
     "The words of `ck recipe`"
     sub = p.add_subparsers(dest='what', metavar='WHAT', required=True)
     helps = dict(plan='show the graph, what is done, what would run and what it takes', run='run what is not done',
-                 resume='go on with the values of the last start', report='write one HTML file: graph, scores, gains, times',
+                 resume='go on with the values of the last start',
+                 report='write one HTML file: graph, scores, gains, times',
                  **{'from-log': 'make a recipe of the planned rows of the workbook',
                     'to-log': 'add the open jobs of a recipe to the workbook as planned rows'})
     for what, help in helps.items(): _add_what(sub.add_parser(what, help=help, description=help.capitalize()+'.'), what)
@@ -274,7 +284,8 @@ def _add_what(p, what):
     p.add_argument('--yes', action='store_true', help='repeat runs of older code, however long they took')
     p.add_argument('--as-is', action='store_true', help='use the results of older code')
 
-_DOES = {'plan': plan, 'run': run_recipe, 'resume': resume, 'report': report, 'from-log': from_log, 'to-log': to_log}
+_DOES = {'plan': plan, 'run': run_recipe, 'resume': resume, 'report': report, 'from-log': from_log,
+         'to-log': to_log}
 _WORDS = 'name', 'scale', 'profile', 'cores', 'yes', 'as_is', 'gpu', 'gpus'
 
 def command(

@@ -255,8 +255,8 @@ def report_html(
     parts = [f'<h1>{escape(title)}</h1><p>{escape(recipe.get("about", ""))}</p>',
              f'<p class=dim>{done} of {len(jobs)} jobs done; written {now()} on {escape(device_name())}</p>',
              f'<h2>Graph</h2><div class=scroll>{graph_svg(jobs, states)}</div>',
-             '<h2>Scores</h2><p class=dim>Mean ± standard deviation over the instances of a step (best baseline), on each '
-             "step's own held-out rows.</p>", _score_table(jobs, states),
+             '<h2>Scores</h2><p class=dim>Mean ± standard deviation over the instances of a step (best baseline), on '
+             "each step's own held-out rows.</p>", _score_table(jobs, states),
              f'<h2>Times</h2><div class=scroll>{times}</div>' if times else '',
              f'<h2>Jobs</h2>{_job_table(jobs, states)}', _cpu_part(jobs), _picture_part(jobs, states)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
