@@ -136,11 +136,11 @@ class SlowClock(Clock):
 
 def test_the_time_is_up_within_a_text(both):
     "a real engine: the letters are there, some texts are not, and the submission is valid"
-    args = VoteArgs('few', ' '.join(both), budget=.5, samples=2, retries=0, views=1)
+    args = VoteArgs('few', ' '.join(both), budget=.35, samples=2, retries=0, views=1)
     rows = rows_to_predict(args.ballot, 'few')
     with start_run('vote', dict(of='a test'), {}) as run:
         sample = find_sample('few')
-        run_staged(run, args, args.ballot, rows, sample, SlowClock(.5))
+        run_staged(run, args, args.ballot, rows, sample, SlowClock(.35))
     assert run.record['stopped'].startswith(('TimeoutError', 'the time is up'))
     assert run.record['missing']['runs'][both[0]] == 0 and run.record['missing']['runs'][both[1]] > 0
     assert check_submission(run.folder/'submission.jsonl', sample, 'choice', rows)
@@ -151,8 +151,9 @@ def test_a_trained_run_answers(both):
     p, _ = tables(run)
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
 
-REFUSED = [(dict(rule='logits'), 'logits.*answer by text'), (dict(rule='ranks'), 'ranks'), (dict(samples=0), 'samples'),
-           (dict(gpus=2), 'several processes'), (dict(max_memory_gb=8.), 'max_memory_gb'), (dict(retries=-1), 'retries')]
+REFUSED = [(dict(rule='logits'), 'logits.*answer by text'), (dict(rule='ranks'), 'ranks'),
+           (dict(gpus=2), 'several processes'), (dict(max_memory_gb=8.), 'max_memory_gb'),
+           (dict(samples=0), 'samples'), (dict(retries=-1), 'retries')]
 @pytest.mark.parametrize('wrong, why', REFUSED)
 def test_what_texts_cannot_be_combined_with(both, wrong, why):
     with pytest.raises(Refusal, match=why): held(*both, **wrong)
