@@ -24,7 +24,7 @@ from .sequential import calibrated_limits, exact_limits
 from .staged import minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
-from .trained import _seen
+from .trained import trained_on
 
 # %% ../nbs/lib/03q_predictions.ipynb #f2815653
 def _task(ballot): # the one task of all voters
@@ -246,7 +246,7 @@ class BallotAsker:
 
     def seen(self): # [rows], True where a run was trained on it, null where one does not say
         recs = self.models.recs | (self.texts.recs if self.texts else {})
-        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else _seen(recs[r], self.rows)
+        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else trained_on(recs[r], self.rows)
                   for r in self.names]
         return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
                         dtype='boolean')
