@@ -6,7 +6,7 @@
 __all__ = ['uncommitted', 'run', 'log_table', 'log_plan', 'log_repro', 'doctor', 'main']
 
 # %% ../nbs/lib/12a_ck.ipynb #c6b54e2e
-import argparse, importlib.util, inspect, json, os, re, shlex, shutil, subprocess, sys
+import argparse, importlib, importlib.util, inspect, json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 from time import monotonic
 from .core import Refusal, content_hash, models_path, project_root, root_at, to_json, versions
@@ -262,6 +262,7 @@ _EXAMPLES = '''examples:
   ck cost --base qwen2.5-14b --gpu H100    what will a training cost?
   ck check submission.csv sample.csv       is this file valid?
   ck bundle vote-1a2b --target t4x2        pack a vote for a platform without a network
+  ck recipe run quickstart                 a whole system: what is not done yet is run
   ck doctor                                what can this machine run?
 exit codes: 0 done, 1 failed, 2 refused, 75 being run elsewhere, 129, 130 or 143 stopped by a signal'''
 
@@ -271,7 +272,7 @@ def _add(commands, name, do, help, example, **kw):
     p.set_defaults(do=do)
     return p
 
-def _parser():
+def _parser(first=''): # `first`: the first word, since a stage that has commands is loaded only for them
     top = argparse.ArgumentParser('ck', formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXAMPLES,
                                   description='From raw data to a valid submission: run notebooks, read the log.')
     commands = top.add_subparsers(dest='cmd', metavar='COMMAND', required=True)
@@ -282,6 +283,7 @@ def _parser():
     _add(commands, 'doctor', lambda args: print(doctor()), 'say what this machine can run', 'ck doctor')
     _add_cost(commands)
     _add_bundle(commands)
+    _add_recipe(commands, first == 'recipe')
     return top
 
 # %% ../nbs/lib/12a_ck.ipynb #37fa0f89
@@ -401,6 +403,14 @@ def _bundle(args):
     folder = bundle(args.runs, args.target, args.out, args.wheels, there)
     print(package_sizes(folder, find_target(args.target)), f'package: {_short(folder)}', sep='\n')
 
+# %% ../nbs/lib/12a_ck.ipynb #ed01738d
+def _add_recipe(commands, asked):
+    p = _add(commands, 'recipe', None, 'plan, run and resume a system of many runs', 'ck recipe run quickstart')
+    if not asked: return
+    stage = importlib.import_module('competition_kit.recipe')
+    stage.add_arguments(p)
+    p.set_defaults(do=stage.command)
+
 # %% ../nbs/lib/12a_ck.ipynb #9c91216a
 def _pairs(argv): # The arguments without `-p NAME VALUE`, and the pairs
     rest, pairs, left = [], {}, list(argv)
@@ -422,7 +432,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, params = _pairs(argv) if argv[:1] == ['run'] else (argv, {})
-        args = _parser().parse_args(words, argparse.Namespace(params=params))
+        args = _parser(*words[:1]).parse_args(words, argparse.Namespace(params=params))
         return args.do(args) or 0
     except Refusal as e:
         print(f'ck: {e}', file=sys.stderr)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_rationale', 'encode_completions', 'token_places', 'completion_tokens', 'CompletionSteps', 'completion_loss',
-           'answer_rows', 'reply_probs', 'text_and_letters', 'trusted_text_prompt']
+           'answer_rows', 'reply_probs', 'text_scores', 'text_and_letters', 'trusted_text_prompt']
 
 # %% ../nbs/lib/03t_completions.ipynb #8fa02ced
 import numpy as np
@@ -14,6 +14,7 @@ from .core import Refusal
 from .fit import Steps
 from .model import predict
 from .pack import as_tree
+from .probs import scores
 from .prompt import Tokens, encode_texts
 from .replies import generate, job_table
 from .rows import n_options
@@ -127,6 +128,16 @@ def reply_probs(
 ) -> np.ndarray: # [rows, options]
     "Shares of each row's parsed replies"
     return text_probs(text_votes(replies, rows)[0], n_options(rows, 'choice'))[0]
+
+# %% ../nbs/lib/03t_completions.ipynb #b2f3c65a
+def text_scores(
+    p,     # [rows, options], from `reply_probs`
+    label, # [rows]
+) -> dict: # As of `scores`
+    "Log-loss, accuracy and calibration error; of k equally probable options each counts 1/k"
+    top = p == p.max(1, keepdims=True)
+    right = top[np.arange(len(p)), label]/top.sum(1)
+    return scores(p, label) | dict(accuracy=round(float(right.mean()), 5))
 
 # %% ../nbs/lib/03t_completions.ipynb #90119685
 def text_and_letters(

@@ -6,7 +6,7 @@
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
            'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
            'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'faster',
-           'EngineAsker', 'ask_engine', 'engine_facts']
+           'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from .adapter import check_adapter
 from .base import base_path, pick_dtype
-from .core import Refusal, hash_obj, read_json, write_json
+from .core import Refusal, die_with_parent, hash_obj, read_json, write_json
 from .probs import write_probs
 from .prompt import encode_cached
 from .quant import quant_kind
-from .ranks import _die_with_parent
 from .rows import swap_probs
-from .trained import (RunAsker, _copy_earlier, _kept, _made_of, _on_base, _seen, base_of, is_full,
-                                     model_params, predict_runs, weights_path)
+from .trained import (RunAsker, base_key, base_of, copy_earlier, is_full, kept_probs, model_params,
+                                     predict_runs, prediction_key, trained_on, weights_path)
 
 # %% ../nbs/lib/03m_engine.ipynb #28d3cc3e
 def vllm_version() -> str: # '' where it is not installed
@@ -168,7 +167,7 @@ def _start_process(log): # (the process, the pipe to it)
     code = f'from competition_kit.engine import serve; serve({theirs.fileno()})'
     process = subprocess.Popen([sys.executable, '-c', code], env=engine_env(), pass_fds=[theirs.fileno()],
                                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                               start_new_session=True, preexec_fn=_die_with_parent)
+                               start_new_session=True, preexec_fn=die_with_parent)
     theirs.close()
     return process, ours
 
@@ -403,10 +402,95 @@ def faster(
     return engine, (f'packs would take {packs/60:.1f} minutes, vLLM {(vllm+start)/60:.1f} '
                     f'({start/60:.1f} of it to start): {engine}')
 
-# %% ../nbs/lib/03m_engine.ipynb #c1750672
+# %% ../nbs/lib/03m_engine.ipynb #7f3a764e
+class _Served(RunAsker): # runs on one base (`served`), by the `Engine` that serves them (`server`)
+    def _encoded(self, run): return encode_cached(self.prompts[run], self.rows, self.views)
+
+    def _ids(self, run, at, view=0): # token arrays of some rows
+        enc = self._encoded(run)
+        return list(enc[enc.view == view].sort_values('row', kind='stable').ids.iloc[at])
+
+    def _letters(self, run=None): # ids of a run's letters
+        run = run or self.served[0]
+        return [int(t) for t in self.recs[run].get('letters', self.prompts[run].letters)]
+
+    def _all_letters(self, same): return sorted({t for r in same for t in self._letters(r)})
+
+    def _ask_server(self, run, at, view): # [those rows, options], un-swapped
+        slot = self.served.index(run)+1 if self.server.n_adapters else 0
+        p = letter_probs(self.server.letters(self._ids(run, at, view), self._letters(run), slot), self.n[at])
+        return swap_probs(p, self.n[at], self.task) if view else p
+
+    def close(self):
+        if self.server: self.server.close()
+        self.server = None
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+# %% ../nbs/lib/03m_engine.ipynb #d3720360
+def _seconds(asker, f, at): # of all rows and views, from those of some rows
+    tokens = asker.enc[asker.enc.view == 0].sort_values('row').n.to_numpy()[at].sum()
+    began = time.perf_counter()
+    f()
+    return (time.perf_counter()-began)*asker.enc.n.sum()/tokens
+
+def _by_packs(asker, same, gate, other): # run → probabilities, and the seconds of all rows of all runs
+    kit = {}
+    for run in same:
+        RunAsker.load(asker, run)
+        kit[run] = RunAsker.ask(asker, gate, 0)
+    seconds = _seconds(asker, lambda: RunAsker.ask(asker, other, 0), other)
+    asker.model = asker.base = None
+    _free_gpu()
+    return kit, seconds*len(same)
+
+def _start(asker, same): # an `Engine` for these runs
+    rec, longest = asker.recs[same[0]], max(int(asker._encoded(r).n.max()) for r in same)
+    adapters = [] if is_full(rec) else [weights_path(asker.recs[r]) for r in same]
+    dtype = served_dtype(base_of(rec), str(model_params(rec)['dtype']))
+    how = dict(dtype=dtype, max_len=longest+1, enforce_eager=True) | asker.options
+    return Engine(base_of(rec), adapters, **how)
+
+def _by_vllm(asker, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
+    server, ids = asker.server, [i for r in same for i in asker._ids(r, gate)]
+    k, n = server.n_adapters, len(gate)
+    if not k: return {same[0]: (server.letters(ids, asker._letters(), np.zeros(len(ids), int)), None)}
+    slots = np.repeat(np.arange(1, k+1), n)
+    both = server.letters(ids*2, asker._all_letters(same), np.r_[slots, 0*slots])
+    at = {r: [asker._all_letters(same).index(t) for t in asker._letters(r)] for r in same}
+    return {r: tuple(both[j+i*n:j+(i+1)*n, at[r]] for j in (0, len(ids))) for i, r in enumerate(same)}
+
+# %% ../nbs/lib/03m_engine.ipynb #5e1ed70a
 _gate_rows, _least_seconds = 64, 60. # rows that are compared; packs that take less need no other engine
 
-class EngineAsker(RunAsker):
+def _gate(asker, same, kit, rows): # run → parity; raises where the engine is not the kit
+    limit = .05 if quant_kind(base_of(asker.recs[same[0]])) else .02
+    facts = {}
+    for run, (logp, base) in _by_vllm(asker, same, rows).items():
+        facts[run] = parity(kit[run], logp, asker.n[rows], base, limit)
+        check_parity(run, facts[run])
+    return facts
+
+def _measure(asker, same, decided): # starts an engine that passes the gate, or raises; the facts
+    at = np.random.default_rng(0).permutation(len(asker.rows))
+    gate, other = at[:_gate_rows], at[_gate_rows:2*_gate_rows] if len(at) >= 2*_gate_rows else at[:_gate_rows]
+    kit, packs = _by_packs(asker, same, gate, other)
+    may_leave = asker.engine == 'auto' and not decided
+    if may_leave and packs < _least_seconds:
+        return dict(engine='packs', why=f'packs need {packs:.0f} seconds for all rows, so vLLM is not started')
+    began = time.perf_counter()
+    asker.server = _start(asker, same)
+    start = time.perf_counter()-began
+    facts = dict(engine=f'vllm {asker.server.version}', parity=_gate(asker, same, kit, gate))
+    if not may_leave: return facts
+    ids, letters, slot = asker._ids(same[-1], other), asker._letters(same[-1]), asker.server.n_adapters
+    vllm = _seconds(asker, lambda: asker.server.letters(ids, letters, slot, fresh=True), other)*len(same)
+    chosen, facts['why'] = faster(packs, vllm, start)
+    return facts | (dict(engine='packs') if chosen == 'packs' else {})
+
+# %% ../nbs/lib/03m_engine.ipynb #c1750672
+class EngineAsker(_Served):
     "A `RunAsker` that may ask vLLM; use it in a `with` block, which ends the engine"
     def __init__(self,
         runs,                 # Ids of train runs
@@ -428,17 +512,18 @@ class EngineAsker(RunAsker):
     def choose(self, run):
         "The engine for the runs on one base: `packs`, or `vllm`, which is then running"
         if self.engine == 'packs': return 'packs'
-        same = [r for r, rec in self.recs.items() if _on_base(rec) == _on_base(self.recs[run])]
+        same = [r for r, rec in self.recs.items() if base_key(rec) == base_key(self.recs[run])]
         if self.server and self.served == same: return 'vllm'
         self.close()
         before = self.facts.get(' '.join(same), {}).get('engine', '')
         if before == 'packs' or self.engine == 'auto' and why_not_served(self.recs[run]): return 'packs'
         self.served = same
-        try: facts = self._measure(same, decided=bool(before))
+        try: facts = _measure(self, same, decided=bool(before))
         except Refusal as e:
             self.close()
             if self.engine == 'vllm': raise
             facts = dict(engine='packs', why=str(e))
+        if facts['engine'] == 'packs': self.close()
         self._note(facts)
         return facts['engine'].split()[0]
 
@@ -447,96 +532,29 @@ class EngineAsker(RunAsker):
         self.facts[' '.join(self.served)] = facts
         write_json(self.file, self.facts)
 
-    def _measure(self, same, decided): # passes the gate, or raises; the facts
-        at = np.random.default_rng(0).permutation(len(self.rows))
-        gate, other = at[:_gate_rows], at[_gate_rows:2*_gate_rows] if len(at) >= 2*_gate_rows else at[:_gate_rows]
-        kit, packs = self._by_packs(same, gate, other)
-        may_leave = self.engine == 'auto' and not decided
-        if may_leave and packs < _least_seconds:
-            return dict(engine='packs', why=f'packs need {packs:.0f} seconds for all rows, so vLLM is not started')
-        began = time.perf_counter()
-        self._start(same)
-        start, facts = time.perf_counter()-began, dict(engine=f'vllm {self.server.version}', parity={})
-        limit = .05 if quant_kind(base_of(self.recs[same[0]])) else .02
-        for run, (logp, base) in self._by_vllm(same, gate).items():
-            facts['parity'][run] = parity(kit[run], logp, self.n[gate], base, limit)
-            check_parity(run, facts['parity'][run])
-        if not may_leave: return facts
-        ids, letters, slot = self._ids(same[-1], other), self._letters(same[-1]), self.server.n_adapters
-        vllm = self._seconds(lambda: self.server.letters(ids, letters, slot, fresh=True), other)*len(same)
-        chosen, facts['why'] = faster(packs, vllm, start)
-        if chosen == 'packs':
-            self.close()
-            facts['engine'] = 'packs'
-        return facts
-
-    def _by_packs(self, same, gate, other): # run → probabilities, and the seconds of all rows of all runs
-        kit = {}
-        for run in same:
-            RunAsker.load(self, run)
-            kit[run] = RunAsker.ask(self, gate, 0)
-        seconds = self._seconds(lambda: RunAsker.ask(self, other, 0), other)
-        self.model = self.base = None
-        _free_gpu()
-        return kit, seconds*len(same)
-
-    def _seconds(self, f, at): # of all rows and views, from those of some rows
-        began, tokens = time.perf_counter(), self.enc[self.enc.view == 0].sort_values('row').n.to_numpy()[at].sum()
-        f()
-        return (time.perf_counter()-began)*self.enc.n.sum()/tokens
-
-    def _start(self, same):
-        rec, longest = self.recs[same[0]], max(int(self._encoded(r).n.max()) for r in same)
-        adapters = [] if is_full(rec) else [weights_path(self.recs[r]) for r in same]
-        dtype = served_dtype(base_of(rec), str(model_params(rec)['dtype']))
-        how = dict(dtype=dtype, max_len=longest+1, enforce_eager=True) | self.options
-        self.server = Engine(base_of(rec), adapters, **how)
-
-    def _by_vllm(self, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
-        ids = [i for r in same for i in self._ids(r, gate)]
-        k, n = self.server.n_adapters, len(gate)
-        slots = np.repeat(np.arange(1, k+1), n) if k else np.zeros(len(ids), int)
-        if not k: return {same[0]: (self.server.letters(ids, self._letters(), slots), None)}
-        both = self.server.letters(ids*2, self._all_letters(same), np.r_[slots, 0*slots])
-        at = {r: [self._all_letters(same).index(t) for t in self._letters(r)] for r in same}
-        return {r: tuple(both[j+i*n:j+(i+1)*n, at[r]] for j in (0, len(ids))) for i, r in enumerate(same)}
-
-    def _letters(self, run=None): # ids of a run's letters
-        run = run or self.served[0]
-        return [int(t) for t in self.recs[run].get('letters', self.prompts[run].letters)]
-
-    def _all_letters(self, same): return sorted({t for r in same for t in self._letters(r)})
-
-    def _encoded(self, run): return encode_cached(self.prompts[run], self.rows, self.views)
-
-    def _ids(self, run, at, view=0): # token arrays of some rows
-        enc = self._encoded(run)
-        return list(enc[enc.view == view].sort_values('row', kind='stable').ids.iloc[at])
-
     def load(self, run):
         self.run = run
         if self.choose(run) == 'packs': return super().load(run)
-        self.base, self.enc = _on_base(self.recs[run]), self._encoded(run)
+        self.base, self.enc = base_key(self.recs[run]), self._encoded(run)
 
     def ask(self, at, view): # [those rows, options], un-swapped
         if self.server is None: return super().ask(at, view)
-        slot = self.served.index(self.run)+1 if self.server.n_adapters else 0
-        try: logp = self.server.letters(self._ids(self.run, at, view), self._letters(self.run), slot)
+        try: return self._ask_server(self.run, at, view)
         except EngineDied as e:
             if self.engine == 'vllm': raise
             self.server = None
             self._note(dict(engine='packs', why=str(e)))
             super().load(self.run)
             return super().ask(at, view)
-        p = letter_probs(logp, self.n[at])
-        return swap_probs(p, self.n[at], self.task) if view else p
 
-    def close(self):
-        if self.server: self.server.close()
-        self.server = None
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+# %% ../nbs/lib/03m_engine.ipynb #e9cd24d8
+def release(
+    asker, # An `EngineAsker`
+):
+    "Give the memory of its model back, for another engine; the model is loaded again when it is asked"
+    asker.close()
+    asker.model = asker.base = None
+    _free_gpu()
 
 # %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(
@@ -552,12 +570,12 @@ def ask_engine(
     "Each run's probabilities for `rows`, by packs or by vLLM"
     folder, packs, files = Path(folder), [], {r: Path(folder)/f'{r}.parquet' for r in runs}
     with EngineAsker(runs, rows, views, pack_tokens, engine, folder, **options) as asker:
-        for r in sorted(runs, key=lambda r: _on_base(asker.recs[r])):
+        for r in sorted(runs, key=lambda r: base_key(asker.recs[r])):
             _copy_served(asker, r, files[r])
-            if _kept(files[r], rows, views) is not None: continue
+            if kept_probs(files[r], rows, views) is not None: continue
             if asker.choose(r) == 'packs' or not _write_served(asker, r, files[r]): packs.append(r)
     tables = predict_runs(packs, rows, folder, views, pack_tokens, progress)
-    return tables | {r: _kept(f, rows, views) for r, f in files.items() if r not in tables}
+    return tables | {r: kept_probs(f, rows, views) for r, f in files.items() if r not in tables}
 
 def engine_facts(
     folder, # As for `ask_engine`
@@ -565,17 +583,17 @@ def engine_facts(
     "Which engine has predicted, for a record"
     return read_json(Path(folder)/'engine.json') if (Path(folder)/'engine.json').exists() else {}
 
-def _served_key(asker, run): return hash_obj([_made_of(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
+def _served_key(asker, run): return hash_obj([prediction_key(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
 
 def _copy_served(asker, run, file): # the same predictions from another vote
-    if asker.engine == 'vllm' and _kept(file, asker.rows, asker.views) is None:
-        _copy_earlier(file, asker.rows, asker.views, _served_key(asker, run))
+    if asker.engine == 'vllm' and kept_probs(file, asker.rows, asker.views) is None:
+        copy_earlier(file, asker.rows, asker.views, _served_key(asker, run))
 
 def _write_served(asker, run, file): # predict by vLLM and write the table; False if the engine has died
     asker.load(run)
     at, rec = np.arange(len(asker.rows)), asker.recs[run]
     p = np.mean([asker.ask(at, view) for view in range(asker.views)], axis=0)
     if asker.server is None: return False
-    write_probs(file, asker.rows, p, asker.task, asker.views, _seen(rec, asker.rows), run=run,
+    write_probs(file, asker.rows, p, asker.task, asker.views, trained_on(rec, asker.rows), run=run,
                 tokenizer=rec['tokenizer'], engine=f'vllm {vllm_version()}', made_of=_served_key(asker, run))
     return True

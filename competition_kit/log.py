@@ -51,8 +51,8 @@ runs  | public_lb         | 11 |        | people | Your score on the public lead
 runs  | private_lb        | 11 |        | people | Your score on the private leaderboard.
 runs  | keep              |  8 |        | people | x, yes or 1: this run votes. no or 0: it does not. Empty: undecided.
 runs  | vote_weight       | 12 |        | people | A number: this run's weight in the vote. Empty: 1.
-runs  | note              | 44 |        | people | Anything.
 runs  | doubtful          | 30 |        | kit    | Row, its label and another option: corrections.csv of 05_generate.
+runs  | note              | 44 |        | people | Anything.
 '''
 
 # %% ../nbs/lib/01a_log.ipynb #d9ac9bf9

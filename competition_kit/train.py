@@ -15,7 +15,8 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
 
 # %% ../nbs/04_train.ipynb #c5f61ff2
 from .base import base_hash, base_name, load_tokenizer, pick_dtype
-from .completions import CompletionSteps, completion_loss, encode_completions, text_and_letters
+from .completions import (CompletionSteps, completion_loss, encode_completions, text_and_letters,
+                                         text_scores)
 from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json,
                                   write_table)
 from .fit import Steps, fit
@@ -97,7 +98,7 @@ class TrainArgs(Training):
     mix:str='sample_arena'         # Table, or mix of tables, such as train + gpt4:100; phases: pseudo@0.8 > train
     fold:int=0                     # Fold that is held out
     base:str='smollm2'             # Base model: name, folder or Hub id
-    route:str='answer'             # answer: the letters' logits; score, score2: a head of 1 or 2 layers; text: rationales
+    route:str='answer'             # answer: the letters' logits; score, score2: head of 1 or 2 layers; text: rationales
     method:str='lora'              # lora, or full: all weights are trained
     start:str=''                   # Parent run: training continues its adapter, or its weights
     keep_head:bool=True            # Keep the parent's score head
@@ -360,7 +361,7 @@ def _shards(folder, a): # of a run's replies; other weights would write other on
     return folder/f"replies-{hash_obj(read_json(weights/'manifest.json'))}"
 
 def _engine(a, base, letters):
-    engine = TransformersEngine(base, a.text, a.dtype)
+    engine = TransformersEngine(base, a.text, a.dtype, 16*a.pack_tokens)  # a cache needs less than gradients
     engine.model.letters = letters
     return engine
 
@@ -374,14 +375,15 @@ def _replies_and_letters(folder, a, rows, letters): # [rows, 4, options]: both o
     kept = models_path('.replies', hash_obj([base_hash(a.base), a.dtype, engine.version]))
     return np.concatenate([own, text_and_letters(engine, a.text, rows, kept, **how)], 1)
 
-def _text_scores(folder, a, held, p): # further metrics; `replies.parquet` is written
+def _text_metrics(folder, a, held, p): # scores beside the letters and the base; `replies.parquet` is written
     replies = read_replies(_shards(folder, a)).drop_duplicates('key').sort_values(['id', 'attempt'], ignore_index=True)
     replies = replies.join(parse_replies(replies, held))
     write_table(replies, folder/'replies.parquet')
-    letters, base_text, base_letters = (scores(p[:, k], held.label.to_numpy()) for k in (1, 2, 3))
-    return dict({f'letters_{k}': v for k, v in letters.items()}, replies=len(replies),
-                unparsed=int((replies.option < 0).sum()), rationales=len(a.completions),
-                baselines={'untouched base, text': base_text, 'untouched base, letters': base_letters})
+    y = held.label.to_numpy()
+    base = {'untouched base, text': text_scores(p[:, 2], y), 'untouched base, letters': scores(p[:, 3], y)}
+    return dict(text_scores(p[:, 0], y), **{f'letters_{k}': v for k, v in scores(p[:, 1], y).items()},
+                replies=len(replies), unparsed=int((replies.option < 0).sum()), rationales=len(a.completions),
+                baselines=base)
 
 # %% ../nbs/04_train.ipynb #39eb29ed
 def _config(args): return dict(kind=type(args).__name__, fields=asdict(args))
@@ -421,16 +423,16 @@ def train(
     if not np.isfinite(p).all():
         raise Refusal('the trained model predicts NaN', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')
     hashes = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok))
-    more_scores, no_baseline, files = {}, {}, ['probs.parquet', 'loss.json']
+    no_baseline, files = {}, ['probs.parquet', 'loss.json']
     if args.route == 'text':
+        own, p = _text_metrics(run.folder, args, held, p), p[:, 0]
         hashes['text_prompt'] = args.text.hash
-        p, more_scores = p[:, 0], _text_scores(run.folder, args, held, p)
         files.append('replies.parquet')
+    else: own = scores(p, held.label.to_numpy())
     write_json(run.folder/'loss.json', loss)
     write_probs(run.folder/'probs.parquet', held, p, prompt.task, args.views, seen=False, run=run.id, **hashes)
-    compared = baselines(rows, held, prompt.task, no_baseline) | more_scores.pop('baselines', {})
-    metrics = dict(scores(p, held.label.to_numpy()), **more_scores, baselines=compared, tokens=facts.pop('tokens'),
-                   steps=facts.pop('steps'))
+    compared = baselines(rows, held, prompt.task, no_baseline) | own.pop('baselines', {})
+    metrics = dict(own, baselines=compared, tokens=facts.pop('tokens'), steps=facts.pop('steps'))
     if no_baseline: facts['no_baseline'] = no_baseline
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
     for shards in run.folder.glob('replies-*'): shutil.rmtree(shards)
