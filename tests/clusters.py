@@ -37,6 +37,14 @@ class Processes: # of a cluster, in the foreground, in a folder of its own; they
         process.terminate()
         process.wait()
 
+    @contextlib.contextmanager
+    def away(self): # it answers nothing within the block, and for some seconds after it
+        self.go_away()
+        try:
+            yield
+            time.sleep(self.seconds_away)
+        finally: self.come_back()
+
     def stop(self): # all jobs
         self.cancel()
         with contextlib.suppress(TimeoutError): until(lambda: not self.live(), 30, 'jobs remain')
@@ -79,7 +87,7 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 class SlurmHere(Processes):
     "Slurm without systemd, cgroups and accounting; one host plays two nodes"
-    kind = 'slurm'
+    kind, seconds_away = 'slurm', 10
     def lacking(self): return [p for p in SLURM_PROGRAMS if not shutil.which(p)]
 
     def begin(self):
@@ -118,7 +126,7 @@ class SlurmHere(Processes):
 
 class RayHere(Processes):
     "Ray with a token, bound to 127.0.0.1, with eight faked GPUs"
-    kind = 'ray'
+    kind, seconds_away = 'ray', 25  # a request waits for 20
     def lacking(self): return [] if ray_program() else ['ray']
 
     def begin(self):

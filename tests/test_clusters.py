@@ -1,10 +1,9 @@
 "The profiles `slurm` and `ray` on clusters that this machine plays. Stages of a second stand in for trainings"
-import os, shutil, subprocess, time
+import subprocess, time
 import pytest
-from clusters import SLURM_PROGRAMS, RayHere, SlurmHere, ray_program
-from competition_kit.core import models_path
-from competition_kit.record import find_run
-from competition_kit.recipe import open_recipe
+from clusters import RayHere, SlurmHere
+from competition_kit.core import models_path, root_at
+from competition_kit.recipe import open_recipe, run_recipe
 from competition_kit.workflow import find_profile
 from test_recipe import CK, THREE, WORK, starts, wait_for, words, write_recipe, write_stage
 
@@ -95,13 +94,12 @@ def test_a_failing_job_stops_only_those_after_it(engine, root):
     assert starts(root) == ['1', '1', '2', '3']
 
 def test_a_cluster_that_goes_away_for_ten_seconds(engine, cluster, root):
+    "before the first job is submitted, and again while one runs"
     hold(root, 1)
-    run, before = engine(), len(cluster.jobs())
+    before = len(cluster.jobs())
+    with cluster.away(): run = engine()
     wait_for(lambda: starts(root) == ['1', '2'], 120)
-    cluster.go_away()
-    release(root, 1)
-    time.sleep(10)
-    cluster.come_back()
+    with cluster.away(): release(root, 1)
     code, out = ended(run)
     assert code == 0, out
     assert starts(root) == ['1', '2', '3'] and len(cluster.jobs())-before == 3
@@ -114,3 +112,38 @@ def test_an_interrupted_engine_stops_its_jobs(engine, cluster, root):
     assert ended(run)[0] != 0
     wait_for(lambda: not cluster.live(), 120)
     wait_for(lambda: 'running' not in words(), 30)
+
+# ---- real stages
+REAL = '''recipe: real
+about: Two folds on a random base, and their vote
+values: {folds: [0, 1]}
+jobs:
+  split: {stage: split, args: {data: sample_arena, folds: 2}}
+  train:
+    stage: train
+    foreach: {fold: $folds}
+    args: {mix: '{split}', fold: $fold, base: BASE, max_len: 160, lora_r: 2, epochs: 0.2, dtype: fp32}
+  vote: {stage: vote, args: {data: '{split}', runs: '{train}', views: 1}}
+'''
+
+@pytest.fixture(scope='module')
+def by_hand(tmp_path_factory, tiny):
+    "The submission of the recipe `real` on this machine"
+    with root_at(tmp_path_factory.mktemp('local')) as root:
+        write_recipe(root, REAL.replace('BASE', str(tiny)), 'real')
+        assert run_recipe('real') == 0
+        return submission()
+
+def submission(): # of the vote of the recipe `real`
+    return models_path(open_recipe('real').states['vote'].made['run'], 'submission.csv').read_bytes()
+
+def test_a_killed_engine_comes_to_the_same_submission(engine, root, tiny, by_hand):
+    write_recipe(root, REAL.replace('BASE', str(tiny)), 'real')
+    first = engine('real')
+    wait_for(lambda: [s.word for s in open_recipe('real').states.values()].count('running') == 2, 240)
+    first.kill()
+    first.wait()
+    code, out = ended(engine('real'), 400)
+    assert code == 0, out
+    assert submission() == by_hand
+    assert len(list(models_path().glob('train-*/record.json'))) == 2
