@@ -25,7 +25,7 @@ from .rows import tasks
 from .tables import table_hashes
 from .teach import (check_teacher, label_support, read_teachers, signs, student_targets,
                                    teacher_table, write_teachers)
-from .teachers import OnlineTeacher, ask_teacher, members, teacher_inputs
+from .teachers import OnlineTeacher, ask_teacher, distinct_teachers, members, teacher_inputs
 from .train import TrainArgs, held_out, rows_at, run_table, train
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
@@ -103,7 +103,8 @@ class TeacherArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self, missing=('refuse', 'label'), form=('seed', 'soft', 'kl'), clean=('neutral', 'teacher'))
+        one_of(self, route=('answer', 'score', 'score2'), missing=('refuse', 'label'),
+               form=('seed', 'soft', 'kl'), clean=('neutral', 'teacher'))
         at_least(self, 0, 'temperature', 'clean_below')
         if self.online and self.clean_below:
             raise Refusal('clean_below needs all teacher probabilities before training', fix='Take online=False')
@@ -111,7 +112,8 @@ class TeacherArgs(TrainArgs):
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
 
     @cached_property
-    def names(self): return [own_run(self) if name == 'self' else name for name in self.teachers.split()]
+    def names(self):
+        return distinct_teachers([own_run(self) if name == 'self' else name for name in self.teachers.split()])
 
     @cached_property
     def terms(self): # `Form`: the named one, with what was asked for otherwise

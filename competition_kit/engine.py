@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
-           'serve', 'EngineDied', 'Engine', 'letter_probs', 'parity', 'check_parity', 'why_not_served', 'faster',
-           'EngineAsker', 'ask_engine', 'engine_facts']
+           'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
+           'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'faster',
+           'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
 from importlib.metadata import PackageNotFoundError, version
+from inspect import isgenerator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -128,10 +130,16 @@ class _Server: # the answers, within the engine's process
         found = [out.outputs[0].logprobs[0] for out in self._generate(ids, one, slots, fresh)]
         return np.array([[row[t].logprob if t in row else np.nan for t in letters] for row in found], np.float32)
 
-    def text(self, ids, slots, sampling):
+    def text(self, ids, slots, sampling): # pairs of a position and a text, as soon as they are finished
         from vllm import SamplingParams
-        outputs = [out.outputs[0] for out in self._generate(ids, [SamplingParams(**s) for s in sampling], slots, False)]
-        return [dict(text=o.text, tokens=list(o.token_ids), finish=o.finish_reason) for o in outputs]
+        engine = self.llm.llm_engine
+        for k, (i, slot, how) in enumerate(zip(ids, slots, sampling)):
+            prompt, lora = dict(prompt_token_ids=i.tolist()), self.loras[slot]
+            engine.add_request(str(k), prompt, SamplingParams(**how), lora_request=lora)
+        while engine.has_unfinished_requests():
+            for done in filter(lambda out: out.finished, engine.step()):
+                o = done.outputs[0]
+                yield int(done.request_id), dict(text=o.text, tokens=list(o.token_ids), finish=o.finish_reason)
 
 def serve(
     fd:int, # Of the pipe to the process that asks
@@ -142,19 +150,107 @@ def serve(
     while True:
         try: request, kw = pipe.recv()
         except EOFError: return
-        try: pipe.send(('answer', getattr(server, request)(**kw)))
+        try:
+            found = getattr(server, request)(**kw)
+            for value in found if isgenerator(found) else [found]: pipe.send(('value', value))
+            pipe.send(('end', None))
         except Exception as e:
             traceback.print_exc()  # into the log
             pipe.send(('error', f'{type(e).__name__}: {e}'))
 
-# %% ../nbs/lib/03m_engine.ipynb #93558232
+# %% ../nbs/lib/03m_engine.ipynb #b47e8ead
 class EngineDied(Refusal):
     "An engine that ended, or that did not answer in time; with the last lines of its log"
 
+def _start_process(log): # (the process, the pipe to it)
+    ours, theirs = Pipe()
+    code = f'from competition_kit.engine import serve; serve({theirs.fileno()})'
+    process = subprocess.Popen([sys.executable, '-c', code], env=engine_env(), pass_fds=[theirs.fileno()],
+                               stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                               start_new_session=True, preexec_fn=die_with_parent)
+    theirs.close()
+    return process, ours
+
+def _end_process(process, patience): # and all that it has started, after some seconds for it to end by itself
+    try: process.wait(patience)
+    except subprocess.TimeoutExpired: pass
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    process.wait()
+
+# %% ../nbs/lib/03m_engine.ipynb #6209a70f
+class EngineProcess:
+    "A process that answers requests; the end of a `with` block ends it"
+    def _begin(self):
+        self.log = tempfile.NamedTemporaryFile(prefix='vllm-', suffix='.log')
+        self.process, self.pipe = _start_process(self.log)
+        self.ended = os.pidfd_open(self.process.pid)
+
+    def _stream(self, request, **kw): # the pieces of the answer
+        limit = self.limit*max(1, len(kw.get('ids', ()))/1000)
+        try:
+            self.pipe.send((request, kw))
+            while True:
+                if not wait([self.pipe, self.ended], limit):
+                    raise self._dead(f'the vLLM engine gave no answer in {limit:g} seconds')
+                kind, value = self.pipe.recv()
+                if kind == 'error': raise self._dead(f'vLLM failed ({value})')
+                if kind == 'end': return
+                yield value
+        except (EOFError, OSError):
+            raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None
+        except GeneratorExit:  # nobody reads the rest
+            self.close()
+            raise
+
+    def _ask(self, request, **kw): return list(self._stream(request, **kw))[-1]
+
+    def _dead(self, what): # the error, with the last lines of the log
+        lines = Path(self.log.name).read_text(encoding='utf-8', errors='replace').splitlines()
+        self.close()
+        return EngineDied('\n'.join([f'{what}; its log ends with', *lines[-12:]]))
+
+    def close(self):
+        "End the process, and all that it has started"
+        self.pipe.close()
+        _end_process(self.process, 10 if self.gpus > 1 else 0)  # several processes have shared memory to give back
+        if self.ended >= 0: os.close(self.ended)
+        self.ended = -1
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+# %% ../nbs/lib/03m_engine.ipynb #5fb3b412
 _dtypes = dict(bf16='bfloat16', fp16='float16', fp32='float32')
 
-class Engine:
-    "A vLLM model in a process of its own; the end of a `with` block gives its memory back"
+def llm_options(
+    base:str,            # Name or folder of a base
+    adapters,            # Folders
+    dtype:str,           # `auto`, `bf16`, `fp16` or `fp32`
+    max_len:int,         # Tokens of the longest sequence, with the new ones
+    tensor_parallel:int, # GPUs that share the model
+    options:dict,        # Those that the caller wants otherwise
+) -> dict: # Arguments of `vllm.LLM`
+    "What vLLM is started with; too few LoRA slots are refused"
+    if options.get('max_loras', 99) <= len(adapters):
+        raise Refusal(f"max_loras={options['max_loras']}: vLLM answers wrongly without a word when adapters and "
+                      'the base outnumber its slots', fix=f'Leave it out, or take {len(adapters)+1} or more')
+    return dict(model=base_path(base), dtype=_dtypes[pick_dtype(dtype)], max_model_len=max_len, seed=0,
+                tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, max_logprobs=128,
+                logprobs_mode='raw_logprobs', trust_remote_code=False, disable_log_stats=True,
+                **lora_slots(adapters)) | options
+
+def request_order(
+    ids,   # Token arrays
+    slots, # [arrays] the adapter of each, 0: the base
+) -> np.ndarray: # Positions
+    "By adapter, then by prefix: keys and values are cached for each adapter apart"
+    order = prefix_order(ids)
+    return order[np.argsort(np.asarray(slots)[order], kind='stable')]
+
+# %% ../nbs/lib/03m_engine.ipynb #49a49550
+class ServedModel(EngineProcess):
+    "A vLLM model in a process of its own"
     def __init__(self,
         base:str,                 # Name or folder of a base
         adapters=(),              # Folders of all LoRAs that it will serve
@@ -165,47 +261,24 @@ class Engine:
         **options,                # Further arguments of `vllm.LLM`
     ):
         engine_input('vllm')
-        slots = lora_slots(adapters)
-        if options.get('max_loras', 99) <= len(adapters):
-            raise Refusal(f"max_loras={options['max_loras']}: vLLM answers wrongly without a word when adapters and "
-                          'the base outnumber its slots', fix=f'Leave it out, or take {len(adapters)+1} or more')
-        llm = dict(model=base_path(base), dtype=_dtypes[pick_dtype(dtype)], max_model_len=max_len, seed=0,
-                   tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, max_logprobs=128,
-                   logprobs_mode='raw_logprobs', trust_remote_code=False, disable_log_stats=True, **slots)
+        llm = llm_options(base, adapters, dtype, max_len, tensor_parallel, options)
         self.n_adapters, self.limit, self.gpus = len(adapters), limit, tensor_parallel
         self._begin()
-        try: self.version = self._ask('start', llm=llm | options, adapters=[str(Path(a).resolve()) for a in adapters])
+        try: self.version = self._ask('start', llm=llm, adapters=[str(Path(a).resolve()) for a in adapters])
         except BaseException:
             self.close()
             raise
 
-    def _begin(self): # start the process
-        self.log = tempfile.NamedTemporaryFile(prefix='vllm-', suffix='.log')
-        self.pipe, theirs = Pipe()
-        code = f'from competition_kit.engine import serve; serve({theirs.fileno()})'
-        self.process = subprocess.Popen([sys.executable, '-c', code], env=engine_env(), pass_fds=[theirs.fileno()],
-                                        stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-                                        start_new_session=True, preexec_fn=die_with_parent)
-        theirs.close()
-        self.ended = os.pidfd_open(self.process.pid)
+    def _requests(self, ids, adapter): # as the process gets them, and their order
+        slots = np.broadcast_to(adapter, len(ids))
+        if len(ids) and not 0 <= slots.min() <= slots.max() <= self.n_adapters:
+            raise Refusal(f'adapter {int(slots.max())} of an engine that has {self.n_adapters}')
+        order = request_order(ids, slots)
+        return ([np.asarray(ids[k], np.int32) for k in order], slots[order].tolist()), order
 
-    def _ask(self, request, **kw):
-        try:
-            self.pipe.send((request, kw))
-            limit = self.limit*max(1, len(kw.get('ids', ()))/1000)
-            ready = wait([self.pipe, self.ended], limit)
-            if not ready: raise self._dead(f'the vLLM engine gave no answer in {limit:g} seconds')
-            kind, value = self.pipe.recv()
-        except (EOFError, OSError):
-            raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None
-        if kind == 'error': raise self._dead(f'vLLM failed ({value})')
-        return value
-
-    def _dead(self, what): # the error, with the last lines of the log
-        lines = Path(self.log.name).read_text(encoding='utf-8', errors='replace').splitlines()
-        self.close()
-        return EngineDied('\n'.join([f'{what}; its log ends with', *lines[-12:]]))
-
+# %% ../nbs/lib/03m_engine.ipynb #93558232
+class Engine(ServedModel):
+    "Letters and text from a vLLM model; the end of a `with` block gives its memory back"
     def letters(self,
         ids,           # Token arrays
         letters,       # Ids of the letters' tokens
@@ -219,45 +292,33 @@ class Engine:
         if np.isnan(logp).any(): raise Refusal(f'vLLM gave no probability for {int(np.isnan(logp).sum())} letters')
         return logp
 
-    def text(self,
+    def stream(self,
         ids,              # Token arrays
         seeds,            # A number for each array, of its sampling
-        max_new:int=256,  # Tokens
-        temperature:float=1., # 0 is greedy
-        top_p:float=1.,   # 1: all tokens
-        top_k:int=0,      # 0: all tokens
-        min_p:float=0.,   # 0: all tokens
+        max_new=256,      # Tokens; this and the next four: one number, or one for each array
+        temperature=1.,   # 0 is greedy
+        top_p=1.,         # 1: all tokens
+        top_k=0,          # 0: all tokens
+        min_p=0.,         # 0: all tokens
         adapter=0,        # As for `letters`
         **more,           # Further arguments of `vllm.SamplingParams`, such as `stop`
-    ) -> list: # For each array a dict: `text`, `tokens` and `finish` (`stop` or `length`)
-        "Generate; equal requests with equal seeds are sampled with the same random numbers"
-        how = dict(max_tokens=max_new, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, **more)
-        (ids, slots), order = self._requests(ids, adapter)
-        sampling = [how | dict(seed=int(seeds[k])) for k in order]
-        found = self._ask('text', ids=ids, slots=slots, sampling=sampling)
-        return [found[k] for k in np.argsort(order)]
+    ): # Pairs of a position and a dict: `text`, `tokens` and `finish` (`stop` or `length`)
+        "Generate, and yield each text when it is finished; equal requests with equal seeds draw the same numbers"
+        (asked, slots), order = self._requests(ids, adapter)
+        how = dict(seed=seeds, max_tokens=max_new, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        how = {name: np.broadcast_to(value, len(ids)).tolist() for name, value in how.items()}
+        sampling = [{name: value[k] for name, value in how.items()} | more for k in order]
+        for k, text in self._stream('text', ids=asked, slots=slots, sampling=sampling): yield int(order[k]), text
 
-    def _requests(self, ids, adapter): # as the process gets them, and their order
-        slots = np.broadcast_to(adapter, len(ids))
-        if len(ids) and not 0 <= slots.min() <= slots.max() <= self.n_adapters:
-            raise Refusal(f'adapter {int(slots.max())} of an engine that has {self.n_adapters}')
-        order = prefix_order(ids)
-        order = order[np.argsort(slots[order], kind='stable')]  # keys and values are cached for each adapter apart
-        return ([np.asarray(ids[k], np.int32) for k in order], slots[order].tolist()), order
-
-    def close(self):
-        "End the process, and all that it has started"
-        self.pipe.close()
-        try: self.process.wait(10 if self.gpus > 1 else 0)  # several processes have shared memory to give back
-        except subprocess.TimeoutExpired: pass
-        try: os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
-        self.process.wait()
-        if self.ended >= 0: os.close(self.ended)
-        self.ended = -1
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def text(self,
+        ids,     # Token arrays
+        seeds,   # A number for each array, of its sampling
+        *how,    # As for `stream`
+        **more,  # As for `stream`
+    ) -> list: # For each array a dict, as of `stream`
+        "Generate all texts"
+        found = dict(self.stream(ids, seeds, *how, **more))
+        return [found[k] for k in range(len(ids))]
 
 # %% ../nbs/lib/03m_engine.ipynb #b7eeac99
 def letter_probs(
@@ -301,24 +362,34 @@ def check_parity(
     if facts.get('base', np.inf) <= facts['median']: no('its base is as near, so it may not have read the adapter')
 
 # %% ../nbs/lib/03m_engine.ipynb #a2fcf1d2
+def why_no_vllm(
+    base:str,  # Name, folder or Hub id
+    dtype:str, # As of a training
+) -> str: # '' if vLLM can
+    "Why vLLM cannot serve a base"
+    if dtype == 'nf4': return 'vLLM does not serve a base in nf4 as the kit has it'
+    quant = quant_kind(base)
+    return 'vLLM has no 8-bit GPTQ on a CPU' if quant and quant['bits'] == 8 and not _has_gpu() else ''
+
 def why_not_served(
     rec:dict, # Record of a run
 ) -> str: # '' if vLLM can
-    "Why vLLM cannot serve a run"
+    "Why vLLM cannot predict the letters of a run"
     p = model_params(rec)
     if str(p['route']) != 'answer': return 'a score head is predicted in packs only'
-    if str(p['dtype']) == 'nf4': return 'a base in nf4 is predicted in packs only'
-    quant = quant_kind(base_of(rec))
-    if quant and quant['bits'] == 8 and not _has_gpu(): return 'vLLM has no 8-bit GPTQ on a CPU'
-    return ''
+    return why_no_vllm(base_of(rec), str(p['dtype']))
+
+def served_dtype(
+    base:str,
+    dtype:str, # As of a training
+) -> str: # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
+    "The dtype that vLLM computes in"
+    return 'fp16' if quant_kind(base) and not _has_gpu() else dtype
 
 def _free_gpu(): # of what this process no longer needs
     import torch
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-
-def _served_dtype(rec): # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
-    return 'fp16' if quant_kind(base_of(rec)) and not _has_gpu() else str(model_params(rec)['dtype'])
 
 # %% ../nbs/lib/03m_engine.ipynb #aa0351d4
 def faster(
@@ -377,7 +448,8 @@ def _by_packs(asker, same, gate, other): # run → probabilities, and the second
 def _start(asker, same): # an `Engine` for these runs
     rec, longest = asker.recs[same[0]], max(int(asker._encoded(r).n.max()) for r in same)
     adapters = [] if is_full(rec) else [weights_path(asker.recs[r]) for r in same]
-    how = dict(dtype=_served_dtype(rec), max_len=longest+1, enforce_eager=True) | asker.options
+    dtype = served_dtype(base_of(rec), str(model_params(rec)['dtype']))
+    how = dict(dtype=dtype, max_len=longest+1, enforce_eager=True) | asker.options
     return Engine(base_of(rec), adapters, **how)
 
 def _by_vllm(asker, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
@@ -474,6 +546,15 @@ class EngineAsker(_Served):
             self._note(dict(engine='packs', why=str(e)))
             super().load(self.run)
             return super().ask(at, view)
+
+# %% ../nbs/lib/03m_engine.ipynb #e9cd24d8
+def release(
+    asker, # An `EngineAsker`
+):
+    "Give the memory of its model back, for another engine; the model is loaded again when it is asked"
+    asker.close()
+    asker.model = asker.base = None
+    _free_gpu()
 
 # %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(

@@ -239,8 +239,8 @@ class _PackTrainer(Trainer):
 
     def _backward(self, model, pack, times): # [1+terms], the pack's loss and named terms, without gradient
         pack = {k: v.to(self.args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in pack.items()}
-        logits = model(*(pack.pop(k) for k in ('input_ids', 'position_ids', 'bounds')))
-        terms = _terms(self.pack_loss(logits, **pack))
+        inputs = {k: pack.pop(k) for k in ('input_ids', 'position_ids', 'bounds', 'at', 'after') if k in pack}
+        terms = _terms(self.pack_loss(model(**inputs), **pack))
         self.names = [k for k in terms if k != 'loss']
         (terms['loss']*times).backward()
         return torch.stack([terms[k].detach().float() for k in ('loss', *self.names)])

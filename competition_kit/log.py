@@ -51,6 +51,7 @@ runs  | public_lb         | 11 |        | people | Your score on the public lead
 runs  | private_lb        | 11 |        | people | Your score on the private leaderboard.
 runs  | keep              |  8 |        | people | x, yes or 1: this run votes. no or 0: it does not. Empty: undecided.
 runs  | vote_weight       | 12 |        | people | A number: this run's weight in the vote. Empty: 1.
+runs  | doubtful          | 30 |        | kit    | Row, its label and another option: corrections.csv of 05_generate.
 runs  | note              | 44 |        | people | Anything.
 '''
 
@@ -525,7 +526,7 @@ def _facts(rec): # Column → value
     facts = {k: _first(k, rec, metrics, rec['params']) for k in names.split()}
     facts |= {k: metrics.get(k) for k in ('log_loss', 'accuracy', 'ece')}
     facts |= {f'baseline {k}': baselines.get(k) for k in ('log_loss', 'accuracy')}
-    facts |= {k: _listed(_first(k, rec, metrics, rec['params'])) for k in ('members', 'weights')}
+    facts |= {k: _listed(_first(k, rec, metrics, rec['params'])) for k in ('members', 'weights', 'doubtful')}
     facts |= {k: params_text(rec[k]) for k in ('params', 'inputs')}
     return facts | dict(started=_when(rec.get('started')))
 

@@ -360,7 +360,14 @@ def _once(rows, mix): # an id stands for one row
     if (both > 1).any():
         raise Refusal(f'the same id has different content in two tables of the mix {mix!r}', data_path(),
                       both.index[both > 1], 'Give the rows of one table ids of their own')
-    return rows.drop_duplicates('id', ignore_index=True), int(twice.sum()-len(both))
+    return _filled(rows.drop_duplicates('id', ignore_index=True), rows[twice]), int(twice.sum()-len(both))
+
+def _filled(rows, copies): # rows with the further columns of their copies, such as a `rationale`
+    for c in rows.columns.difference([*ROW_COLUMNS, 'main', 'phase']):
+        found = copies[copies[c].notna()].drop_duplicates('id').set_index('id')[c]
+        gap = rows[c].isna() & rows['id'].isin(found.index)
+        if gap.any(): rows.loc[gap, c] = rows['id'][gap].map(found)
+    return rows
 
 # %% ../nbs/lib/01f_tables.ipynb #e03b6f28
 def carry_folds(

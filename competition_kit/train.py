@@ -15,7 +15,10 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
 
 # %% ../nbs/04_train.ipynb #c5f61ff2
 from .base import base_hash, base_name, load_tokenizer, pick_dtype
-from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json
+from .completions import (CompletionSteps, completion_loss, encode_completions, text_and_letters,
+                                         text_scores)
+from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json,
+                                  write_table)
 from .fit import Steps, fit
 from .folds import check_fold, fold_rows, is_held_out
 from .model import add_lora, choose_letters, continue_from, load_classifier, pack_loss, predict
@@ -25,13 +28,16 @@ from .probs import (align, baselines, plot_confusion, plot_reliability, read_pro
                                    write_probs)
 from .prompt import Prompt, by_row, encode_cached, length_report, pick_rows, tokenizer_hash
 from .quant import quant_kind
+from .parity import check_length
 from .ranks import as_rank, gather_to_rank0, is_sharded, launch, rank, ranks, shard
 from .record import find_run, run_stage
+from .replies import TransformersEngine, read_replies
 from .rows import tasks
 from .speed import checkpoint_activations, compile_layers, fuse, layers, worth_compiling
 from .tables import check_texts, load_rows, table_hashes
-from .trained import (ancestors as chain, check_run, has_seen, lineage_of, model_params, parents,
-                                     rows_seen as learned, same_tables, training_rows)
+from .text import TextPrompt, parse_replies
+from .trained import (ancestors as chain, check_run, has_seen, lineage_of, load_adapter, model_params,
+                                     parents, rows_seen as learned, same_tables, training_rows)
 _all_ = ['chain', 'fold_rows', 'learned']  # of the notebooks below
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -64,10 +70,25 @@ class Training:
         check_fold(self.rows, self.fold)
         return np.flatnonzero(self.rows.fold != self.fold), np.flatnonzero(is_held_out(self.rows, self.fold))
 
+    @property
+    def scored(self): # positions in `rows` of the held-out rows that are predicted
+        return self.fold_at[1][::self.score_every]
+
+    @cached_property
+    def text(self): # the prompt of the text route, which asks for reasoning
+        return TextPrompt(self.prompt.tok, self.max_len, self.truncation)
+
+    @cached_property
+    def completions(self): # sequences of the text route
+        at = self.fold_at[0]
+        enc = encode_completions(self.text, rows_at(self.rows, at), self.max_new_tokens)
+        return enc.assign(row=at[enc.row])
+
     def inputs(self) -> dict: # For the run id: name → hash
         "Hashes of what the run is made from; tables, folds and parent runs that do not fit are refused"
         _check_rows(self)
-        return dict(table_hashes(self.mix), base=base_hash(self.base), **{'prompt.hash': self.prompt.hash},
+        text = {'text_prompt.hash': self.text.hash} if self.route == 'text' else {}
+        return dict(table_hashes(self.mix), base=base_hash(self.base), **{'prompt.hash': self.prompt.hash}, **text,
                     **_parent_inputs(self))
 
 # %% ../nbs/04_train.ipynb #a7a5cba7
@@ -77,7 +98,7 @@ class TrainArgs(Training):
     mix:str='sample_arena'         # Table, or mix of tables, such as train + gpt4:100; phases: pseudo@0.8 > train
     fold:int=0                     # Fold that is held out
     base:str='smollm2'             # Base model: name, folder or Hub id
-    route:str='answer'             # answer: logits of the options' letters; score, score2: a new head of 1 or 2 layers
+    route:str='answer'             # answer: the letters' logits; score, score2: head of 1 or 2 layers; text: rationales
     method:str='lora'              # lora, or full: all weights are trained
     start:str=''                   # Parent run: training continues its adapter, or its weights
     keep_head:bool=True            # Keep the parent's score head
@@ -104,19 +125,23 @@ class TrainArgs(Training):
     sharded:bool=False             # Spread the model over them (FSDP2)
     save_every:int=20              # Steps between checkpoints
     seed:int=0                     # Of the order, the LoRA's start, dropout and the mix's draw
+    max_new_tokens:int=1024        # Route text: tokens of a rationale, and of a reply
+    score_every:int=1              # Predict and score every n-th held-out row
+    samples:int=1                  # Route text: replies to a held-out row; 1 is greedy, more are sampled
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
         spelled = dict(base=base_name(self.base), start=find_run(self.start)['run_id'] if self.start else '',
-                       dtype=self.dtype if self.dtype == 'nf4' else pick_dtype(self.dtype))
+                       dtype=self.dtype if self.dtype == 'nf4' else pick_dtype(self.dtype),
+                       views=1 if self.route == 'text' else self.views)
         for name, value in spelled.items(): object.__setattr__(self, name, value)
         _check(self)
 
 # %% ../nbs/04_train.ipynb #1d5acda0
 def _check(a): # what is wrong with arguments, whatever the table is
-    one_of(a, method=('lora', 'full'), route=('answer', 'score', 'score2'), compiled=('auto', 'yes', 'no'),
+    one_of(a, method=('lora', 'full'), route=('answer', 'score', 'score2', 'text'), compiled=('auto', 'yes', 'no'),
            views=(1, 2))
-    at_least(a, 1, 'batch', 'pack_tokens', 'gpus', 'save_every', 'lora_r')
+    at_least(a, 1, 'batch', 'pack_tokens', 'gpus', 'save_every', 'lora_r', 'max_new_tokens', 'score_every', 'samples')
     at_least(a, 0, 'seed')
     share(a, 'warmup', 'lora_dropout')
     if not a.epochs > 0: raise Refusal(f'epochs={a.epochs!r}', fix='Take more than 0')
@@ -126,6 +151,10 @@ def _check(a): # what is wrong with arguments, whatever the table is
     if a.sharded and a.gpus == 1:
         raise Refusal('sharded=True spreads the model over several processes, and gpus=1',
                       fix='Give gpus, or sharded=False')
+    if a.samples > 1 and a.route != 'text':
+        raise Refusal(f'samples={a.samples} on the route {a.route}', fix='Replies are sampled on the route text')
+    if a.sharded and a.route == 'text':
+        raise Refusal('a sharded model cannot write its held-out replies', fix='Take sharded=False')
     if a.method == 'full': _check_full(a)
 
 def _check_full(a): # all weights can only be trained in bf16 or fp32
@@ -142,6 +171,12 @@ def _check_rows(a): # is there something to train on, and have all held-out rows
     if len(unlabelled := rows.id.iloc[held][rows.label.iloc[held] < 0]):
         raise Refusal(f'rows of fold {a.fold} have no label, and held-out rows are scored', ids=unlabelled.tolist(),
                       fix='Mix them into a table with labels')
+    if a.route == 'text': _check_rationales(a)
+
+def _check_rationales(a): # has this table rationales to train on?
+    if (task := a.rows.attrs['meta']['task']) != 'choice':
+        raise Refusal(f'{a.mix} is of the task {task}', fix='The route text is for choice rows')
+    a.completions
 
 # %% ../nbs/04_train.ipynb #46a7b954
 def _check_parent(a, rec):
@@ -212,11 +247,11 @@ def _reset(module): # new random weights, for modules that have any
 def _cost(a, enc): # what the planner expects of a run, as text
     template = shared_prefix([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
     shared = np.mean([shared_prefix(list(enc.ids.iloc[views])) for views in by_row(enc)[:1000]])-template
-    names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens'
-    same = {k: getattr(a, k) for k in names.split()}
+    names = 'method lora_r lora_modules lora_dropout views epochs pack_tokens'
+    same = {k: getattr(a, k) for k in names.split()} | dict(max_len=max(a.max_len, int(enc.n.max())))
     try:
         return cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype,
-                               route='answer' if a.route == 'answer' else 'score', lengths=enc.n[enc.view == 0],
+                               route='score' if a.route.startswith('score') else 'answer', lengths=enc.n[enc.view == 0],
                                template=template, gpus=ranks(), sharded=a.sharded and ranks() > 1,
                                compiled=a.compiled != 'no', shared=max(0., float(shared)), **same))
     except Refusal as e:
@@ -283,18 +318,21 @@ def _letters(model, a): # letters' token ids (the parent's if there is one) and 
     return dict(letters=list(map(int, model.letters)), **facts)
 
 def _fit(folder, a, enc): # the trained model, its losses, and facts for the record
-    enc, n, k = enc[np.isin(enc.row, a.fold_at[0])].reset_index(drop=True), ranks(), rank()
+    text, n, k = a.route == 'text', ranks(), rank()
+    enc = a.completions if text else enc[np.isin(enc.row, a.fold_at[0])].reset_index(drop=True)
     if not k: print(length_report(enc).to_string(index=False), _cost(a, enc), sep='\n\n', end='\n\n', flush=True)
     steps = plan_steps(enc, a.batch, a.epochs, a.pack_tokens, a.seed, n, a.rows.phase.to_numpy())
     if not steps: raise Refusal(f'epochs={a.epochs} of {len(enc)} prompts is no step', fix='Take more')
     model, tokens = new_model(a), int(enc.n.sum()*a.epochs)
     facts = _letters(model, a)
+    if text: check_length(model.base.config, int(enc.start.max())+a.max_new_tokens, a.base)
     if a.sharded and n > 1: shard(model)
     _speed_up(model, a, tokens//n, int(enc.n.max()))
-    t = time.perf_counter()
-    data = Steps(enc, a.rows, tasks[a.prompt.task], steps, k, a.sharded, a.more(enc))
+    t, task = time.perf_counter(), tasks[a.prompt.task]
+    if text: data = CompletionSteps(enc, a.rows, task, steps, k)
+    else: data = Steps(enc, a.rows, task, steps, k, a.sharded, a.more(enc))
     loss = fit(model, data, folder/'checkpoints', a.lr, a.schedule, a.warmup, a.weight_decay, a.clip, a.save_every,
-               a.seed, a.loss)
+               a.seed, completion_loss if text else a.loss)
     took = time.perf_counter()-t
     return model, loss, dict(facts, tokens=tokens, steps=len(steps), tokens_s=round(tokens/took, 1))
 
@@ -309,10 +347,43 @@ def work(
     model, loss, facts = _fit(folder, args, enc)
     past = lineage_of(folder, asdict(args)) if args.method == 'full' and not k else ()
     save_model(model, folder, args.prompt.tok, past)
-    mine = args.fold_at[1] if args.sharded else args.fold_at[1][k::n]  # a sharded model predicts together
+    mine = args.scored if args.sharded else args.scored[k::n]  # a sharded model predicts together
+    if args.route == 'text':
+        del model
+        return loss, facts, _replies_and_letters(folder, args, rows_at(args.rows, mine), facts['letters'])
     p = predict(model, args.prompt, rows_at(args.rows, mine), args.views, 4*args.pack_tokens, progress=not k,
                 enc=pick_rows(enc, mine))
     return loss, facts, p
+
+# %% ../nbs/04_train.ipynb #183dd509
+def _shards(folder, a): # of a run's replies; other weights would write other ones
+    weights = folder/('model' if a.method == 'full' else 'adapter')
+    return folder/f"replies-{hash_obj(read_json(weights/'manifest.json'))}"
+
+def _engine(a, base, letters):
+    engine = TransformersEngine(base, a.text, a.dtype, 16*a.pack_tokens)  # a cache needs less than gradients
+    engine.model.letters = letters
+    return engine
+
+def _replies_and_letters(folder, a, rows, letters): # [rows, 4, options]: both of the run, both of the untouched base
+    how, full = dict(max_new_tokens=a.max_new_tokens, samples=a.samples, seed=a.seed), a.method == 'full'
+    engine = _engine(a, str(folder/'model') if full else a.base, letters)
+    if not full: load_adapter(engine.model, folder/'adapter')
+    own = text_and_letters(engine, a.text, rows, _shards(folder, a), **how)
+    if full: engine = _engine(a, a.base, letters)
+    else: engine.model.model = engine.model.model.unload()
+    kept = models_path('.replies', hash_obj([base_hash(a.base), a.dtype, engine.version]))
+    return np.concatenate([own, text_and_letters(engine, a.text, rows, kept, **how)], 1)
+
+def _text_metrics(folder, a, held, p): # scores beside the letters and the base; `replies.parquet` is written
+    replies = read_replies(_shards(folder, a)).drop_duplicates('key').sort_values(['id', 'attempt'], ignore_index=True)
+    replies = replies.join(parse_replies(replies, held))
+    write_table(replies, folder/'replies.parquet')
+    y = held.label.to_numpy()
+    base = {'untouched base, text': text_scores(p[:, 2], y), 'untouched base, letters': scores(p[:, 3], y)}
+    return dict(text_scores(p[:, 0], y), **{f'letters_{k}': v for k, v in scores(p[:, 1], y).items()},
+                replies=len(replies), unparsed=int((replies.option < 0).sum()), rationales=len(a.completions),
+                baselines=base)
 
 # %% ../nbs/04_train.ipynb #39eb29ed
 def _config(args): return dict(kind=type(args).__name__, fields=asdict(args))
@@ -332,7 +403,7 @@ def _all_ranks(folder, args): # the same as `work`, by as many processes as `arg
     launch(folder, _config(args), args.gpus, '-m', 'competition_kit.train')
     files, result = sorted(folder.glob('part-*.npy')), read_json(folder/'work.json')
     parts = [np.load(f) for f in files]
-    p = np.zeros((sum(map(len, parts)), parts[0].shape[1]), np.float32)
+    p = np.zeros((sum(map(len, parts)), *parts[0].shape[1:]), np.float32)
     for k, part in enumerate(parts): p[k::len(parts)] = part
     for f in [*files, folder/'work.json', folder/'config.json']: f.unlink()
     return result['loss'], result['facts'], p
@@ -347,19 +418,25 @@ def train(
     **more,          # Further facts for the record
 ):
     "Fine-tune on all folds but one, predict that one, and finish the run"
-    prompt, (rows, held) = args.prompt, (rows_at(args.rows, at) for at in args.fold_at)
+    prompt, (rows, held) = args.prompt, (rows_at(args.rows, at) for at in (args.fold_at[0], args.scored))
     loss, facts, p = (work if args.gpus == 1 else _all_ranks)(run.folder, args)
     if not np.isfinite(p).all():
         raise Refusal('the trained model predicts NaN', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')
     hashes = dict(prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok))
+    no_baseline, files = {}, ['probs.parquet', 'loss.json']
+    if args.route == 'text':
+        own, p = _text_metrics(run.folder, args, held, p), p[:, 0]
+        hashes['text_prompt'] = args.text.hash
+        files.append('replies.parquet')
+    else: own = scores(p, held.label.to_numpy())
     write_json(run.folder/'loss.json', loss)
     write_probs(run.folder/'probs.parquet', held, p, prompt.task, args.views, seen=False, run=run.id, **hashes)
-    no_baseline = {}
-    metrics = dict(scores(p, held.label.to_numpy()), baselines=baselines(rows, held, prompt.task, no_baseline),
-                   tokens=facts.pop('tokens'), steps=facts.pop('steps'))
+    compared = baselines(rows, held, prompt.task, no_baseline) | own.pop('baselines', {})
+    metrics = dict(own, baselines=compared, tokens=facts.pop('tokens'), steps=facts.pop('steps'))
     if no_baseline: facts['no_baseline'] = no_baseline
     shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
-    run.finish(metrics, ['probs.parquet', 'loss.json', *_weights(run.folder)], rows=len(rows), held_out=len(held),
+    for shards in run.folder.glob('replies-*'): shutil.rmtree(shards)
+    run.finish(metrics, [*files, *_weights(run.folder)], rows=len(rows), held_out=len(held),
                task=prompt.task, base=base_hash(args.base), **hashes, **facts, **more)
 
 def _weights(folder): # names of the files of an adapter or a model, below the run's folder
@@ -377,13 +454,15 @@ def train_fold(
 def run_table(run): # DataFrame
     "A run's scores beside its baselines, best first"
     m = run.record['metrics']
-    own = {k: m[k] for k in ('log_loss', 'accuracy', 'ece')}
-    return pd.DataFrame({'this run': own, **m['baselines']}).T.sort_values('log_loss')
+    own = {'this run': {k: m[k] for k in ('log_loss', 'accuracy', 'ece')}}
+    if 'letters_accuracy' in m: own['its letters'] = {k: m[f'letters_{k}'] for k in ('log_loss', 'accuracy', 'ece')}
+    return pd.DataFrame(own | m['baselines']).T.sort_values('log_loss')
 
 def held_out(run): # (rows, probabilities)
     "The rows that a run has held out, and its probabilities of them"
     p = run.record['params']
     _, rows = fold_rows(load_rows(p['mix'], p['seed']), p['fold'])
+    rows = rows_at(rows, slice(None, None, p.get('score_every', 1)))
     return rows, align(read_probs(run.folder/'probs.parquet'), rows)
 
 # %% ../nbs/04_train.ipynb #a92d6c14

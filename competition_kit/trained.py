@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .base import base_hash, fetched_base, load_tokenizer, local_base
+from .base import base_hash, fetched_base, is_embedded, load_tokenizer, local_base
 from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root,
                                   read_json)
 from .folds import fold_rows
@@ -71,7 +71,7 @@ def read_lineage(
     base:str, # Name, folder or Hub id
 ) -> list: # Dicts of `run_id`, `params` and `inputs`, the latest run first; empty for a base from elsewhere
     "The runs that the weights of a base come from, as `lineage.json` in its folder says"
-    if base == 'smollm2' or not (p := local_base(base)) or not (p/'lineage.json').exists(): return []
+    if is_embedded(base) or not (p := local_base(base)) or not (p/'lineage.json').exists(): return []
     if bad := damage_cached(p):
         raise Refusal(f"the model is not as it was trained: {'; '.join(bad)}", p,
                       fix='Copy it again, or train it again')
@@ -182,7 +182,7 @@ def trained_on(
 
 # %% ../nbs/lib/03h_trained.ipynb #97531cec
 def _is_here(base): # a base that has been fetched; a model with weights of its own does without it
-    if base == 'smollm2': return bases_path('smollm2').exists()
+    if is_embedded(base) and bases_path(base).exists(): return True
     try: return fetched_base(base) is not None
     except Refusal: return False
 
@@ -286,6 +286,12 @@ def base_key(
     return base_of(rec), *(str(model_params(rec)[k]) for k in ('route', 'dtype'))
 
 # %% ../nbs/lib/03h_trained.ipynb #36eee936
+def _letter_record(run): # the record of a run that answers by letters or a head
+    rec = find_run(run)
+    if model_params(rec).get('route') == 'text':
+        raise Refusal(f'{rec["run_id"]} answers by text, and packs give letters', fix='Vote with it in 10_vote')
+    return rec
+
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -295,7 +301,7 @@ def predict_runs(
     progress=True,         # Show bars
 ): # Dict: run id → probability table
     "Each run's probabilities for `rows`; each base is loaded once, each kind of prompt is tokenised once"
-    recs = {r: find_run(r) for r in runs}
+    recs = {r: _letter_record(r) for r in runs}
     prompts = {r: trusted_prompt(rec) for r, rec in recs.items()}
     files = {r: Path(folder)/f'{r}.parquet' for r in runs}
     task = rows.attrs['meta']['task']
@@ -321,7 +327,7 @@ class RunAsker:
         views:int=2, # 1: rows as they are; 2: also swapped
         pack_tokens:int=4096, # Tokens in a pack
     ):
-        self.recs = {r: find_run(r) for r in runs}
+        self.recs = {r: _letter_record(r) for r in runs}
         self.prompts = {r: trusted_prompt(rec) for r, rec in self.recs.items()}
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']

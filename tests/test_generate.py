@@ -171,7 +171,7 @@ def run_planted(engine=None, **more):
     from competition_kit.generate import GenerateArgs, generate as stage
     from competition_kit.record import run_stage
     args = GenerateArgs(**(dict(data='t', retries=6, given=2, max_new_tokens=9, shard=1) | more))
-    vars(args)['engine'] = engine or Planted(TEXTS, args.prompt.prompt.tok)
+    vars(args)['teacher'] = engine or Planted(TEXTS, args.prompt.prompt.tok)
     return args, run_stage(stage, args)
 
 def test_planted_replies_through_the_stage(planted):
@@ -179,7 +179,7 @@ def test_planted_replies_through_the_stage(planted):
     from competition_kit.rows import correct, read_corrections
     from competition_kit.tables import load_rows, publish
     args, run = run_planted()
-    m, asked = run.record['metrics'], args.engine.asked
+    m, asked = run.record['metrics'], args.teacher.asked
     assert {k for k, *_ in asked} == set(TEXTS) and len({seed for *_, seed in asked}) == len(asked)
     assert [given for k, given, _ in asked if k == 'told'] == [False]*6+[True]
     assert not any(given for k, given, _ in asked if k == 'third')
@@ -203,9 +203,9 @@ def test_a_stopped_stage_goes_on(planted):
     tok = GenerateArgs(data='t').prompt.prompt.tok
     with pytest.raises(KeyboardInterrupt): run_planted(Planted(TEXTS, tok, die_at=4))
     args, run = run_planted()
-    first_round = [k for k, *_ in args.engine.asked[:2]]
+    first_round = [k for k, *_ in args.teacher.asked[:2]]
     assert len(first_round) == len(set(first_round)) == 2 and run.done
-    assert len(read_replies(run.folder/'replies')) == len(args.engine.asked)+4
+    assert len(read_replies(run.folder/'replies')) == len(args.teacher.asked)+4
 
 WRONG = dict(temperature=.5), dict(top_p=0.), dict(retries=0), dict(name='t'), dict(agree=2.)
 @pytest.mark.parametrize('wrong', WRONG)

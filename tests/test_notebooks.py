@@ -5,8 +5,9 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted((root/'nbs').rglob('*.ipynb'))
-stages = {'02_split': 'split', '04_train': 'train', '05_generate': 'generate', '06_pseudo': 'pseudo',
-          '07_distill': 'distill', '08_merge': 'merge', '09_gptq': 'gptq', '10_vote': 'vote', '11_recipe': 'recipe'}
+stages = {'02_split': 'split', '04_train': 'train', '05_generate': 'generate', '05a_pairs': 'pairs',
+          '05b_synthetic': 'synthetic', '06_pseudo': 'pseudo', '07_distill': 'distill', '08_merge': 'merge',
+          '09_gptq': 'gptq', '10_vote': 'vote', '11_recipe': 'recipe'}
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
 def text(c): return ''.join(c['source'])

@@ -1,0 +1,328 @@
+"""What do rationales give a small model? Letters, rationales of three kinds, the probe as a filter, votes of samples.
+
+usage: python bench/text_route.py rg=FILE [open=FILE] [--base smollm2] [--seeds 0] [--until 380] [--out FOLDER]
+`FILE` is in Tianchi's layout. Fold 0 is held out. Tables and sampled rationales are made first, and kept in `--out`;
+`--prepare` stops after them, so that several processes can take a seed each. A line is printed, and appended to
+`lines.jsonl`, as soon as it is known; those in the file are not made again.
+`vote_1` is the mean accuracy of single samples; of k equal options each counts 1/k, and so does an unparsed reply."""
+import argparse, contextlib, itertools, json, os, random, re, tempfile, time
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+import numpy as np
+import pandas as pd
+
+FIT = dict(fold=0, max_len=1024, batch=16, pack_tokens=32768, epochs=6., lr=1e-3, lora_r=32, lora_alpha=64, warmup=.1,
+           schedule='cosine', save_every=10**6, recompute=0, compiled='no', max_new_tokens=576, samples=9)
+ASK = dict(retries=3, given=2, max_new_tokens=256, max_len=1024, batch_tokens=2**19, shard=4096)
+
+# line → arguments of 04_train; TABLE stands for the table's name. A line whose table is not there is left out
+LINES = {
+    'letters': dict(mix='TABLE', route='answer', samples=1),
+    'rationales by code': dict(mix='TABLE + TABLE_code'),
+    'by code, more problems by code': dict(mix='TABLE + TABLE_code + TABLE_more', epochs=2., batch=32),
+    'self-sampled rationales': dict(mix='TABLE + TABLE_self'),
+    'self-sampled, else answer-conditioned': dict(mix='TABLE + TABLE_both'),
+    'by code, best half by the probe': dict(mix='TABLE + TABLE_codebest', epochs=12.),
+    'self-sampled or conditioned, best half by the probe': dict(mix='TABLE + TABLE_bothbest', epochs=12.),
+}
+
+# ---- knights and knaves: parse, solve, and write every step
+WORDS = dict(en=('{} is a {}', 'knight', 'knave', dict(zip(('not', '->', '<->', 'and', 'or'), (
+                 'it is not the case that {}', 'if {} then {}', '{} if and only if {}', '{} and {}', '{} or {}')))),
+             zh=('{}是{}', '骑士', '骗子', dict(zip(('not', '->', '<->', 'and', 'or'), (
+                 '并非{}', '如果{}，那么{}', '{}当且仅当{}', '{}，并且{}', '{}，或者{}')))))
+ATOM = r'([A-Z]\w+|\w\w)(?: is a |是)(knight|knave|骑士|骗子)'
+
+def statement(text): # (operator or '', [(name, is it said to be a knight?), …])
+    atoms = [(n, k in ('knight', '骑士')) for n, k in re.findall(ATOM, text)]
+    for words in WORDS.values():
+        for op in ('<->', '->', 'not', 'and', 'or'):
+            pattern = re.escape(words[3][op]).replace(r'\{\}', '(.+)').replace('，', '，?')
+            if re.fullmatch(pattern+'。?', text): return op, atoms
+    return '', atoms
+
+def value(op, v): # of a statement, from the truth of its atoms
+    return dict(zip(('', 'not', '->', '<->', 'and', 'or'), (
+        v[0], not v[0], not v[0] or v[-1], v[0] == v[-1], all(v), any(v))))[op]
+
+def tell(op, parts): return ' '.join(parts) if not op else f'not {parts[0]}' if op == 'not' else f' {op} '.join(parts)
+def mark(v): return 'T' if v else 'F'
+
+def said(problem): # (name, statement) of each line
+    return [(n, statement(t)) for n, t in re.findall(r'^\d+\. (\w+?)(?: says: |说：)["“](.+?)["”]', problem, re.M)]
+
+def knight_steps(problem): # (the text of a search through all worlds, name → is it a knight?), or None
+    lines = said(problem)
+    if not lines: return None
+    names = [n for n, _ in lines]
+    short = dict(zip(names, 'ABCDEFG'))
+    text = [', '.join(f'{short[n]} {n}' for n in names)+'.']
+    text += [f'{k} {short[n]}: '+tell(op, [f'{short[m]} {mark(t)}' for m, t in atoms])
+             for k, (n, (op, atoms)) in enumerate(lines, 1)]
+    for world in itertools.product((True, False), repeat=len(names)):
+        is_knight, steps = dict(zip(names, world)), []
+        for k, (n, (op, atoms)) in enumerate(lines, 1):
+            v = [is_knight[m] == t for m, t in atoms]
+            fits = value(op, v) == is_knight[n]
+            steps.append(f"{k} {tell(op, list(map(mark, v)))} = {mark(value(op, v))} {'ok' if fits else 'no'}.")
+            if not fits: break
+        text.append(f"{' '.join(map(mark, world))}: {' '.join(steps)}")
+        if fits: return '\n'.join(text), is_knight
+    return None
+
+def knight_rationale(row): # of a row, or None
+    if not (found := knight_steps(row.problem)): return None
+    steps, is_knight = found
+    n = sum(is_knight.values())
+    asked = sorted((name for name in is_knight if name in row.question), key=len)[-1:]
+    if asked: answer = ('knight', '骑士') if is_knight[asked[0]] else ('knave', '骗子')
+    else: answer = (str(n),)
+    right = [k for k, o in enumerate(row.options) if o.lower() in answer]
+    if right != [row.label]: raise SystemExit(f'{row.id}: the code answers {answer}, the label is {row.label}')
+    so = ', '.join(f'{name} {mark(k)}' for name, k in is_knight.items())
+    return f"<thinking>\n{steps}\n</thinking>\n<reflection>\n{so}. {n} T. {asked[0] if asked else 'Number'}: " \
+           f"{answer[0]}.\n</reflection>\n<output>{'ABCDEFG'[row.label]}</output>"
+
+def form(problem): # of a problem, whatever its people are called
+    lines = said(problem)
+    number = {name: k for k, (name, _) in enumerate(lines)}
+    return str([(op, [(number[m], t) for m, t in atoms]) for _, (op, atoms) in lines])
+
+def knight_problems(n, seed, known): # `n` problems of 2 to 4 people with one solution, none with a known form
+    rng, out = random.Random(seed), []
+    names = dict(en='Adam Bella Carl Dora Emil Frida Gina Hugo Ivan Julia'.split(),
+                 zh='张三 李四 王五 赵六 孙七 周八'.split())
+    while len(out) < n:
+        lang, people = rng.choice(['en', 'zh']), rng.randint(2, 4)
+        is_a, knight, knave, words = WORDS[lang]
+        who, told = rng.sample(names[lang], people), []
+        for _ in range(people):
+            atoms = [is_a.format(rng.choice(who), rng.choice([knight, knave])) for _ in range(2)]
+            told.append(rng.choice([atoms[0], *(w.format(*atoms) for w in words.values())]))
+        say = '{}. {} says: "{}".' if lang == 'en' else '{}. {}说：“{}。”'
+        problem = '\n'.join(say.format(k, w, t) for k, (w, t) in enumerate(zip(who, told), 1))
+        if form(problem) in known or not (is_knight := only_world(said(problem))): continue
+        head = ('On an island every person is either a knight, who always tells the truth, or a knave, who always lies.'
+                if lang == 'en' else '岛上的人不是骑士就是骗子：骑士永远说真话，骗子永远说假话。')
+        out.append((f'more-{seed}-{len(out)}', f'{head}\n\n{problem}', lang, is_knight))
+    return out
+
+def only_world(lines): # name → is it a knight?, where one world alone fits
+    names = [n for n, _ in lines]
+    worlds = [dict(zip(names, w)) for w in itertools.product((True, False), repeat=len(names))]
+    fit = [w for w in worlds if all(value(op, [w[m] == t for m, t in atoms]) == w[n] for n, (op, atoms) in lines)]
+    return fit[0] if len(fit) == 1 else None
+
+def more_rows(n, seed, like): # one question about each of n problems, as rows like those of a table
+    rng, out, known = random.Random(seed), [], {form(p) for p in like.problem.unique()}
+    for name, problem, lang, is_knight in knight_problems(n, seed, known):
+        who, count = rng.choice(list(is_knight)), rng.random() < .25
+        kinds = ['Knight', 'Knave'] if lang == 'en' else ['骑士', '骗子']
+        options = list(map(str, range(len(is_knight)+1))) if count else kinds
+        right = str(sum(is_knight.values())) if count else kinds[not is_knight[who]]
+        ask = ('How many of them are knights?', f'Is {who} a knight or a knave?') if lang == 'en' else (
+            '他们当中有几个骑士？', f'{who}是骑士还是骗子？')
+        rng.shuffle(options)
+        out.append(dict(id=name, group=name, source='more', fold=-1, label=options.index(right), target=None, weight=1.,
+                        problem=problem, question=ask[not count], options=options))
+    rows = pd.DataFrame(out)
+    rows.attrs['meta'] = dict(like.attrs['meta'], name='more')
+    return rows
+
+# ---- zebra puzzles: where each clue's things stand
+def zebra_solution(problem): # ([(clue, [things])], thing → house), or None
+    kinds = [[v.strip() for v in line.split(':')[1].split(',')] for line in re.findall(r'^ - (.+)$', problem, re.M)]
+    clues, houses = re.findall(r'^\d+\. (.+)$', problem, re.M), 'first second third fourth fifth sixth'.split()
+    values = [v for kind in kinds for v in kind]
+    def things(clue): # in their order
+        found = sorted((clue.lower().find(v), v) for v in values if v in clue.lower())
+        return [v for k, v in found if not any(v != w and v in w for _, w in found)]
+    facts = [(c, things(c)) for c in clues]
+    def holds(clue, at): # of houses; a clue with other things is left to the last check
+        if 'next to each other' in clue: return len(at) == 2 and abs(at[0]-at[1]) == 1
+        if 'directly left of' in clue: return len(at) == 2 and at[1]-at[0] == 1
+        if m := re.search(r'in the (\w+) house', clue): return len(at) == 1 and at[0] == houses.index(m[1])
+        return len(at) == 2 and at[0] == at[1]
+    found, orders = [{}], list(itertools.permutations(range(len(kinds[0]))))
+    for kind in kinds:
+        more = [at | dict(zip(kind, order)) for at in found for order in orders]
+        known = [f for f in facts if all(v in more[0] for v in f[1])]
+        found = [at for at in more if all(holds(c, [at[v] for v in vs]) for c, vs in known)]
+        if not found or len(found) > 3000: return None
+    return (facts, found[0]) if len(found) == 1 else None
+
+def zebra_rationale(row):
+    if not (found := zebra_solution(row.problem)): return None
+    facts, at = found
+    who = next((o for o in row.options if at.get(o.lower()) == 0), None)
+    if who is None or row.options.index(who) != row.label: return None
+    steps = [f"{k}: {', '.join(f'{v} {at[v]+1}' for v in vs)}." for k, (_, vs) in enumerate(facts, 1)]
+    table = [f"House {h+1}: {', '.join(v for v in at if at[v] == h)}." for h in sorted(set(at.values()))]
+    return '\n'.join(['<thinking>', *steps, '</thinking>', '<reflection>', *table, '</reflection>',
+                      f"<output>{'ABCDEFG'[row.label]}</output>"])
+
+def code_rationale(row):
+    return knight_rationale(row) or (zebra_rationale(row) if 'house' in row.problem else None)
+
+# ---- tables
+def write(name, rows, like):
+    from competition_kit.core import data_path
+    from competition_kit.tables import write_rows
+    rows = rows.reset_index(drop=True)
+    rows.attrs['meta'] = dict(like.attrs['meta'], name=name)
+    write_rows(rows, data_path(f'{name}.parquet'))
+
+def some_problems(rows, n): # the rows of n groups, drawn by their names
+    groups = sorted(rows.group.unique())
+    return rows[rows.group.isin(random.Random(0).sample(groups, min(n, len(groups))))] if n else rows
+
+def prepare(name, file, a): # all tables of a file; what is there stays
+    from competition_kit.core import data_path
+    from competition_kit.tables import split
+    if not data_path(f'{name}.parquet').exists():
+        rows = some_problems(split(file)[0], a.problems)
+        write(name, rows, rows if rows.attrs else split(file)[0])
+    from competition_kit.tables import load_rows
+    rows = load_rows(name).drop(columns=['main', 'phase'])
+    if not data_path(f'{name}_code.parquet').exists():
+        texts = [code_rationale(row) for row in rows.itertuples()]
+        if any(texts):
+            write(f'{name}_code', rows.assign(rationale=texts)[[t is not None for t in texts]], rows)
+            more = more_rows(a.more, 1, rows)
+            write(f'{name}_more', more.assign(rationale=[knight_rationale(r) for r in more.itertuples()]), rows)
+    if not data_path(f'{name}_both.parquet').exists(): sample(name, rows, a)
+    for kind in ('code', 'both'): best_half(f'{name}_{kind}', a)
+
+def sample(name, rows, a): # rationales by the base
+    from dataclasses import fields
+    from competition_kit.core import read_table
+    from competition_kit.generate import GenerateArgs, generate
+    from competition_kit.record import run_stage
+    more = dict(engine=a.engine) if 'engine' in {f.name for f in fields(GenerateArgs)} else {}
+    run = run_stage(generate, GenerateArgs(data=name, base=a.base, **ASK, **more))
+    report(a, table=name, line='sampling', **{k: v for k, v in run.record['metrics'].items() if k != 'baselines'})
+    if (run.folder/'rows.parquet').exists():
+        kept = read_table(run.folder/'rows.parquet')
+        kept['options'] = kept.options.map(list)
+        write(f'{name}_both', kept, rows)
+        if not kept.given.all(): write(f'{name}_self', kept[~kept.given.astype(bool)], rows)
+
+def best_half(name, a): # of a table of rationales, by the untouched base
+    from competition_kit.base import load_tokenizer
+    from competition_kit.core import data_path
+    from competition_kit.learnability import keep_learnable, probe, weak_places
+    from competition_kit.model import load_classifier
+    from competition_kit.tables import load_rows
+    from competition_kit.text import TextPrompt
+    if not data_path(f'{name}.parquet').exists() or data_path(f'{name}best.parquet').exists(): return
+    rows, prompt = load_rows(name).drop(columns=['main', 'phase']), TextPrompt(load_tokenizer(a.base), FIT['max_len'])
+    probed = probe(load_classifier(a.base, prompt.prompt, 'text', FIT['dtype']), prompt, rows, 2048, progress=False)
+    report(a, table=name, line='probe', mean_logp=float(probed.mean_logp.mean()), **weak_places(probed))
+    best = keep_learnable(probed, share=.5)
+    write(f'{name}best', best[best.rationale.notna()], rows)
+
+# ---- lines
+def report(a, **line):
+    from common import machine
+    short = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in line.items()}
+    text = json.dumps(dict(base=Path(a.base).name, **short, seconds=round(time.time()-a.began), **machine('torch')))
+    with open(a.out/'lines.jsonl', 'a') as f: f.write(text+'\n')
+    print(text, file=a.stdout, flush=True)
+
+def made(a): # (base, table, line, seed) of the lines in the file
+    file = a.out/'lines.jsonl'
+    lines = [json.loads(l) for l in open(file)] if file.exists() else []
+    return {(l['base'], l['table'], l['line'], l.get('seed')) for l in lines}
+
+def votes(replies, held): # accuracies of votes of 1, 5 and 9 samples
+    from competition_kit.completions import reply_probs, text_scores
+    n, y = replies.attempt.max()+1, held.label.to_numpy()
+    def score(first, last):
+        some = replies[replies.attempt.between(first, last-1)]
+        return text_scores(reply_probs(some, held), y)['accuracy']
+    out = dict(vote_1=float(np.mean([score(k, k+1) for k in range(n)])))
+    out |= {f'vote_{k}': float(np.mean([score(f, f+k) for f in range(0, n-k+1, 4)])) for k in (5, 9) if k <= n}
+    return out | dict(unparsed=float((replies.option < 0).mean()), tokens=float(replies.tokens.mean()))
+
+def base_replies(held, seed, samples): # of the untouched base, which the runs of the text route have kept
+    from competition_kit.core import models_path
+    from competition_kit.replies import attempt_seed, read_replies
+    from competition_kit.text import parse_replies
+    kept = pd.concat([read_replies(f) for f in sorted(models_path('.replies').iterdir())])
+    seeds = {(i, k): attempt_seed(seed, i, k) for i in held.id for k in range(samples)}
+    own = [seeds.get((i, k)) == s for i, k, s in zip(kept.id, kept.attempt, kept.seed)]
+    kept = kept[own].drop_duplicates('key').reset_index(drop=True)
+    return kept.join(parse_replies(kept, held))
+
+def one(name, line, seed, a): # train, and report the line; with the first text run also the untouched base
+    from competition_kit.core import read_table
+    from competition_kit.train import held_out, train_fold
+    args = FIT | LINES[line]
+    args['mix'] = args['mix'].replace('TABLE', name)
+    run = train_fold(**dict(dict(route='text') | args, base=a.base, seed=seed))
+    m, held = run.record['metrics'], held_out(run)[0]
+    facts = dict(table=name, line=line, seed=seed, held_out=len(held))
+    if args.get('route') == 'answer':
+        return report(a, **facts, letters=m['accuracy'], letters_log_loss=m['log_loss'], rows=run.record['rows'])
+    report(a, **facts, **votes(read_table(run.folder/'replies.parquet'), held), letters=m['letters_accuracy'],
+           letters_log_loss=m['letters_log_loss'], rows=m['rationales'])
+    untouched = (Path(a.base).name, name, 'untouched base', seed)
+    if untouched not in made(a):
+        letters = {k: v for k, v in m['baselines'].items() if k != 'untouched base, text'}
+        texts = {'untouched base, letters': votes(base_replies(held, seed, args['samples']), held)}
+        for k, v in letters.items():
+            report(a, table=name, line=k.removesuffix(', letters'), seed=seed, letters=v['accuracy'],
+                   letters_log_loss=v['log_loss'], **texts.get(k, {}))
+
+def lines_of(name): # those whose tables are there
+    from competition_kit.core import data_path
+    def there(mix): return all(data_path(f'{t}.parquet').exists() for t in mix.replace('TABLE', name).split(' + '))
+    return [line for line, args in LINES.items() if there(args['mix'])]
+
+def run_lines(a):
+    for name, file in (t.split('=', 1) for t in a.tables):
+        with contextlib.redirect_stdout(a.log): prepare(name, file, a)
+    if a.prepare: return
+    todo = [(name.split('=')[0], seed) for seed in a.seeds for name in a.tables]
+    for name, seed in todo:
+        for line in lines_of(name):
+            if (Path(a.base).name, name, line, seed) in made(a): continue
+            if time.time()-a.began > a.until: return print(f'no line is begun after {a.until:.0f} seconds', flush=True)
+            with contextlib.redirect_stdout(a.log): one(name, line, seed, a)
+
+def small(a): # a few rows and a random base, to see that all parts run
+    from competition_kit.base import tiny_base
+    a.base, a.problems, a.more = tiny_base(a.out/'tiny'), 24, 20
+    FIT.update(epochs=.2, samples=5, pack_tokens=4096, dtype='fp32', lora_r=4, score_every=4)
+    ASK.update(retries=1, given=1, max_new_tokens=8, batch_tokens=16384)
+    for args in LINES.values(): args.pop('epochs', None)
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('tables', nargs='+')
+    p.add_argument('--base', default='smollm2')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0])
+    p.add_argument('--problems', type=int, default=0, help='draw so many groups of rows; 0: all')
+    p.add_argument('--more', type=int, default=3000, help='further problems by code')
+    p.add_argument('--engine', default='transformers', help='samples the rationales')
+    p.add_argument('--until', type=float, default=380, help='seconds after which no line is begun')
+    p.add_argument('--prepare', action='store_true', help='make the tables alone')
+    p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
+    p.add_argument('--out', type=Path, default=None)
+    p.add_argument('--small', action='store_true')
+    a = p.parse_args()
+    import sys
+    from competition_kit.base import base_path, pick_dtype
+    a.out, a.began, a.stdout = (a.out or Path(tempfile.mkdtemp())).absolute(), time.time(), sys.stdout
+    a.out.mkdir(parents=True, exist_ok=True)
+    a.tables = [f"{t.split('=')[0]}={Path(t.split('=', 1)[1]).absolute()}" for t in a.tables]
+    if a.base == 'smollm2': base_path()  # made where this checkout keeps its bases
+    from competition_kit.core import bases_path
+    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=str(a.out), TOKENIZERS_PARALLELISM='false')
+    import competition_kit.record as record
+    record.after_run.clear()  # no workbook
+    FIT['dtype'] = pick_dtype()
+    if a.small: small(a)
+    FIT.update(a.set)
+    with open(a.out/f"log-{'-'.join(map(str, a.seeds))}.txt", 'a') as a.log: run_lines(a)
