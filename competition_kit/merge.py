@@ -30,8 +30,8 @@ from .record import find_run, records, run_stage
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, table_hashes
 from .train import rows_at
-from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, load_run, model_params,
-                                     model_stages, predict_runs, recipe_key, same_tables, training_rows,
+from .trained import (ancestors, check_letters, has_seen, is_full, lineage_of, load_adapter, load_run,
+                                     model_params, model_stages, predict_runs, recipe_key, same_tables, training_rows,
                                      trusted_prompt, weights_path)
 
 # %% ../nbs/08_merge.ipynb #57bce613
@@ -80,6 +80,7 @@ def check_members(
         if is_full(r):
             raise Refusal(f"{r['run_id']} has trained all weights (method=full)",
                           fix='Merge LoRAs; vote with full models')
+        check_letters(r)
     _check_same(recs)
     prompts = [trusted_prompt(r) for r in recs]
     for r, p in zip(recs, prompts):

@@ -86,7 +86,7 @@ def measured_speed(
     "Speed of generation on this machine, from batches of three shapes"
     few, short, long = [step_seconds(engine, *s, clock=clock) for s in ((2, 64), (sequences, 64), (sequences, 192))]
     context = max(0, (long[1]-short[1])/(sequences*128))
-    row = max(0, (short[1]-few[1])/(sequences-2)-64*context)
+    row = max(0, min((short[1]-few[1])/(sequences-2), short[1]/sequences)-64*context)
     step = max(0, short[1]-sequences*(row+64*context))
     return Speed(long[0]/(sequences*192), step, row, context, 'measured just now')
 
