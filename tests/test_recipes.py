@@ -20,7 +20,7 @@ SMALL = dict(  # values of the scale `tiny` for the machine that tests every cha
     arena_answer_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', epochs=.5, len=160,
                               warm_len=160),
     logic_vote=dict(base='smollm2-1', epochs=.2),
-    logic_reflect=dict(student='smollm2-1', rows=':3', retries=1, given=0, new=16, every=8, calibration=16),
+    logic_reflect=dict(student='smollm2-1', rows=':3', retries=1, given=0, new=24, every=8, calibration=16),
     arena_pseudo=dict(labellers=['smollm2-2', 'smollm2-1'], models=['smollm2-2', 'smollm2-1'], rows=':40', len=160,
                       rounds='4', new=8),
     wsdm_first=dict(teacher='smollm2-2', student='smollm2-1', rows=':40', len=160, teacher_len=160))
@@ -60,7 +60,7 @@ def run_here(name, **values): # Record of each job, by its name
 def plant(name): # rationales where so small a model wrote none that is right
     if data_path(f'{name}.parquet').exists(): return
     rows = load_rows('sample_logic:8', seed=len(name)).drop(columns=['main', 'phase'])
-    texts = [f'<thinking>By cases.</thinking><reflection>It holds.</reflection><output>{"ABCDEFG"[k]}</output>'
+    texts = [f'<thinking>Thus.</thinking><output>{"ABCDEFG"[k]}</output>'
              for k in rows.label]
     write_rows(rows.assign(rationale=texts, given=False, pass_rate=0.), data_path(f'{name}.parquet'))
 
