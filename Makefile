@@ -26,10 +26,7 @@ $(VENV)/.done: settings.ini setup.py constraints.txt
 	touch $@
 
 run: $(VENV)/.done
-	ck run nbs/02_split.ipynb -p data $(DATA)
-	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 0
-	ck run nbs/04_train.ipynb -p mix $(DATA) -p fold 1
-	ck run nbs/10_vote.ipynb -p data $(DATA)
+	ck recipe run quickstart --set data=$(DATA)
 	@echo; ck log; echo; echo "log: experiments_log.xlsx   runs, submissions and executed notebooks: models/"
 
 test: $(VENV)/.done

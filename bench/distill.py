@@ -43,6 +43,10 @@ LINES = { # in the order in which they begin
         data='hidden', margin=.1)),
     'alpaca pseudo-labelled, not filtered': dict(seeds=1, needs=['labels', 'teacher: qwen'], table='every', pseudo=dict(
         data='hidden', margin=0., near='keep')),
+    'alpaca labelled by the folds of labels alone, filtered': dict(seeds=1, needs=['labels'], table='own', pseudo=dict(
+        data='hidden', margin=.1)),
+    'alpaca labelled by the folds of labels alone, not filtered': dict(seeds=1, needs=['labels'], table='own_every',
+        pseudo=dict(data='hidden', margin=0., near='keep')),
     'PandaLM alone, majority of three people': dict(seeds=3, args=dict(mix='pandalm_majority'), against=''),
     'PandaLM alone, shares of three people': dict(seeds=3, args=dict(mix='pandalm'),
                                                   against='PandaLM alone, majority of three people'),

@@ -1,5 +1,6 @@
 "Grouping (recall by family of copies, false merges by table, speed) and folding: python bench/split.py [rows]"
-import random, resource, sys, time
+import resource, sys, time
+from pathlib import Path
 import numpy as np, pandas as pd
 from competition_kit.folds import make_folds
 from competition_kit.groups import group_rows, second_look
@@ -9,21 +10,8 @@ def timed(f, *args, **kw):
     out = f(*args, **kw)
     return out, time.perf_counter()-t
 
-rng = random.Random(0)
-vocab = [''.join(rng.choices('bcdfghklmnprstvwz', k=2)+rng.choices('aeiou', k=2)) for _ in range(5000)]
-def sentence(n): return ' '.join(rng.choices(vocab, k=n))
-
-def one_word(s):
-    w = s.split()
-    w[rng.randrange(len(w))] = 'zzqq'
-    return ' '.join(w)
-
-def doubled(s):
-    w = s.split()
-    k = rng.randrange(len(w))
-    return ' '.join([*w[:k], w[k], *w[k:]])
-
-def full_width(s): return ''.join(chr(ord(c)+0xfee0) if '!' <= c <= '~' else c for c in s)
+sys.path.append(str(Path(__file__).resolve().parents[1]/'tests'))
+from planted import doubled, full_width, one_word, rng, sentence
 
 families = {  # name → (words of a prompt, the copy)
     'exclamation mark': ((3, 4, 6, 8, 9), lambda s: s+'!'),

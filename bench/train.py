@@ -3,11 +3,12 @@
 LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
 usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared kit-dropout kit-keep kit-nf4 kit-gptq
-    kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq] [--layers 4 8] [--r 64]
-    [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
+    kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq distill-ratio] [--layers 4 8]
+    [--r 64] [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model
-instead. Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher
-the forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context.
+instead. `distill-ratio` trains one whole model with the plain loss and with two teachers' loss, in turns.
+Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher the
+forward alone, 2N), with the matrix rate measured in the same run; attention counts with the mean causal context.
 `ms` is a pack's time, `host_ms` the processor's time to start one (of the last number of layers measured): where the
 two come close, the processor was measured, not the GPU."""
 import argparse, gc, json, tempfile, time
@@ -18,6 +19,7 @@ from competition_kit.pack import contest_lengths
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 VOCAB = 4096  # the rows of the vocabulary that are used; the others cost nothing here, nor in the kit
 
 def config(shape, layers, **kw):
@@ -31,7 +33,7 @@ def build(cls, cfg):
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device('cuda'): model = cls.from_config(cfg)
+        with torch.device(DEVICE): model = cls.from_config(cfg)
     finally: torch.set_default_dtype(torch.float32)
     for p in model.parameters():
         if p.dim() > 1: p.data.normal_(0, .02)
@@ -72,7 +74,7 @@ def packs_of(ns, budget):
     return out
 
 def packed_base(model, format):
-    "The same layers in four bits: nf4 from bitsandbytes, or random codes in GPTQ's format, groups of 128"
+    "The same layers in nf4 from bitsandbytes, or as random codes in GPTQ's format (gptq8: of eight bits), groups of 128"
     for parent in list(model.modules()):
         for name, lin in list(parent.named_children()):
             if not isinstance(lin, torch.nn.Linear) or lin is model.get_output_embeddings(): continue
@@ -83,13 +85,14 @@ def packed_base(model, format):
                 new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16, **kw)
                 new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, **kw)
                 new.bias = lin.bias
-                new = new.cuda()
+                new = new.to(DEVICE)
             else:
                 from competition_kit.quant import GPTQLinear
-                codes = torch.randint(-2**31, 2**31-1, (i//8, o), device='cuda', dtype=torch.int32)
-                zeros = torch.full((i//128, o//8), 0x77777777, device='cuda', dtype=torch.int32)
-                scales = torch.rand(i//128, o, device='cuda').half()*.01
-                new = GPTQLinear(codes, zeros, scales, bias=lin.bias, bits=4)
+                bits, middle = (8, 0x7f7f7f7f) if format == 'gptq8' else (4, 0x77777777)
+                codes = torch.randint(-2**31, 2**31-1, (i*bits//32, o), device=DEVICE, dtype=torch.int32)
+                zeros = torch.full((i//128, o*bits//32), middle, device=DEVICE, dtype=torch.int32)
+                scales = torch.rand(i//128, o, device=DEVICE).half()*.01
+                new = GPTQLinear(codes, zeros, scales, bias=lin.bias, bits=bits)
             setattr(parent, name, new)
             lin.weight = None
     return model
@@ -99,10 +102,10 @@ def liger(shape): # for the rest of the process
     apply = getattr(kernels, f"apply_liger_kernel_to_{known_bases[shape]['model_type']}")
     apply(cross_entropy=False, fused_linear_cross_entropy=False)
 
-def kit_model(a, shape, layers, what):
+def kit_model(a, shape, layers, what, checkpointed=None):
     """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints
     at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits),
-    kit-dropout, kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not compiled), kit-liger
+    kit-dropout, kit-full (all weights), kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not compiled), kit-liger
     (Liger's kernels instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.attention import register_attention
@@ -111,29 +114,37 @@ def kit_model(a, shape, layers, what):
     register_attention()
     if what == 'kit-liger': liger(shape)
     model = build(AutoModelForCausalLM, config(shape, layers, attn_implementation='packed'))
-    if format in ('nf4', 'gptq'): packed_base(model, format)
+    if format in ('nf4', 'gptq', 'gptq8'): packed_base(model, format)
     classifier = Classifier(model, [5, 6, 7])
-    drop = .05 if what == 'kit-dropout' else 0.
-    if what != 'frozen' and not teacher: add_lora(classifier, r=a.r, alpha=2*a.r, dropout=drop)
-    if what.startswith('kit'): fuse(classifier)
+    drop = .05 if what == 'kit-dropout' else getattr(a, 'dropout', 0.)
+    if what == 'kit-full': classifier.model.requires_grad_(True)
+    elif what != 'frozen' and not teacher: add_lora(classifier, r=a.r, alpha=2*a.r, dropout=drop)
+    if what.startswith('kit') and what != 'kit-full': fuse(classifier)
     for n, p in classifier.named_parameters():
         if 'lora_B' in n: p.data.normal_(0, .01)
     if what == 'frozen':
         embeddings = classifier.model.get_input_embeddings()
         embeddings.register_forward_hook(lambda m, i, o: o.requires_grad_(True))
-    checkpoint_activations(classifier, a.recompute if layers == known_bases[shape]['num_hidden_layers'] else 0)
-    classifier.to('cuda').train(not teacher)
-    if what not in ('kit-eager', 'kit-liger'): compile_layers(classifier)
+    if checkpointed is None: checkpointed = a.recompute if layers == known_bases[shape]['num_hidden_layers'] else 0
+    checkpoint_activations(classifier, checkpointed)
+    classifier.to(DEVICE).train(not teacher)
+    if what not in ('kit-eager', 'kit-liger') and getattr(a, 'compiled', True): compile_layers(classifier)
     if what == 'kit-keep': torch._functorch.config.ban_recompute_materialized_backward = True
     return classifier
 
-def kit(a, shape, layers, what):
+def wait():
+    if DEVICE == 'cuda': torch.cuda.synchronize()
+
+def kit(a, shape, layers, what, checkpointed=None):
     "Our packs through a loop of this file"
+    from competition_kit.fit import KahanAdamW
     from competition_kit.model import collate, option_mask, pack_loss
-    classifier, teacher = kit_model(a, shape, layers, what), what.startswith('teacher')
+    classifier, teacher = kit_model(a, shape, layers, what, checkpointed), what.startswith('teacher')
     learn = [p for p in classifier.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(learn, 1e-5, fused=True) if learn else None
-    ns = contest_lengths('lmsys', 4000, a.max_len) if a.fixed is None else [a.fixed]*4000
+    if what == 'kit-full': opt = KahanAdamW(learn)
+    else: opt = torch.optim.AdamW(learn, 1e-5, fused=DEVICE == 'cuda') if learn else None
+    lengths = getattr(a, 'lengths', 'lmsys')
+    ns = contest_lengths(lengths, 4000, a.max_len) if a.fixed is None else [a.fixed]*4000
     packs = packs_of(ns, a.budget)[:a.warm+a.packs]
     rng = np.random.default_rng(0)
     head = rng.integers(0, VOCAB, a.template).astype(np.int32)
@@ -143,27 +154,27 @@ def kit(a, shape, layers, what):
     tiny = collate([np.full(48, k, np.int32) for k in (7, 8)])
     def step(b):
         k = len(b['bounds'])-1
-        b = {n: v.cuda(non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
+        b = {n: v.to(DEVICE, non_blocking=True) if torch.is_tensor(v) else v for n, v in b.items()}
         if teacher:
             with torch.no_grad(): return classifier(**b)
-        y = torch.eye(3, device='cuda')[torch.zeros(k, dtype=torch.long, device='cuda')]
-        pack_loss(classifier(**b), y, torch.ones(k, device='cuda'), option_mask([3]*k, 3).cuda(), k).backward()
+        y = torch.eye(3, device=DEVICE)[torch.zeros(k, dtype=torch.long, device=DEVICE)]
+        pack_loss(classifier(**b), y, torch.ones(k, device=DEVICE), option_mask([3]*k, 3).to(DEVICE), k).backward()
         if opt:
             opt.step()
             opt.zero_grad()
     for b in made[:a.warm]: step(b)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    wait()
+    if DEVICE == 'cuda': torch.cuda.reset_peak_memory_stats()
     t = time.perf_counter()
     for b in made[a.warm:]: step(b)
-    torch.cuda.synchronize()
+    wait()
     took = time.perf_counter()-t
     for k in range(6): # so little that all of the time goes into starting it
         if k == 2:
-            torch.cuda.synchronize()
+            wait()
             t = time.perf_counter()
         step(tiny)
-    torch.cuda.synchronize()
+    wait()
     a.host = (time.perf_counter()-t)/4
     return took, packs[a.warm:]
 
@@ -174,19 +185,18 @@ def two_teachers(lines): # random probabilities and the loss of `07_distill` ove
     more = dict(teacher=p, use=torch.ones(lines, 3, dtype=torch.bool))
     return more, functools.partial(distill_loss, form=named_form('seed', 2))
 
-def kit_fit(a, shape, layers, what):
-    "Our packs through `fit`, 32 rows a step; `kit-fit-distill`: with the probabilities of two teachers"
+def fit_seconds(a, classifier, distill=False): # of the packs behind `a.warm` steps, and their lengths
     from pathlib import Path
     import pandas as pd
     from competition_kit import fit as f
     from competition_kit.pack import plan_steps
     from competition_kit.rows import tasks
-    classifier, times = kit_model(a, shape, layers, what), []
-    rng, ns = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len)
+    rng, ns, times = np.random.default_rng(0), contest_lengths('lmsys', 32*(a.warm+a.packs), a.max_len), []
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in ns]
     enc = pd.DataFrame(dict(row=np.arange(len(ns)), view=0, n=ns, ids=ids))
     rows, steps = pd.DataFrame(dict(label=0, target=[None]*len(ns), weight=1.)), plan_steps(enc, 32, 1., a.budget, 0)
-    class Clock(f.ProgressBar):
+    bar = f.ProgressBar
+    class Clock(bar):
         def on_step_end(self, args, state, control, **kw):
             super().on_step_end(args, state, control, **kw)
             if state.global_step not in (a.warm, len(steps)): return
@@ -194,10 +204,23 @@ def kit_fit(a, shape, layers, what):
             if not times: torch.cuda.reset_peak_memory_stats()
             times.append(time.perf_counter())
     f.ProgressBar = Clock
-    more, loss = two_teachers(len(enc)) if what == 'kit-fit-distill' else ({}, f.pack_loss)
+    more, loss = two_teachers(len(enc)) if distill else ({}, f.pack_loss)
     data = f.Steps(enc, rows, tasks['preference'], steps, more=more)
     with tempfile.TemporaryDirectory() as d: f.fit(classifier, data, Path(d), lr=1e-5, save_every=10**6, loss=loss)
+    f.ProgressBar = bar
     return times[1]-times[0], [ns[p].tolist() for packs, in steps[a.warm:] for p in packs]
+
+def kit_fit(a, shape, layers, what):
+    "Our packs through `fit`, 32 rows a step; `kit-fit-distill`: with the probabilities of two teachers"
+    return fit_seconds(a, kit_model(a, shape, layers, what), what == 'kit-fit-distill')
+
+def distill_ratio(a, shape, times=3): # one whole model, compiled once; both losses in turns
+    classifier = kit_model(a, shape, known_bases[shape]['num_hidden_layers'], 'kit-fit')
+    fit_seconds(a, classifier)
+    pairs = [[fit_seconds(a, classifier, distill)[0] for distill in (False, True)] for _ in range(times)]
+    plain, distill = np.array(pairs).T
+    return dict(shape=shape, what='distill-ratio', plain_s=plain.round(2).tolist(), distill_s=distill.round(2).tolist(),
+                ratio=round(float(np.median(distill/plain)), 4))
 
 def hf(a, shape, layers, what):
     """transformers' Trainer with PEFT's LoRA: padded batches of 8; `hf`: in random order; `hf-grouped`: of like
@@ -234,14 +257,15 @@ def hf(a, shape, layers, what):
     Trainer(model=model, args=args, train_dataset=data, data_collator=pad, callbacks=[Clock()]).train()
     return times[-1]-times[warm-1], seen[warm:warm+a.packs]
 
-def measure(a, shape, layers, what):
-    left, a.host = torch.cuda.memory_allocated(), 0  # by what ran before: not this one's
-    way = hf if what.startswith('hf') else kit_fit if what.startswith('kit-fit') else kit
-    t, rows = way(a, shape, layers, what)
-    mem = (torch.cuda.max_memory_allocated()-left)/2**30
+def measure(a, shape, layers, what, checkpointed=None):
+    left, a.host = torch.cuda.memory_allocated() if DEVICE == 'cuda' else 0, 0  # by what ran before: not this one's
+    if what.startswith('hf'): t, rows = hf(a, shape, layers, what)
+    elif what.startswith('kit-fit'): t, rows = kit_fit(a, shape, layers, what)
+    else: t, rows = kit(a, shape, layers, what, checkpointed)
+    mem = (torch.cuda.max_memory_allocated()-left)/2**30 if DEVICE == 'cuda' else 0.
     torch._dynamo.reset()
     gc.collect()
-    torch.cuda.empty_cache()
+    if DEVICE == 'cuda': torch.cuda.empty_cache()
     return t, rows, mem
 
 def arguments():
@@ -281,5 +305,7 @@ if __name__ == '__main__':
     a = arguments()
     for shape in a.shape:
         for what in a.what:
-            try: print(json.dumps(result(a, shape, what)), flush=True)
+            try:
+                line = distill_ratio(a, shape) if what == 'distill-ratio' else result(a, shape, what)
+                print(json.dumps(line), flush=True)
             except Exception as e: print(shape, what, repr(e)[:500], flush=True)

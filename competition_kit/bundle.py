@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from . import core
 from .adapter import check_adapter
-from .base import _snapshot, base_hash, base_path
+from .base import base_hash, fetched_base
 from .core import Refusal, file_sums, hash_obj, models_path, now, read_json, sha256, write_json
 from .log import people
 from .record import find_run, records
@@ -148,8 +148,7 @@ def base_folder(
     "Where the base of a run is; a base that is not here, or not the one it was trained on, is refused"
     if is_full(rec): return None
     base = model_params(rec)['base']
-    folder = Path(base_path(base))
-    if not folder.is_dir(): folder = _snapshot(base)
+    folder = fetched_base(base)
     if folder is None:
         raise Refusal(f'the base {base} is not on this machine', rec['run_id'], fix='Fetch it, or give its folder')
     if (found := base_hash(base)) != rec['base']:
@@ -311,6 +310,7 @@ def replace_file(
     Path(f'{path}.part').write_bytes(data)
     os.replace(f'{path}.part', path)
 
+# %% ../nbs/lib/11_bundle.ipynb #9b2d2754
 def prior_csv(
     sample,     # The host's sample submission, CSV
     prior:dict, # Label → probability; empty keeps the values of the sample
@@ -469,6 +469,7 @@ def take_submission(
         replace_file(out, file.read_bytes())
         return lacks | dict(finished=done)
 
+# %% ../nbs/lib/11_bundle.ipynb #38812cac
 def guarded_vote(
     python,          # Of the installed environment
     root,            # Project root of the vote
@@ -524,6 +525,7 @@ def first_file(pattern, *folders):
     "The first file of that name below the folders"
     return next((p for f in folders for p in sorted(Path(f).rglob(pattern)) if p.is_file()), None)'''
 
+# %% ../nbs/lib/11_bundle.ipynb #8112c9f4
 _first = '''places = [p for p in ('/kaggle/input', '.') if Path(p).is_dir()]
 facts = dict(prior={}, files={}, runs=[], target={})
 with noted('package'):
@@ -540,6 +542,7 @@ with noted('machine'): faults += machine_faults(facts['target'])
 faults += [f'{name}: {fault}' for name, fault in damaged.items()]
 print(*faults or ['All files are whole, and the machine is as planned.'], sep='\\n')'''
 
+# %% ../nbs/lib/11_bundle.ipynb #f7ac9912
 _second = '''work, python = Path(WORK or tempfile.mkdtemp()), None
 with noted('install'):
     started = time.time()
@@ -700,6 +703,7 @@ def package_facts(
                 bases={name: dict(hash=b['hash'], folder=names[name]) for name, b in bases.items()},
                 files=file_list(folder, bases))
 
+# %% ../nbs/lib/11_bundle.ipynb #8b3dfc51
 def package_folder(
     names,      # Run ids
     target:str,
@@ -757,6 +761,7 @@ def adapter_config(
     layers = sorted({name.split('.lora_')[0].split('.')[-1] for name in names})
     return config | dict(target_modules=layers, base_model_name_or_path=model_params(rec)['base'], inference_mode=True)
 
+# %% ../nbs/lib/11_bundle.ipynb #74ddd816
 def adapter_package(
     runs,          # One run id
     target:Target,

@@ -6,10 +6,11 @@
 __all__ = ['Refusal', 'one_of', 'at_least', 'share', 'project_root', 'data_path', 'models_path', 'bases_path', 'root_at',
            'sandbox', 'atomic', 'to_json', 'write_json', 'read_json', 'csv_text', 'jsonl_text', 'hash_obj', 'sha256',
            'seal', 'damage', 'file_sums', 'damage_cached', 'write_table', 'read_table', 'content_hash', 'now',
-           'peak_memory', 'device_name', 'versions', 'seed_all']
+           'peak_memory', 'device_name', 'versions', 'seed_all', 'die_with_parent']
 
 # %% ../nbs/lib/00_core.ipynb #2500ddfd
-import concurrent.futures, contextlib, csv, hashlib, io, json, os, platform, sys, tempfile, time, warnings
+import concurrent.futures, contextlib, csv, ctypes, hashlib, io, json, os, platform, signal, sys, tempfile, time
+import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -337,3 +338,8 @@ def seed_all(seed:int):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/lib/00_core.ipynb #87ccbdbd
+def die_with_parent():
+    "Let Linux kill this process when its parent ends; a `preexec_fn` of `subprocess.Popen`"
+    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -26,13 +26,18 @@ known_bases = {name: dict(zip(_keys, v)) for name, v in {  # from each model's o
     'llama-3.1-8b':  ('llama', 32, 4096, 32, 8, 128, 14336, 128256, False),
     'llama-3.1-70b': ('llama', 80, 8192, 64, 8, 128, 28672, 128256, False),
     'gemma-2-9b':    ('gemma2', 42, 3584, 16, 8, 256, 14336, 256000, True),
+    'gemma-2-27b':   ('gemma2', 46, 4608, 32, 16, 128, 36864, 256000, True),
     'gemma-3-12b':   ('gemma3_text', 48, 3840, 16, 8, 256, 15360, 262208, True),
     'mistral-7b':    ('mistral', 32, 4096, 32, 8, 128, 14336, 32768, False)}.items()}
+_same_shape = {  # fine-tuned models of a known shape
+    'athene-v2': 'qwen2.5-72b', 'llama-3.1-nemotron-70b-instruct-hf': 'llama-3.1-70b', 'armorm-llama3-8b': 'llama-3.1-8b',
+    'deepseek-r1-distill-llama-70b': 'llama-3.1-70b', 'gemma-2-9b-it-simpo': 'gemma-2-9b', 'llama-3-8b': 'llama-3.1-8b'}
 
 # %% ../nbs/lib/03e_cost.ipynb #c47f5973
 def _well_known(name): # Its configuration, or None: `Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4` is `qwen2.5-7b` in four bits
     name, bits = re.match(r'(.*?)(?:-gptq-int([48]))?$', name.split('/')[-1].lower().removeprefix('meta-')).groups()
-    c = known_bases.get(re.sub(r'(-v0\.\d)?(-instruct|-it|-chat)?(-v0\.\d)?$', '', name))
+    name = re.sub(r'(-v0\.\d)?(-instruct|-it|-chat)?(-v0\.\d)?$', '', name)
+    c = known_bases.get(_same_shape.get(name, name))
     if c is None or not bits: return c
     return dict(c, quantization_config=dict(quant_method='gptq', bits=int(bits), group_size=128))
 

@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
-           'serve', 'EngineDied', 'Engine', 'letter_probs', 'parity', 'check_parity', 'why_not_served', 'faster',
-           'EngineAsker', 'ask_engine', 'engine_facts']
+           'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
+           'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'faster',
+           'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
 from importlib.metadata import PackageNotFoundError, version
+from inspect import isgenerator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 import numpy as np
 from .adapter import check_adapter
 from .base import base_path, pick_dtype
-from .core import Refusal, hash_obj, read_json, write_json
+from .core import Refusal, die_with_parent, hash_obj, read_json, write_json
 from .probs import write_probs
 from .prompt import encode_cached
 from .quant import quant_kind
-from .ranks import _die_with_parent
 from .rows import swap_probs
-from .trained import (RunAsker, _copy_earlier, _kept, _made_of, _on_base, _seen, base_of, is_full,
-                                     model_params, predict_runs, weights_path)
+from .trained import (RunAsker, base_key, base_of, copy_earlier, is_full, kept_probs, model_params,
+                                     predict_runs, prediction_key, trained_on, weights_path)
 
 # %% ../nbs/lib/03m_engine.ipynb #28d3cc3e
 def vllm_version() -> str: # '' where it is not installed
@@ -129,10 +130,16 @@ class _Server: # the answers, within the engine's process
         found = [out.outputs[0].logprobs[0] for out in self._generate(ids, one, slots, fresh)]
         return np.array([[row[t].logprob if t in row else np.nan for t in letters] for row in found], np.float32)
 
-    def text(self, ids, slots, sampling):
+    def text(self, ids, slots, sampling): # pairs of a position and a text, as soon as they are finished
         from vllm import SamplingParams
-        outputs = [out.outputs[0] for out in self._generate(ids, [SamplingParams(**s) for s in sampling], slots, False)]
-        return [dict(text=o.text, tokens=list(o.token_ids), finish=o.finish_reason) for o in outputs]
+        engine = self.llm.llm_engine
+        for k, (i, slot, how) in enumerate(zip(ids, slots, sampling)):
+            prompt, lora = dict(prompt_token_ids=i.tolist()), self.loras[slot]
+            engine.add_request(str(k), prompt, SamplingParams(**how), lora_request=lora)
+        while engine.has_unfinished_requests():
+            for done in filter(lambda out: out.finished, engine.step()):
+                o = done.outputs[0]
+                yield int(done.request_id), dict(text=o.text, tokens=list(o.token_ids), finish=o.finish_reason)
 
 def serve(
     fd:int, # Of the pipe to the process that asks
@@ -143,19 +150,107 @@ def serve(
     while True:
         try: request, kw = pipe.recv()
         except EOFError: return
-        try: pipe.send(('answer', getattr(server, request)(**kw)))
+        try:
+            found = getattr(server, request)(**kw)
+            for value in found if isgenerator(found) else [found]: pipe.send(('value', value))
+            pipe.send(('end', None))
         except Exception as e:
             traceback.print_exc()  # into the log
             pipe.send(('error', f'{type(e).__name__}: {e}'))
 
-# %% ../nbs/lib/03m_engine.ipynb #93558232
+# %% ../nbs/lib/03m_engine.ipynb #b47e8ead
 class EngineDied(Refusal):
     "An engine that ended, or that did not answer in time; with the last lines of its log"
 
+def _start_process(log): # (the process, the pipe to it)
+    ours, theirs = Pipe()
+    code = f'from competition_kit.engine import serve; serve({theirs.fileno()})'
+    process = subprocess.Popen([sys.executable, '-c', code], env=engine_env(), pass_fds=[theirs.fileno()],
+                               stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                               start_new_session=True, preexec_fn=die_with_parent)
+    theirs.close()
+    return process, ours
+
+def _end_process(process, patience): # and all that it has started, after some seconds for it to end by itself
+    try: process.wait(patience)
+    except subprocess.TimeoutExpired: pass
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    process.wait()
+
+# %% ../nbs/lib/03m_engine.ipynb #6209a70f
+class EngineProcess:
+    "A process that answers requests; the end of a `with` block ends it"
+    def _begin(self):
+        self.log = tempfile.NamedTemporaryFile(prefix='vllm-', suffix='.log')
+        self.process, self.pipe = _start_process(self.log)
+        self.ended = os.pidfd_open(self.process.pid)
+
+    def _stream(self, request, **kw): # the pieces of the answer
+        limit = self.limit*max(1, len(kw.get('ids', ()))/1000)
+        try:
+            self.pipe.send((request, kw))
+            while True:
+                if not wait([self.pipe, self.ended], limit):
+                    raise self._dead(f'the vLLM engine gave no answer in {limit:g} seconds')
+                kind, value = self.pipe.recv()
+                if kind == 'error': raise self._dead(f'vLLM failed ({value})')
+                if kind == 'end': return
+                yield value
+        except (EOFError, OSError):
+            raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None
+        except GeneratorExit:  # nobody reads the rest
+            self.close()
+            raise
+
+    def _ask(self, request, **kw): return list(self._stream(request, **kw))[-1]
+
+    def _dead(self, what): # the error, with the last lines of the log
+        lines = Path(self.log.name).read_text(encoding='utf-8', errors='replace').splitlines()
+        self.close()
+        return EngineDied('\n'.join([f'{what}; its log ends with', *lines[-12:]]))
+
+    def close(self):
+        "End the process, and all that it has started"
+        self.pipe.close()
+        _end_process(self.process, 10 if self.gpus > 1 else 0)  # several processes have shared memory to give back
+        if self.ended >= 0: os.close(self.ended)
+        self.ended = -1
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+# %% ../nbs/lib/03m_engine.ipynb #5fb3b412
 _dtypes = dict(bf16='bfloat16', fp16='float16', fp32='float32')
 
-class Engine:
-    "A vLLM model in a process of its own; the end of a `with` block gives its memory back"
+def llm_options(
+    base:str,            # Name or folder of a base
+    adapters,            # Folders
+    dtype:str,           # `auto`, `bf16`, `fp16` or `fp32`
+    max_len:int,         # Tokens of the longest sequence, with the new ones
+    tensor_parallel:int, # GPUs that share the model
+    options:dict,        # Those that the caller wants otherwise
+) -> dict: # Arguments of `vllm.LLM`
+    "What vLLM is started with; too few LoRA slots are refused"
+    if options.get('max_loras', 99) <= len(adapters):
+        raise Refusal(f"max_loras={options['max_loras']}: vLLM answers wrongly without a word when adapters and "
+                      'the base outnumber its slots', fix=f'Leave it out, or take {len(adapters)+1} or more')
+    return dict(model=base_path(base), dtype=_dtypes[pick_dtype(dtype)], max_model_len=max_len, seed=0,
+                tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, max_logprobs=128,
+                logprobs_mode='raw_logprobs', trust_remote_code=False, disable_log_stats=True,
+                **lora_slots(adapters)) | options
+
+def request_order(
+    ids,   # Token arrays
+    slots, # [arrays] the adapter of each, 0: the base
+) -> np.ndarray: # Positions
+    "By adapter, then by prefix: keys and values are cached for each adapter apart"
+    order = prefix_order(ids)
+    return order[np.argsort(np.asarray(slots)[order], kind='stable')]
+
+# %% ../nbs/lib/03m_engine.ipynb #49a49550
+class ServedModel(EngineProcess):
+    "A vLLM model in a process of its own"
     def __init__(self,
         base:str,                 # Name or folder of a base
         adapters=(),              # Folders of all LoRAs that it will serve
@@ -166,47 +261,24 @@ class Engine:
         **options,                # Further arguments of `vllm.LLM`
     ):
         engine_input('vllm')
-        slots = lora_slots(adapters)
-        if options.get('max_loras', 99) <= len(adapters):
-            raise Refusal(f"max_loras={options['max_loras']}: vLLM answers wrongly without a word when adapters and "
-                          'the base outnumber its slots', fix=f'Leave it out, or take {len(adapters)+1} or more')
-        llm = dict(model=base_path(base), dtype=_dtypes[pick_dtype(dtype)], max_model_len=max_len, seed=0,
-                   tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, max_logprobs=128,
-                   logprobs_mode='raw_logprobs', trust_remote_code=False, disable_log_stats=True, **slots)
+        llm = llm_options(base, adapters, dtype, max_len, tensor_parallel, options)
         self.n_adapters, self.limit, self.gpus = len(adapters), limit, tensor_parallel
         self._begin()
-        try: self.version = self._ask('start', llm=llm | options, adapters=[str(Path(a).resolve()) for a in adapters])
+        try: self.version = self._ask('start', llm=llm, adapters=[str(Path(a).resolve()) for a in adapters])
         except BaseException:
             self.close()
             raise
 
-    def _begin(self): # start the process
-        self.log = tempfile.NamedTemporaryFile(prefix='vllm-', suffix='.log')
-        self.pipe, theirs = Pipe()
-        code = f'from competition_kit.engine import serve; serve({theirs.fileno()})'
-        self.process = subprocess.Popen([sys.executable, '-c', code], env=engine_env(), pass_fds=[theirs.fileno()],
-                                        stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-                                        start_new_session=True, preexec_fn=_die_with_parent)
-        theirs.close()
-        self.ended = os.pidfd_open(self.process.pid)
+    def _requests(self, ids, adapter): # as the process gets them, and their order
+        slots = np.broadcast_to(adapter, len(ids))
+        if len(ids) and not 0 <= slots.min() <= slots.max() <= self.n_adapters:
+            raise Refusal(f'adapter {int(slots.max())} of an engine that has {self.n_adapters}')
+        order = request_order(ids, slots)
+        return ([np.asarray(ids[k], np.int32) for k in order], slots[order].tolist()), order
 
-    def _ask(self, request, **kw):
-        try:
-            self.pipe.send((request, kw))
-            limit = self.limit*max(1, len(kw.get('ids', ()))/1000)
-            ready = wait([self.pipe, self.ended], limit)
-            if not ready: raise self._dead(f'the vLLM engine gave no answer in {limit:g} seconds')
-            kind, value = self.pipe.recv()
-        except (EOFError, OSError):
-            raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None
-        if kind == 'error': raise self._dead(f'vLLM failed ({value})')
-        return value
-
-    def _dead(self, what): # the error, with the last lines of the log
-        lines = Path(self.log.name).read_text(encoding='utf-8', errors='replace').splitlines()
-        self.close()
-        return EngineDied('\n'.join([f'{what}; its log ends with', *lines[-12:]]))
-
+# %% ../nbs/lib/03m_engine.ipynb #93558232
+class Engine(ServedModel):
+    "Letters and text from a vLLM model; the end of a `with` block gives its memory back"
     def letters(self,
         ids,           # Token arrays
         letters,       # Ids of the letters' tokens
@@ -220,45 +292,33 @@ class Engine:
         if np.isnan(logp).any(): raise Refusal(f'vLLM gave no probability for {int(np.isnan(logp).sum())} letters')
         return logp
 
-    def text(self,
+    def stream(self,
         ids,              # Token arrays
         seeds,            # A number for each array, of its sampling
-        max_new:int=256,  # Tokens
-        temperature:float=1., # 0 is greedy
-        top_p:float=1.,   # 1: all tokens
-        top_k:int=0,      # 0: all tokens
-        min_p:float=0.,   # 0: all tokens
+        max_new=256,      # Tokens; this and the next four: one number, or one for each array
+        temperature=1.,   # 0 is greedy
+        top_p=1.,         # 1: all tokens
+        top_k=0,          # 0: all tokens
+        min_p=0.,         # 0: all tokens
         adapter=0,        # As for `letters`
         **more,           # Further arguments of `vllm.SamplingParams`, such as `stop`
-    ) -> list: # For each array a dict: `text`, `tokens` and `finish` (`stop` or `length`)
-        "Generate; equal requests with equal seeds are sampled with the same random numbers"
-        how = dict(max_tokens=max_new, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, **more)
-        (ids, slots), order = self._requests(ids, adapter)
-        sampling = [how | dict(seed=int(seeds[k])) for k in order]
-        found = self._ask('text', ids=ids, slots=slots, sampling=sampling)
-        return [found[k] for k in np.argsort(order)]
+    ): # Pairs of a position and a dict: `text`, `tokens` and `finish` (`stop` or `length`)
+        "Generate, and yield each text when it is finished; equal requests with equal seeds draw the same numbers"
+        (asked, slots), order = self._requests(ids, adapter)
+        how = dict(seed=seeds, max_tokens=max_new, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        how = {name: np.broadcast_to(value, len(ids)).tolist() for name, value in how.items()}
+        sampling = [{name: value[k] for name, value in how.items()} | more for k in order]
+        for k, text in self._stream('text', ids=asked, slots=slots, sampling=sampling): yield int(order[k]), text
 
-    def _requests(self, ids, adapter): # as the process gets them, and their order
-        slots = np.broadcast_to(adapter, len(ids))
-        if len(ids) and not 0 <= slots.min() <= slots.max() <= self.n_adapters:
-            raise Refusal(f'adapter {int(slots.max())} of an engine that has {self.n_adapters}')
-        order = prefix_order(ids)
-        order = order[np.argsort(slots[order], kind='stable')]  # keys and values are cached for each adapter apart
-        return ([np.asarray(ids[k], np.int32) for k in order], slots[order].tolist()), order
-
-    def close(self):
-        "End the process, and all that it has started"
-        self.pipe.close()
-        try: self.process.wait(10 if self.gpus > 1 else 0)  # several processes have shared memory to give back
-        except subprocess.TimeoutExpired: pass
-        try: os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
-        self.process.wait()
-        if self.ended >= 0: os.close(self.ended)
-        self.ended = -1
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def text(self,
+        ids,     # Token arrays
+        seeds,   # A number for each array, of its sampling
+        *how,    # As for `stream`
+        **more,  # As for `stream`
+    ) -> list: # For each array a dict, as of `stream`
+        "Generate all texts"
+        found = dict(self.stream(ids, seeds, *how, **more))
+        return [found[k] for k in range(len(ids))]
 
 # %% ../nbs/lib/03m_engine.ipynb #b7eeac99
 def letter_probs(
@@ -302,24 +362,34 @@ def check_parity(
     if facts.get('base', np.inf) <= facts['median']: no('its base is as near, so it may not have read the adapter')
 
 # %% ../nbs/lib/03m_engine.ipynb #a2fcf1d2
+def why_no_vllm(
+    base:str,  # Name, folder or Hub id
+    dtype:str, # As of a training
+) -> str: # '' if vLLM can
+    "Why vLLM cannot serve a base"
+    if dtype == 'nf4': return 'vLLM does not serve a base in nf4 as the kit has it'
+    quant = quant_kind(base)
+    return 'vLLM has no 8-bit GPTQ on a CPU' if quant and quant['bits'] == 8 and not _has_gpu() else ''
+
 def why_not_served(
     rec:dict, # Record of a run
 ) -> str: # '' if vLLM can
-    "Why vLLM cannot serve a run"
+    "Why vLLM cannot predict the letters of a run"
     p = model_params(rec)
     if str(p['route']) != 'answer': return 'a score head is predicted in packs only'
-    if str(p['dtype']) == 'nf4': return 'a base in nf4 is predicted in packs only'
-    quant = quant_kind(base_of(rec))
-    if quant and quant['bits'] == 8 and not _has_gpu(): return 'vLLM has no 8-bit GPTQ on a CPU'
-    return ''
+    return why_no_vllm(base_of(rec), str(p['dtype']))
+
+def served_dtype(
+    base:str,
+    dtype:str, # As of a training
+) -> str: # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
+    "The dtype that vLLM computes in"
+    return 'fp16' if quant_kind(base) and not _has_gpu() else dtype
 
 def _free_gpu(): # of what this process no longer needs
     import torch
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-
-def _served_dtype(rec): # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
-    return 'fp16' if quant_kind(base_of(rec)) and not _has_gpu() else str(model_params(rec)['dtype'])
 
 # %% ../nbs/lib/03m_engine.ipynb #aa0351d4
 def faster(
@@ -332,10 +402,95 @@ def faster(
     return engine, (f'packs would take {packs/60:.1f} minutes, vLLM {(vllm+start)/60:.1f} '
                     f'({start/60:.1f} of it to start): {engine}')
 
-# %% ../nbs/lib/03m_engine.ipynb #c1750672
+# %% ../nbs/lib/03m_engine.ipynb #7f3a764e
+class _Served(RunAsker): # runs on one base (`served`), by the `Engine` that serves them (`server`)
+    def _encoded(self, run): return encode_cached(self.prompts[run], self.rows, self.views)
+
+    def _ids(self, run, at, view=0): # token arrays of some rows
+        enc = self._encoded(run)
+        return list(enc[enc.view == view].sort_values('row', kind='stable').ids.iloc[at])
+
+    def _letters(self, run=None): # ids of a run's letters
+        run = run or self.served[0]
+        return [int(t) for t in self.recs[run].get('letters', self.prompts[run].letters)]
+
+    def _all_letters(self, same): return sorted({t for r in same for t in self._letters(r)})
+
+    def _ask_server(self, run, at, view): # [those rows, options], un-swapped
+        slot = self.served.index(run)+1 if self.server.n_adapters else 0
+        p = letter_probs(self.server.letters(self._ids(run, at, view), self._letters(run), slot), self.n[at])
+        return swap_probs(p, self.n[at], self.task) if view else p
+
+    def close(self):
+        if self.server: self.server.close()
+        self.server = None
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+# %% ../nbs/lib/03m_engine.ipynb #d3720360
+def _seconds(asker, f, at): # of all rows and views, from those of some rows
+    tokens = asker.enc[asker.enc.view == 0].sort_values('row').n.to_numpy()[at].sum()
+    began = time.perf_counter()
+    f()
+    return (time.perf_counter()-began)*asker.enc.n.sum()/tokens
+
+def _by_packs(asker, same, gate, other): # run → probabilities, and the seconds of all rows of all runs
+    kit = {}
+    for run in same:
+        RunAsker.load(asker, run)
+        kit[run] = RunAsker.ask(asker, gate, 0)
+    seconds = _seconds(asker, lambda: RunAsker.ask(asker, other, 0), other)
+    asker.model = asker.base = None
+    _free_gpu()
+    return kit, seconds*len(same)
+
+def _start(asker, same): # an `Engine` for these runs
+    rec, longest = asker.recs[same[0]], max(int(asker._encoded(r).n.max()) for r in same)
+    adapters = [] if is_full(rec) else [weights_path(asker.recs[r]) for r in same]
+    dtype = served_dtype(base_of(rec), str(model_params(rec)['dtype']))
+    how = dict(dtype=dtype, max_len=longest+1, enforce_eager=True) | asker.options
+    return Engine(base_of(rec), adapters, **how)
+
+def _by_vllm(asker, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
+    server, ids = asker.server, [i for r in same for i in asker._ids(r, gate)]
+    k, n = server.n_adapters, len(gate)
+    if not k: return {same[0]: (server.letters(ids, asker._letters(), np.zeros(len(ids), int)), None)}
+    slots = np.repeat(np.arange(1, k+1), n)
+    both = server.letters(ids*2, asker._all_letters(same), np.r_[slots, 0*slots])
+    at = {r: [asker._all_letters(same).index(t) for t in asker._letters(r)] for r in same}
+    return {r: tuple(both[j+i*n:j+(i+1)*n, at[r]] for j in (0, len(ids))) for i, r in enumerate(same)}
+
+# %% ../nbs/lib/03m_engine.ipynb #5e1ed70a
 _gate_rows, _least_seconds = 64, 60. # rows that are compared; packs that take less need no other engine
 
-class EngineAsker(RunAsker):
+def _gate(asker, same, kit, rows): # run → parity; raises where the engine is not the kit
+    limit = .05 if quant_kind(base_of(asker.recs[same[0]])) else .02
+    facts = {}
+    for run, (logp, base) in _by_vllm(asker, same, rows).items():
+        facts[run] = parity(kit[run], logp, asker.n[rows], base, limit)
+        check_parity(run, facts[run])
+    return facts
+
+def _measure(asker, same, decided): # starts an engine that passes the gate, or raises; the facts
+    at = np.random.default_rng(0).permutation(len(asker.rows))
+    gate, other = at[:_gate_rows], at[_gate_rows:2*_gate_rows] if len(at) >= 2*_gate_rows else at[:_gate_rows]
+    kit, packs = _by_packs(asker, same, gate, other)
+    may_leave = asker.engine == 'auto' and not decided
+    if may_leave and packs < _least_seconds:
+        return dict(engine='packs', why=f'packs need {packs:.0f} seconds for all rows, so vLLM is not started')
+    began = time.perf_counter()
+    asker.server = _start(asker, same)
+    start = time.perf_counter()-began
+    facts = dict(engine=f'vllm {asker.server.version}', parity=_gate(asker, same, kit, gate))
+    if not may_leave: return facts
+    ids, letters, slot = asker._ids(same[-1], other), asker._letters(same[-1]), asker.server.n_adapters
+    vllm = _seconds(asker, lambda: asker.server.letters(ids, letters, slot, fresh=True), other)*len(same)
+    chosen, facts['why'] = faster(packs, vllm, start)
+    return facts | (dict(engine='packs') if chosen == 'packs' else {})
+
+# %% ../nbs/lib/03m_engine.ipynb #c1750672
+class EngineAsker(_Served):
     "A `RunAsker` that may ask vLLM; use it in a `with` block, which ends the engine"
     def __init__(self,
         runs,                 # Ids of train runs
@@ -357,17 +512,18 @@ class EngineAsker(RunAsker):
     def choose(self, run):
         "The engine for the runs on one base: `packs`, or `vllm`, which is then running"
         if self.engine == 'packs': return 'packs'
-        same = [r for r, rec in self.recs.items() if _on_base(rec) == _on_base(self.recs[run])]
+        same = [r for r, rec in self.recs.items() if base_key(rec) == base_key(self.recs[run])]
         if self.server and self.served == same: return 'vllm'
         self.close()
         before = self.facts.get(' '.join(same), {}).get('engine', '')
         if before == 'packs' or self.engine == 'auto' and why_not_served(self.recs[run]): return 'packs'
         self.served = same
-        try: facts = self._measure(same, decided=bool(before))
+        try: facts = _measure(self, same, decided=bool(before))
         except Refusal as e:
             self.close()
             if self.engine == 'vllm': raise
             facts = dict(engine='packs', why=str(e))
+        if facts['engine'] == 'packs': self.close()
         self._note(facts)
         return facts['engine'].split()[0]
 
@@ -376,95 +532,29 @@ class EngineAsker(RunAsker):
         self.facts[' '.join(self.served)] = facts
         write_json(self.file, self.facts)
 
-    def _measure(self, same, decided): # passes the gate, or raises; the facts
-        at = np.random.default_rng(0).permutation(len(self.rows))
-        gate, other = at[:_gate_rows], at[_gate_rows:2*_gate_rows] if len(at) >= 2*_gate_rows else at[:_gate_rows]
-        kit, packs = self._by_packs(same, gate, other)
-        may_leave = self.engine == 'auto' and not decided
-        if may_leave and packs < _least_seconds:
-            return dict(engine='packs', why=f'packs need {packs:.0f} seconds for all rows, so vLLM is not started')
-        began = time.perf_counter()
-        self._start(same)
-        start, facts = time.perf_counter()-began, dict(engine=f'vllm {self.server.version}', parity={})
-        limit = .05 if quant_kind(base_of(self.recs[same[0]])) else .02
-        for run, (logp, base) in self._by_vllm(same, gate).items():
-            facts['parity'][run] = parity(kit[run], logp, self.n[gate], base, limit)
-            check_parity(run, facts['parity'][run])
-        if not may_leave: return facts
-        ids, letters, slot = self._ids(same[-1], other), self._letters(same[-1]), self.server.n_adapters
-        vllm = self._seconds(lambda: self.server.letters(ids, letters, slot, fresh=True), other)*len(same)
-        chosen, facts['why'] = faster(packs, vllm, start)
-        if chosen == 'packs':
-            self.close()
-            facts['engine'] = 'packs'
-        return facts
-
-    def _by_packs(self, same, gate, other): # run → probabilities, and the seconds of all rows of all runs
-        kit = {}
-        for run in same:
-            RunAsker.load(self, run)
-            kit[run] = RunAsker.ask(self, gate, 0)
-        seconds = self._seconds(lambda: RunAsker.ask(self, other, 0), other)
-        self.model = self.base = None
-        _free_gpu()
-        return kit, seconds*len(same)
-
-    def _seconds(self, f, at): # of all rows and views, from those of some rows
-        began, tokens = time.perf_counter(), self.enc[self.enc.view == 0].sort_values('row').n.to_numpy()[at].sum()
-        f()
-        return (time.perf_counter()-began)*self.enc.n.sum()/tokens
-
-    def _start(self, same):
-        rec, longest = self.recs[same[0]], max(int(self._encoded(r).n.max()) for r in same)
-        adapters = [] if is_full(rec) else [weights_path(self.recs[r]) for r in same]
-        how = dict(dtype=_served_dtype(rec), max_len=longest+1, enforce_eager=True) | self.options
-        self.server = Engine(base_of(rec), adapters, **how)
-
-    def _by_vllm(self, same, gate): # run → log-probabilities with and without its adapter, all asked in one call
-        ids = [i for r in same for i in self._ids(r, gate)]
-        k, n = self.server.n_adapters, len(gate)
-        slots = np.repeat(np.arange(1, k+1), n) if k else np.zeros(len(ids), int)
-        if not k: return {same[0]: (self.server.letters(ids, self._letters(), slots), None)}
-        both = self.server.letters(ids*2, self._all_letters(same), np.r_[slots, 0*slots])
-        at = {r: [self._all_letters(same).index(t) for t in self._letters(r)] for r in same}
-        return {r: tuple(both[j+i*n:j+(i+1)*n, at[r]] for j in (0, len(ids))) for i, r in enumerate(same)}
-
-    def _letters(self, run=None): # ids of a run's letters
-        run = run or self.served[0]
-        return [int(t) for t in self.recs[run].get('letters', self.prompts[run].letters)]
-
-    def _all_letters(self, same): return sorted({t for r in same for t in self._letters(r)})
-
-    def _encoded(self, run): return encode_cached(self.prompts[run], self.rows, self.views)
-
-    def _ids(self, run, at, view=0): # token arrays of some rows
-        enc = self._encoded(run)
-        return list(enc[enc.view == view].sort_values('row', kind='stable').ids.iloc[at])
-
     def load(self, run):
         self.run = run
         if self.choose(run) == 'packs': return super().load(run)
-        self.base, self.enc = _on_base(self.recs[run]), self._encoded(run)
+        self.base, self.enc = base_key(self.recs[run]), self._encoded(run)
 
     def ask(self, at, view): # [those rows, options], un-swapped
         if self.server is None: return super().ask(at, view)
-        slot = self.served.index(self.run)+1 if self.server.n_adapters else 0
-        try: logp = self.server.letters(self._ids(self.run, at, view), self._letters(self.run), slot)
+        try: return self._ask_server(self.run, at, view)
         except EngineDied as e:
             if self.engine == 'vllm': raise
             self.server = None
             self._note(dict(engine='packs', why=str(e)))
             super().load(self.run)
             return super().ask(at, view)
-        p = letter_probs(logp, self.n[at])
-        return swap_probs(p, self.n[at], self.task) if view else p
 
-    def close(self):
-        if self.server: self.server.close()
-        self.server = None
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+# %% ../nbs/lib/03m_engine.ipynb #e9cd24d8
+def release(
+    asker, # An `EngineAsker`
+):
+    "Give the memory of its model back, for another engine; the model is loaded again when it is asked"
+    asker.close()
+    asker.model = asker.base = None
+    _free_gpu()
 
 # %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(
@@ -480,12 +570,12 @@ def ask_engine(
     "Each run's probabilities for `rows`, by packs or by vLLM"
     folder, packs, files = Path(folder), [], {r: Path(folder)/f'{r}.parquet' for r in runs}
     with EngineAsker(runs, rows, views, pack_tokens, engine, folder, **options) as asker:
-        for r in sorted(runs, key=lambda r: _on_base(asker.recs[r])):
+        for r in sorted(runs, key=lambda r: base_key(asker.recs[r])):
             _copy_served(asker, r, files[r])
-            if _kept(files[r], rows, views) is not None: continue
+            if kept_probs(files[r], rows, views) is not None: continue
             if asker.choose(r) == 'packs' or not _write_served(asker, r, files[r]): packs.append(r)
     tables = predict_runs(packs, rows, folder, views, pack_tokens, progress)
-    return tables | {r: _kept(f, rows, views) for r, f in files.items() if r not in tables}
+    return tables | {r: kept_probs(f, rows, views) for r, f in files.items() if r not in tables}
 
 def engine_facts(
     folder, # As for `ask_engine`
@@ -493,17 +583,17 @@ def engine_facts(
     "Which engine has predicted, for a record"
     return read_json(Path(folder)/'engine.json') if (Path(folder)/'engine.json').exists() else {}
 
-def _served_key(asker, run): return hash_obj([_made_of(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
+def _served_key(asker, run): return hash_obj([prediction_key(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
 
 def _copy_served(asker, run, file): # the same predictions from another vote
-    if asker.engine == 'vllm' and _kept(file, asker.rows, asker.views) is None:
-        _copy_earlier(file, asker.rows, asker.views, _served_key(asker, run))
+    if asker.engine == 'vllm' and kept_probs(file, asker.rows, asker.views) is None:
+        copy_earlier(file, asker.rows, asker.views, _served_key(asker, run))
 
 def _write_served(asker, run, file): # predict by vLLM and write the table; False if the engine has died
     asker.load(run)
     at, rec = np.arange(len(asker.rows)), asker.recs[run]
     p = np.mean([asker.ask(at, view) for view in range(asker.views)], axis=0)
     if asker.server is None: return False
-    write_probs(file, asker.rows, p, asker.task, asker.views, _seen(rec, asker.rows), run=run,
+    write_probs(file, asker.rows, p, asker.task, asker.views, trained_on(rec, asker.rows), run=run,
                 tokenizer=rec['tokenizer'], engine=f'vllm {vllm_version()}', made_of=_served_key(asker, run))
     return True

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from .adapter import check_adapter, lora_scale
 from .base import base_path
 from .core import Refusal, atomic, read_json, seal, write_json
-from .quant import _tensor_files, quant_kind, text_config
+from .quant import quant_kind, tensor_files, text_config
 
 # %% ../nbs/lib/03j_lora.ipynb #850ec4bb
 _prefix = 'base_model.model.'  # of every tensor's name in peft's files
@@ -299,7 +299,7 @@ def merge_loras(
 def _names_in_model(base): # pairs of a file of the base, and its names → names in the model
     _, renamed = text_config(base)
     def new(name): return functools.reduce(lambda k, pattern: re.sub(*pattern, k), renamed.items(), name)
-    for f in _tensor_files(base_path(base)):
+    for f in tensor_files(base_path(base)):
         with safe_open(f, 'pt') as o: yield f, {k: new(k) for k in o.keys()}
 
 def _check_places(loras, shards, base): # every layer of the LoRAs must be in the files, with its shape

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .clock import Clock
-from .core import Refusal, read_json, write_json
+from .core import Refusal, die_with_parent, read_json, write_json
 from .staged import Answers, no_answers, passes, read_answers, staged_vote, write_answers
 
 # %% ../nbs/lib/03r_parallel.ipynb #c125fb0a
@@ -59,16 +59,15 @@ def answer_part(
 
 # %% ../nbs/lib/03r_parallel.ipynb #65f0a1a0
 def _start(path, gpu): # a process that answers a part; its output goes to a file beside it
-    from competition_kit.ranks import _die_with_parent
     env = dict(OMP_NUM_THREADS='1') | os.environ | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {})
     with open(path.with_suffix('.log'), 'wb') as log:
         return subprocess.Popen([sys.executable, '-m', 'competition_kit.parallel', str(path)], env=env, stdout=log,
-                                stderr=log, preexec_fn=_die_with_parent)
+                                stderr=log, preexec_fn=die_with_parent)
 
 def _gpus(n): # names for CUDA_VISIBLE_DEVICES; empty on a machine without GPUs
     import torch
-    from competition_kit.ranks import _check_gpus
-    _check_gpus(n)
+    from competition_kit.ranks import check_gpus
+    check_gpus(n)
     if not torch.cuda.is_available(): return ['']*n
     return (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(n)))).split(',')[:n]
 
@@ -100,6 +99,17 @@ def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of
         out[-1][0].write_bytes(pickle.dumps(part))
     return out
 
+def _watch(processes, clock, collect): # until all have ended; numbers of those that did not end in time
+    spare, saved = 60*clock.minutes-(clock.end-clock.began), clock.now()  # seconds of safety, and of the latest save
+    while running := [k for k, p in enumerate(processes) if p.poll() is None]:
+        if clock.left() < -spare/2: return running
+        if clock.now()-saved > 20:
+            collect()
+            saved = clock.now()
+        time.sleep(.2)
+    return []
+
+# %% ../nbs/lib/03r_parallel.ipynb #a87b0fa9
 def parallel_vote(
     asker,       # With all rows: its answers are filled in place, its clock counts; it loads no model
     make,        # Function of `rows` and `clock` that makes such an asker; can be pickled
@@ -111,28 +121,19 @@ def parallel_vote(
     limit_gb:float=0.,# Memory of a GPU; 0: no limit
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows, in one process a GPU"
-    clock, a, saved = asker.clock, asker.answers, asker.clock.now()
+    clock, a, stalled = asker.clock, asker.answers, []
     save()
     parts = _parts(asker, make, how, n, Path(folder), first, limit_gb)
     processes = [_start(path, gpu) for (path, _), gpu in zip(parts, _gpus(n))]
-    spare, stalled = 60*clock.minutes-(clock.end-clock.began), [False]*n  # seconds of safety
     def collect():
         for path, at in parts: _collect(a, at, path)
         save()
-    try:
-        while running := [k for k, p in enumerate(processes) if p.poll() is None]:
-            if clock.left() < -spare/2:
-                for k in running: stalled[k] = True
-                break
-            if clock.now()-saved > 20:
-                collect()
-                saved = clock.now()
-            time.sleep(.2)
+    try: stalled = _watch(processes, clock, collect)
     finally:
         for p in processes: p.kill()
         for p in processes: p.wait()
         collect()
-    ends = [_end(k, path, p, s) for k, ((path, _), p, s) in enumerate(zip(parts, processes, stalled))]
+    ends = [_end(k, path, p, k in stalled) for k, ((path, _), p) in enumerate(zip(parts, processes))]
     why = '; '.join(dict.fromkeys(filter(None, ends)))
     if why and not clock.minutes: raise RuntimeError(why)
     return why

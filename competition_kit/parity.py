@@ -139,14 +139,17 @@ def in_fp32(
         for m, dtype in nf4: m.compute_dtype = dtype
 
 # %% ../nbs/lib/02e_parity.ipynb #8a38c099
-def _worst(logits, true): # The largest gap over a row alone, three in a pack, and three with a shared prefix
+def _worst(logits, true): # The largest gap over the rows of `_parts`
     return max((gap(logits(rows), want) for rows, want in true), key=lambda g: (g != g, g))
 
 def _vote(measure, limit): # The gap of the first draw where that is small, or the median of five
     first = measure(0)
     return first if first <= limit else float(np.median([first, *map(measure, range(1, 5))]))
 
-def _parts(rows, head): return rows[1:2], rows, [np.append(head, r) for r in rows]
+def _parts(rows, head): # A row alone, three in a pack, three with a shared prefix, and a prefix tree of two levels
+    long, a, b = rows
+    tree = [a], [long, a], [long, b]
+    return [a], rows, [np.append(head, r) for r in rows], [np.concatenate([head, *r]) for r in tree]
 
 @torch.no_grad()
 def forward_gap(

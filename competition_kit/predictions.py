@@ -17,14 +17,14 @@ from .cascade import best_share, cascade_curve
 from .clock import Clock
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
-from .engine import EngineAsker, ask_engine
+from .engine import EngineAsker, ask_engine, release
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
 from .sequential import calibrated_limits, exact_limits
 from .staged import minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
-from .trained import _seen
+from .trained import trained_on
 
 # %% ../nbs/lib/03q_predictions.ipynb #f2815653
 def _task(ballot): # the one task of all voters
@@ -164,13 +164,15 @@ def by_strength(
     ballot,     # From `voters`
     score:dict, # From `score_vote`
     as_named:bool=False, # Keep the order of the ballot
+    last=(),    # Runs whose voters are asked after the others
 ): # (the ballot, the heaviest voter first; one weight a voter in that order)
     "The order in which voters are asked"
     names = list(dict.fromkeys(ballot.voter))
     weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
     loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
     names = [v for v in names if weight[v] > 0]
-    if not as_named: names.sort(key=lambda v: (-weight[v], loss[v]))
+    later = set(ballot.voter[ballot.run.isin(list(last))])
+    if not as_named: names.sort(key=lambda v: (v in later, -weight[v], loss[v]))
     lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
     return lines, np.array([weight[v] for v in names])
 
@@ -190,7 +192,7 @@ def stopping_limits(
 
 # %% ../nbs/lib/03q_predictions.ipynb #83979a83
 class BallotAsker:
-    "The runs of a ballot, by their position; files of probabilities have answered already"
+    "The runs of a ballot, by their position; files of probabilities have answered already; a `with` block ends engines"
     def __init__(self,
         ballot,          # From `by_strength`
         rows,            # The rows to predict
@@ -199,33 +201,52 @@ class BallotAsker:
         clock:Clock,     # Its pace begins anew with each base
         engine:str='packs', # As for `EngineAsker`
         folder='.',      # As for `EngineAsker`
+        texts=None,      # A `TextAsker` for the runs that answer by text
     ):
         self.names, self.voters = list(ballot.run), list(dict.fromkeys(ballot.voter))
-        self.rows, self.clock = rows, clock
+        self.rows, self.clock, self.texts = rows, clock, texts
         self.tables = {r: voter_table(r) for r in self.names if is_table(r)}
-        models = [r for r in self.names if r not in self.tables]
+        models = [r for r in self.names if r not in self.tables and not self.is_text(r)]
         self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder)
         self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
         for r, table in self.tables.items():
             k = self.names.index(r)
             self.answers.total[k], self.answers.views[k] = views*align(table, rows), views
 
+    def is_text(self, run): return self.texts is not None and run in self.texts.recs
+
     @cached_property
-    def sizes(self): return self.tokens()  # [rows]
+    def sizes(self): # [rows], or [runs, rows] where some runs write
+        if self.texts is None: return self.tokens()
+        return np.stack([self.texts.tokens(r) if self.is_text(r) else self.tokens() for r in self.names])
 
     def tokens(self): # [rows]
-        models = [r for r in self.names if r not in self.tables]
+        models = list(self.models.recs)
         return self.models.tokens(models[0]) if models else np.ones(len(self.rows))
 
-    def load(self, k):
-        before = self.models.base
-        self.models.load(self.names[k])
-        if self.models.base != before: self.clock.pieces.clear()
+    def loaded(self): return self.models.base, self.texts and self.texts.base
 
-    def ask(self, k, at, view): return self.models.ask(at, view)
+    def load(self, k):
+        before, run = self.loaded(), self.names[k]
+        if self.is_text(run):
+            release(self.models)
+            self.texts.load(run)
+        else:
+            if self.texts: self.texts.close()
+            self.models.load(run)
+        if self.loaded() != before: self.clock.pieces.clear()
+
+    def ask(self, k, at, view): # [those rows, options], un-swapped; a text has one view
+        return self.texts.ask(self.names[k], at) if self.is_text(self.names[k]) else self.models.ask(at, view)
+
+    def __enter__(self): return self
+    def __exit__(self, *error):
+        self.models.close()
+        if self.texts: self.texts.close()
 
     def seen(self): # [rows], True where a run was trained on it, null where one does not say
-        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else _seen(self.models.recs[r], self.rows)
+        recs = self.models.recs | (self.texts.recs if self.texts else {})
+        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else trained_on(recs[r], self.rows)
                   for r in self.names]
         return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
                         dtype='boolean')

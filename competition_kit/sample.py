@@ -125,18 +125,19 @@ def _zebra(x, rng, id):
 def logic_problems(
     n:int,        # Number of problems; the questions are about three times as many
     seed:int=0,   # Another seed, other problems
+    people:int=2, # Of a knights problem; a zebra puzzle has three at least
 ) -> list: # Dictionaries in Tianchi's layout
     "Knights and knaves (half of them, and of these every third in Chinese) and zebra puzzles"
     rng, k = random.Random(seed), n-n//4
-    knights = _gym('knights_knaves', k, seed, n_people=2)
+    knights = _gym('knights_knaves', k, seed, n_people=people)
     out = [_knights(x, 'zh' if i%3 == 2 else 'en', rng, f'knights-{seed}-{i}') for i, x in enumerate(knights)]
-    zebras = _gym('zebra_puzzles', n-k, seed, num_people=3, num_characteristics=3)
+    zebras = _gym('zebra_puzzles', n-k, seed, num_people=max(3, people), num_characteristics=3)
     out += [_zebra(x, rng, f'zebra-{seed}-{i}') for i, x in enumerate(zebras)]
     rng.shuffle(out)
     return out
 
 # %% ../nbs/lib/01b_sample.ipynb #d95b7c9c
-samples = ('sample_arena', 'sample_logic')
+samples = ('sample_arena', 'sample_extra', 'sample_logic')
 _winners = dict(model_a='winner_model_a', model_b='winner_model_b', tie='winner_tie')
 
 def _write(path, rows): # by the ending of its name
@@ -152,9 +153,10 @@ def write_arena(
     n_train:int,  # Training rows
     n_test:int,   # Test rows
     seed:int,     # Another seed, other rows
+    first:int=0,  # Id of the first row
 ):
     "Write the files of a `sample_arena` of any size"
-    rows = [dict(id=str(i), **r) for i, r in enumerate(arena_rows(n_train+n_test, seed))]
+    rows = [dict(id=str(i), **r) for i, r in enumerate(arena_rows(n_train+n_test, seed), first)]
     train, test = rows[:n_train], rows[n_train:]
     even = dict.fromkeys(_winners.values(), round(1/3, 6))
     models = [dict(id=r['id'], model_a=r['model_a'], model_b=r['model_b']) for r in train]
@@ -177,7 +179,7 @@ def _write_logic(folder, n_train, n_test, seed):
     _write(folder/'solution.jsonl', [dict(id=p['id']) | _asked(p, lambda q: dict(answer=q['answer'])) for p in test])
 
 def make_sample(
-    name:str,      # `sample_arena` or `sample_logic`
+    name:str,      # One of `samples`
     folder=None,   # Where to; `data/<name>` when absent
     seed:int=0,    # Another seed, other rows
 ) -> Path: # The folder with `train`, `test`, `sample_submission` and `solution`
@@ -185,5 +187,6 @@ def make_sample(
     if name not in samples: raise Refusal(f'there is no sample named {name!r}', fix=f"Take one of {', '.join(samples)}")
     folder = Path(folder or data_path(name))
     if name == 'sample_arena': write_arena(folder, 280, 60, seed)
+    elif name == 'sample_extra': write_arena(folder, 160, 20, seed+20_000, first=10_000)
     else: _write_logic(folder, 60, 20, seed)
     return folder

@@ -13,7 +13,7 @@ import numpy as np
 from .cascade import least_certain
 from .clock import Clock, cut_pieces, piece_size, present_pace, work_within
 from .core import atomic
-from .sequential import _scores, ask_order, combine_asked, margin, still_open
+from .sequential import ask_order, combine_asked, margin, option_scores, still_open
 
 # %% ../nbs/lib/02o_staged.ipynb #70eaafd5
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def no_answers(
 
 def voter_means(
     a:Answers,
-): # ([voters, rows, options] mean over each voter's runs, [voters, rows] bool: was one of them asked?)
+): # ([voters, rows, options] mean over each voter's runs, [voters, rows] bool: has one of them answered?)
     "The voters' probabilities so far; each run counts once, however many of its views were asked"
     each = a.total/np.maximum(a.views, 1)[..., None]
-    voters = range(a.voter.max()+1)
-    n = np.stack([(a.views[a.voter == v] > 0).sum(0) for v in voters])
+    voters, answered = range(a.voter.max()+1), (a.views > 0) & (a.total.sum(-1) > 0)
+    n = np.stack([answered[a.voter == v].sum(0) for v in voters])
     p = np.stack([each[a.voter == v].sum(0) for v in voters])
     return p/np.maximum(n, 1)[..., None], n > 0
 
@@ -53,7 +53,7 @@ def vote_so_far(
 ) -> np.ndarray: # [rows, options]
     "The vote of what has been asked; a row that no model has seen has the prior"
     p, has = voter_means(a)
-    return np.where(a.asked[:, None], combine_asked(p, has, weights, rule), np.float32(prior))
+    return np.where(has.any(0)[:, None], combine_asked(p, has, weights, rule), np.float32(prior))
 
 # %% ../nbs/lib/02o_staged.ipynb #2ec30540
 def gaps(
@@ -104,13 +104,6 @@ def read_answers(
     return True
 
 # %% ../nbs/lib/02o_staged.ipynb #0c3c0bd7
-def _open_rows(a, k, order, weights, rule, limits): # [rows] bool: does a row need the voter in place k of the order?
-    p, has = voter_means(a)
-    first = order[:k]
-    if limits is None or not k: return has[first].all(0)
-    total = np.tensordot(weights[first], np.stack([_scores(p[v], rule) for v in first]), 1)/weights.sum()
-    return has[first].all(0) & still_open(total, limits[k-1])
-
 def rows_in_doubt(
     a:Answers,
     voter:int,   # The first model of a cascade
@@ -119,8 +112,17 @@ def rows_in_doubt(
     "The rows of which a voter is least certain"
     return least_certain(voter_means(a)[0][voter], share)
 
+def _open_rows(a, k, order, weights, rule, limits): # [rows] bool: does a row need the voter in place k of the order?
+    first = order[:k]
+    asked = np.stack([(a.views[a.voter == v] > 0).any(0) for v in first]).all(0)
+    if limits is None: return asked
+    p = voter_means(a)[0]
+    total = np.tensordot(weights[first], np.stack([option_scores(p[v], rule) for v in first]), 1)/weights.sum()
+    return asked & still_open(total, limits[k-1])
+
 def _first_unanswered(a, run, rows): return rows[a.views[run, rows] == 0][:max(1, round(.05*len(rows)))]
 
+# %% ../nbs/lib/02o_staged.ipynb #d43d3dd0
 def passes(
     a:Answers,       # Changes while the passes are worked through
     weights,         # One number a voter
@@ -154,7 +156,7 @@ def passes(
 # %% ../nbs/lib/02o_staged.ipynb #56f57e85
 def minutes_needed(
     a:Answers,
-    tokens,       # [rows] size of a row in one view
+    tokens,       # [rows] or [runs, rows], size of a row in one view
     views:int,    # Orderings asked for
     clock:Clock,  # With the pace of the model that is loaded
     rows=None,    # Positions of the rows that voters after `first` are asked for; None: all
@@ -169,45 +171,51 @@ def minutes_needed(
     loads = ((left > 0).any(1) & (a.views == 0).all(1)).sum()*max(clock.loads, default=0.)
     return (clock.used()+float((left*np.asarray(tokens)).sum())*present_pace(clock)+loads)/60
 
+# %% ../nbs/lib/02o_staged.ipynb #5c8f90be
+class _Progress: # the run that is loaded, and the time of the latest save
+    def __init__(self, load, save, clock):
+        self.load_run, self.write, self.clock, self.run, self.saved = load, save, clock, None, clock.now()
+
+    def load(self, run): # timed; nothing to do for the run that is loaded
+        if run == self.run: return
+        began, self.run = self.clock.now(), None
+        self.load_run(run)
+        self.run = run
+        self.clock.loads.append(self.clock.now()-began)
+
+    def save(self, every=0.): # not if the latest save is younger
+        if every and self.clock.now()-self.saved <= every: return
+        self.write()
+        self.saved = self.clock.now()
+
 # %% ../nbs/lib/02o_staged.ipynb #68b663e4
 def staged_vote(
     a:Answers,      # Empty at first; filled in place
     todo,           # From `passes`
     load,           # Function of a run's position: gets its model ready
     ask,            # Function of a run, positions of rows and a view; returns [those rows, options], un-swapped
-    tokens,         # [rows] size of a row in one view
+    tokens,         # [rows] or [runs, rows], size of a row in one view
     clock:Clock,
     save,           # Function without arguments: writes the vote so far
     first:float=4096, # Tokens of the first piece
     every:float=60,   # Seconds between two saves within a pass
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
-    saved, loaded = clock.now(), None
-    save()
-    def timed_load(run):
-        nonlocal loaded
-        if run == loaded: return
-        began, loaded = clock.now(), None
-        load(run)
-        loaded = run
-        clock.loads.append(clock.now()-began)
+    progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
+    progress.save()
     def answer(run, views, rows):
-        nonlocal saved
         found = [ask(run, rows, view) for view in views]
         a.total[run, rows] += np.sum(found, 0)
         a.views[run, rows] += len(views)
-        if clock.now()-saved > every:
-            save()
-            saved = clock.now()
+        progress.save(every)
     def pieces(run, views, rows):
-        yield 0, lambda: timed_load(run)
-        units = np.asarray(tokens)[rows]*len(views)
+        yield 0, lambda: progress.load(run)
+        units = tokens[run, rows]*len(views)
         for at in cut_pieces(units, lambda: piece_size(clock, first)):
             yield units[at].sum(), lambda: answer(run, views, rows[at])
     for run, views, rows in todo:
         if not len(rows): continue
         why = work_within(clock, pieces(run, views, rows), max(clock.loads, default=0.))
-        save()
-        saved = clock.now()
+        progress.save()
         if why: return why
     return ''

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
            'ancestors', 'parents', 'lineage_of', 'recipe_key', 'same_tables', 'training_rows', 'rows_seen', 'has_seen',
-           'trusted_prompt', 'load_adapter', 'load_run', 'check_letters', 'predict_runs', 'RunAsker']
+           'trained_on', 'trusted_prompt', 'load_adapter', 'load_run', 'kept_probs', 'prediction_key', 'copy_earlier',
+           'base_key', 'check_letters', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os
@@ -13,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .base import _snapshot, base_hash, load_tokenizer, local_base
+from .base import base_hash, fetched_base, is_embedded, load_tokenizer, local_base
 from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root,
                                   read_json)
 from .folds import fold_rows
@@ -70,7 +71,7 @@ def read_lineage(
     base:str, # Name, folder or Hub id
 ) -> list: # Dicts of `run_id`, `params` and `inputs`, the latest run first; empty for a base from elsewhere
     "The runs that the weights of a base come from, as `lineage.json` in its folder says"
-    if base == 'smollm2' or not (p := local_base(base)) or not (p/'lineage.json').exists(): return []
+    if is_embedded(base) or not (p := local_base(base)) or not (p/'lineage.json').exists(): return []
     if bad := damage_cached(p):
         raise Refusal(f"the model is not as it was trained: {'; '.join(bad)}", p,
                       fix='Copy it again, or train it again')
@@ -170,10 +171,20 @@ def has_seen(
     texts = group_text(held, other) if len(other) and same_kind else group_text(held)
     return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
 
+# %% ../nbs/lib/03h_trained.ipynb #4e7fd33f
+def trained_on(
+    rec:dict, # Record of a run
+    rows,     # Table of rows
+) -> np.ndarray: # [rows], bool
+    "Was a run trained on these rows? If a table or an ancestor is gone, nobody can tell, and all rows count as seen"
+    try: return rows.id.isin(set(rows_seen(rec['run_id']).id)).to_numpy()
+    except Refusal: return np.ones(len(rows), bool)
+
 # %% ../nbs/lib/03h_trained.ipynb #97531cec
 def _is_here(base): # a base that has been fetched; a model with weights of its own does without it
-    if base == 'smollm2': return bases_path('smollm2').exists()
-    return bool(local_base(base) or _snapshot(base))
+    if is_embedded(base) and bases_path(base).exists(): return True
+    try: return fetched_base(base) is not None
+    except Refusal: return False
 
 @functools.lru_cache(8)
 def _prompt(base, base_sum, task, max_len, truncation): # a prompt and its tokenizer's hash; made once for many runs
@@ -220,7 +231,11 @@ def load_run(
     return model if is_full(rec) else load_adapter(model, weights_path(rec))
 
 # %% ../nbs/lib/03h_trained.ipynb #0c24c99f
-def _kept(path, rows, views):
+def kept_probs(
+    path,      # `<run id>.parquet`
+    rows,      # The rows it should have
+    views:int, # The orderings it should have averaged
+): # Probability table, or None
     "A probability table that was written before, if it is whole, of this run and of these rows"
     if not path.exists(): return None
     try: probs = read_probs(path)
@@ -228,20 +243,24 @@ def _kept(path, rows, views):
     same = probs.attrs['meta'].get('run') == path.stem and list(probs.id) == list(rows.id)
     return probs if same and (probs.views == views).all() else None
 
-def _seen(rec, rows): # [rows], bool: was the run trained on them?
-    try: return rows.id.isin(set(rows_seen(rec['run_id']).id)).to_numpy()
-    except Refusal: return np.ones(len(rows), bool)  # a table or an ancestor is gone: nobody can tell
-
 # %% ../nbs/lib/03h_trained.ipynb #bc3e9e17
-def _made_of(rec, rows):
+def prediction_key(
+    rec:dict, # Record of a run
+    rows,     # The rows to predict
+) -> str:
     "A hash of what a run's predictions for these rows depend on"
     return hash_obj([rec['outputs'], rec['prompt'], rows.to_json(orient='records')])
 
-def _copy_earlier(path, rows, views, made_of):
+def copy_earlier(
+    path,      # Where to, `<run id>.parquet`
+    rows,      # As for `kept_probs`
+    views:int, # As for `kept_probs`
+    key:str,   # From `prediction_key`
+):
     "Take the same predictions from the folder of another vote or merge, if there are any"
     earlier = *models_path().glob(f'vote-*/{path.name}'), *models_path().glob(f'merge-*/members/{path.name}')
     for f in sorted(earlier):
-        if (probs := _kept(f, rows, views)) is None or probs.attrs['meta'].get('made_of') != made_of: continue
+        if (probs := kept_probs(f, rows, views)) is None or probs.attrs['meta'].get('made_of') != key: continue
         with atomic(path) as tmp: tmp.write_bytes(f.read_bytes())
         return
 
@@ -256,8 +275,15 @@ def _predict_run(rec, model, prompt, rows, path, views, pack_tokens, progress): 
     enc = encode_cached(prompt, rows, views)
     _fuse_and_compile(model, int(enc.n.sum()))
     p = predict(model, prompt, rows, views, pack_tokens, progress, enc)
-    write_probs(path, rows, p, prompt.task, views, _seen(rec, rows), run=rec['run_id'], tokenizer=rec['tokenizer'],
-                made_of=_made_of(rec, rows))
+    write_probs(path, rows, p, prompt.task, views, trained_on(rec, rows), run=rec['run_id'], tokenizer=rec['tokenizer'],
+                made_of=prediction_key(rec, rows))
+
+# %% ../nbs/lib/03h_trained.ipynb #35e30aa6
+def base_key(
+    rec:dict, # Record of a run
+) -> tuple: # Base, route and dtype
+    "What two runs have in common if one loaded model serves both, with another adapter"
+    return base_of(rec), *(str(model_params(rec)[k]) for k in ('route', 'dtype'))
 
 # %% ../nbs/lib/03h_trained.ipynb #36eee936
 def check_letters(
@@ -268,9 +294,6 @@ def check_letters(
     raise Refusal(f'{rec["run_id"]} answers by text, and letters are asked for', fix='Vote with it in 10_vote')
 
 # %% ../nbs/lib/03h_trained.ipynb #9484eb39
-def _on_base(rec): # runs with the same can share a loaded model
-    return base_of(rec), *(str(model_params(rec)[k]) for k in ('route', 'dtype'))
-
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -287,15 +310,15 @@ def predict_runs(
     if other := [r for r in runs if prompts[r].task != task]:
         raise Refusal(f"runs of another task than {task}: {', '.join(other)}")
     for r, f in files.items():
-        if _kept(f, rows, views) is None: _copy_earlier(f, rows, views, _made_of(recs[r], rows))
-    def on_base(r): return _on_base(recs[r])
-    todo = sorted([r for r in runs if _kept(files[r], rows, views) is None], key=on_base)
-    for _, same in groupby(todo, on_base):
+        if kept_probs(f, rows, views) is None: copy_earlier(f, rows, views, prediction_key(recs[r], rows))
+    def key(r): return base_key(recs[r])
+    todo = sorted([r for r in runs if kept_probs(files[r], rows, views) is None], key=key)
+    for _, same in groupby(todo, key):
         model = None  # the old base goes before the new one comes
         for r in same:
             model = load_run(recs[r], prompts[r], over=model)
             _predict_run(recs[r], model, prompts[r], rows, files[r], views, pack_tokens, progress)
-    return {r: _kept(f, rows, views) for r, f in files.items()}
+    return {r: kept_probs(f, rows, views) for r, f in files.items()}
 
 # %% ../nbs/lib/03h_trained.ipynb #9af99deb
 class RunAsker:
@@ -310,7 +333,7 @@ class RunAsker:
         self.prompts = {r: trusted_prompt(rec) for r, rec in self.recs.items()}
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']
-        self.model = self.base = None  # `base`: as of `_on_base`
+        self.model = self.base = None  # `base`: as of `base_key`
 
     def tokens(self, run): # [rows] tokens of the plain view
         enc = encode_cached(self.prompts[run], self.rows, self.views)
@@ -318,9 +341,9 @@ class RunAsker:
 
     def load(self, run):
         "Make a run's model ready"
-        if _on_base(self.recs[run]) != self.base: self.model = None  # the old base goes before the new one comes
+        if base_key(self.recs[run]) != self.base: self.model = None  # the old base goes before the new one comes
         self.model = load_run(self.recs[run], self.prompts[run], over=self.model)
-        self.base = _on_base(self.recs[run])
+        self.base = base_key(self.recs[run])
         self.enc = encode_cached(self.prompts[run], self.rows, self.views)
         self.lines = [np.flatnonzero(self.enc.view == v)[np.argsort(self.enc.row[self.enc.view == v], kind='stable')]
                       for v in range(self.views)]

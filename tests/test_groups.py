@@ -7,23 +7,12 @@ from hypothesis import given, settings, strategies as st
 from competition_kit import groups as S
 from competition_kit.groups import copied, group_rows, group_text
 from competition_kit.split import leak_report, leak_table, leak_text
+from planted import doubled, full_width, one_word, sentence, vocab
 
 WORDS = '''apple river stone cloud seven green dance light winter copper bottle window garden silver planet rocket
 simple yellow market basket'''.split()
 
 # -- planted families ----------------------------------------------------------------------------------------------
-rng = random.Random(0)
-VOCAB = [''.join(rng.choices('bcdfghklmnprstvwz', k=2)+rng.choices('aeiou', k=2)) for _ in range(5000)]
-def sentence(n): return ' '.join(rng.choices(VOCAB, k=n))
-def one_word(s):
-    w = s.split()
-    w[rng.randrange(len(w))] = 'zzqq'
-    return ' '.join(w)
-def doubled(s):
-    w = s.split()
-    k = rng.randrange(len(w))
-    return ' '.join([*w[:k], w[k], *w[k:]])
-def wide(s): return ''.join(chr(ord(c)+0xfee0) if '!' <= c <= '~' else c for c in s)
 def zero_width(s): return s.replace(' ', '\u200b ', 2)[:-1]+'\u2060'+s[-1]
 def accents(s): return s.replace('a', '\u00e1').replace('e', 'e\u0308')
 families = {  # name → lengths in words, and how a copy is made
@@ -31,7 +20,7 @@ families = {  # name → lengths in words, and how a copy is made
     'zero width': ((3, 6, 30), zero_width),
     'capitals': ((4, 30), str.upper),
     'accents': ((5, 30), accents),
-    'full width': ((5, 30), wide),
+    'full width': ((5, 30), full_width),
     'emoji': ((5, 30), lambda s: s+' \U0001f642'),
     'one word': ((8, 9, 12, 20, 30, 60, 200), one_word),
     'a doubled word': ((8, 30), doubled),
@@ -171,7 +160,7 @@ def test_a_strange_word_in_the_slot_of_a_puzzle_is_a_copy():
 
 def test_a_text_that_is_only_the_form_joins_nothing():
     form = 'Spell this word backward (example: sun -> nus):'
-    texts = [f'{form} {w}' for w in list(dict.fromkeys(VOCAB))[:500]]
+    texts = [f'{form} {w}' for w in list(dict.fromkeys(vocab))[:500]]
     assert len(set(group_rows([*texts, form]))) == 501
 
 def test_copies_of_puzzles_that_hold_the_same_words_are_found():

@@ -5,8 +5,9 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted((root/'nbs').rglob('*.ipynb'))
-stages = {'02_split': 'split', '04_train': 'train', '05_generate': 'generate', '06_pseudo': 'pseudo',
-          '07_distill': 'distill', '08_merge': 'merge', '09_gptq': 'gptq', '10_vote': 'vote'}
+stages = {'02_split': 'split', '04_train': 'train', '05_generate': 'generate', '05a_pairs': 'pairs',
+          '05b_synthetic': 'synthetic', '06_pseudo': 'pseudo', '07_distill': 'distill', '08_merge': 'merge',
+          '09_gptq': 'gptq', '10_vote': 'vote', '11_recipe': 'recipe'}
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
 def text(c): return ''.join(c['source'])
@@ -32,10 +33,23 @@ def test_one_notebook_a_module():
     made = [text(c).split()[2] for nb in notebooks for c in cells(nb) if text(c).startswith('#| default_exp')]
     assert len(made) == len(set(made))
 
-def imported(nb): # modules of the kit that its exported cells import
-    code = [text(c) for c in cells(nb) if c['cell_type'] == 'code' and text(c).startswith('#| export')]
-    nodes = [node for c in code for node in ast.walk(ast.parse(c)) if isinstance(node, ast.ImportFrom)]
-    return {n.module.split('.')[1] for n in nodes if (n.module or '').startswith('competition_kit.')}
+def exported(nb): # sources of its exported cells
+    return [text(c) for c in cells(nb) if c['cell_type'] == 'code' and text(c).startswith('#| export')]
+
+def kit_imports(nb): # the `from competition_kit.… import …` of its exported cells
+    nodes = [node for c in exported(nb) for node in ast.walk(ast.parse(c)) if isinstance(node, ast.ImportFrom)]
+    return [n for n in nodes if (n.module or '').startswith('competition_kit.')]
+
+def imported(nb): return {n.module.split('.')[1] for n in kit_imports(nb)} # modules of the kit
+
+def test_no_module_imports_a_private_name_of_another():
+    names = [(nb.stem, a.name) for nb in notebooks for n in kit_imports(nb) for a in n.names]
+    assert len(names) > 100
+    assert not [n for n in names if n[1].startswith('_')]
+
+def test_exported_cells_are_short():
+    lines = {(nb.stem, c.splitlines()[1][:60]): len(c.splitlines())-1 for nb in notebooks for c in exported(nb)}
+    assert max(lines.values()) <= 60, sorted(lines, key=lines.get)[-5:]
 
 def test_imports_only_downward():
     "the library imports lower library notebooks; a stage imports the library and lower stages"

@@ -1,5 +1,6 @@
 "Bases whose packed forward is not their own are refused by name, others are right; rows longer than a base can place"
 import shutil
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -98,6 +99,16 @@ def test_quantised_and_mapped_bases_are_compared(kind, base, prompt, tmp_path, m
     monkeypatch.setattr(attention, 'exact_attention', lambda *a: exact(*a)*1.02)
     with pytest.raises(Refusal, match='computes what the packed forward does not'):
         load_classifier(b, prompt, 'answer', **kw)
+
+def test_a_prefix_tree_is_compared_too(base, prompt, monkeypatch):
+    "a segment below another one that reads only the prefix of all"
+    def no_middle(ids):
+        tree = was(ids)
+        return replace(tree, parent=np.where(tree.parent > 0, 0, tree.parent))
+    was, b = model.prefix_tree, base('llama')
+    monkeypatch.setattr(model, 'prefix_tree', no_middle)
+    with pytest.raises(Refusal, match='computes what the packed forward does not'):
+        load_classifier(b, prompt, 'answer')
 
 @pytest.mark.parametrize('dtype, kind', [('fp32', 'gemma2'), ('fp16', 'gemma2'), ('bf16', 'gemma2'), ('bf16', 'llama'),
                                          ('bf16', 'granitemoe')])

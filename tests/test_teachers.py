@@ -12,7 +12,7 @@ from competition_kit.pseudo import PseudoArgs, pseudo
 from competition_kit.record import records, run_stage
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, publish, write_rows
-from competition_kit.teachers import adopted_table, ask_teacher, members
+from competition_kit.teachers import adopted_table, ask_teacher, distinct_teachers, members
 from competition_kit.train import train_fold
 from competition_kit.vote import score_vote, voters
 
@@ -101,6 +101,7 @@ def test_each_row_is_predicted_by_the_run_that_held_it_out(five_runs, tmp_path):
     rows = load_rows(small['mix'])
     t = ask_teacher(five_runs[2].id[:12], rows, 'preference', tmp_path)
     assert [r['run_id'] for r in members(five_runs[0].id)] == [r.id for r in five_runs]
+    assert distinct_teachers([r.id for r in five_runs]) == [five_runs[0].id]
     for run in five_runs:
         held = read_probs(run.folder/'probs.parquet').set_index('id').p
         here = rows.id.isin(held.index).to_numpy()

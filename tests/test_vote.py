@@ -12,7 +12,7 @@ from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, write_rows
 from competition_kit.combine import agreement, combine, entropy, fit_weights, majority
 from competition_kit.submission import check_submission, find_sample, make_submission, practice_score
-from competition_kit.trained import _kept, predict_runs, trusted_prompt
+from competition_kit.trained import kept_probs, predict_runs, trusted_prompt
 from competition_kit.vote import (
     VoteArgs,
     left_out,
@@ -764,9 +764,9 @@ def test_a_kept_table_of_another_run_is_predicted_again(runs, own_root):
     rows, vote = load_rows('sample_arena_test'), own_root / 'vote'
     mine, other = (vote / f'{r}.parquet' for r in runs[:2])
     predict_runs(runs[:2], rows, vote, views=1, progress=False)
-    assert _kept(mine, rows, 1) is not None
+    assert kept_probs(mine, rows, 1) is not None
     shutil.copy(other, mine)
-    assert _kept(mine, rows, 1) is None
+    assert kept_probs(mine, rows, 1) is None
 
 
 def test_what_a_vote_is_made_of_is_its_name(runs, own_root):

@@ -1,0 +1,299 @@
+"Recipes: strict reading, the graph, running, kills, repetitions. Stages of a second stand in for trainings."
+import os, re, resource, shutil, subprocess, sys, time
+from pathlib import Path
+import nbformat, pytest
+from competition_kit.ck import main
+from competition_kit.core import Refusal, models_path, root_at, write_json
+from competition_kit.graph import expand, find_recipe, known_recipes, read_recipe
+from competition_kit.jobs import _is_held, plan_of, recipe_folder, run_job
+from competition_kit.record import find_run
+from competition_kit.recipe import open_recipe, plan, plan_table, report, run_recipe
+
+CK = [sys.executable, '-m', 'competition_kit.ck', 'recipe']
+WORK = '''import time
+from competition_kit.core import project_root
+from competition_kit.record import start_run
+with start_run('work', dict(seed=seed, text=text), {}, notebook='90_work') as run:
+    if not run.done:
+        with open(project_root()/'starts.txt', 'a') as f: f.write(f'{seed}\\n')
+        while time.sleep(.05) or (project_root()/f'hold{seed}').exists(): pass
+        if (project_root()/f'fail{seed}').exists(): raise ValueError('no luck')
+        run.finish(dict(accuracy=seed/10, baselines=dict(prior=dict(accuracy=.1))))'''
+THREE = '''recipe: three
+about: Two jobs and one after them
+values: {seeds: [1, 2], text: none}
+jobs:
+  first:
+    stage: work
+    foreach: {seed: $seeds}
+    args: {seed: $seed, text: $text}
+  last: {stage: work, args: {seed: 3, text: 'of {first}'}}
+scales:
+  one: {values: {seeds: [1]}}
+'''
+
+@pytest.fixture
+def three(root):
+    "A project with the stage `work` and the recipe `three`"
+    write_stage(root, WORK)
+    write_recipe(root, THREE)
+    return root
+
+def write_stage(root, work, prose='# Work'):
+    params = 'seed: int = 0  # A number\ntext: str = ""  # Anything\nrate: float = 0.5  # A share'
+    code = [nbformat.v4.new_code_cell(c) for c in (params, work)]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(prose), *code])
+    book.cells[1].metadata.tags = ['parameters']
+    (root/'nbs').mkdir(exist_ok=True, parents=True)
+    nbformat.write(book, root/'nbs/90_work.ipynb')
+
+def write_recipe(root, text, name='three'):
+    (root/'recipes').mkdir(exist_ok=True, parents=True)
+    (root/f'recipes/{name}.yaml').write_text(text)
+
+def starts(root): return sorted((root/'starts.txt').read_text().split()) if (root/'starts.txt').exists() else []
+def words(): return [s.word for s in open_recipe('three').states.values()]
+
+def wait_for(condition, seconds=30):
+    end = time.time()+seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(.05)
+
+# ---- reading
+@pytest.mark.parametrize('old,new,line,what', [
+    ('seed: $seed, text', 'sed: $seed, text', 8, "no argument 'sed'. Did you mean seed"),
+    ('seed: $seed, text', 'seed: 1.5, text', 8, 'seed: 1.5 is not int'),
+    ('seed: $seed, text', 'seed: yes, text', 8, 'seed: True is not int'),
+    ('seed: $seed, text', 'seed: $sead, text', 8, r'\$sead is no value'),
+    ('seed: 3', "seed: '{first}'", 9, 'seed is no text'),
+    ('{first}', '{frist}', 9, 'refers to no job. Did you mean {first}'),
+    ('{first}', '{last}', 9, 'wait for each other'),
+    ('{first}', '{first[seed]}', 9, 'seed is not a variable of both'),
+    ('stage: work\n', 'stage: works\n', 6, "no notebook 'works'"),
+    ('stage: work\n', 'stage: ../work\n', 6, 'not a name of a stage'),
+    ('    stage: work\n', '    stage: work\n    stage: work\n', 7, "the key 'stage' stands here and in line 6"),
+    ('    stage: work\n', '    stag: work\n', 6, "unknown key 'stag'. Did you mean stage"),
+    ('  first:', '  First:', 5, "'First' is not a name for a job"),
+    ('$seeds}', '[1, 1]}', 7, 'different texts or numbers'),
+    ('$seeds}', '[]}', 7, 'different texts or numbers'),
+    ('{seed: $seeds}', '{text: $seeds}', 7, 'no value'),
+    ('seed: $seed, text', 'seed: 7, text', 5, 'first/1 and first/2 have the same arguments'),
+    ('seeds: [1]', 'sedes: [1]', 11, "no value 'sedes'"),
+    ('one: {values', 'one: {valeus', 11, "unknown key 'valeus'"),
+    ('about: Two', 'about: &x Two', 2, 'anchors'),
+    ('about: Two', 'about: !!python/object:os.x Two', 2, 'tags'),
+    ('[1, 2]', '[1, 2', 3, 'not YAML'),
+    ('[1, 2]', '[1, .nan]', 3, 'nan is no number'),
+    ('[1, 2]', '2024-01-01', 3, 'Write it in quotes')])
+def test_a_fault_is_refused_with_its_line(three, old, new, line, what):
+    assert old in THREE
+    write_recipe(three, THREE.replace(old, new))
+    if what is None:
+        expand(read_recipe('three', 'one'))
+        return
+    with pytest.raises(Refusal, match=what) as e: expand(read_recipe('three'))
+    assert f'three.yaml:{line}:' in str(e.value)
+    assert not models_path('.recipes').exists()
+
+def test_two_jobs_may_not_write_one_table(three):
+    text = THREE.replace('  last:', '  a: {stage: split}\n  b: {stage: split, args: {seed: 1}}\n  last:')
+    write_recipe(three, text)
+    with pytest.raises(Refusal, match='a and b write the same table'): expand(read_recipe('three'))
+
+def test_scales_and_values(three):
+    write_recipe(three, THREE+'  short: {jobs: {last: null}}\n')
+    def names(*a, **kw): return list(expand(read_recipe('three', *a, **kw)))
+    assert names() == ['first/1', 'first/2', 'last']
+    assert names('one') == ['first/1', 'last']
+    assert names('short') == ['first/1', 'first/2']
+    assert names(seeds='[5, 6, 7]') == ['first/5', 'first/6', 'first/7', 'last']
+    for scale, values, what in (('two', {}, 'no scale'), ('', dict(sed='1'), "no value 'sed'"),
+                                ('', dict(seeds='1'), 'Give a list')):
+        with pytest.raises(Refusal, match=what): names(scale, **values)
+    assert expand(read_recipe('three', text='007'))['first/1'].args['text'] == '007'
+
+def test_keys_follow_what_a_job_depends_on(three):
+    old, new = (expand(read_recipe('three', **v)) for v in ({}, dict(seeds='[1, 5]')))
+    assert old['first/1'].key == new['first/1'].key
+    assert old['last'].key != new['last'].key
+    book = (three/'nbs/90_work.ipynb').read_text()
+    (three/'nbs/90_work.ipynb').write_text(book.replace('rate: float = 0.5', 'rate: float = 0.6'))
+    assert expand(read_recipe('three'))['first/1'].key != old['first/1'].key
+
+@pytest.mark.parametrize('file', sorted(p.name for p in (Path(__file__).parents[1]/'recipes').glob('*.yaml')))
+def test_every_recipe_of_the_kit_can_be_read(root, file):
+    name = file.removesuffix('.yaml')
+    scales = read_recipe(name, '')
+    assert expand(scales)
+    assert name in known_recipes() and find_recipe(name).name == file
+
+def test_a_plan_needs_no_network_and_no_torch(three):
+    code = '''import socket, sys
+def never(*a): raise OSError('the network was asked')
+socket.socket.connect = never
+from competition_kit.ck import main
+assert main(['recipe', 'plan', 'three']) == 0
+print(*sorted({'torch', 'transformers', 'pandas', 'snakemake'} & set(sys.modules)), 'loaded')'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert '3 jobs: 3 to run' in out
+    assert out.splitlines()[-1] == 'loaded'
+
+# ---- running
+def test_kill_the_engine_and_resume(three):
+    "The running job goes on without its engine; it is waited for, not started again"
+    (three/'hold1').touch()
+    p = subprocess.Popen([*CK, 'run', 'three', '--cores', '2'], stdout=subprocess.DEVNULL)
+    wait_for(lambda: starts(three) == ['1', '2'])
+    wait_for(lambda: 'done' in words())
+    p.kill()
+    p.wait()
+    assert words() == ['running', 'done', 'to run']
+    resumed = subprocess.Popen([*CK, 'resume', 'three'], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: _is_held(recipe_folder(read_recipe('three'))/'engine.lock'))
+    with pytest.raises(Refusal, match='another ck recipe'): run_recipe('three')
+    (three/'hold1').unlink()
+    out = resumed.communicate(timeout=60)[0]
+    assert resumed.returncode == 0
+    assert starts(three) == ['1', '2', '3']
+    assert 'accuracy 0.3000 (0.1000)' in out
+    assert words() == ['done']*3
+    made = [s.made['run'] for s in open_recipe('three').states.values()]
+    assert find_run(made[2])['params']['text'] == f'of {made[0]} {made[1]}'
+    nothing_to_do(three)
+
+def nothing_to_do(three):
+    def used(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before, log = used(), recipe_folder(read_recipe('three'))/'snakemake.log'
+    size = log.stat().st_size
+    out = subprocess.run([*CK, 'run', 'three'], capture_output=True, text=True, check=True).stdout
+    assert 'all 3 jobs are done' in out
+    assert used()-before < 2
+    assert log.stat().st_size == size
+
+NASTY = '$(touch pwned); `touch pwned` "\' & > pwned \\n %s'
+def test_a_failing_job_stops_only_those_after_it(three, capsys):
+    "and no value reaches a shell"
+    (three/'fail1').touch()
+    assert run_recipe('three', text=NASTY) == 1
+    states = open_recipe('three', text=NASTY).states
+    assert [s.word for s in states.values()] == ['failed', 'done', 'to run']
+    assert find_run(states['first/2'].made['run'])['params']['text'] == NASTY
+    assert not list(three.rglob('pwned'))
+    out = capsys.readouterr().out
+    assert 'no luck' in out and '1 jobs failed, 1 wait' in out
+    (three/'fail1').unlink()
+    assert run_recipe('three', text=NASTY) == 0
+    assert starts(three) == ['1', '1', '2', '3']
+
+def test_a_run_that_was_started_by_hand_is_waited_for(three):
+    (three/'hold1').touch()
+    command = [sys.executable, '-m', 'competition_kit.ck', 'run', 'work', '-p', 'seed', '1', '-p', 'text', 'none']
+    by_hand = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(lambda: starts(three) == ['1'])
+    folder, job = planned()
+    p = subprocess.Popen([sys.executable, '-m', 'competition_kit.jobs', folder/'plan.json', job.key])
+    log = folder/f'first-{job.key}.log'
+    wait_for(lambda: log.exists() and 'we wait for it' in log.read_text())
+    (three/'hold1').unlink()
+    assert by_hand.wait(60) == 0 and p.wait(60) == 0
+    assert starts(three) == ['1']
+
+def planned():
+    "The folder of the recipe with its plan, and the first job"
+    folder, jobs = recipe_folder(recipe := read_recipe('three')), expand(recipe)
+    write_json(folder/'plan.json', plan_of(recipe, jobs))
+    return folder, jobs['first/1']
+
+# ---- what still stands
+@pytest.fixture(scope='session')
+def done_once(tmp_path_factory):
+    "A root in which the recipe is done, without Snakemake: its jobs one after the other"
+    with root_at(tmp_path_factory.mktemp('done')) as root:
+        write_stage(root, WORK)
+        write_recipe(root, THREE)
+        folder = planned()[0]
+        for job in expand(read_recipe('three')).values(): assert run_job(folder/'plan.json', job.key) == 0
+    return root
+
+@pytest.fixture
+def done(done_once, root):
+    shutil.copytree(done_once, root, dirs_exist_ok=True)
+    return root
+
+def test_prose_repeats_nothing_and_code_asks(done, monkeypatch):
+    write_stage(done, WORK, '# Other prose')
+    assert words() == ['done']*3
+    write_stage(done, WORK+'\nprint(run)')
+    assert words() == ['changed code']*3
+    assert run_recipe('three', as_is=True) == 0
+    assert words() == ['done']*3 and starts(done) == ['1', '2', '3']
+    write_stage(done, WORK+'\nprint(run.id)')
+    monkeypatch.setattr('competition_kit.recipe.repeated', lambda opened: (list(opened.jobs), 2.))
+    with pytest.raises(Refusal, match='2.0 GPU-hours would be repeated.*--yes'): run_recipe('three')
+    assert starts(done) == ['1', '2', '3']
+
+def test_what_comes_from_outside_counts_by_content(done):
+    write_recipe(done, THREE.replace('text: none', 'text: notes.txt').replace('of {first}', 'alone'))
+    (done/'notes.txt').write_text('a')
+    os.utime(done/'notes.txt', (1, 1))
+    folder = planned()[0]
+    for job in expand(read_recipe('three')).values(): assert run_job(folder/'plan.json', job.key) == 0
+    os.utime(done/'notes.txt')
+    assert words() == ['done']*3
+    (done/'notes.txt').write_text('b')
+    assert words() == ['to run', 'to run', 'done']
+    assert 'changed: notes.txt' in plan_table(open_recipe('three'))
+
+def test_a_lost_run_is_made_again(done):
+    made = open_recipe('three').states['first/2'].made
+    models_path(made['run']).rename(models_path('elsewhere'))
+    assert words() == ['done', 'to run', 'to run']
+
+# ---- cost, report, workbook
+SIZED = """recipe: sized
+jobs:
+  split: {stage: split, args: {data: lmsys}, size: {rows: 500000, lengths: lmsys}}
+  train: {stage: train, foreach: {fold: [0, 1]}, args: {mix: '{split}', fold: $fold, base: qwen2.5-7b}, gpus: 1}
+  odd: {stage: train, args: {mix: '{split}', base: nobody/knows, fold: 2}, gpus: 1}
+"""
+def test_a_plan_predicts_what_it_can(root, capsys):
+    write_recipe(root, SIZED, 'sized')
+    assert plan('sized', gpu='H200', gpus=2) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert '~' in lines['train/0'] and '~' not in lines['odd']
+    assert 'predicted on 2 x H200' in out and 'not in the cost model: odd' in out
+    plan('sized', gpu='H200', gpus=1)
+    hours = [float(text.split('H200: ')[1].split(' h')[0]) for text in (out, capsys.readouterr().out)]
+    assert hours[1] == pytest.approx(2*hours[0], rel=.1)
+
+def test_the_report_needs_no_network(done, capsys):
+    assert report('three') == 0
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    assert '3 of 3 jobs done' in page and '0.3000' in page and '(0.1000)' in page
+    assert not re.search('(src|href)="(?!data:)|url\\(|@import', page)
+
+def test_planned_rows_are_a_recipe_and_back(three, capsys):
+    from competition_kit.log import plan_runs, planned
+    plan_runs([dict(stage='work', params=dict(seed=s, text='a, "b" = c')) for s in (7, 8)])
+    assert main(['recipe', 'from-log', 'typed']) == 0
+    jobs = expand(read_recipe('typed'))
+    assert [(j.args['seed'], j.args['text']) for j in jobs.values()] == [(7, 'a, "b" = c'), (8, 'a, "b" = c')]
+    assert main(['recipe', 'from-log', 'typed']) == 2
+    assert main(['recipe', 'to-log', 'three']) == 0
+    assert [p['params'] for p in planned()[2:]] == [dict(seed=1, text='none'), dict(seed=2, text='none')]
+    assert '2 planned rows added' in capsys.readouterr().out
+    assert main(['recipe', 'to-log', 'typed']) == 0
+    assert len(planned()) == 4
+
+def test_marks_in_the_workbook_ask_for_the_vote_again(root, monkeypatch):
+    from competition_kit import jobs
+    vote = jobs_of("recipe: v\njobs: {vote: {stage: vote, args: {data: sample_logic}}}", root)['vote']
+    before = jobs.outside(vote)
+    monkeypatch.setattr(jobs, 'people', lambda: {'train-f0-0000000000': dict(keep=True, vote_weight=None)})
+    assert jobs.outside(vote) != before
+
+def jobs_of(text, root):
+    write_recipe(root, text, 'v')
+    return expand(read_recipe('v'))

@@ -1,0 +1,72 @@
+"""The recipes of the winning systems: all scales are read and planned without a network, and each system runs from the
+raw rows to a checked submission. Here its jobs run one after the other in this process, over one or two layers of
+SmolLM2 and some dozens of rows; with CK_SLOW=1 they run at scale `tiny` through `ck recipe run`, which takes minutes."""
+import os, socket, subprocess, sys
+from importlib import import_module
+from pathlib import Path
+import pytest
+from competition_kit.core import models_path
+from competition_kit.graph import expand, known_recipes, read_recipe, read_yaml, table_stages
+from competition_kit.jobs import yielded
+from competition_kit.record import run_stage
+from competition_kit.tables import publish
+
+FOLDER = Path(__file__).resolve().parents[1]/'recipes'
+FILES = sorted(p.stem for p in FOLDER.glob('*.yaml'))
+SCALES = [(name, scale) for name in FILES for scale in ('', *read_yaml(FOLDER/f'{name}.yaml').get('scales', ()))]
+SMALL = dict(  # values of the scale `tiny` for the machine that tests every change
+    arena_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', student_epochs=.5, len=160),
+    arena_answer_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', epochs=.5, len=160,
+                              warm_len=160),
+    logic_vote=dict(base='smollm2-1', epochs=.2),
+    logic_reflect=dict(student='smollm2-1', rows=':8', retries=1, new=24, every=8, calibration=16),
+    arena_pseudo=dict(labellers=['smollm2-2', 'smollm2-1'], models=['smollm2-2', 'smollm2-1'], rows=':40', len=160,
+                      rounds='6', writers='smollm2-2 smollm2-1', new=8),
+    wsdm_first=dict(teacher='smollm2-2', student='smollm2-1', rows=':40', len=160, teacher_len=160))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*a, **kw): raise AssertionError('a recipe is planned without a network')
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+
+
+@pytest.mark.parametrize('name, scale', SCALES)
+def test_every_scale_is_planned(name, scale, no_network):
+    jobs = expand(read_recipe(FOLDER/f'{name}.yaml', scale))
+    assert list(jobs.values())[-1].stage == 'vote'
+    if scale == 'tiny': assert not any(job.gpus for job in jobs.values())
+
+
+def test_the_seven_recipes_are_known():
+    assert set(FILES) == {*SMALL, 'quickstart'} and set(FILES) <= set(known_recipes())
+
+
+def run_here(name, **values): # Record of each job, by its name
+    recipe, records = read_recipe(FOLDER/f'{name}.yaml', 'tiny', **values), {}
+    def text(part): return part if isinstance(part, str) else ' '.join(yielded(records[n]) for n in part)
+    for job in expand(recipe).values():
+        args = job.args | {k: ''.join(map(text, parts)) for k, parts in job.links.items()}
+        module = import_module(f'competition_kit.{job.stage}')
+        work = getattr(module, 'make_split' if job.stage == 'split' else job.stage)
+        run = run_stage(work, getattr(module, f'{job.stage.capitalize()}Args')(**args))
+        records[job.name] = run.record
+        if job.stage in table_stages: publish(run.folder, yielded(run.record))
+    return records
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.usefixtures('baselines_once', 'samples')
+def test_a_system_runs_to_its_submission(name):
+    records = run_here(name, **SMALL[name])
+    vote = records['vote']
+    assert {r['status'] for r in records.values()} == {'done'}
+    assert vote['metrics']['log_loss'] > 0 and vote['metrics']['baselines']
+    assert (models_path().parent/vote['submission']).is_file()
+
+
+@pytest.mark.skipif('CK_SLOW' not in os.environ, reason='some minutes each: CK_SLOW=1')
+@pytest.mark.parametrize('name', SMALL)
+def test_a_system_runs_at_its_tiny_scale(name):
+    command = [sys.executable, '-m', 'competition_kit.ck', 'recipe', 'run', name, '--scale', 'tiny']
+    assert subprocess.run(command).returncode == 0
