@@ -349,7 +349,8 @@ def generate(
     missing = jobs[~jobs.key.isin(set(read_replies(folder).key))]
     missing = missing.iloc[np.argsort([-len(r.ids) for r in missing.request], kind='stable')]
     done, left = {}, len(missing)
-    with tqdm(total=len(missing), desc='generate', unit='reply', disable=not progress, file=sys.stdout) as bar:
+    how = dict(desc='generate', unit='reply', disable=not progress, file=sys.stdout, delay=20)
+    with tqdm(total=len(missing), **how) as bar:
         for k, text in finished_replies(engine, list(missing.request), shard):
             done[k] = text
             bar.update()
