@@ -162,9 +162,10 @@ def draw_pairs(
     two = np.array([g.choice(n, 2, replace=False) for g in generators]).reshape(-1, 2)
     return prompts.assign(a=two[:, 0], b=two[:, 1])
 
-# %% ../nbs/05a_pairs.ipynb #207c5a7b
-faults = 'empty', 'cut', 'refuses', 'repeats', 'same'
+# %% ../nbs/05a_pairs.ipynb #cb21b05e
+faults = 'empty', 'cut', 'refuses', 'repeats', 'same' # of an answer; `same` of a pair
 
+# %% ../nbs/05a_pairs.ipynb #207c5a7b
 @dataclass(frozen=True)
 class PairsArgs:
     "Arguments of `05a_pairs`; wrong values raise a `Refusal`"
