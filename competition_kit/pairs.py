@@ -171,7 +171,7 @@ class PairsArgs:
     "Arguments of `05a_pairs`; wrong values raise a `Refusal`"
     data:str='data/prompts.jsonl'  # Pool: a file with a column prompt, or a table of preference rows
     name:str=''                    # Table that is written; '': the pool's name and _pairs
-    against:str='sample_arena'     # Tables, separated by blanks: copies of their prompts and test prompts are left out
+    against:str=''                 # Tables, separated by blanks, whose prompts and test prompts are left out; or none
     models:str=''                  # Bases and finished runs, separated by blanks: name, or name@temperature,top_p
     temperature:float=.7           # Of the sampling, where a model has none of its own
     top_p:float=.9                 # Share of the probability that is sampled from
@@ -196,6 +196,9 @@ class PairsArgs:
         object.__setattr__(self, 'name', self.name or f'{table_name(self.data)}_pairs')
         if unknown := {*self.drop.split()}-{*faults}:
             raise Refusal(f"drop has {', '.join(sorted(unknown))}", fix=f"Take words of: {' '.join(faults)}")
+        if not self.against.split():
+            raise Refusal('against names no table, so copies of validation and test prompts would stay',
+                          fix='Name your tables, or write none')
         names = [w.name for w in self.writers]
         if len(names) < 2 or len({*names}) < len(names):
             raise Refusal(f'models={self.models!r}: two different models are needed',
@@ -210,7 +213,7 @@ class PairsArgs:
     def pool(self): return read_pool(self.data)
     @cached_property
     def others(self): # Tables whose prompts must not occur
-        names = [n for m in self.against.split() for n in (m, f'{m}_test')]
+        names = [n for m in self.against.split() if m != 'none' for n in (m, f'{m}_test')]
         own = [n for n in names if not n.endswith('_test') or data_path(f'{n}.parquet').exists()]
         return {n: load_rows(n) for n in own}
 
