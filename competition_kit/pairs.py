@@ -22,6 +22,7 @@ from .prompt import encode_texts, user_prompt
 from .record import find_run, records
 from .replies import (end_engine, generate as ask, job_table, read_replies, reply_engine, reply_input,
                                      start_engine)
+from .reply_cost import plan_line
 from .rows import file_readers, packed_suffixes, read_columns
 from .tables import check_texts, load_rows, table_hashes, table_name, write_rows
 from .teachers import teacher_inputs
@@ -251,7 +252,8 @@ def answers_of(
     enc = encode_prompts(load_tokenizer(writer.base), asked)
     jobs = job_table(enc, k, args.seed, args.max_new_tokens, writer.temperature, writer.top_p, writer.adapter)
     folder = run.folder/'replies'/hash_obj([*writer, base_hash(writer.base)])
-    missing = not set(jobs.key) <= set(read_replies(folder).key)
+    missing = len(set(jobs.key)-set(read_replies(folder).key))
+    if missing: print(plan_line(missing, args.max_new_tokens, writer.base, args.engines[k]), flush=True)
     engine = engine_of(args, k) if missing else None
     try:
         for some in [jobs[:args.shard], jobs] if len(jobs) > args.shard else [jobs]:
@@ -371,6 +373,7 @@ def plot_pairs(
     shares = pairs.groupby(['round', 'language']).size().unstack(fill_value=0)
     shares.div(shares.sum(axis=1), axis=0).plot.barh(stacked=True, ax=left, xlabel='share of the prompts')
     left.invert_yaxis()
+    left.set(xlim=(0, 1.5))
     lengths = [[len(t) for s in 'ab' for t in pairs[f'text_{s}'][pairs[s] == k]] for k in range(len(writers))]
     right.boxplot(lengths, orientation='horizontal', tick_labels=[w.name for w in writers])
     right.set(xlabel='characters of an answer')

@@ -20,6 +20,7 @@ from .groups import copied, group_rows, group_text, text_hash
 from .pairs import encode_prompts
 from .record import find_run
 from .replies import end_engine, generate as ask, job_table, reply_engine, reply_input, start_engine
+from .reply_cost import plan_line
 from .rows import read_raw, tasks
 from .sample import logic_problems
 from .tables import check_texts, load_rows, table_hashes, write_rows
@@ -210,6 +211,7 @@ def drafts(
     if (long := enc.ids.map(len) > args.max_len).any():
         raise Refusal(f'{long.sum()} prompts of more than {args.max_len} tokens', fix='Take fewer examples')
     how = args.max_new_tokens, args.temperature, args.top_p, args.adapter
+    print(plan_line(len(enc)*(1+args.attempts), args.max_new_tokens, args.base, args.writer.name), flush=True)
     made = ask(args.writer, job_table(enc, 0, args.seed, *how), run.folder/'drafts', args.shard)
     parsed = [(i, *parse_draft(t, f)) for i, t, f in zip(made.id, made.text, made.finish)]
     problems = [dict(id=i, problem=p['problem'], questions=[{k: p[k] for k in ('question', 'options')}])
