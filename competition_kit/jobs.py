@@ -180,7 +180,7 @@ def job_states(
 
 def _state(job, jobs, folder, states):
     made, rec = _found(folder, job)
-    if _is_held(job_file(folder, job, 'lock')): return State('running', 'by a process of an earlier start', made, rec)
+    if _is_held(job_file(folder, job, 'lock')): return State('running', '', made, rec)
     if made is None: return _unmade(job, folder)
     if fault := _fault(job, made, rec): return State('to run', fault, made, rec)
     file = job_file(folder, job)
