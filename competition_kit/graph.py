@@ -306,10 +306,9 @@ def _job(recipe, step, mine, name, every, where): # One instance as a `Job`, wit
 
 # %% ../nbs/lib/12b_graph.ipynb #39952125
 def _key(job, keys): # keys: name → key of the jobs before it
-    defaults = {k: o['default'] for k, o in stage_parameters(job.stage).items()}
     links = {k: [[keys[n] for n in p] if isinstance(p, list) else p for p in parts] for k, parts in job.links.items()}
     given = {k: repr(v) for k, v in job.args.items()}
-    return hash_obj([job.stage, {**defaults, **given, **links}, [keys[n] for n in job.after]])
+    return hash_obj([job.stage, {**given, **links}, [keys[n] for n in job.after]])
 
 def _ordered(jobs): # Names in an order in which each job comes after those that it needs
     try: return list(TopologicalSorter({n: j.needs for n, j in jobs.items()}).static_order())
