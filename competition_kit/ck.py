@@ -351,7 +351,9 @@ def _adopt(args):
 # %% ../nbs/lib/12a_ck.ipynb #ff6676cd
 def _add_cost(commands):
     p = _add(commands, 'cost', _cost, 'say what a training will cost: memory, speed, hours',
-             'ck cost --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8', argument_default=argparse.SUPPRESS)
+             'ck cost --base qwen2.5-72b --format nf4 --gpu A100-80 --gpus 8\n'
+             '  ck cost --base qwen2.5-7b --gpu H200 --generate 500 --attempts 20 --engine vllm',
+             argument_default=argparse.SUPPRESS)
     o = p.add_argument
     o('--base', help='a known name (qwen2.5-7b, llama-3.1-70b ...), a folder, a Hub id, or smollm2 (default)')
     o('--gpu', metavar='NAME', help='T4, V100, L4, A10, "RTX 4090", A100-40, A100-80, H100 or H200 (this machine)')
@@ -373,11 +375,24 @@ def _add_cost(commands):
     o('--views', type=int, choices=[1, 2], help='orders in which each row is seen (2)')
     o('--epochs', type=float, metavar='N', help='passes over the rows (1)')
     o('--pack-tokens', type=int, metavar='N', help='tokens in a pack (16384)')
+    text = p.add_argument_group('texts instead of a training').add_argument
+    text('--generate', type=int, metavar='ROWS', help='rows that texts are generated for')
+    text('--attempts', type=int, metavar='N', help='texts of each row (1)')
+    text('--engine', choices=['transformers', 'vllm'], help='what generates them (transformers)')
+    text('--prompt-tokens', type=float, metavar='N', help='mean tokens of a prompt (300)')
+    text('--new-tokens', type=float, metavar='N', help='mean tokens of a text (400)')
+    text('--max-new-tokens', type=int, metavar='N', help='token limit of a text (1024)')
+    text('--batch-tokens', type=int, metavar='N', help='tokens of a batch of transformers (16384)')
 
 def _cost(args):
-    from competition_kit.cost import cost, cost_table
-    given = {k: v for k, v in vars(args).items() if k in inspect.signature(cost).parameters}
-    print(cost_table(cost(**given)))
+    from competition_kit import cost, reply_cost
+    both = (cost.cost, cost.cost_table), (reply_cost.generation_cost, reply_cost.generation_table)
+    (of, table), (other, _) = both[::-1] if 'generate' in args else both
+    takes, known = (inspect.signature(f).parameters for f in (of, other))
+    if wrong := [f"--{k.replace('_', '-')}" for k in vars(args) if k in known and k not in takes]:
+        raise Refusal(f"{', '.join(wrong)}: not for {'texts' if 'generate' in args else 'a training'}",
+                      fix='Leave it out; --generate ROWS asks for the cost of texts')
+    print(table(of(**{k: v for k, v in vars(args).items() if k in takes})))
 
 # %% ../nbs/lib/12a_ck.ipynb #9a600246
 def _add_bundle(commands):

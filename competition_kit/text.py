@@ -244,7 +244,7 @@ def text_votes(
     "Count the parsed answers of each row"
     at = pd.Index(rows.id).get_indexer(replies.id)
     if (at < 0).any(): raise Refusal('replies to rows that the table does not have', ids=replies.id[at < 0].unique())
-    option, n = replies.option.to_numpy(), n_options(rows, 'choice')
+    option, n = replies.option.to_numpy(int), n_options(rows, 'choice')
     if (option >= n[at]).any():
         raise Refusal('replies with an option that the row does not have', ids=replies.id[option >= n[at]].unique())
     votes, parsed = np.zeros((len(rows), len(tasks['choice'].options)), int), option >= 0

@@ -217,3 +217,32 @@ def test_other_tables_are_refused(samples):
     from competition_kit.generate import GenerateArgs
     with pytest.raises(Refusal, match='task preference'): GenerateArgs(data='sample_arena').rows
     with pytest.raises(Refusal, match='without a label'): GenerateArgs(data='sample_logic_test').rows
+
+def test_a_doubtful_label_is_corrected_by_a_person(own_root):
+    "raw file → split → attempts against the label → workbook and correction file → split again"
+    import json, openpyxl
+    from competition_kit.core import data_path, read_json
+    from competition_kit.log import LOG
+    from competition_kit.record import run_stage
+    from competition_kit.split import SplitArgs, make_split
+    from competition_kit.tables import load_rows, publish
+    def story(name): return f'Row {name}. '+' '.join(f'{name}{k*k}' for k in range(60))
+    asked = [dict(question='Who is the youngest?', options=['Anna', 'Ben', 'Cleo'], answer='C')]
+    raw = [dict(id=f'p{k}', problem=story(name), questions=asked)
+           for k, name in enumerate(['first', 'wrong', 'leak', 'third'])]
+    data_path('t').mkdir(parents=True)
+    data_path('t/train.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in raw))
+    publish(run_stage(make_split, SplitArgs('t', folds=2)).folder, 't')
+    ids = {next(k for k in TEXTS if f'Row {k}.' in p): i for i, p in zip(load_rows('t').id, load_rows('t').problem)}
+    _, run = run_planted()
+    assert run.record['doubtful'] == [f"{ids['wrong']}: C or B?", f"{ids['leak']}: C or A?"]
+    sheet = openpyxl.load_workbook(own_root/LOG)['runs']
+    at = {c.value: c.column for c in sheet[1]}
+    row = next(r for r in range(2, sheet.max_row+1) if sheet.cell(r, at['run_id']).value == run.id)
+    assert sheet.cell(row, at['doubtful']).value == ', '.join(run.record['doubtful'])
+    assert set(load_rows('t').label) == {2}, 'nothing is changed without a person'
+    file = run.folder/'corrections.csv'
+    kept = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith(ids['leak'])]
+    (own_root/'fix.csv').write_text(''.join(kept))
+    publish(run_stage(make_split, SplitArgs('t', corrections='fix.csv', folds=2)).folder, 't')
+    assert load_rows('t').set_index('id').label.to_dict() == {i: 1 if k == 'wrong' else 2 for k, i in ids.items()}

@@ -15,8 +15,8 @@ FOLDER = Path(__file__).resolve().parents[1]/'recipes'
 FILES = sorted(p.stem for p in FOLDER.glob('*.yaml'))
 SCALES = [(name, scale) for name in FILES for scale in ('', *read_yaml(FOLDER/f'{name}.yaml').get('scales', ()))]
 SMALL = dict(  # values of the scale `tiny` for the machine that tests every change
-    arena_distill=dict(teachers=['smollm2-2', 'smollm2-1'], student='smollm2-1', rows=':40', student_epochs=.5, len=160),
-    arena_answer_distill=dict(teachers=['smollm2-2', 'smollm2-1'], student='smollm2-1', rows=':40', epochs=.5, len=160,
+    arena_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', student_epochs=.5, len=160),
+    arena_answer_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', epochs=.5, len=160,
                               warm_len=160),
     logic_vote=dict(base='smollm2-1', epochs=.2),
     logic_reflect=dict(student='smollm2-1', rows=':8', retries=1, new=24, every=8, calibration=16),

@@ -1,0 +1,159 @@
+"Runs of the text route in a vote: shares, retries, abstentions, the clock, a kill, and what is refused"
+import shutil
+import numpy as np
+import pandas as pd
+import pytest
+from competition_kit import text_voters as T
+from competition_kit.base import tiny_base
+from competition_kit.clock import Clock
+from competition_kit.core import Refusal, data_path, models_path, read_table, root_at
+from competition_kit.probs import read_probs
+from competition_kit.predictions import write_sample
+from competition_kit.record import run_stage, start_run
+from competition_kit.replies import Text, generate, read_replies
+from competition_kit.submission import check_submission, find_sample
+from competition_kit.tables import load_rows, write_rows
+from competition_kit.vote import VoteArgs, prior_probs, rows_to_predict, run_staged, vote
+
+def write_few(name, rows):
+    "A small table; a letter is a rationale that a small model can learn to write"
+    meta = rows.attrs['meta'] | dict(name=name)
+    rows = rows.reset_index(drop=True).assign(rationale=['ABCDEFG'[max(k, 0)] for k in rows.label])
+    rows.attrs['meta'] = meta
+    write_rows(rows, data_path(f'{name}.parquet'))
+
+@pytest.fixture(scope='module')
+def trained_text(tmp_path_factory, sample_tables):
+    "A root with a letter run and a text run over one random base, and their ids"
+    from competition_kit.train import train_fold
+    with root_at(tmp_path_factory.mktemp('texts')) as root:
+        shutil.copytree(sample_tables, root, dirs_exist_ok=True)
+        write_few('few', load_rows('sample_logic').head(40))
+        write_few('few_test', load_rows('sample_logic_test').head(8))
+        data_path('few').mkdir()
+        write_sample(load_rows('few_test'), data_path('few'))
+        base = tiny_base(root/'tiny')
+        how = dict(mix='few', base=base, max_len=448, dtype='fp32', batch=4, score_every=4)
+        letters = train_fold(lora_r=2, epochs=.2, **how)
+        text = train_fold(route='text', method='full', lr=1e-2, epochs=4., max_new_tokens=8, **how)
+        return root, letters.id, text.id
+
+@pytest.fixture
+def both(trained_text, own_root):
+    root, letters, text = trained_text
+    shutil.copytree(root, own_root, dirs_exist_ok=True)
+    return letters, text
+
+class Planted:
+    "Replies by the row: attempt → text; it counts what it is asked"
+    name, version, clock, die_at = 'planted', '1', None, 10**6
+    def __init__(self, plan): self.plan, self.asked = plan, []
+    def replies(self, requests):
+        if len(self.asked)+len(requests) > self.die_at: raise KeyboardInterrupt
+        out = []
+        for r in requests:
+            row, turn = tuple(r.ids), sum(o == tuple(r.ids) for o in self.asked)
+            self.asked.append(row)
+            out.append(Text(self.plan(list(dict.fromkeys(self.asked)).index(row), turn), 'stop', 3))
+        return out
+
+def planted(monkeypatch, plan):
+    engine = Planted(plan)
+    monkeypatch.setattr(T, 'start_engine', lambda *a, **kw: engine)
+    return engine
+
+def held(letters, text, **kw):
+    names = ' '.join(filter(None, (letters, text)))
+    return run_stage(vote, VoteArgs('few', names, **(dict(samples=3) | kw)))
+
+def tables(run):
+    "The vote, and its voters: name → [rows, options], NaN where a voter has no answer"
+    votes = read_probs(run.folder/'votes.parquet')
+    def wide(col): return np.array([np.full(7, np.nan) if o is None else np.pad(o, (0, 7-len(o))) for o in votes[col]])
+    return wide('p'), [wide(v) for v in votes.attrs['meta']['voters']]
+
+def plan(row, turn):
+    "Row 0: always B; row 1: A, A, B; row 2: an answer at the second round; the others never"
+    return ['B', 'AAB'[turn % 3], '?' if turn < 3 else 'A', 'I am not sure.'][min(row, 3)]
+
+def test_texts_and_letters_vote_together(both, monkeypatch):
+    engine = planted(monkeypatch, plan)
+    run = held(*both, weights='1 3', retries=1)
+    p, (letters, text) = tables(run)
+    replies = read_table(run.folder/'replies.parquet')
+    counts = replies.groupby('id').option.agg([lambda o: (o == 0).sum(), lambda o: (o == 1).sum()]).to_numpy()
+    order = list(dict.fromkeys(replies.id))
+    rows = load_rows('few_test')
+    share = counts/np.maximum(counts.sum(1, keepdims=True), 1)
+    share = pd.DataFrame(share, sorted(order)).loc[rows.id].to_numpy()
+    answered = share.sum(1) > 0
+    assert answered.sum() == 3 and sorted(share[answered].max(1).round(2)) == [.67, 1, 1]
+    np.testing.assert_allclose(text[answered, :2], share[answered], atol=1e-6)
+    assert np.isnan(text[~answered]).all() and not np.isnan(letters).any()
+    np.testing.assert_allclose(p[answered], .25*letters[answered]+.75*text[answered], atol=1e-6)
+    np.testing.assert_allclose(p[~answered], letters[~answered], atol=1e-6)
+    m = run.record['metrics']
+    assert (m['replies'], m['retried'], m['unparsed']) == (24+18, 18, 3+15+15) and m['rows_without_answer'] == 5
+    assert len(engine.asked) == 42 and len({*zip(replies.id, replies.seed)}) == 42 and set(replies.run) == {both[1]}
+
+def test_rows_without_an_answer_get_the_prior_when_nobody_else_votes(both, monkeypatch):
+    planted(monkeypatch, lambda row, turn: 'A' if row == 0 else '我不知道。')
+    run = held('', both[1], retries=0)
+    p, (text,) = tables(run)
+    rows, none = load_rows('few_test'), np.isnan(text).all(1)
+    rows.attrs['meta'] = dict(task='choice')
+    assert none.sum() == 7
+    np.testing.assert_allclose(p[none], prior_probs(load_rows('few'), rows)[none], atol=1e-6)
+    assert (p[~none, 0] == 1).all() and run.record['missing']['one_view'] == 0
+
+def test_a_killed_vote_asks_for_what_is_missing(both, monkeypatch):
+    planted(monkeypatch, plan).die_at = 20
+    monkeypatch.setattr(T, 'generate', lambda *a, **kw: generate(*a, 4, **kw))
+    with pytest.raises(KeyboardInterrupt): held(*both, retries=0)
+    folder, = models_path().glob('vote-*')
+    assert len(read_replies(folder/'replies'/both[1])) == 20
+    engine = planted(monkeypatch, plan)
+    run = held(*both, retries=0)
+    assert len(engine.asked) == 4 and run.record['metrics']['replies'] == 24
+    assert len(read_table(run.folder/'replies.parquet')) == 24
+
+def test_a_cascade_asks_texts_for_the_rows_in_doubt(both, monkeypatch):
+    engine = planted(monkeypatch, lambda row, turn: 'A')
+    run = held(*both, rescore=.5, retries=0, samples=2, weights='1 9')
+    p, (letters, text) = tables(run)
+    asked = ~np.isnan(text).all(1)
+    margin = np.sort(letters, 1)[:, -1]-np.sort(letters, 1)[:, -2]
+    assert asked.sum() == 4 and margin[asked].max() <= margin[~asked].min() and len(engine.asked) == 8
+
+class SlowClock(Clock):
+    "A clock on which each look takes a second"
+    def __init__(self, minutes):
+        self.t = 0.
+        super().__init__(minutes, now=self.tick)
+    def tick(self):
+        self.t += 1
+        return self.t
+
+def test_the_time_is_up_within_a_text(both):
+    "a real engine: the letters are there, some texts are not, and the submission is valid"
+    args = VoteArgs('few', ' '.join(both), budget=.35, samples=2, retries=0, views=1)
+    rows = rows_to_predict(args.ballot, 'few')
+    with start_run('vote', dict(of='a test'), {}) as run:
+        sample = find_sample('few')
+        run_staged(run, args, args.ballot, rows, sample, SlowClock(.35))
+    assert run.record['stopped'].startswith(('TimeoutError', 'the time is up'))
+    assert run.record['missing']['runs'][both[0]] == 0 and run.record['missing']['runs'][both[1]] > 0
+    assert check_submission(run.folder/'submission.jsonl', sample, 'choice', rows)
+
+def test_a_trained_run_answers(both):
+    run = held('', both[1], samples=2, retries=1)
+    assert 0 < run.record['metrics']['replies'] <= 8*4 and 'predicted_minutes' not in run.record
+    p, _ = tables(run)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+
+REFUSED = [(dict(rule='logits'), 'logits.*answer by text'), (dict(rule='ranks'), 'ranks'),
+           (dict(gpus=2), 'several processes'), (dict(max_memory_gb=8.), 'max_memory_gb'),
+           (dict(samples=0), 'samples'), (dict(retries=-1), 'retries')]
+@pytest.mark.parametrize('wrong, why', REFUSED)
+def test_what_texts_cannot_be_combined_with(both, wrong, why):
+    with pytest.raises(Refusal, match=why): held(*both, **wrong)
