@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import Refusal, at_least, atomic, read_json, write_json
 from .estimate import estimate, wall_hours
 from .graph import expand, graph_text, read_recipe
-from .jobs import job_file, job_states, plan_of, recipe_folder
+from .jobs import accept_code, job_file, job_states, plan_of, recipe_folder
 from .planning import plan_open_runs, write_recipe
 from .report import report_html
 from .run import gpu_ids
@@ -166,14 +166,8 @@ def _alone(opened): # One engine a recipe
     finally: lock.release()
 
 # %% ../nbs/11_recipe.ipynb #b53708eb
-def _accept_old_code(opened): # Writes today's code hash into the files of jobs
-    from competition_kit.record import code_hash
-    from competition_kit.run import find_notebook
-    for name in repeated(opened)[0]:
-        file = job_file(opened.folder, opened.jobs[name])
-        stat = file.stat()
-        write_json(file, read_json(file) | dict(code=code_hash(find_notebook(opened.jobs[name].stage).name)))
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+def _accept_old_code(opened):
+    for name in repeated(opened)[0]: accept_code(opened.jobs[name], opened.folder)
     return Opened(opened.recipe, opened.jobs, opened.folder, job_states(opened.jobs, opened.folder))
 
 def _check_gpus(left):

@@ -117,9 +117,6 @@ def test_keys_follow_what_a_job_depends_on(three):
     old, new = (expand(read_recipe('three', **v)) for v in ({}, dict(seeds='[1, 5]')))
     assert old['first/1'].key == new['first/1'].key
     assert old['last'].key != new['last'].key
-    book = (three/'nbs/90_work.ipynb').read_text()
-    (three/'nbs/90_work.ipynb').write_text(book.replace('rate: float = 0.5', 'rate: float = 0.6'))
-    assert expand(read_recipe('three'))['first/1'].key != old['first/1'].key
 
 @pytest.mark.parametrize('file', sorted(p.name for p in (Path(__file__).parents[1]/'recipes').glob('*.yaml')))
 def test_every_recipe_of_the_kit_can_be_read(root, file):
@@ -232,6 +229,14 @@ def test_prose_repeats_nothing_and_code_asks(done, monkeypatch):
     monkeypatch.setattr('competition_kit.recipe.repeated', lambda opened: (list(opened.jobs), 2.))
     with pytest.raises(Refusal, match='2.0 GPU-hours would be repeated.*--yes'): run_recipe('three')
     assert starts(done) == ['1', '2', '3']
+
+def test_a_changed_default_asks_and_a_new_argument_does_not(done):
+    book = (done/'nbs/90_work.ipynb').read_text()
+    (done/'nbs/90_work.ipynb').write_text(book.replace('# A share', '# A share\\nmore: int = 1'))
+    assert words() == ['done']*3
+    (done/'nbs/90_work.ipynb').write_text(book.replace('rate: float = 0.5', 'rate: float = 0.6'))
+    assert words() == ['changed code']*3
+    assert 'default of rate in 90_work' in plan_table(open_recipe('three'))
 
 def test_what_comes_from_outside_counts_by_content(done):
     write_recipe(done, THREE.replace('text: none', 'text: notes.txt').replace('of {first}', 'alone'))
