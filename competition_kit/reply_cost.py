@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Speed', 'kv_bytes', 'sequences_at_once', 'gpu_speed', 'step_seconds', 'measured_speed', 'longest_text',
-           'generation_seconds', 'generation_cost', 'generation_table']
+           'generation_seconds', 'generation_cost', 'generation_table', 'plan_line']
 
 # %% ../nbs/lib/03v_reply_cost.ipynb #b5d75fba
 from collections import namedtuple
@@ -172,3 +172,14 @@ def generation_table(
                         f"of {c['memory_gb']:.1f} GB"),
              ('speed', f"{c['tokens_s']:,.0f} new tokens/s, {c['source']}"), ('time', time)]
     return '\n'.join(f'{k:<13}{v}' for k, v in lines)
+
+# %% ../nbs/lib/03v_reply_cost.ipynb #53bde10f
+def plan_line(
+    texts:int,    # That are still missing
+    most:int,     # Token limit of a text
+    base:str,
+    engine:str='transformers',
+) -> str:
+    "The size of a generation, and the command that predicts its hours"
+    return (f'at most {texts:,} texts of {most:,} tokens; for the hours: ck cost --generate {texts} --base {base} '
+            f'--engine {engine} --max-new-tokens {most}')
