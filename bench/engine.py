@@ -1,10 +1,13 @@
-"""Packs and vLLM for letters, vLLM and transformers for text: python bench/engine.py [parity] [letters] [gptq] [text]
+"""Packs and vLLM for letters, vLLM and transformers for text:
+python bench/engine.py [parity] [letters] [gptq] [text] [replies]
 
 parity: SmolLM2 with two LoRAs: the gate's figures, and tokens a second of both engines.
 letters: the 7B shape with random weights and a LoRA of rank 16, cut to `--layers` layers; LMSYS-like rows of at most
     2,048 tokens. Tokens a second are those of the cut model; the last column extends them to all layers.
 gptq: the same for the 32B shape in int4 with groups of 128, without a LoRA.
 text: the 1B shape of Llama 3.2 with random weights: 256 prompts, 256 new tokens each; transformers in one batch.
+replies: the embedded base and rows of the logic sample through both engines of `05_generate`, in turns; with 256 new
+    tokens on a GPU and 32 on a CPU. Says whether the replies of temperature 0 are the same.
 Every part starts one engine, and says how long that took. `--small` makes everything tiny, for a CPU."""
 import argparse, gc, json, tempfile, time
 from pathlib import Path
@@ -190,13 +193,36 @@ def measure_text(a):
                transformers_seconds=peer, vllm_seconds=own, transformers_tokens_s=k*new/peer, vllm_tokens_s=k*new/own,
                vllm_to_transformers=peer/own, start_seconds=start)
 
+def measure_replies(a):
+    from common import alternate
+    from statistics import median
+    from competition_kit.base import load_tokenizer
+    from competition_kit.replies import TransformersEngine, VllmEngine, job_table
+    from competition_kit.tables import load_rows
+    from competition_kit.text import TextPrompt
+    k, new = (8, 32) if device == 'cpu' else (64 if a.small else 256, 256)
+    rows, prompt = load_rows('sample_logic'), TextPrompt(load_tokenizer(), 1024)
+    enc = prompt.encode(rows)
+    def jobs(attempt, temperature, n): return list(job_table(enc[:n], attempt, 0, new, temperature, .95).request)
+    asked = [r for t in range(-(-k//len(rows))) for r in jobs(t, .8, k)][:k]
+    own = TransformersEngine('smollm2', prompt)
+    with VllmEngine('smollm2', prompt) as served:
+        same = np.mean([x == y for x, y in zip(own.replies(jobs(0, 0., 8)), served.replies(jobs(0, 0., 8)))])
+        texts = {}
+        def run(engine): texts[engine.name] = engine.replies(asked)
+        seconds = alternate(dict(transformers=lambda: run(own), vllm=lambda: run(served)), repeat=3, warm=0)
+    speed = {name: sum(t.n_tokens for t in texts[name])/median(seconds[name]) for name in seconds}
+    report('vllm', what='engine replies', shape='smollm2', sequences=k, most_new_tokens=new, greedy_same=float(same),
+           transformers_tokens_s=speed['transformers'], vllm_tokens_s=speed['vllm'], seconds=seconds,
+           vllm_to_transformers=speed['vllm']/speed['transformers'])
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('what', nargs='*', default=['parity', 'text', 'letters'])
     p.add_argument('--layers', type=int, default=8)
     p.add_argument('--small', action='store_true')
     a = p.parse_args()
-    parts = dict(parity=measure_parity, letters=measure_letters, text=measure_text,
+    parts = dict(parity=measure_parity, letters=measure_letters, text=measure_text, replies=measure_replies,
                  gptq=lambda a: measure_letters(a, 'qwen2.5-32b', 4))
     for name in a.what:
         began = time.perf_counter()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
            'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
-           'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'faster',
-           'EngineAsker', 'release', 'ask_engine', 'engine_facts']
+           'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'free_gpu',
+           'faster', 'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
 import gc, os, signal, subprocess, sys, tempfile, time, traceback
@@ -386,7 +386,8 @@ def served_dtype(
     "The dtype that vLLM computes in"
     return 'fp16' if quant_kind(base) and not _has_gpu() else dtype
 
-def _free_gpu(): # of what this process no longer needs
+def free_gpu():
+    "Give GPU memory back that this process no longer needs"
     import torch
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -442,7 +443,7 @@ def _by_packs(asker, same, gate, other): # run → probabilities, and the second
         kit[run] = RunAsker.ask(asker, gate, 0)
     seconds = _seconds(asker, lambda: RunAsker.ask(asker, other, 0), other)
     asker.model = asker.base = None
-    _free_gpu()
+    free_gpu()
     return kit, seconds*len(same)
 
 def _start(asker, same): # an `Engine` for these runs
@@ -554,7 +555,7 @@ def release(
     "Give the memory of its model back, for another engine; the model is loaded again when it is asked"
     asker.close()
     asker.model = asker.base = None
-    _free_gpu()
+    free_gpu()
 
 # %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(

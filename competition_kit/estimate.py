@@ -34,6 +34,7 @@ def base_of_job(
     jobs, # All of the recipe
 ) -> str: # None where the recipe does not say
     "The base that a job works with"
+    if (job.size or {}).get('like'): return job.size['like']
     if 'base' in job.args: return job.args['base']
     for link in ('base', 'start', 'members', 'runs', 'run'):
         if names := linked(job, link): return base_of_job(jobs[names[0]], jobs)
@@ -97,8 +98,15 @@ def _merging(job, jobs, gpu): # Reading and writing at 1 GB a second
     size = base_bytes(_shape(base_of_job(job, jobs)))
     return dict(hours=2*size/1e9/3600, disk_gb=size/1e9 if argument(job, 'how') == 'base' else 0)
 
+def _writing(job, jobs, gpu): # Two attempts at a text, on average; vLLM on each GPU
+    from competition_kit.reply_cost import generation_cost
+    (rows, _), format = size_of_job(job, jobs), argument(job, 'dtype')
+    c = generation_cost(rows, 2, base_of_job(job, jobs), gpu, job.gpus, format, 'vllm',
+                        max_new_tokens=argument(job, 'max_new_tokens'))
+    return dict(memory_gb=c['base_gb']+c['kv_gb'], hours=c['hours'], disk_gb=0)
+
 _models = dict(train=_training, distill=_training, pseudo=_predicting, vote=_predicting, gptq=_quantising,
-               merge=_merging)
+               merge=_merging, generate=_writing)
 
 # %% ../nbs/lib/12f_estimate.ipynb #571d5ad2
 def estimate(
@@ -108,7 +116,7 @@ def estimate(
 ) -> dict: # `memory_gb` of a GPU, `hours`, `gpu_hours`, `disk_gb`; empty where nobody can say
     "What a job will take"
     if job.stage not in _models or not job.gpus: return {}
-    rows_count = _models[job.stage] in (_training, _predicting)
+    rows_count = _models[job.stage] in (_training, _predicting, _writing)
     if rows_count and size_of_job(job, jobs) is None: return dict(why='no size in the recipe')
     try: found = _models[job.stage](job, jobs, gpu)
     except Refusal as e: return dict(why=str(e).split('. ')[0])

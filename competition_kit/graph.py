@@ -100,7 +100,7 @@ def overlay(
 # %% ../nbs/lib/12b_graph.ipynb #a420cddc
 _TOP = dict(recipe=str, about=str, values=Lined, jobs=Lined, scales=Lined)
 _JOB = dict(stage=str, foreach=Lined, args=Lined, gpus=(int, str), after=list, size=Lined)
-_SIZE = dict(rows=(int, str), lengths=str)
+_SIZE = dict(rows=(int, str), lengths=str, like=str)
 _NAME = '[a-z][a-z0-9_]{0,63}'
 
 def _check_keys(given, known, where): # `where` is a function of a line
@@ -218,7 +218,7 @@ class Job:
     links:dict       # Argument → its parts: texts, and lists of the names of jobs
     after:tuple=()   # Jobs that come before without giving a value
     gpus:int=0       # GPUs to lease
-    size:dict=None   # `rows` and `lengths` (lmsys, wsdm or logic), for the plan only
+    size:dict=None   # For the plan only: `rows`, `lengths` (lmsys, wsdm or logic), `like` (a known base)
     key:str=''       # Hash of stage, arguments and of all jobs that it depends on
     where:str=''     # File and line
 
@@ -306,10 +306,9 @@ def _job(recipe, step, mine, name, every, where): # One instance as a `Job`, wit
 
 # %% ../nbs/lib/12b_graph.ipynb #39952125
 def _key(job, keys): # keys: name → key of the jobs before it
-    defaults = {k: o['default'] for k, o in stage_parameters(job.stage).items()}
     links = {k: [[keys[n] for n in p] if isinstance(p, list) else p for p in parts] for k, parts in job.links.items()}
     given = {k: repr(v) for k, v in job.args.items()}
-    return hash_obj([job.stage, {**defaults, **given, **links}, [keys[n] for n in job.after]])
+    return hash_obj([job.stage, {**given, **links}, [keys[n] for n in job.after]])
 
 def _ordered(jobs): # Names in an order in which each job comes after those that it needs
     try: return list(TopologicalSorter({n: j.needs for n, j in jobs.items()}).static_order())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rows_to_predict', 'test_file', 'sample_file', 'write_sample', 'run_tables', 'voter_probs', 'any_seen', 'write_votes',
-           'save_vote', 'by_strength', 'stopping_limits', 'BallotAsker', 'prior_probs', 'cascade_scores',
+           'save_vote', 'by_strength', 'stopping_limits', 'BallotRuns', 'BallotAsker', 'prior_probs', 'cascade_scores',
            'share_in_time', 'forecast', 'cascade_plan']
 
 # %% ../nbs/lib/03q_predictions.ipynb #f10bbf30
@@ -191,8 +191,8 @@ def stopping_limits(
     print('change has no effect: without out-of-fold rows, a mean of logarithms has no certain margin')
 
 # %% ../nbs/lib/03q_predictions.ipynb #83979a83
-class BallotAsker:
-    "The runs of a ballot, by their position; files of probabilities have answered already; a `with` block ends engines"
+class BallotRuns:
+    "The runs of a ballot, by their position; files of probabilities have answered already"
     def __init__(self,
         ballot,          # From `by_strength`
         rows,            # The rows to predict
@@ -224,6 +224,16 @@ class BallotAsker:
         models = list(self.models.recs)
         return self.models.tokens(models[0]) if models else np.ones(len(self.rows))
 
+    def seen(self): # [rows], True where a run was trained on it, null where one does not say
+        recs = self.models.recs | (self.texts.recs if self.texts else {})
+        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else trained_on(recs[r], self.rows)
+                  for r in self.names]
+        return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
+                        dtype='boolean')
+
+# %% ../nbs/lib/03q_predictions.ipynb #4d456e61
+class BallotAsker(BallotRuns):
+    "Asks the runs of a ballot; a `with` block ends its engines"
     def loaded(self): return self.models.base, self.texts and self.texts.base
 
     def load(self, k):
@@ -243,13 +253,6 @@ class BallotAsker:
     def __exit__(self, *error):
         self.models.close()
         if self.texts: self.texts.close()
-
-    def seen(self): # [rows], True where a run was trained on it, null where one does not say
-        recs = self.models.recs | (self.texts.recs if self.texts else {})
-        by_run = [_seen_by(self.tables[r], self.rows) if r in self.tables else trained_on(recs[r], self.rows)
-                  for r in self.names]
-        return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
-                        dtype='boolean')
 
 # %% ../nbs/lib/03q_predictions.ipynb #0e102b24
 def prior_probs(

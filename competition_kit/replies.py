@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Request', 'Text', 'reply_engines', 'attempt_seed', 'sample_tokens', 'check_time', 'decode_batch', 'text_dtype',
-           'end_tokens', 'read_text', 'TransformersEngine', 'batches', 'run_adapter', 'VllmEngine', 'reply_engine',
-           'reply_input', 'start_engine', 'end_engine', 'job_table', 'read_replies', 'finished_replies', 'generate']
+           'end_tokens', 'read_text', 'TransformersEngine', 'batches', 'run_adapter', 'next_logprobs', 'served_parity',
+           'VllmEngine', 'reply_engine', 'reply_input', 'start_engine', 'end_engine', 'job_table', 'read_replies',
+           'finished_replies', 'generate']
 
 # %% ../nbs/lib/03s_replies.ipynb #69d04bc7
 from collections import namedtuple
@@ -17,9 +18,10 @@ import torch
 from tqdm import tqdm
 from .base import base_hash, base_path
 from .core import Refusal, hash_obj, read_table, write_table
-from .engine import Engine, EngineDied, served_dtype, vllm_version, why_no_vllm
+from .engine import (Engine, EngineDied, check_parity, free_gpu, letter_probs, parity, served_dtype,
+                                    vllm_version, why_no_vllm)
 from .model import load_classifier
-from .parity import check_length
+from .parity import check_length, row_limit
 from .record import find_run
 from .trained import base_of, is_full, load_adapter, model_params, trusted_prompt, weights_path
 
@@ -200,6 +202,41 @@ def run_adapter(
     return weights_path(rec)
 
 # %% ../nbs/lib/03s_replies.ipynb #363c1f0b
+@torch.no_grad()
+def next_logprobs(
+    engine,     # A `TransformersEngine`
+    ids,        # Token arrays
+    adapter='', # As of a `Request`
+) -> np.ndarray: # [prompts, vocabulary]
+    "Log-probabilities of the token after each prompt"
+    engine.load(adapter)
+    base = engine.model.base
+    prompts = [torch.as_tensor(np.asarray(i)).long()[None].to(base.device) for i in ids]
+    logits = [base(input_ids=p, logits_to_keep=1).logits[0, -1].float() for p in prompts]
+    return torch.stack(logits).log_softmax(-1).cpu().numpy()
+
+def served_parity(
+    engine,   # A `VllmEngine` with adapters
+    ids,      # Token arrays of prompts, of which the first 16 are compared
+    new:int,  # Tokens that may come
+    limit:float=.1, # Of the median, for 16 bits: rare tokens differ by more than letters
+) -> dict: # Run → facts of `parity`
+    "Compare every adapter with transformers on the 32 most probable next tokens; refuse one that was not read"
+    ids, runs = ids[:16], [run for run in engine.slots if run]
+    kit = TransformersEngine(engine.base, engine.prompt, engine.dtype)
+    logp = {run: next_logprobs(kit, ids, run) for run in runs}
+    del kit
+    free_gpu()
+    tokens = np.argsort(-np.mean([np.exp(v).mean(0) for v in logp.values()], 0))[:32]
+    server, n, facts = engine.started(new), np.full(len(ids), len(tokens)), {}
+    base = server.letters(ids, tokens)
+    for run in runs:
+        own = server.letters(ids, tokens, engine.slots[run])
+        facts[run] = parity(letter_probs(logp[run][:, tokens], n), own, n, base, limit)
+        check_parity(run, facts[run])
+    return facts
+
+# %% ../nbs/lib/03s_replies.ipynb #899c015f
 class VllmEngine:
     "Replies by vLLM; use it in a `with` block, which ends its process"
     name = 'vllm'
@@ -215,7 +252,7 @@ class VllmEngine:
         self.base, self.dtype, self.options = base, served_dtype(base, text_dtype(dtype)), options
         self.config = AutoConfig.from_pretrained(base_path(base)).get_text_config()
         self.tok, self.max_len, self.server = prompt.prompt.tok, prompt.prompt.max_len, None
-        self.version, self.clock = vllm_version(), None
+        self.version, self.clock, self.parity, self.prompt = vllm_version(), None, {}, prompt
         self.slots = {'': 0} | {run: k for k, run in enumerate(adapters, 1)}
         self.folders = [run_adapter(run, base) for run in adapters]
 
@@ -224,7 +261,10 @@ class VllmEngine:
     ): # Pairs of a position and a `Text`, as replies are finished
         "Generate the reply of each request"
         if not requests: return
-        server, ends = self.started(max(r.max_new_tokens for r in requests)), end_tokens(self.tok, self.config)
+        new = max(r.max_new_tokens for r in requests)
+        check_length(self.config, max(len(r.ids)+r.max_new_tokens for r in requests), self.base)
+        if self.folders and not self.parity: self.parity = served_parity(self, [r.ids for r in requests], new)
+        server, ends = self.started(new), end_tokens(self.tok, self.config)
         if self.clock: server.limit = min(server.limit, max(self.clock.left(), 1.))
         ids, how = [r.ids for r in requests], pd.DataFrame(requests)
         made = server.stream(ids, how.seed, how.max_new_tokens, how.temperature, how.top_p, stop_token_ids=[*ends],
@@ -242,9 +282,8 @@ class VllmEngine:
         return [found[k] for k in range(len(requests))]
 
     def started(self, new): # the process, for prompts with so many new tokens
-        longest = self.max_len+new
+        longest = min(self.max_len+new, row_limit(self.config) or self.max_len+new)
         if self.server and self.longest >= longest: return self.server
-        check_length(self.config, longest, self.base)
         self.close()
         self.server, self.longest = Engine(self.base, self.folders, self.dtype, longest, **self.options), longest
         return self.server
@@ -349,7 +388,8 @@ def generate(
     missing = jobs[~jobs.key.isin(set(read_replies(folder).key))]
     missing = missing.iloc[np.argsort([-len(r.ids) for r in missing.request], kind='stable')]
     done, left = {}, len(missing)
-    with tqdm(total=len(missing), desc='generate', unit='reply', disable=not progress, file=sys.stdout) as bar:
+    how = dict(desc='generate', unit='reply', disable=not progress, file=sys.stdout, delay=20)
+    with tqdm(total=len(missing), **how) as bar:
         for k, text in finished_replies(engine, list(missing.request), shard):
             done[k] = text
             bar.update()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Speed', 'kv_bytes', 'sequences_at_once', 'gpu_speed', 'step_seconds', 'measured_speed', 'longest_text',
-           'generation_seconds', 'generation_cost', 'generation_table']
+           'generation_seconds', 'generation_cost', 'generation_table', 'plan_line']
 
 # %% ../nbs/lib/03v_reply_cost.ipynb #b5d75fba
 from collections import namedtuple
@@ -66,7 +66,7 @@ def step_seconds(
     engine,          # A `TransformersEngine`
     sequences:int,
     prompt:int,      # Tokens of each prompt
-    steps:int=5,     # Decoding steps, of which the median counts
+    steps:int=5,     # Decoding steps, of which the mean counts
     clock=time.perf_counter,
 ) -> tuple: # Seconds of the prefill, and of a step
     "Time one batch of random prompts"
@@ -76,7 +76,7 @@ def step_seconds(
     try: decode_batch(model, [Request(i, steps+2, .8, .95, k) for k, i in enumerate(ids)], {-1}, 0)
     finally: hook.remove()
     took = np.diff(at)
-    return float(took[0]), float(np.median(took[1:]))
+    return float(took[0]), float(np.mean(took[1:]))
 
 def measured_speed(
     engine,       # A `TransformersEngine`
@@ -102,7 +102,7 @@ def longest_text(
 def generation_seconds(
     speed:Speed,
     texts:int,
-    prompt:float,  # Mean tokens of a prompt
+    prompt:float,  # Mean tokens of a prompt; with transformers padded to the longest of its batch
     new:float,     # Mean tokens of a text
     most:int,      # Token limit
     sequences:int, # From `sequences_at_once`
@@ -172,3 +172,14 @@ def generation_table(
                         f"of {c['memory_gb']:.1f} GB"),
              ('speed', f"{c['tokens_s']:,.0f} new tokens/s, {c['source']}"), ('time', time)]
     return '\n'.join(f'{k:<13}{v}' for k, v in lines)
+
+# %% ../nbs/lib/03v_reply_cost.ipynb #53bde10f
+def plan_line(
+    texts:int,    # That are still missing
+    most:int,     # Token limit of a text
+    base:str,
+    engine:str='transformers',
+) -> str:
+    "The size of a generation, and the command that predicts its hours"
+    return (f'at most {texts:,} texts of {most:,} tokens; for the hours: ck cost --generate {texts} --base {base} '
+            f'--engine {engine} --max-new-tokens {most}')

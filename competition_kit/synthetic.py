@@ -20,6 +20,7 @@ from .groups import copied, group_rows, group_text, text_hash
 from .pairs import encode_prompts
 from .record import find_run
 from .replies import end_engine, generate as ask, job_table, reply_engine, reply_input, start_engine
+from .reply_cost import plan_line
 from .rows import read_raw, tasks
 from .sample import logic_problems
 from .tables import check_texts, load_rows, table_hashes, write_rows
@@ -131,13 +132,13 @@ def parse_draft(
         return dict(problem=problem, question=question, options=options), ''
     return None, 'cut off' if finish == 'length' else 'no layout'
 
-# %% ../nbs/05b_synthetic.ipynb #17b1f9e6
+# %% ../nbs/05b_synthetic.ipynb #ba9da235
 def choice_tables(
-    *names:str, # Of tables; each is read with its test table where there is one
-) -> dict: # Name → table
-    "The tables whose near-copies are left out; one of another task is refused"
-    names = [n for m in names for n in (m, f'{m}_test')]
-    loaded = {n: load_rows(n) for n in names if not n.endswith('_test') or data_path(f'{n}.parquet').exists()}
+    names, # Of tables of the task `choice`
+) -> dict: # Name → table; a test table that is there belongs to them
+    "The tables whose near-copies are left out"
+    both = [n for m in names for n in (m, f'{m}_test')]
+    loaded = {n: load_rows(n) for n in both if not n.endswith('_test') or data_path(f'{n}.parquet').exists()}
     if other := {n for n, t in loaded.items() if t.attrs['meta']['task'] != 'choice'}:
         raise Refusal(f"tables of another task than choice: {', '.join(sorted(other))}")
     return loaded
@@ -182,8 +183,7 @@ class SyntheticArgs:
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
 
     @cached_property
-    def tables(self): return choice_tables(self.data, *self.against.split())
-
+    def tables(self): return choice_tables([self.data, *self.against.split()])
     @cached_property
     def prompt(self): return TextPrompt(load_tokenizer(self.base), self.max_len)
     @cached_property
@@ -211,6 +211,7 @@ def drafts(
     if (long := enc.ids.map(len) > args.max_len).any():
         raise Refusal(f'{long.sum()} prompts of more than {args.max_len} tokens', fix='Take fewer examples')
     how = args.max_new_tokens, args.temperature, args.top_p, args.adapter
+    print(plan_line(len(enc)*(1+args.attempts), args.max_new_tokens, args.base, args.writer.name), flush=True)
     made = ask(args.writer, job_table(enc, 0, args.seed, *how), run.folder/'drafts', args.shard)
     parsed = [(i, *parse_draft(t, f)) for i, t, f in zip(made.id, made.text, made.finish)]
     problems = [dict(id=i, problem=p['problem'], questions=[{k: p[k] for k in ('question', 'options')}])

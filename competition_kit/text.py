@@ -159,12 +159,15 @@ def _in_tag(text, options):
     return {_position(c, options) for c in loose} or _texts_in(text, options)
 
 # %% ../nbs/lib/03n_text.ipynb #11be75eb
+def _is_option(line, options): # a letter alone, or with an option's text
+    m = _captioned.fullmatch(line.strip())
+    return bool(m) and (not m[2] or bool(_named(m[2], options)))
+
 def _in_lines(text, options): # (answers, where) of a text without tags
     lines = [line for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
         if found := _states(line, options): return found, 'stated'
-    captions = [line for line in lines if (m := _captioned.fullmatch(line.strip())) and
-                (not m[2] or _named(m[2], options))]
+    captions = [line for line in lines if _is_option(line, options)]
     if captions and captions[-1] is lines[-1]:
         return set().union(*(_captions(line, options) for line in captions)), 'last line'
     return (_named(lines[-1], options) if lines else set()), 'option text'
@@ -215,10 +218,12 @@ def _unclosed(text): # is a tag opened and not closed?
     tags = 'thinking', 'reflection', 'output', 'think', 'answer'
     return any(len(re.findall(f'<{t}>', text, re.I)) != len(re.findall(f'</{t}>', text, re.I)) for t in tags)
 
-def _contradicts(text, options, answer): # does the last stated answer of a thought differ?
+def _contradicts(text, options, answer): # does a thought state another option last, or is another one the only line?
     thoughts = [_plain(m[0]) for m in _thought.finditer(text)]
     stated = [found for t in thoughts for line in t.splitlines() if (found := _states(line, options))]
-    return bool(stated) and stated[-1] != {answer}
+    lines = _thought.sub('', _plain(text)).splitlines()
+    alone = [_captions(line, options) for line in lines if _is_option(line, options)]
+    return bool(stated) and stated[-1] != {answer} or len(alone) == 1 and alone[0] != {answer}
 
 def rationale_fault(
     text:str,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from competition_kit.base import load_tokenizer, tiny_base
 from competition_kit.core import Refusal
+from competition_kit.engine import vllm_version
 from competition_kit.replies import (Request, Text, TransformersEngine, attempt_seed, batches, decode_batch,
                                      generate, job_table, read_replies, sample_tokens)
 from competition_kit.text import TextPrompt
@@ -221,7 +222,7 @@ def test_other_tables_are_refused(samples):
 def test_a_doubtful_label_is_corrected_by_a_person(own_root):
     "raw file → split → attempts against the label → workbook and correction file → split again"
     import json, openpyxl
-    from competition_kit.core import data_path, read_json
+    from competition_kit.core import data_path
     from competition_kit.log import LOG
     from competition_kit.record import run_stage
     from competition_kit.split import SplitArgs, make_split
@@ -246,3 +247,68 @@ def test_a_doubtful_label_is_corrected_by_a_person(own_root):
     (own_root/'fix.csv').write_text(''.join(kept))
     publish(run_stage(make_split, SplitArgs('t', corrections='fix.csv', folds=2)).folder, 't')
     assert load_rows('t').set_index('id').label.to_dict() == {i: 1 if k == 'wrong' else 2 for k, i in ids.items()}
+
+# ---- engines
+def test_which_engine_generates(monkeypatch):
+    from competition_kit import replies as R
+    from competition_kit.generate import GenerateArgs
+    assert R.reply_engine('packs', 'smollm2') == 'transformers' and R.reply_input('transformers') == {}
+    monkeypatch.setattr(R, 'vllm_version', lambda: '')
+    assert R.reply_engine('auto', 'smollm2') == 'transformers'
+    with pytest.raises(Refusal, match='vLLM is not installed'): GenerateArgs(engine='vllm')
+    with pytest.raises(Refusal, match='no engine named'): GenerateArgs(engine='tgi')
+    monkeypatch.setattr(R, 'vllm_version', lambda: '9.9')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert R.reply_engine('auto', 'smollm2') == 'vllm' and R.reply_input('vllm') == dict(engine='vllm 9.9')
+    assert R.reply_engine('auto', 'smollm2', 'nf4') == 'transformers'
+    with pytest.raises(Refusal, match='nf4'): R.reply_engine('vllm', 'smollm2', 'nf4')
+
+class Streamed:
+    "Replies one by one, the last request first, as vLLM may finish them"
+    name, version = 'streamed', '1'
+    def __init__(self, die_at=99): self.die_at, self.given = die_at, 0
+    def stream(self, requests):
+        for k in reversed(range(len(requests))):
+            if self.given == self.die_at: raise KeyboardInterrupt
+            self.given += 1
+            yield k, Text(f'reply to {len(requests[k].ids)}', 'stop', 3)
+
+def test_streamed_replies_belong_to_their_rows_and_a_kill_loses_one_shard(enc, tmp_path):
+    jobs = job_table(enc, 0, max_new_tokens=3)
+    with pytest.raises(KeyboardInterrupt): generate(Streamed(die_at=8), jobs, tmp_path, 3, progress=False)
+    assert len(read_replies(tmp_path)) == 6
+    engine = Streamed()
+    done = generate(engine, jobs, tmp_path, 3, progress=False)
+    assert engine.given == 4 and list(done.text) == [f'reply to {len(i)}' for i in enc.ids]
+
+needs_vllm = pytest.mark.skipif(not vllm_version(), reason='vLLM is not installed')
+
+@needs_vllm
+def test_vllm_writes_what_transformers_writes(samples, tmp_path):
+    "greedy replies of the base and of an adapter are equal; an adapter that vLLM does not read is refused"
+    import shutil
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from competition_kit import replies as R
+    from competition_kit.train import train_fold
+    tok, base = load_tokenizer(), str(tmp_path/'wide')
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+                                 num_attention_heads=2, num_key_value_heads=1)).save_pretrained(base)
+    tok.save_pretrained(base)
+    run = train_fold(mix='sample_logic', base=base, lora_r=4, lr=.3, epochs=.3, max_len=512, dtype='fp32')
+    prompt = TextPrompt(load_tokenizer(base), 512)
+    asked = [Request(ids, 8, 0., 1., 1, adapter) for ids in prompt.encode(ROWS[:3]).ids for adapter in ('', run.id)]
+    want = TransformersEngine(base, prompt).replies(asked)
+    assert want[::2] != want[1::2]
+    with R.VllmEngine(base, prompt, adapters=[run.id]) as served:
+        assert served.replies(asked) == want
+        sampled = [r._replace(temperature=.9, seed=k) for k, r in enumerate(asked)]
+        assert served.replies(sampled)[3:] == served.replies(sampled[3:]), 'a reply depends on its own request'
+    good, bad = R.run_adapter(run.id, base), tmp_path/'renamed'
+    shutil.copytree(good, bad)
+    tensors = load_file(good/'adapter_model.safetensors')
+    save_file({k.replace('layers.', 'layers.9'): t for k, t in tensors.items()}, bad/'adapter_model.safetensors')
+    with R.VllmEngine(base, prompt, adapters=[run.id]) as served:
+        served.folders = [bad]
+        with pytest.raises(Refusal, match='does not answer as the kit does|vLLM failed'): served.replies(asked)

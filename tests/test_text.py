@@ -43,7 +43,10 @@ UNPARSED = [('', 'no answer'), ('<output></output>', 'no answer'), ('<output>A o
             ('A knight always tells the truth.', 'no answer'), ('The answer is a knight.', 'no answer'),
             ('The answer is not B.', 'no answer'), ('Option A is wrong.', 'no answer'), ('选项A错误', 'no answer'),
             ('不选A', 'no answer'), ('答案不是A', 'no answer'), ('A. Anna\nB. Ben\nC. Cleo\nD. Dora', 'two answers'),
-            ('<output>not Ben</output>', 'no answer')]
+            ('<output>not Ben</output>', 'no answer'), ('Anna is the youngest of them.', 'no answer'),
+            ('抱歉，作为人工智能，我不能回答。', 'refusal'), ('所以李四是骑士。'*9, 'repetition'),
+            ('So Ben is a knight. Then Anna lies. '*9, 'repetition'), ('<output>Ｅ</output>', 'outside the options'),
+            ('<output>A</output>\nThe answer is B. <output>Ｂ</output>', 'two answers')]
 
 @pytest.mark.parametrize('text, how', UNPARSED)
 def test_unparsed(text, how): assert parse_reply(text, NAMES) == (-1, how)
@@ -59,6 +62,8 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'), (REASON+'<output>C</output>
           (REASON+'The given answer is C.<output>C</output>', 'leaks the instruction', 'stop'),
           ('<thinking>题目给出的答案是C，所以Cleo最小，其他人都比她大。</thinking><output>C</output>',
            'leaks the instruction', 'stop'),
+          ('A. Anna\nThe others are younger than she is, so it follows. The answer is C.', 'contradicts its answer', 'stop'),
+          ('A. Anna\nB. Ben\nThe others are older than she is, so it follows. The answer is C.', '', 'stop'),
           (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
           (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
 
