@@ -20,7 +20,7 @@ SMALL = dict(  # values of the scale `tiny` for the machine that tests every cha
     arena_answer_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', epochs=.5, len=160,
                               warm_len=160),
     logic_vote=dict(base='smollm2-1', epochs=.2),
-    logic_reflect=dict(student='smollm2-1', rows=':3', retries=1, given=0, new=24, every=8, calibration=16),
+    logic_reflect=dict(student='smollm2-1', rows=':3', retries=1, given=0, new=24, again=0, every=8, calibration=16),
     arena_pseudo=dict(labellers=['smollm2-2', 'smollm2-1'], models=['smollm2-2', 'smollm2-1'], rows=':40', len=160,
                       rounds='4', new=8),
     wsdm_first=dict(teacher='smollm2-2', student='smollm2-1', rows=':40', len=160, teacher_len=160))
