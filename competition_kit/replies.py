@@ -21,7 +21,7 @@ from .core import Refusal, hash_obj, read_table, write_table
 from .engine import (Engine, EngineDied, check_parity, free_gpu, letter_probs, parity, served_dtype,
                                     vllm_version, why_no_vllm)
 from .model import load_classifier
-from .parity import check_length
+from .parity import check_length, row_limit
 from .record import find_run
 from .trained import base_of, is_full, load_adapter, model_params, trusted_prompt, weights_path
 
@@ -221,7 +221,7 @@ def served_parity(
     new:int,  # Tokens that may come
     limit:float=.1, # Of the median, for 16 bits: rare tokens differ by more than letters
 ) -> dict: # Run → facts of `parity`
-    "Compare every adapter with transformers on the 32 most probable next tokens; an adapter that was not read is refused"
+    "Compare every adapter with transformers on the 32 most probable next tokens; refuse one that was not read"
     ids, runs = ids[:16], [run for run in engine.slots if run]
     kit = TransformersEngine(engine.base, engine.prompt, engine.dtype)
     logp = {run: next_logprobs(kit, ids, run) for run in runs}
@@ -262,6 +262,7 @@ class VllmEngine:
         "Generate the reply of each request"
         if not requests: return
         new = max(r.max_new_tokens for r in requests)
+        check_length(self.config, max(len(r.ids)+r.max_new_tokens for r in requests), self.base)
         if self.folders and not self.parity: self.parity = served_parity(self, [r.ids for r in requests], new)
         server, ends = self.started(new), end_tokens(self.tok, self.config)
         if self.clock: server.limit = min(server.limit, max(self.clock.left(), 1.))
@@ -281,9 +282,8 @@ class VllmEngine:
         return [found[k] for k in range(len(requests))]
 
     def started(self, new): # the process, for prompts with so many new tokens
-        longest = self.max_len+new
+        longest = min(self.max_len+new, row_limit(self.config) or self.max_len+new)
         if self.server and self.longest >= longest: return self.server
-        check_length(self.config, longest, self.base)
         self.close()
         self.server, self.longest = Engine(self.base, self.folders, self.dtype, longest, **self.options), longest
         return self.server
