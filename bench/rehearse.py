@@ -125,7 +125,8 @@ def shown(lines): # A table for `results.md`
     rows = ['| step | work | pack, tokens | layers, checkpointed | s a pack | planned | GB | planned | tokens/s |',
             '|---|---|---|---|---|---|---|---|---|']
     for o in lines:
-        work = f"{o['what']} {o['shape']}, {o['dtype']}, {o['method']}" + (f" r {o['r']}" if o['method'] == 'lora' else '')
+        work = f"{o['what']} {o['shape']}, {o['dtype']}, {o['method']}"
+        if o['method'] == 'lora': work += f" r {o['r']}"
         if 'refused' in o: rows.append(f"| {', '.join(o['steps'])} | {work} | | | {o['refused']} | | | | |")
         else: rows.append(f"| {', '.join(o['steps'])} | {work} | {o['pack']:,} | {o['layers']}, {o['checkpointed']} | "
                           f"{o['s']} | {o['s_planned']} | {o['gb']} | {o['gb_planned']} | {o['tokens_s']:,} |")

@@ -14,7 +14,8 @@ import pandas as pd
 
 FIT = dict(fold=0, max_len=1024, batch=16, pack_tokens=32768, epochs=6., lr=1e-3, lora_r=32, lora_alpha=64, warmup=.1,
            schedule='cosine', save_every=10**6, recompute=0, compiled='no', max_new_tokens=576, samples=9)
-ASK = dict(retries=3, given=2, max_new_tokens=256, max_len=1024, batch_tokens=2**19, shard=4096)
+# top_p below 1 sorts the vocabulary for every token, which takes most of the time of a small base
+ASK = dict(retries=2, given=1, max_new_tokens=256, max_len=1024, top_p=1., batch_tokens=2**19, shard=4096)
 
 # line → arguments of 04_train; TABLE stands for the table's name. A line whose table is not there is left out
 LINES = {
@@ -195,12 +196,10 @@ def prepare(name, file, a): # all tables of a file; what is there stays
     for kind in ('code', 'both'): best_half(f'{name}_{kind}', a)
 
 def sample(name, rows, a): # rationales by the base
-    from dataclasses import fields
     from competition_kit.core import read_table
     from competition_kit.generate import GenerateArgs, generate
     from competition_kit.record import run_stage
-    more = dict(engine=a.engine) if 'engine' in {f.name for f in fields(GenerateArgs)} else {}
-    run = run_stage(generate, GenerateArgs(data=name, base=a.base, **ASK, **more))
+    run = run_stage(generate, GenerateArgs(data=name, base=a.base, engine=a.engine, **ASK))
     report(a, table=name, line='sampling', **{k: v for k, v in run.record['metrics'].items() if k != 'baselines'})
     if (run.folder/'rows.parquet').exists():
         kept = read_table(run.folder/'rows.parquet')
@@ -305,7 +304,7 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, nargs='+', default=[0])
     p.add_argument('--problems', type=int, default=0, help='draw so many groups of rows; 0: all')
     p.add_argument('--more', type=int, default=3000, help='further problems by code')
-    p.add_argument('--engine', default='transformers', help='samples the rationales')
+    p.add_argument('--engine', default='auto', help='samples the rationales; auto: vllm where it is installed')
     p.add_argument('--until', type=float, default=380, help='seconds after which no line is begun')
     p.add_argument('--prepare', action='store_true', help='make the tables alone')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')

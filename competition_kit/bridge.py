@@ -82,7 +82,7 @@ class Ray:
 
     def submit(self, name, job, script):
         id = f'{name}-{time.time_ns()//1_000_000:x}'
-        env = {k: os.environ[k] for k in ('PYTHONPATH', 'PATH') if k in os.environ}
+        env = {k: os.environ[k] for k in ('PYTHONPATH', 'PATH', 'HF_HOME', 'HF_HUB_OFFLINE') if k in os.environ}
         gpus = float(job['resources'].get('gpu') or 0)
         ask_ray('POST', '', dict(submission_id=id, entrypoint=f'exec bash {shlex.quote(str(Path(script).resolve()))}',
                                  metadata=dict(ck=name), entrypoint_num_cpus=job['threads'], entrypoint_num_gpus=gpus,
@@ -100,7 +100,7 @@ class Ray:
 
 # %% ../nbs/lib/12d_bridge.ipynb #26ecc40b
 _SLURM_RUNS = set('''PENDING RUNNING CONFIGURING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING REQUEUED
-                     REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT PREEMPTED'''.split())
+                     REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT'''.split())
 _SLURM_AWAY = re.compile('unable to contact|refused|timed out|zero bytes|communication', re.I)
 
 def _slurm(*words): # The output; `Away` when the controller does not answer, None when it does not know the job

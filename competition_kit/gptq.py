@@ -90,7 +90,7 @@ class GptqArgs(_Source):
         if self.start: _take_over(self, find_run(self.start))
         for name, spell in dict(base=base_name, dtype=pick_dtype).items():
             object.__setattr__(self, name, spell(getattr(self, name)))
-        one_of(self, bits=(4, 8), group=(0, 32, 64, 128), views=(1, 2), route=('answer', 'score', 'score2'))
+        one_of(self, bits=(4, 8), group=(0, 32, 64, 128), views=(1, 2), route=('answer', 'text', 'score', 'score2'))
         at_least(self, 1, 'rows', 'draws', 'pack_tokens')
         at_least(self, 0, 'draw', 'seed')
         share(self, 'damp')
@@ -330,9 +330,13 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
     run.finish(metrics, ['probs.parquet', 'before.parquet', 'report.json', *files], rows=len(args.table),
                held_out=len(held), task=args.prompt.task, base=base_hash(args.base), **hashes, quantised=asdict(t),
                verdict=found['verdict'], worth=report['worth'], bytes=found['bytes'],
-               model=dict(asdict(args), method='full'),
-               **(dict(letters=letters) if letters else {}))
+               model=dict(asdict(args), method='full', **_text_facts(args.record, 'max_new_tokens')),
+               **(dict(letters=letters) if letters else {}), **_text_facts(args.record, 'text_prompt'))
     shutil.rmtree(folder)
+
+def _text_facts(rec, name): # of a run that answers by text, for its quantised model
+    if not rec or model_params(rec).get('route') != 'text': return {}
+    return {name: {**model_params(rec), **rec}[name]}
 
 def _baselines(args): # of the held-out rows: the run's own, or fitted now
     known = args.record['metrics'].get('baselines') if args.record else None

@@ -99,7 +99,8 @@ def overlay(
 
 # %% ../nbs/lib/12b_graph.ipynb #a420cddc
 _TOP = dict(recipe=str, about=str, values=Lined, jobs=Lined, scales=Lined)
-_JOB = dict(stage=str, foreach=Lined, args=Lined, gpus=(int, str), after=list)
+_JOB = dict(stage=str, foreach=Lined, args=Lined, gpus=(int, str), after=list, size=Lined)
+_SIZE = dict(rows=(int, str), lengths=str, like=str)
 _NAME = '[a-z][a-z0-9_]{0,63}'
 
 def _check_keys(given, known, where): # `where` is a function of a line
@@ -133,6 +134,7 @@ def _check_recipe(recipe, where): # The shape of a recipe with its scale
         line = recipe['jobs'].at.get(name)
         if not isinstance(job, Lined): raise Refusal(f'the job {name} is {job!r}', where(line), fix='Give it a stage')
         _check_keys(job, _JOB, where)
+        _check_keys(job.get('size', Lined()), _SIZE, where)
         if 'stage' not in job: raise Refusal(f'the job {name} has no stage', where(line))
 
 # %% ../nbs/lib/12b_graph.ipynb #c04a276a
@@ -216,6 +218,7 @@ class Job:
     links:dict       # Argument → its parts: texts, and lists of the names of jobs
     after:tuple=()   # Jobs that come before without giving a value
     gpus:int=0       # GPUs to lease
+    size:dict=None   # For the plan only: `rows`, `lengths` (lmsys, wsdm or logic), `like` (a known base)
     key:str=''       # Hash of stage, arguments and of all jobs that it depends on
     where:str=''     # File and line
 
@@ -241,7 +244,8 @@ def _refer(text, mine, every, where): # Names of the jobs that `member[fold]` me
     m = re.fullmatch(rf'\s*({_NAME})\s*(?:\[([\w\s,]*)\])?\s*', text)
     if not m or m[1] not in every:
         near = difflib.get_close_matches(text.split('[')[0].strip(), every, 1)
-        raise Refusal(f'{{{text}}} refers to no job', where, fix=f"Did you mean {{{near[0]}}}" if near else '')
+        fix = f'Did you mean {{{near[0]}}}' if near else ''
+        raise Refusal(f'{{{text}}} refers to no job', where, fix=fix)
     variables = [v.strip() for v in (m[2] or '').split(',') if v.strip()]
     for v in variables:
         if v in mine and all(v in theirs for theirs, _ in every[m[1]]): continue
@@ -297,14 +301,14 @@ def _job(recipe, step, mine, name, every, where): # One instance as a `Job`, wit
     after = [n for text in job.get('after', []) for n in _refer(str(text), mine, every, where(job.at.get('after')))]
     gpus = fill(job.get('gpus', 0), names, where(job.at.get('gpus')))
     if not isinstance(gpus, int) or gpus < 0: raise Refusal(f'gpus: {gpus!r}', where(job.at.get('gpus')))
-    return Job(name, step, job['stage'], args, links, tuple(after), gpus, where=line)
+    size = fill(job.get('size', Lined()), names, line)
+    return Job(name, step, job['stage'], args, links, tuple(after), gpus, size, where=line)
 
 # %% ../nbs/lib/12b_graph.ipynb #39952125
 def _key(job, keys): # keys: name → key of the jobs before it
-    defaults = {k: o['default'] for k, o in stage_parameters(job.stage).items()}
     links = {k: [[keys[n] for n in p] if isinstance(p, list) else p for p in parts] for k, parts in job.links.items()}
     given = {k: repr(v) for k, v in job.args.items()}
-    return hash_obj([job.stage, {**defaults, **given, **links}, [keys[n] for n in job.after]])
+    return hash_obj([job.stage, {**given, **links}, [keys[n] for n in job.after]])
 
 def _ordered(jobs): # Names in an order in which each job comes after those that it needs
     try: return list(TopologicalSorter({n: j.needs for n, j in jobs.items()}).static_order())
@@ -340,7 +344,8 @@ def _check_different(jobs):
             other = seen.setdefault(key, job)
             if other is job: continue
             what = 'have the same arguments' if key == job.key else 'write the same table'
-            raise Refusal(f'{other.name} and {job.name} {what}', job.where, fix='Give each a name or a value of its own')
+            raise Refusal(f'{other.name} and {job.name} {what}', job.where,
+                          fix='Give each a name or a value of its own')
 
 def _rank(jobs, written): # Order: the longest way to a job, then the file's own order
     depth = {}

@@ -30,8 +30,9 @@ from .record import find_run, records, run_stage
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, table_hashes
 from .train import rows_at
-from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, model_params, model_stages,
-                                     predict_runs, recipe_key, same_tables, training_rows, trusted_prompt, weights_path)
+from .trained import (ancestors, check_letters, has_seen, is_full, lineage_of, load_adapter, load_run,
+                                     model_params, model_stages, predict_runs, recipe_key, same_tables, training_rows,
+                                     trusted_prompt, weights_path)
 
 # %% ../nbs/08_merge.ipynb #57bce613
 def _models(): # records of finished runs with a model, by time
@@ -79,6 +80,7 @@ def check_members(
         if is_full(r):
             raise Refusal(f"{r['run_id']} has trained all weights (method=full)",
                           fix='Merge LoRAs; vote with full models')
+        check_letters(r)
     _check_same(recs)
     prompts = [trusted_prompt(r) for r in recs]
     for r, p in zip(recs, prompts):
@@ -377,6 +379,7 @@ def member_probs(
     folder, # Where new predictions are kept
 ) -> dict: # Run id → [rows, options]
     "The members' probabilities: their own out-of-fold ones, or new ones"
+    if model_params(args.recs[0])['route'] == 'text': return _letter_probs(args, rows, views)
     ids = args.members.split()
     tables = {r: read_probs(models_path(r, 'probs.parquet')) for r in ids}
     def has(t): return set(rows.id) <= set(t.id[t.seen.eq(False).fillna(False)]) and (t.views == views).all()
@@ -384,13 +387,17 @@ def member_probs(
     if todo: tables |= predict_runs(todo, rows, folder, views)
     return {r: align(t, rows, len(tasks[rows.attrs['meta']['task']].options)) for r, t in tables.items()}
 
+def _letter_probs(args, rows, views): # of members that answer by text: their table holds shares of replies
+    prompt = trusted_prompt(args.recs[0])
+    return {r['run_id']: predict(load_run(r, prompt), prompt, rows, views, progress=False) for r in args.recs}
+
 # %% ../nbs/08_merge.ipynb #cf305ca8
 def _finish(run, args, rows, seen, p, facts):
     metrics, first, task, past = {}, args.recs[0], args.recs[0]['task'], past_rows(args)
     if not seen.any():
         metrics = dict(scores(p['merged'], rows.label.to_numpy()), baselines=baselines(past, rows, task, {}))
         if not args.held: facts['held_out'] = len(rows)
-    if 'letters' in first: facts['letters'] = first['letters']
+    facts |= {k: first[k] for k in ('letters', 'text_prompt') if k in first}
     files = [f'{k}/{f.name}' for k in ('adapter', 'model') for f in sorted((run.folder/k).glob('*')) if f.is_file()]
     files += [f for f in ('probs.parquet', 'layers.parquet') if (run.folder/f).exists()]
     params = merged_params(run, args)

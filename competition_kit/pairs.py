@@ -22,6 +22,7 @@ from .prompt import encode_texts, user_prompt
 from .record import find_run, records
 from .replies import (end_engine, generate as ask, job_table, read_replies, reply_engine, reply_input,
                                      start_engine)
+from .reply_cost import plan_line
 from .rows import file_readers, packed_suffixes, read_columns
 from .tables import check_texts, load_rows, table_hashes, table_name, write_rows
 from .teachers import teacher_inputs
@@ -162,15 +163,16 @@ def draw_pairs(
     two = np.array([g.choice(n, 2, replace=False) for g in generators]).reshape(-1, 2)
     return prompts.assign(a=two[:, 0], b=two[:, 1])
 
-# %% ../nbs/05a_pairs.ipynb #207c5a7b
-faults = 'empty', 'cut', 'refuses', 'repeats', 'same'
+# %% ../nbs/05a_pairs.ipynb #cb21b05e
+faults = 'empty', 'cut', 'refuses', 'repeats', 'same' # of an answer; `same` of a pair
 
+# %% ../nbs/05a_pairs.ipynb #207c5a7b
 @dataclass(frozen=True)
 class PairsArgs:
     "Arguments of `05a_pairs`; wrong values raise a `Refusal`"
     data:str='data/prompts.jsonl'  # Pool: a file with a column prompt, or a table of preference rows
     name:str=''                    # Table that is written; '': the pool's name and _pairs
-    against:str='sample_arena'     # Tables, separated by blanks: copies of their prompts and test prompts are left out
+    against:str=''                 # Tables, separated by blanks, whose prompts and test prompts are left out; or none
     models:str=''                  # Bases and finished runs, separated by blanks: name, or name@temperature,top_p
     temperature:float=.7           # Of the sampling, where a model has none of its own
     top_p:float=.9                 # Share of the probability that is sampled from
@@ -195,6 +197,9 @@ class PairsArgs:
         object.__setattr__(self, 'name', self.name or f'{table_name(self.data)}_pairs')
         if unknown := {*self.drop.split()}-{*faults}:
             raise Refusal(f"drop has {', '.join(sorted(unknown))}", fix=f"Take words of: {' '.join(faults)}")
+        if not self.against.split():
+            raise Refusal('against names no table, so copies of validation and test prompts would stay',
+                          fix='Name your tables, or write none')
         names = [w.name for w in self.writers]
         if len(names) < 2 or len({*names}) < len(names):
             raise Refusal(f'models={self.models!r}: two different models are needed',
@@ -209,7 +214,7 @@ class PairsArgs:
     def pool(self): return read_pool(self.data)
     @cached_property
     def others(self): # Tables whose prompts must not occur
-        names = [n for m in self.against.split() for n in (m, f'{m}_test')]
+        names = [n for m in self.against.split() if m != 'none' for n in (m, f'{m}_test')]
         own = [n for n in names if not n.endswith('_test') or data_path(f'{n}.parquet').exists()]
         return {n: load_rows(n) for n in own}
 
@@ -247,7 +252,8 @@ def answers_of(
     enc = encode_prompts(load_tokenizer(writer.base), asked)
     jobs = job_table(enc, k, args.seed, args.max_new_tokens, writer.temperature, writer.top_p, writer.adapter)
     folder = run.folder/'replies'/hash_obj([*writer, base_hash(writer.base)])
-    missing = not set(jobs.key) <= set(read_replies(folder).key)
+    missing = len(set(jobs.key)-set(read_replies(folder).key))
+    if missing: print(plan_line(missing, args.max_new_tokens, writer.base, args.engines[k]), flush=True)
     engine = engine_of(args, k) if missing else None
     try:
         for some in [jobs[:args.shard], jobs] if len(jobs) > args.shard else [jobs]:
@@ -367,6 +373,7 @@ def plot_pairs(
     shares = pairs.groupby(['round', 'language']).size().unstack(fill_value=0)
     shares.div(shares.sum(axis=1), axis=0).plot.barh(stacked=True, ax=left, xlabel='share of the prompts')
     left.invert_yaxis()
+    left.set(xlim=(0, 1.5))
     lengths = [[len(t) for s in 'ab' for t in pairs[f'text_{s}'][pairs[s] == k]] for k in range(len(writers))]
     right.boxplot(lengths, orientation='horizontal', tick_labels=[w.name for w in writers])
     right.set(xlabel='characters of an answer')

@@ -187,6 +187,6 @@ def make_sample(
     if name not in samples: raise Refusal(f'there is no sample named {name!r}', fix=f"Take one of {', '.join(samples)}")
     folder = Path(folder or data_path(name))
     if name == 'sample_arena': write_arena(folder, 280, 60, seed)
-    elif name == 'sample_extra': write_arena(folder, 160, 20, seed+10_000, first=10_000)
+    elif name == 'sample_extra': write_arena(folder, 160, 20, seed+20_000, first=10_000)
     else: _write_logic(folder, 60, 20, seed)
     return folder

@@ -16,8 +16,8 @@ from .record import check_outputs, find_run, records
 from .rows import text_columns
 from .tables import load_rows, validated_part
 from .teach import Teacher, join_probs
-from .trained import (ancestors, has_seen, load_run, model_params, model_stages, predict_runs,
-                                     recipe_key, training_rows, trusted_prompt)
+from .trained import (ancestors, check_letters, has_seen, load_run, model_params, model_stages,
+                                     predict_runs, recipe_key, training_rows, trusted_prompt)
 
 # %% ../nbs/lib/03i_teachers.ipynb #f10ff9d3
 def members(
@@ -176,7 +176,7 @@ class OnlineTeacher:
 
     @cached_property
     def models(self): # run id → (model, prompt), of the runs that will be asked
-        recs = [r for r, lack in zip(self.recs, self.lack) if lack.any()]
+        recs = [check_letters(r) for r, lack in zip(self.recs, self.lack) if lack.any()]
         return {r['run_id']: (load_run(r, trusted_prompt(r)), trusted_prompt(r)) for r in recs}
 
     def __call__(self, at): # Positions of rows, each once → [those rows, options]

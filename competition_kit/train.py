@@ -7,7 +7,7 @@ __all__ = ['Training', 'TrainArgs', 'rows_at', 'new_model', 'save_model', 'work'
            'plot_run', 'hardest', 'chain', 'fold_rows', 'learned']
 
 # %% ../nbs/04_train.ipynb #af5dfd0e
-import os, shutil, sys, time
+import gc, os, shutil, sys, time
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
     # one of several ranks sees one GPU, which must be said before torch starts CUDA
     if visible := os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(64)))):
@@ -350,6 +350,7 @@ def work(
     mine = args.scored if args.sharded else args.scored[k::n]  # a sharded model predicts together
     if args.route == 'text':
         del model
+        gc.collect()  # the trained model, before it is loaded anew
         return loss, facts, _replies_and_letters(folder, args, rows_at(args.rows, mine), facts['letters'])
     p = predict(model, args.prompt, rows_at(args.rows, mine), args.views, 4*args.pack_tokens, progress=not k,
                 enc=pick_rows(enc, mine))
@@ -370,11 +371,15 @@ def _replies_and_letters(folder, a, rows, letters): # [rows, 4, options]: both o
     engine = _engine(a, str(folder/'model') if full else a.base, letters)
     if not full: load_adapter(engine.model, folder/'adapter')
     own = text_and_letters(engine, a.text, rows, _shards(folder, a), **how)
-    if full: engine = _engine(a, a.base, letters)
+    if full:
+        del engine
+        engine = _engine(a, a.base, letters)
     else: engine.model.model = engine.model.model.unload()
     kept = models_path('.replies', hash_obj([base_hash(a.base), a.dtype, engine.version]))
     return np.concatenate([own, text_and_letters(engine, a.text, rows, kept, **how)], 1)
 
+
+# %% ../nbs/04_train.ipynb #be3355a2
 def _text_metrics(folder, a, held, p): # scores beside the letters and the base; `replies.parquet` is written
     replies = read_replies(_shards(folder, a)).drop_duplicates('key').sort_values(['id', 'attempt'], ignore_index=True)
     replies = replies.join(parse_replies(replies, held))

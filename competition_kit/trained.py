@@ -6,7 +6,7 @@
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
            'ancestors', 'parents', 'lineage_of', 'recipe_key', 'same_tables', 'training_rows', 'rows_seen', 'has_seen',
            'trained_on', 'trusted_prompt', 'load_adapter', 'load_run', 'kept_probs', 'prediction_key', 'copy_earlier',
-           'base_key', 'predict_runs', 'RunAsker']
+           'base_key', 'check_letters', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os
@@ -286,12 +286,14 @@ def base_key(
     return base_of(rec), *(str(model_params(rec)[k]) for k in ('route', 'dtype'))
 
 # %% ../nbs/lib/03h_trained.ipynb #36eee936
-def _letter_record(run): # the record of a run that answers by letters or a head
-    rec = find_run(run)
-    if model_params(rec).get('route') == 'text':
-        raise Refusal(f'{rec["run_id"]} answers by text, and packs give letters', fix='Vote with it in 10_vote')
-    return rec
+def check_letters(
+    rec:dict, # Record of a run
+) -> dict: # The record
+    "Refuse a run that answers by text where letters are asked for"
+    if model_params(rec).get('route') != 'text': return rec
+    raise Refusal(f'{rec["run_id"]} answers by text, and letters are asked for', fix='Vote with it in 10_vote')
 
+# %% ../nbs/lib/03h_trained.ipynb #9484eb39
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -301,7 +303,7 @@ def predict_runs(
     progress=True,         # Show bars
 ): # Dict: run id → probability table
     "Each run's probabilities for `rows`; each base is loaded once, each kind of prompt is tokenised once"
-    recs = {r: _letter_record(r) for r in runs}
+    recs = {r: check_letters(find_run(r)) for r in runs}
     prompts = {r: trusted_prompt(rec) for r, rec in recs.items()}
     files = {r: Path(folder)/f'{r}.parquet' for r in runs}
     task = rows.attrs['meta']['task']
@@ -327,7 +329,7 @@ class RunAsker:
         views:int=2, # 1: rows as they are; 2: also swapped
         pack_tokens:int=4096, # Tokens in a pack
     ):
-        self.recs = {r: _letter_record(r) for r in runs}
+        self.recs = {r: check_letters(find_run(r)) for r in runs}
         self.prompts = {r: trusted_prompt(rec) for r, rec in self.recs.items()}
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']

@@ -6,10 +6,10 @@
 __all__ = ['find_profile', 'write_profile', 'snakemake_command', 'snakemake', 'score_text', 'follow']
 
 # %% ../nbs/lib/12e_workflow.ipynb #fafb4a75
-import contextlib, ctypes, importlib.util, os, re, shlex, signal, subprocess, sys, time
+import contextlib, importlib.util, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import competition_kit
-from .core import Refusal, atomic, read_json
+from .core import Refusal, atomic, die_with_parent, read_json
 from .jobs import job_file
 from .record import BEST, best_baselines, find_run
 from .run import gpu_ids
@@ -55,9 +55,6 @@ def snakemake_command(
     return [str(w) for w in words]
 
 # %% ../nbs/lib/12e_workflow.ipynb #f1d24efa
-def _die_with_parent():
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
 @contextlib.contextmanager
 def snakemake(
     folder, # Of the recipe, with its `plan.json`
@@ -66,7 +63,7 @@ def snakemake(
     "Snakemake at work; a signal that ends the block stops its jobs"
     with open(Path(folder)/'snakemake.log', 'ab') as log:
         process = subprocess.Popen(snakemake_command(folder, **kw), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                   start_new_session=True, preexec_fn=_die_with_parent)
+                                   start_new_session=True, preexec_fn=die_with_parent)
     def stop(sig, frame): raise KeyboardInterrupt
     old = signal.signal(signal.SIGTERM, stop)
     try: yield process

@@ -206,8 +206,10 @@ def test_cost_of_a_training(root, capsys):
 def test_cost_passes_every_option_on():
     import inspect
     from competition_kit.cost import cost
+    from competition_kit.reply_cost import generation_cost
     sub = next(a for a in _parser()._actions if hasattr(a, 'choices') and a.choices).choices['cost']
-    assert {a.dest for a in sub._actions} - {'help'} == set(inspect.signature(cost).parameters) - {'compiled'}
+    assert {a.dest for a in sub._actions} - {'help'} == {
+        *inspect.signature(cost).parameters, *inspect.signature(generation_cost).parameters} - {'compiled'}
     assert vars(_parser().parse_args(['cost'])) == dict(cmd='cost', do=_cost)
 
 def test_a_stage_is_added_as_contributing_says(root, capsys):

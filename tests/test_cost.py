@@ -330,3 +330,32 @@ def test_a_beginning_that_both_views_share():
     def hours(**kw): return cost('qwen2.5-7b', 'H100', lengths=[1000]*50, rows=50, **kw)['hours']
     assert .75 < hours(shared=400)/hours() < .85
     assert hours(shared=400, views=1) == hours(views=1)
+
+def test_generation_is_predicted(tiny, capsys):
+    "a random base of two layers, in the process's own time: the cost of texts is near to that of a run"
+    import time
+    from competition_kit.base import load_tokenizer
+    from competition_kit.replies import Request, TransformersEngine
+    from competition_kit.reply_cost import generation_seconds, measured_speed
+    from competition_kit.text import TextPrompt
+    engine = TransformersEngine(tiny, TextPrompt(load_tokenizer(tiny)), 'fp32', 16*(60+20))
+    speed = measured_speed(engine, clock=time.process_time)
+    asked = [Request(np.arange(60)+k, 20, .8, .95, k) for k in range(48)]
+    start = time.process_time()
+    made = engine.replies(asked)
+    seconds = time.process_time()-start
+    new = float(np.mean([t.n_tokens for t in made]))
+    assert .4 < generation_seconds(speed, 48, 60, new, 20, 16)/seconds < 2.5
+
+def test_cost_of_texts_at_the_command_line(capsys):
+    from competition_kit.ck import main
+    asked = '--base qwen2.5-7b --gpu H200 --generate 500 --attempts 20 --engine'
+    def hours(engine): # and the lines by name
+        assert not main(['cost', *asked.split(), engine])
+        lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+        return float(lines['time'].split()[0])/(60 if 'minutes' in lines['time'] else 1), lines
+    slow, lines = hours('transformers')
+    fast, _ = hours('vllm')
+    assert slow > 5*fast and lines['tokens'] == '3,000,000 read and 4,000,000 written'
+    for wrong in ('--generate 5 --epochs 2', '--attempts 2'):
+        assert main(['cost', *wrong.split()]) == 2 and 'not for' in capsys.readouterr().err

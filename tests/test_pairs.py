@@ -33,7 +33,7 @@ def bases(tmp_path_factory, tiny):
 
 def args_of(bases, **more):
     given = dict(models=' '.join(bases), rounds='4 English:.25 > 6 English:.5', max_new_tokens=6, shard=2,
-                 temperature=.12, min_chars=10, drop='', against='')
+                 temperature=.12, min_chars=10, drop='', against='none')
     return PairsArgs(**(given | more))
 
 def test_from_a_pool_to_a_training(runs, bases, tiny, baselines_once):

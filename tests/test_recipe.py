@@ -1,12 +1,13 @@
 "Recipes: strict reading, the graph, running, kills, repetitions. Stages of a second stand in for trainings."
-import os, resource, shutil, subprocess, sys, time
+import os, re, resource, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
+from competition_kit.ck import main
 from competition_kit.core import Refusal, models_path, root_at, write_json
 from competition_kit.graph import expand, find_recipe, known_recipes, read_recipe
 from competition_kit.jobs import _is_held, plan_of, recipe_folder, run_job
 from competition_kit.record import find_run
-from competition_kit.recipe import open_recipe, plan_table, run_recipe
+from competition_kit.recipe import open_recipe, plan, plan_table, report, run_recipe
 
 CK = [sys.executable, '-m', 'competition_kit.ck', 'recipe']
 WORK = '''import time
@@ -116,9 +117,6 @@ def test_keys_follow_what_a_job_depends_on(three):
     old, new = (expand(read_recipe('three', **v)) for v in ({}, dict(seeds='[1, 5]')))
     assert old['first/1'].key == new['first/1'].key
     assert old['last'].key != new['last'].key
-    book = (three/'nbs/90_work.ipynb').read_text()
-    (three/'nbs/90_work.ipynb').write_text(book.replace('rate: float = 0.5', 'rate: float = 0.6'))
-    assert expand(read_recipe('three'))['first/1'].key != old['first/1'].key
 
 @pytest.mark.parametrize('file', sorted(p.name for p in (Path(__file__).parents[1]/'recipes').glob('*.yaml')))
 def test_every_recipe_of_the_kit_can_be_read(root, file):
@@ -231,8 +229,14 @@ def test_prose_repeats_nothing_and_code_asks(done, monkeypatch):
     monkeypatch.setattr('competition_kit.recipe.repeated', lambda opened: (list(opened.jobs), 2.))
     with pytest.raises(Refusal, match='2.0 GPU-hours would be repeated.*--yes'): run_recipe('three')
     assert starts(done) == ['1', '2', '3']
-    assert run_recipe('three', yes=True) == 0
-    assert starts(done) == sorted('123123') and words() == ['done']*3
+
+def test_a_changed_default_asks_and_a_new_argument_does_not(done):
+    book = (done/'nbs/90_work.ipynb').read_text()
+    (done/'nbs/90_work.ipynb').write_text(book.replace('# A share', '# A share\\nmore: int = 1'))
+    assert words() == ['done']*3
+    (done/'nbs/90_work.ipynb').write_text(book.replace('rate: float = 0.5', 'rate: float = 0.6'))
+    assert words() == ['changed code']*3
+    assert 'default of rate in 90_work' in plan_table(open_recipe('three'))
 
 def test_what_comes_from_outside_counts_by_content(done):
     write_recipe(done, THREE.replace('text: none', 'text: notes.txt').replace('of {first}', 'alone'))
@@ -250,3 +254,51 @@ def test_a_lost_run_is_made_again(done):
     made = open_recipe('three').states['first/2'].made
     models_path(made['run']).rename(models_path('elsewhere'))
     assert words() == ['done', 'to run', 'to run']
+
+# ---- cost, report, workbook
+SIZED = """recipe: sized
+jobs:
+  split: {stage: split, args: {data: lmsys}, size: {rows: 500000, lengths: lmsys}}
+  train: {stage: train, foreach: {fold: [0, 1]}, args: {mix: '{split}', fold: $fold, base: qwen2.5-7b}, gpus: 1}
+  odd: {stage: train, args: {mix: '{split}', base: nobody/knows, fold: 2}, gpus: 1}
+"""
+def test_a_plan_predicts_what_it_can(root, capsys):
+    write_recipe(root, SIZED, 'sized')
+    assert plan('sized', gpu='H200', gpus=2) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert '~' in lines['train/0'] and '~' not in lines['odd']
+    assert 'predicted on 2 x H200' in out and 'not in the cost model: odd' in out
+    plan('sized', gpu='H200', gpus=1)
+    hours = [float(text.split('H200: ')[1].split(' h')[0]) for text in (out, capsys.readouterr().out)]
+    assert hours[1] == pytest.approx(2*hours[0], rel=.1)
+
+def test_the_report_needs_no_network(done, capsys):
+    assert report('three') == 0
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    assert '3 of 3 jobs done' in page and '0.3000' in page and '(0.1000)' in page
+    assert not re.search('(src|href)="(?!data:)|url\\(|@import', page)
+
+def test_planned_rows_are_a_recipe_and_back(three, capsys):
+    from competition_kit.log import plan_runs, planned
+    plan_runs([dict(stage='work', params=dict(seed=s, text='a, "b" = c')) for s in (7, 8)])
+    assert main(['recipe', 'from-log', 'typed']) == 0
+    jobs = expand(read_recipe('typed'))
+    assert [(j.args['seed'], j.args['text']) for j in jobs.values()] == [(7, 'a, "b" = c'), (8, 'a, "b" = c')]
+    assert main(['recipe', 'from-log', 'typed']) == 2
+    assert main(['recipe', 'to-log', 'three']) == 0
+    assert [p['params'] for p in planned()[2:]] == [dict(seed=1, text='none'), dict(seed=2, text='none')]
+    assert '2 planned rows added' in capsys.readouterr().out
+    assert main(['recipe', 'to-log', 'typed']) == 0
+    assert len(planned()) == 4
+
+def test_marks_in_the_workbook_ask_for_the_vote_again(root, monkeypatch):
+    from competition_kit import jobs
+    vote = jobs_of("recipe: v\njobs: {vote: {stage: vote, args: {data: sample_logic}}}", root)['vote']
+    before = jobs.outside(vote)
+    monkeypatch.setattr(jobs, 'people', lambda: {'train-f0-0000000000': dict(keep=True, vote_weight=None)})
+    assert jobs.outside(vote) != before
+
+def jobs_of(text, root):
+    write_recipe(root, text, 'v')
+    return expand(read_recipe('v'))

@@ -1,27 +1,28 @@
-"""The recipes of the winning systems: all scales are read and planned without a network, and each system runs from the
-raw rows to a checked submission. Here its jobs run one after the other in this process, over one or two layers of
-SmolLM2 and some dozens of rows; with CK_SLOW=1 they run at scale `tiny` through `ck recipe run`, which takes minutes."""
+"""The recipes of the winning systems: every scale is read and planned without a network, and each system runs from raw
+rows to a checked submission. Here its jobs run one after the other in this process, over one to three layers of SmolLM2
+and some dozens of rows; with CK_SLOW=1 they run at scale `tiny` through `ck recipe run`, which takes minutes."""
 import os, socket, subprocess, sys
 from importlib import import_module
 from pathlib import Path
 import pytest
-from competition_kit.core import models_path
+from competition_kit.core import data_path, models_path
 from competition_kit.graph import expand, known_recipes, read_recipe, read_yaml, table_stages
 from competition_kit.jobs import yielded
 from competition_kit.record import run_stage
-from competition_kit.tables import publish
+from competition_kit.tables import load_rows, publish, write_rows
 
 FOLDER = Path(__file__).resolve().parents[1]/'recipes'
 FILES = sorted(p.stem for p in FOLDER.glob('*.yaml'))
 SCALES = [(name, scale) for name in FILES for scale in ('', *read_yaml(FOLDER/f'{name}.yaml').get('scales', ()))]
 SMALL = dict(  # values of the scale `tiny` for the machine that tests every change
-    arena_distill=dict(teachers=['smollm2-2', 'smollm2-1'], student='smollm2-1', rows=':40', student_epochs=.5, len=160),
-    arena_answer_distill=dict(teachers=['smollm2-2', 'smollm2-1'], student='smollm2-1', rows=':40', epochs=.5, len=160,
+    arena_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', student_epochs=.5,
+                       len=160),
+    arena_answer_distill=dict(teachers=['smollm2-3', 'smollm2-2'], student='smollm2-1', rows=':40', epochs=.5, len=160,
                               warm_len=160),
     logic_vote=dict(base='smollm2-1', epochs=.2),
-    logic_reflect=dict(student='smollm2-1', rows=':8', retries=1, new=24, every=8, calibration=16),
+    logic_reflect=dict(student='smollm2-1', rows=':3', retries=1, given=0, new=24, every=8, calibration=16),
     arena_pseudo=dict(labellers=['smollm2-2', 'smollm2-1'], models=['smollm2-2', 'smollm2-1'], rows=':40', len=160,
-                      rounds='6', writers='smollm2-2 smollm2-1', new=8),
+                      rounds='4', new=8),
     wsdm_first=dict(teacher='smollm2-2', student='smollm2-1', rows=':40', len=160, teacher_len=160))
 
 
@@ -52,7 +53,16 @@ def run_here(name, **values): # Record of each job, by its name
         run = run_stage(work, getattr(module, f'{job.stage.capitalize()}Args')(**args))
         records[job.name] = run.record
         if job.stage in table_stages: publish(run.folder, yielded(run.record))
+        if job.stage == 'generate': plant(yielded(run.record))
     return records
+
+
+def plant(name): # rationales where so small a model wrote none that is right
+    if data_path(f'{name}.parquet').exists(): return
+    rows = load_rows('sample_logic:8', seed=len(name)).drop(columns=['main', 'phase'])
+    texts = [f'<thinking>Thus.</thinking><output>{"ABCDEFG"[k]}</output>'
+             for k in rows.label]
+    write_rows(rows.assign(rationale=texts, given=False, pass_rate=0.), data_path(f'{name}.parquet'))
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -61,7 +71,7 @@ def test_a_system_runs_to_its_submission(name):
     records = run_here(name, **SMALL[name])
     vote = records['vote']
     assert {r['status'] for r in records.values()} == {'done'}
-    assert vote['metrics']['log_loss'] > 0 and vote['metrics']['baselines']
+    assert 0 <= vote['metrics']['practice_accuracy'] <= 1
     assert (models_path().parent/vote['submission']).is_file()
 
 

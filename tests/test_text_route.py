@@ -109,6 +109,8 @@ def test_it_learns_to_answer(tiny):
     replies = read_table(run.folder/'replies.parquet')
     assert set(replies.text) == {'<thinking>A.</thinking><output>A</output>'} and set(replies.how) == {'tag'}
     assert set(replies.finish) == {'stop'}
+    trained_on = TrainArgs(**kw, base=tiny).completions
+    assert set(replies.tokens) == set(trained_on.n-trained_on.start), 'written and trained token by token'
     assert np.array_equal(reply_probs(replies, rows), align(read_probs(run.folder/'probs.parquet'), rows))
     text, letters = trusted_text_prompt(rec), trusted_prompt(rec)
     p = predict(load_run(rec, letters), letters, rows, 1, progress=False)
