@@ -14,7 +14,7 @@ from common import report, wait_for_gpu
 from competition_kit.base import load_tokenizer
 from competition_kit.core import sandbox
 from competition_kit.cost import find_gpu, known_bases, shape
-from competition_kit.replies import end_engine, generate, job_table, start_engine
+from competition_kit.replies import batches, end_engine, generate, job_table, start_engine
 from competition_kit.reply_cost import generation_seconds, gpu_speed, measured_speed, sequences_at_once
 from competition_kit.tables import load_rows
 from competition_kit.text import TextPrompt
@@ -39,13 +39,17 @@ def jobs_of(prompt, texts, new): # as `05_generate` asks
     attempts = [job_table(enc, k, 0, new, .8, .95) for k in range(-(-texts//len(enc)))]
     return pd.concat(attempts, ignore_index=True)[:texts]
 
+def prompt_length(name, requests, batch_tokens): # mean tokens, with transformers those of padding included
+    parts = batches(requests, batch_tokens if name == 'transformers' else 1)
+    return float(np.average([max(len(requests[k].ids) for k in b) for b in parts], weights=[len(b) for b in parts]))
+
 def measure(name, base, prompt, jobs, a):
     clock = time.process_time if a.cpu_time else time.perf_counter
     gpu = find_gpu() if torch.cuda.is_available() else find_gpu(dtype='fp32')
     dtype = 'bf16' if torch.cuda.is_available() else 'fp32'
     engine = start_engine(name, base, prompt, dtype, a.batch_tokens)
     try:
-        sizes, length = shape(base), float(np.mean([len(r.ids) for r in jobs.request]))
+        sizes, length = shape(base), prompt_length(name, list(jobs.request), a.batch_tokens)
         engine.replies([r._replace(max_new_tokens=a.new) for r in jobs.request[:2]]) # warm
         n = min(len(jobs), sequences_at_once(sizes, gpu, dtype, name, length, a.new, a.new, a.batch_tokens))
         speeds = dict(from_gpu_data=gpu_speed(sizes, gpu, dtype, name))

@@ -66,7 +66,7 @@ def step_seconds(
     engine,          # A `TransformersEngine`
     sequences:int,
     prompt:int,      # Tokens of each prompt
-    steps:int=5,     # Decoding steps, of which the median counts
+    steps:int=5,     # Decoding steps, of which the mean counts
     clock=time.perf_counter,
 ) -> tuple: # Seconds of the prefill, and of a step
     "Time one batch of random prompts"
@@ -76,7 +76,7 @@ def step_seconds(
     try: decode_batch(model, [Request(i, steps+2, .8, .95, k) for k, i in enumerate(ids)], {-1}, 0)
     finally: hook.remove()
     took = np.diff(at)
-    return float(took[0]), float(np.median(took[1:]))
+    return float(took[0]), float(np.mean(took[1:]))
 
 def measured_speed(
     engine,       # A `TransformersEngine`
@@ -102,7 +102,7 @@ def longest_text(
 def generation_seconds(
     speed:Speed,
     texts:int,
-    prompt:float,  # Mean tokens of a prompt
+    prompt:float,  # Mean tokens of a prompt; with transformers padded to the longest of its batch
     new:float,     # Mean tokens of a text
     most:int,      # Token limit
     sequences:int, # From `sequences_at_once`

@@ -80,15 +80,37 @@ def gain_text(
     return f'{gain:+.4f} ± {chance:.4f}: '+('better' if gain > 0 else 'worse')
 
 # %% ../nbs/lib/12g_report.ipynb #73fd425b
-_WIDE, _HIGH, _GAP_X, _GAP_Y = 158, 48, 46, 16  # Of a box, and between boxes, in pixels
+_WIDE, _HIGH, _GAP_X, _GAP_Y, _TOP = 158, 48, 46, 16, 20  # Of a box, between boxes, above them; in pixels
+
+def _columns(graph): # Step → its column: as late as the steps after it allow
+    column = {}
+    for step, (_, before) in graph.items(): column[step] = 1+max((column[b] for b in before), default=-1)
+    for step in reversed(graph):
+        after = [column[s] for s, (_, before) in graph.items() if step in before]
+        column[step] = min(after, default=column[step]+1)-1
+    return column
 
 def _places(graph): # Step → (x, y), and the size of the picture
-    depth, rows, at = {}, {}, {}
-    for step, (_, before) in graph.items():
-        depth[step] = 1+max((depth[b] for b in before), default=-1)
-        k = rows[depth[step]] = rows.get(depth[step], -1)+1
-        at[step] = depth[step]*(_WIDE+_GAP_X)+1, k*(_HIGH+_GAP_Y)+1
+    rows, at = {}, {}
+    for step, column in _columns(graph).items():
+        k = rows[column] = rows.get(column, -1)+1
+        at[step] = column*(_WIDE+_GAP_X)+1, k*(_HIGH+_GAP_Y)+_TOP
     return at, (max(x for x, _ in at.values())+_WIDE+2, max(y for _, y in at.values())+_HIGH+2)
+
+def _all_before(step, graph): # Every step that comes before it
+    found = set(graph[step][1])
+    for b in graph[step][1]: found |= _all_before(b, graph)
+    return found
+
+def _arrows(graph): # Pairs of steps; an arrow that others imply is left out
+    pairs = [(b, step) for step, (_, before) in graph.items() for b in before]
+    return [(b, s) for b, s in pairs if not any(b in _all_before(other, graph) for other in graph[s][1])]
+
+def _line(x0, y0, x1, y1): # From the right of a box to the left of another
+    x0, y0, y1, gap, lane = x0+_WIDE, y0+_HIGH/2, y1+_HIGH/2, _GAP_X, _TOP/2
+    if x1-x0 <= gap: return f'M{x0} {y0} C{x0+gap/2} {y0} {x1-gap/2} {y1} {x1} {y1}'
+    up, down = f'{x0+gap-6} {y0} {x0+6} {lane} {x0+gap} {lane}', f'{x1-6} {lane} {x1-gap+6} {y1} {x1} {y1}'
+    return f'M{x0} {y0} C{up} L{x1-gap} {lane} C{down}'
 
 def _word(found, states): # Of a step: the state that asks for attention
     words = {states[j.name].word for j in found}
@@ -104,11 +126,8 @@ def graph_svg(
     graph = steps(jobs)
     at, (width, height) = _places(graph)
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="graph of the recipe">']
-    for step, (found, before) in graph.items():
-        x, y = at[step]
-        for b in before:
-            x0, y0, y1, bend = at[b][0]+_WIDE, at[b][1]+_HIGH/2, y+_HIGH/2, _GAP_X/2
-            out.append(f'<path class="edge" d="M{x0} {y0} C{x0+bend} {y0} {x-bend} {y1} {x} {y1}"/>')
+    for b, step in _arrows(graph):
+        out.append(f'<path class="edge" d="{_line(*at[b], *at[step])}"/>')
     for step, (found, _) in graph.items():
         (x, y), done = at[step], sum(states[j.name].word == 'done' for j in found)
         out += [f'<g class="box {_css(_word(found, states))}">',
