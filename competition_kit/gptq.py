@@ -321,7 +321,8 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
     found, letters = report['tries'][-1], read_json(run.folder/'before.json')['letters']
     hashes = dict(prompt=args.prompt.hash, tokenizer=tokenizer_hash(args.prompt.tok))
     seen = _seen(args, held)
-    write_probs(run.folder/'probs.parquet', held, q, args.prompt.task, args.views, seen, run=run.id, **hashes)
+    known = None if args.route == 'text' else seen  # a vote must not score letters as replies
+    write_probs(run.folder/'probs.parquet', held, q, args.prompt.task, args.views, known, run=run.id, **hashes)
     metrics = {k: found[k] for k in ('kl', 'd_log_loss', 'd_accuracy', 'flips')}
     if seen.any(): print(f'{seen.sum()} of {len(held)} held-out rows were in the training data: no score is recorded')
     else: metrics |= dict(scores(q, held.label.to_numpy()), baselines=_baselines(args))

@@ -30,7 +30,7 @@ from .record import find_run, records, run_stage
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, table_hashes
 from .train import rows_at
-from .trained import (ancestors, check_letters, has_seen, is_full, lineage_of, load_adapter, load_run,
+from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, load_run,
                                      model_params, model_stages, predict_runs, recipe_key, same_tables, training_rows,
                                      trusted_prompt, weights_path)
 
@@ -80,7 +80,6 @@ def check_members(
         if is_full(r):
             raise Refusal(f"{r['run_id']} has trained all weights (method=full)",
                           fix='Merge LoRAs; vote with full models')
-        check_letters(r)
     _check_same(recs)
     prompts = [trusted_prompt(r) for r in recs]
     for r, p in zip(recs, prompts):
@@ -427,7 +426,8 @@ def merge(
     sentence = merge_verdict(table, int((~seen).sum()))
     shown = [x.to_string() for x in (logits.round(5), table if table is None else table.round(4)) if x is not None]
     print(*shown, sentence, sep='\n\n', flush=True)
-    write_probs(run.folder/'probs.parquet', rows, p['merged'], prompt.task, views, seen, run=run.id,
+    known = None if model_params(args.recs[0])['route'] == 'text' else seen  # a vote must not score letters as replies
+    write_probs(run.folder/'probs.parquet', rows, p['merged'], prompt.task, views, known, run=run.id,
                 prompt=prompt.hash, tokenizer=tokenizer_hash(prompt.tok))
     _finish(run, args, rows, seen, p, dict(facts, logits=logits.to_dict('index'), sentence=sentence,
                                            table=_without_nan(table), prompt=prompt.hash))
