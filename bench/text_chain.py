@@ -47,8 +47,9 @@ def stage(name, params, root, kill_at=0):
 def main(root, rows):
     how = dict(max_len=512, epochs=1., batch=4, lora_r=8, pack_tokens=1024)
     mix = f'sample_logic:{rows}'
-    written = dict(data=mix, name='written', retries=2, given=1, temperature=.6, max_len=1024, max_new_tokens=128)
+    written = dict(data=mix, name='written', retries=4, given=2, temperature=.6, max_len=1024, max_new_tokens=128)
     made, first, a = stage('generate', written | dict(shard=8), root, kill_at=2)
+    assert (root/'data/written.parquet').is_file(), 'no rationale was accepted: give more --rows'
     how |= dict(score_every=4)
     text, second, _ = stage('train', dict(mix=f'{mix} + written', route='text', max_new_tokens=128, **how), root)
     letters, third, _ = stage('train', dict(mix=mix, **how), root)

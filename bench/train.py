@@ -74,7 +74,7 @@ def packs_of(ns, budget):
     return out
 
 def packed_base(model, format):
-    "The same layers in nf4 from bitsandbytes, or as random codes in GPTQ's format (gptq8: of eight bits), groups of 128"
+    "The same layers in nf4 from bitsandbytes, or as random codes of GPTQ (gptq8: of eight bits) in groups of 128"
     for parent in list(model.modules()):
         for name, lin in list(parent.named_children()):
             if not isinstance(lin, torch.nn.Linear) or lin is model.get_output_embeddings(): continue
@@ -105,8 +105,9 @@ def liger(shape): # for the rest of the process
 def kit_model(a, shape, layers, what, checkpointed=None):
     """`what`: kit (fused, compiled), kit-fit (the same in the kit's own training: data, schedule, clipping, checkpoints
     at the end), kit-shared (all rows begin with the same `--template` tokens), kit-nf4, kit-gptq (four bits),
-    kit-dropout, kit-full (all weights), kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not compiled), kit-liger
-    (Liger's kernels instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher (forward alone)"""
+    kit-dropout, kit-full (all weights), kit-keep (the compiler keeps all inputs for the backward pass), kit-eager (not
+    compiled), kit-liger (Liger's kernels instead), peft (PEFT's layers, compiled), frozen (no LoRA, compiled), teacher
+    (forward alone)"""
     teacher, format = what.startswith('teacher'), what.rpartition('-')[2]
     from competition_kit.attention import register_attention
     from competition_kit.model import Classifier, add_lora

@@ -30,7 +30,8 @@ known_bases = {name: dict(zip(_keys, v)) for name, v in {  # from each model's o
     'gemma-3-12b':   ('gemma3_text', 48, 3840, 16, 8, 256, 15360, 262208, True),
     'mistral-7b':    ('mistral', 32, 4096, 32, 8, 128, 14336, 32768, False)}.items()}
 _same_shape = {  # fine-tuned models of a known shape
-    'athene-v2': 'qwen2.5-72b', 'llama-3.1-nemotron-70b-instruct-hf': 'llama-3.1-70b', 'armorm-llama3-8b': 'llama-3.1-8b',
+    'athene-v2': 'qwen2.5-72b', 'llama-3.1-nemotron-70b-instruct-hf': 'llama-3.1-70b',
+    'armorm-llama3-8b': 'llama-3.1-8b',
     'deepseek-r1-distill-llama-70b': 'llama-3.1-70b', 'gemma-2-9b-it-simpo': 'gemma-2-9b', 'llama-3-8b': 'llama-3.1-8b'}
 
 # %% ../nbs/lib/03e_cost.ipynb #c47f5973

@@ -238,6 +238,7 @@ def main(
     os.environ.update(CK_ROOT=plan['root'], CK_BASES=plan['bases'])
     job = _Planned(plan['jobs'][key], plan['jobs'])
     with open(job_file(plan_file.parent, job, 'log'), 'ab') as log:
+        os.utime(log.fileno())  # its time tells `follow` that the job has started
         for fd in (1, 2): os.dup2(log.fileno(), fd)
     try: return run_job(plan_file, key)
     except Exception as e:

@@ -26,8 +26,8 @@ class Processes: # of a cluster, in the foreground, in a folder of its own; they
 
     def start(self, name, *words):
         with open(self.folder/f'{name}.out', 'ab') as log:
-            self.running[name] = subprocess.Popen([str(w) for w in words], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                                  env=os.environ | self.env, preexec_fn=die_with_parent)
+            how = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent)
+            self.running[name] = subprocess.Popen([str(w) for w in words], env=os.environ | self.env, **how)
 
     def ask(self, *words): # the output of a command
         return subprocess.run(words, env=os.environ | self.env, capture_output=True, text=True).stdout.strip()

@@ -62,7 +62,8 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'), (REASON+'<output>C</output>
           (REASON+'The given answer is C.<output>C</output>', 'leaks the instruction', 'stop'),
           ('<thinking>题目给出的答案是C，所以Cleo最小，其他人都比她大。</thinking><output>C</output>',
            'leaks the instruction', 'stop'),
-          ('A. Anna\nThe others are younger than she is, so it follows. The answer is C.', 'contradicts its answer', 'stop'),
+          ('A. Anna\nThe others are younger than she is, so it follows. The answer is C.', 'contradicts its answer',
+           'stop'),
           ('A. Anna\nB. Ben\nThe others are older than she is, so it follows. The answer is C.', '', 'stop'),
           (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
           (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
