@@ -5,8 +5,8 @@ usage: python bench/rehearse.py [--recipes NAME ...] [--seconds 280] [--out rehe
 Shapes, dtypes, LoRA and packs are those of the recipe, weights are random. A model is cut to 2 and 4 layers, with and
 without activation checkpointing, and time and memory are extended to all layers: a + b x layers. Equal work is done
 once, at its longest rows. One JSON line each goes to `--out`; work that stands there is not done again, and no work is
-begun after `--seconds`. Layers are not compiled unless asked for: compiling takes longer than the steps. `--small` tries it
-on a CPU with narrow layers; `--table` prints the lines of `--out` as a table.
+begun after `--seconds`. Layers are not compiled unless asked for: compiling takes longer than the steps. `--small`
+tries it on a CPU with narrow layers; `--table` prints the lines of `--out` as a table.
 `gb` is of one GPU without sharding: a job over several GPUs is measured as one GPU would do all of it."""
 import argparse, ast, json, time
 from pathlib import Path
@@ -94,8 +94,8 @@ def expected(work, base, gpu, compiled): # Layers to checkpoint; gigabytes and s
 def step_of(work, layers, checkpointed, compiled, packs): # (seconds, GB) of a pack of a model with so many layers
     four = {'nf4': '-nf4', 'gptq4': '-gptq', 'gptq8': '-gptq8'}.get(work['dtype'], '')
     what = f'teacher{four}' if work['what'] == 'predict' else 'kit-full' if work['method'] == 'full' else f'kit{four}'
-    a = argparse.Namespace(r=work['r'], budget=work['tokens'], max_len=work['max_len'], warm=1, packs=packs, recompute=0,
-                           template=0, fixed=None, lengths=work['lengths'], dropout=work['dropout'], compiled=compiled)
+    a = argparse.Namespace(r=work['r'], budget=work['tokens'], max_len=work['max_len'], warm=1, packs=packs,
+                           recompute=0, template=0, fixed=None, lengths=work['lengths'], dropout=work['dropout'], compiled=compiled)
     t, rows, gib = train.measure(a, work['shape'], layers, what, checkpointed)
     return t/len(rows), gib*2**30/1e9, sum(map(sum, rows))/len(rows)
 
