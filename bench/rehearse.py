@@ -95,7 +95,8 @@ def step_of(work, layers, checkpointed, compiled, packs): # (seconds, GB) of a p
     four = {'nf4': '-nf4', 'gptq4': '-gptq', 'gptq8': '-gptq8'}.get(work['dtype'], '')
     what = f'teacher{four}' if work['what'] == 'predict' else 'kit-full' if work['method'] == 'full' else f'kit{four}'
     a = argparse.Namespace(r=work['r'], budget=work['tokens'], max_len=work['max_len'], warm=1, packs=packs,
-                           recompute=0, template=0, fixed=None, lengths=work['lengths'], dropout=work['dropout'], compiled=compiled)
+                           recompute=0, template=0, fixed=None, lengths=work['lengths'], dropout=work['dropout'],
+                           compiled=compiled)
     t, rows, gib = train.measure(a, work['shape'], layers, what, checkpointed)
     return t/len(rows), gib*2**30/1e9, sum(map(sum, rows))/len(rows)
 
