@@ -1110,7 +1110,8 @@ def test_mix_refusals(root):
     table('extra', 5, 100)
     table('other', 5, 200, task='preference2')
     for mix, match in [
-        ('train + extar', 'unknown table: extar; there are extra, other, sample_arena, sample_extra, sample_logic, train'),
+        ('train + extar',
+         'unknown table: extar; there are extra, other, sample_arena, sample_extra, sample_logic, train'),
         ('train + other', 'different tasks'),
         ('train + extra:6', 'asks for 6 rows of extra, which has 5'),
         ('train + train', 'twice'),
