@@ -124,12 +124,12 @@ class PseudoArgs:
         for name in ('agree', 'own'):
             if getattr(self, name) > 1: raise Refusal(f'{name}={getattr(self, name)!r}', fix='Take a share from 0 to 1')
         object.__setattr__(self, 'name', self.name or f'{self.data}_pseudo')
-        if not (names := self.teachers.split()):
+        if not self.teachers.split():
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
         try: n = len([float(w) for w in self.weights.split()])
         except ValueError: raise Refusal(f'weights={self.weights!r}', fix='Give numbers, such as 3.2 1') from None
-        if n > len(names): raise Refusal(f'{n} weights for {len(names)} teachers')
+        if n not in (0, len(self.names)): raise Refusal(f'{n} weights for {len(self.names)} teachers: {self.names}')
 
     @cached_property
     def names(self): return distinct_teachers(self.teachers.split())
@@ -138,8 +138,6 @@ class PseudoArgs:
     @cached_property
     def others(self): return compared_tables(self.names, self.data)
     def inputs(self):
-        n = len(self.weights.split())
-        if n not in (0, len(self.names)): raise Refusal(f'{n} weights for {len(self.names)} teachers: {self.names}')
         return dict(table_hashes(' + '.join([self.data, *self.others])), **teacher_inputs(self.names))
 
 # %% ../nbs/06_pseudo.ipynb #45291801

@@ -61,13 +61,17 @@ def adopted_table(
     return out
 
 # %% ../nbs/lib/03i_teachers.ipynb #4b404dda
+def _runs_of(name): # ids of a teacher's runs; a name without runs stands for itself, and is refused when it is used
+    try: return tuple(r['run_id'] for r in members(name))
+    except Refusal: return name
+
 def distinct_teachers(
     names:list, # Run ids or adopted names
 ) -> list: # The first name of each teacher
     "Names of different teachers: of runs that differ only in their folds, the first one stays"
-    by_runs = {}
-    for name in names: by_runs.setdefault(tuple(r['run_id'] for r in members(name)), name)
-    return list(by_runs.values())
+    first = {}
+    for name in names: first.setdefault(_runs_of(name), name)
+    return list(first.values())
 
 # %% ../nbs/lib/03i_teachers.ipynb #95a89d06
 def teacher_inputs(
