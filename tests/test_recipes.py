@@ -1,6 +1,6 @@
-"""The recipes of the winning systems: every scale is read and planned without a network, and each system runs from raw
-rows to a checked submission. Here its jobs run one after the other in this process, over one to three layers of SmolLM2
-and some dozens of rows; with CK_SLOW=1 they run at scale `tiny` through `ck recipe run`, which takes minutes."""
+"""The recipes of the winning systems: every scale is read and planned without a network, and systems run from raw rows
+to a checked submission. Here the jobs run one after the other in this process, over one to three layers of SmolLM2 and
+some dozens of rows. CK_SLOW=1 adds three systems to this, and all of them at scale `tiny` through `ck recipe run`."""
 import os, socket, subprocess, sys
 from importlib import import_module
 from pathlib import Path
@@ -65,7 +65,10 @@ def plant(name): # rationales where so small a model wrote none that is right
     write_rows(rows.assign(rationale=texts, given=False, pass_rate=0.), data_path(f'{name}.parquet'))
 
 
-@pytest.mark.parametrize('name', SMALL)
+slow = pytest.mark.skipif('CK_SLOW' not in os.environ, reason='some minutes each: CK_SLOW=1')
+QUICK = 'arena_distill', 'logic_vote', 'wsdm_first'
+
+@pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=slow) for n in SMALL])
 @pytest.mark.usefixtures('baselines_once', 'samples')
 def test_a_system_runs_to_its_submission(name):
     records = run_here(name, **SMALL[name])
@@ -75,7 +78,7 @@ def test_a_system_runs_to_its_submission(name):
     assert (models_path().parent/vote['submission']).is_file()
 
 
-@pytest.mark.skipif('CK_SLOW' not in os.environ, reason='some minutes each: CK_SLOW=1')
+@slow
 @pytest.mark.parametrize('name', SMALL)
 def test_a_system_runs_at_its_tiny_scale(name):
     command = [sys.executable, '-m', 'competition_kit.ck', 'recipe', 'run', name, '--scale', 'tiny']
