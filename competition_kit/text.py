@@ -109,9 +109,13 @@ _boxed = re.compile(r'\\boxed\{(?:\\text\{)?([^{}]*)\}')
 _markup = ' \t\r\n*_`"\'“”‘’()[]{}<>.。,:;!'
 _letter = r'(?-i:(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])(?![A-Za-z0-9]))'  # not the article A
 _answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?\s*:?\s*'
-           '|(?:答案|正确选项|正确的选项)(?:应该|应)?(?:是|为)?\\s*:?\\s*|(?<![不非别])(?:选择?)\\s*')
-_stated = re.compile(rf'(?:{_answer})(?:option |choice |选项)?[*_("“\[]*{_letter}', re.I)
-_stated_too = re.compile(rf'{_letter}[*_)\]]* is (?:the )?(?:correct|right|answer)', re.I)
+           '|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?\\s*:?\\s*|(?<![不非别])选择?\\s*:?\\s*')
+_stated = re.compile(rf'(?:{_answer})(?:option |choice |选项\s*)?[*_("“\[\\]*{_letter}', re.I)
+_stated_too = re.compile(rf'{_letter}[*_)\]]*(?: is (?:the )?(?:correct|right|answer)'
+                         r'|\s*(?:选项|项)?\s*[是为]?\s*(?:正确|成立|符合题意)(?!吗|性))', re.I)
+_supposed = re.compile(r'(?:如果|假如|假设|倘若|若)[^,。;]*|\b(?:if|suppose|assume|assuming)\b[^,.;]*', re.I)
+_denied = re.compile(r'[*_)\]"]*\s*(?:选项|项)?\s*[是就也都]*\s*(?:不对|错|不正确|不成立|不符合)'
+                     r'|[*_)\]"]* (?:is|was|would be) (?:wrong|not|false|incorrect)', re.I)
 _joined = re.compile(r'(?:[*_)\]]*\s*(?:(?i:or|and)\b|[/,、或和])\s*(?:(?i:option|choice) )?'
                      r'[*_(\[]*[A-Z](?![A-Za-z0-9]))*')
 _stated_text = re.compile(rf'(?:{_answer})(.+)$', re.I)
@@ -145,15 +149,18 @@ def _captions(text, options): # positions by a letter, alone or before a text; a
     named, others = _position(m[1], options), _named(m[2] or '', options)
     return {named} if named in others else {named, *others}
 
-def _states(line, options): # positions that a line calls the answer
+def _states(line, options): # positions that a line calls the answer; not what it only supposes
+    line = _supposed.sub('', line)
     letters = {_position(c, options) for c in _stated_too.findall(line)}
     for m in _stated.finditer(line):
+        if _denied.match(line, m.end()): continue
         more = re.findall('[A-Z]', _joined.match(line, m.end())[0])
         letters |= {_position(c, options) for c in (m[1], *more)}
     return letters or set().union(*(_named(t, options) for t in _stated_text.findall(line)))
 
 def _in_tag(text, options):
-    if not re.fullmatch('[a-z]', _bare(text)) and (named := _named(text, options)): return named
+    letter, named = re.fullmatch('[a-z]', _bare(text)), _named(text, options)
+    if named and not (letter and _position(letter[0], options) >= 0): return named
     if found := _captions(text, options) or _states(text, options): return found
     loose = re.findall(rf"(?<![A-Za-z0-9'])(?!I){_letter}", text)
     return {_position(c, options) for c in loose} or _texts_in(text, options)
@@ -167,17 +174,24 @@ def _in_lines(text, options): # (answers, where) of a text without tags
     lines = [line for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
         if found := _states(line, options): return found, 'stated'
+    named = _named(lines[-1], options) if lines else set()
+    if len(named) == 1 and len(_bare(lines[-1])) > 1: return named, 'option text'
     captions = [line for line in lines if _is_option(line, options)]
     if captions and captions[-1] is lines[-1]:
         return set().union(*(_captions(line, options) for line in captions)), 'last line'
-    return (_named(lines[-1], options) if lines else set()), 'option text'
+    return named, 'option text'
+
+def _without_lists(text, options): # no option whose own text repeats itself, such as a list of equal words
+    for option in map(_plain, options):
+        if repeats(option): text = text.replace(option, '')
+    return text
 
 def _place(text, options): # (answers, where) of the first place that holds one
     rest = _thought.sub('', text)
     for body in (rest, text):
         tagged = [b for _, b in _tagged.findall(body) if b.strip()]+[b for b in _boxed.findall(body) if b.strip()]
         if tagged: return set().union(*(_in_tag(b, options) for b in tagged)), 'tag'
-    if _opened.search(rest) or repeats(rest): return set(), ''
+    if _opened.search(rest) or repeats(_without_lists(rest, options)): return set(), ''
     return _in_lines(rest, options)
 
 def parse_reply(
@@ -210,8 +224,8 @@ def parse_replies(
 _leak = re.compile(r'\b(?:given|provided|known|stated|supplied|correct) (?:answer|option|letter) '
                    r'(?:is|was|of|says|must)\b'
                    r'|\b(?:answer|option) (?:is|was) (?:already )?(?:given|provided|known)\b|\bthe (?:given|provided) '
-                   r'(?:answer|option)\b|\bI (?:was|am|have been) (?:told|given)\b|do not say that you know'
-                   '|(?:给定|给出|已知|提供|预先|事先知道)的?(?:正确)?(?:的)?(?:答案|选项)|(?:答案|选项)已(?:经)?(?:给出|给定|知)'
+                   r'answer\b|\bI (?:was|am|have been) (?:told|given)\b|do not say that you know'
+                   '|(?:给定|给出|已知|提供|预先|事先知道)的?(?:(?:正确的?)?答案|正确的?选项)|(?:答案|正确选项)已经?(?:给出|给定|知)'
                    '|不要提到你事先', re.I)
 
 def _unclosed(text): # is a tag opened and not closed?
@@ -232,7 +246,7 @@ def rationale_fault(
     finish:str='stop', # `stop`, or `length` where the token limit ended the text
 ) -> str: # '' for a text to keep
     "The first reason not to train on a rationale"
-    if repeats(text): return 'repeats itself'
+    if repeats(_without_lists(_plain(text), options)): return 'repeats itself'
     if finish == 'length' or _unclosed(text): return 'cut off'
     reply = parse_reply(text, options)
     if reply.option < 0: return reply.how

@@ -24,7 +24,15 @@ PARSED = [ # reply, position, options
     ('Perhaps the answer is A.\nNo. The answer is B.', 1, NAMES),
     ('Hence the correct option is (D).', 3, NAMES), ('B is correct.', 1, NAMES), ('The answer is Ben.', 1, NAMES),
     ('The answer is A because she lies.', 0, NAMES), ('B', 1, NAMES), ('c', 2, NAMES), ('（Ｂ）', 1, NAMES),
-    ('B. Ben', 1, NAMES), ('Some thoughts.\nDora', 3, NAMES)]
+    ('B. Ben', 1, NAMES), ('Some thoughts.\nDora', 3, NAMES), ('综上，故选：B。', 1, NAMES),
+    ('因此应选择选项 B', 1, NAMES), ('综上所述，选项B是正确的。', 1, NAMES), ('因此选项 B 正确', 1, NAMES),
+    ('B选项符合题意', 1, NAMES), ('【答案】B', 1, NAMES), ('正确的选择是 B', 1, NAMES), ('答案: \\(B\\)', 1, NAMES),
+    ('A选项错误，B选项正确。', 1, NAMES), ('所以答案不是A，而应选B。', 1, NAMES),
+    ('如果选A，就会矛盾，所以答案是C。', 2, NAMES),
+    ('If the answer is A, Ben lies, so the answer is C.', 2, NAMES),
+    ('逐项检查：选A不对，因为她最大；选B对。', 1, NAMES),
+    ('<output>H</output>', 0, ['H', 'J', 'K']), ('<output>B</output>', 1, ['H', 'J', 'K']),
+    ('O、R', 1, ['J、S', 'O、R', 'O、R、S']), (f'B. {["Cry"]*8}', 1, [str(['Sing']*8), str(['Cry']*8)])]
 
 @pytest.mark.parametrize('text, option, options', PARSED)
 def test_parsed(text, option, options): assert parse_reply(text, options).option == option
@@ -55,7 +63,11 @@ def test_letters_are_those_of_the_row():
     assert parse_reply('<output>C</output>', NAMES[:2]) == (-1, 'outside the options')
 
 REASON = '<thinking>Ben is older than Cleo, and Anna is older than Ben.</thinking>'
-FAULTS = [(REASON+'<output>C</output>', '', 'stop'), (REASON+'<output>C</output>', 'cut off', 'length'),
+FAULTS = [(REASON+'<output>C</output>', '', 'stop'),
+          ('<thinking>选A不对，因为Anna最大。如果答案是B，那么矛盾。给定的选项有四个。</thinking><output>C</output>',
+           '', 'stop'),
+          ('<thinking>The given option set has four names, and Ben is older than Cleo.</thinking><output>C</output>',
+           '', 'stop'), (REASON+'<output>C</output>', 'cut off', 'length'),
           (REASON+'<output>C', 'cut off', 'stop'), (REASON+'<output>B</output>', 'wrong', 'stop'),
           (REASON+'<reflection>So the answer is B.</reflection><output>C</output>', 'contradicts its answer', 'stop'),
           (REASON+'<reflection>Is the answer B?\nNo, the answer is C.</reflection><output>C</output>', '', 'stop'),
