@@ -100,7 +100,9 @@ def graphs(code, kind, folder):
     assert p.returncode == 0, p.stderr[-3000:]
     return tuple(map(int, p.stdout.split('graphs')[1].split()))
 
-@pytest.mark.parametrize('kind, most', [('qwen2', 6), ('gemma2', 24)])
+slow = pytest.mark.skipif('CK_SLOW' not in os.environ, reason='takes a minute: CK_SLOW=1')
+
+@pytest.mark.parametrize('kind, most', [('qwen2', 6), pytest.param('gemma2', 24, marks=slow)])
 def test_compiled(kind, most, tmp_path):
     early, all = graphs(CODE+TRAINS, kind, tmp_path)
     assert early == all <= most, f'{early} graphs for the first packs, {all} in the end'
