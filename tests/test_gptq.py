@@ -46,7 +46,7 @@ def test_chain_from_a_full_run_to_the_vote(made):
     assert len(report_table(run)) == 2 and draw_spread(run)['flips'] >= 0
     assert [t['warning'] for t in found['tries']] == ['']
     assert len(found['layers']) == 2 and all(o['error'] > 0 for o in found['layers'])
-    assert 'prefill' in rec['worth'] or 'not worth' in rec['worth']
+    assert rec['worth'].startswith('The weights take 1 MiB instead of 1 (74%), and prediction runs at ')  # at any speed
     assert recipe_key(rec) != recipe_key(find_run(made['full']))
     rows = load_rows('sample_arena_test')
     p = predict_runs([made['full'], run.id], rows, models_path('p'), progress=False)
