@@ -37,6 +37,9 @@ LINES = { # in the order in which they begin
     'teacher with more rows, kl form': dict(seeds=3, needs=['labels, alpaca rows with real labels'],
                                             args=dict(form='kl')),
     'self, soft form': dict(seeds=3, needs=['labels'], args=dict(form='soft')),
+    'self, kl form': dict(seeds=1, needs=['labels'], args=dict(form='kl')),
+    'self, kl form, asked online': dict(seeds=1, needs=['labels'], args=dict(form='kl', online=True),
+                                        against='self, kl form'),
     'denoised labels (half their own)': dict(seeds=3, needs=['labels'], table='denoised', pseudo=dict(
         data='open', own=.5, margin=0., near='keep')),
     'alpaca pseudo-labelled, filtered': dict(seeds=3, needs=['labels', 'teacher: qwen'], table='pseudo', pseudo=dict(
@@ -47,6 +50,8 @@ LINES = { # in the order in which they begin
         data='hidden', margin=.1)),
     'alpaca labelled by the folds of labels alone, not filtered': dict(seeds=1, needs=['labels'], table='own_every',
         pseudo=dict(data='hidden', margin=0., near='keep')),
+    'alpaca labelled by the folds of labels alone, near-copies left out': dict(seeds=1, needs=['labels'],
+        table='own_far', pseudo=dict(data='hidden', margin=0.)),
     'PandaLM alone, majority of three people': dict(seeds=3, args=dict(mix='pandalm_majority'), against=''),
     'PandaLM alone, shares of three people': dict(seeds=3, args=dict(mix='pandalm'),
                                                   against='PandaLM alone, majority of three people'),
@@ -159,7 +164,7 @@ if __name__ == '__main__':
             if 'pseudo' in line and n not in made:
                 made.add(n)
                 teachers = ' '.join(ids[k] for k in line['needs'])
-                args = dict(line['pseudo'], name=line['table'], teachers=teachers)
+                args = dict(line['pseudo'], name=line['table'], teachers=teachers, pack_tokens=4*FIT['pack_tokens'])
                 running[pool.submit(one, n, 'pseudo', args)] = None
                 left[n] = 1
                 continue
