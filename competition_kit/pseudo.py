@@ -114,7 +114,7 @@ class PseudoArgs:
     by:str='label'           # label, or a column such as language
     near:str='drop'          # Rows near to validation or test rows: drop, refuse or keep
     weight:float=1.          # Weight of a row in training
-    pack_tokens:int=4096     # Tokens in a pack
+    pack_tokens:int=4096     # Tokens in a pack; for a small model on a GPU 32,768 or more
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
