@@ -83,7 +83,7 @@ def packed_base(model, format):
                 import bitsandbytes as bnb
                 kw = dict(quant_type='nf4', compress_statistics=True)
                 new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16, **kw)
-                new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, **kw)
+                new.weight = bnb.nn.Params4bit(lin.weight.data, requires_grad=False, **kw)
                 new.bias = lin.bias
                 new = new.to(DEVICE)
             else:
