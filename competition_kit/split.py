@@ -18,14 +18,14 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from .core import sha256, write_json
+from .core import content_hash, sha256, write_json
 from .folds import check_fold, fold_rows, is_held_out, make_folds
 from .groups import group_rows, group_text, normalize, second_look, text_hash
 from .rows import (Task, correct, layouts, n_options, read_corrections, read_csv, read_meta,
                                   read_raw, read_utf8, refuse, swap_label, swap_probs, tasks, text_columns)
-from .tables import (Part, carry_folds, check_texts, load_mix, load_rows, make_raw, parse_mix,
-                                    publish, raw_files, sample_files, samples, split, table_hashes, table_name,
-                                    table_path, write_rows)
+from .tables import (Part, apart_tables, carry_folds, check_texts, load_mix, load_rows, make_raw,
+                                    parse_mix, publish, raw_files, sample_files, samples, split, table_hashes,
+                                    table_name, table_path, write_rows)
 
 # public here as well, for those who work with tables
 _all_ = ['Part', 'Task', 'carry_folds', 'check_fold', 'check_texts', 'correct', 'fold_rows', 'group_rows',
@@ -74,6 +74,7 @@ def leak_report(
     if test_rows is not None: out['in_test_ids'] = rows['id'][_also_elsewhere(near, in_test)[:n]].head(10).tolist()
     missed = {k for pair in pairs if grouped[pair[0]] != grouped[pair[1]] for k in pair}
     out |= dict(second_look_rows=checked, second_look_recall=round(recall, 4), second_look_missed=len(missed))
+    if left_out := rows.attrs.get('meta', {}).get('left_out'): out['left_out'] = left_out
     out['repeated_rows'] = int(pd.Series(_contents(rows)).duplicated(keep=False).sum())
     return out | _evenness(rows['label'].to_numpy()[kept], fold[kept])
 
@@ -111,11 +112,15 @@ def _test_text(leaks):
             f'({equal} of them equal, such as {ids}): '
             'a public score will be better than one on new prompts.')
 
+def _apart_text(leaks):
+    counts = [f'{n} in {name}' for name, n in leaks.get('left_out', {}).items()]
+    return f" Rows left out, because other tables hold them or near-copies: {', '.join(counts)}." if counts else ''
+
 def leak_text(
     leaks:dict, # As `leak_report` returns it
-) -> str: # Two sentences
+) -> str: # Two sentences, or three
     "What the leak report says, for people"
-    return f'{_folds_text(leaks)} {_test_text(leaks)}'
+    return f'{_folds_text(leaks)} {_test_text(leaks)}{_apart_text(leaks)}'
 
 # %% ../nbs/02_split.ipynb #90ed747c
 _leak_keys = dict(
@@ -134,6 +139,7 @@ _leak_keys = dict(
     second_look_rows='texts that the second search looked up',
     second_look_recall='share of planted copies that the second search finds',
     second_look_missed='rows that it found to be copies and the groups had missed',
+    left_out='rows that were left out before, because they or copies of them stand in these tables',
     repeated_rows='rows that stand in the table twice, answers and all',
     shares='share of each label in each fold',
     share_spread='largest distance of such a share from that of the whole table',
@@ -203,13 +209,14 @@ class SplitArgs:
     corrections:str=''       # path of a list of corrections: id, field, old, new, why
     folds:int=5              # number of folds
     seed:int=0               # seed of the folds
+    apart:str=''             # tables, separated by blanks: rows equal or near to theirs are left out
 
     def __post_init__(self): check_texts(type(self), vars(self))
     @cached_property
     def files(self): return raw_files(self.data, self.train, self.test, self.corrections)
     @cached_property
     def hashes(self): return {role: sha256(path) for role, path in self.files.items()}
-    def inputs(self): return self.hashes
+    def inputs(self): return self.hashes | {n: content_hash(table_path(n)) for n in apart_tables(self.apart)}
 
 def make_split(
     run,             # From `run_stage`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'Part', 'check_texts', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split', 'write_rows',
-           'publish', 'table_path', 'load_rows', 'parse_mix', 'validated_part', 'load_mix', 'table_hashes',
-           'carry_folds', 'samples']
+           'publish', 'table_path', 'load_rows', 'apart_tables', 'leave_out_copies', 'parse_mix', 'validated_part',
+           'load_mix', 'table_hashes', 'carry_folds', 'samples']
 
 # %% ../nbs/lib/01f_tables.ipynb #6a9985c7
 import inspect, json, os, pickle, re, shutil, tempfile
@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import Refusal, atomic, content_hash, data_path, project_root, read_table, sha256, write_table
 from .folds import make_folds
-from .groups import text_hash, group_rows, group_text
+from .groups import copied, group_rows, group_text, text_hash
 from .rows import (correct, file_readers, float_id, packed_suffixes, read_columns, read_corrections,
                                   read_raw, refuse, tasks, text_columns, to_text, whole_id)
 from .sample import make_sample, samples
@@ -127,6 +127,7 @@ def split(
     corrections:str='',       # As for `raw_files`
     folds:int=5,              # Number of folds
     seed:int=0,               # Seed of the folds
+    apart:str='',             # Tables, separated by blanks: rows equal or near to theirs are left out
     files:dict=None,          # role → path, where `raw_files` was called before
     hashes:dict=None,         # role → sha256 of the file, where it was computed before
 ): # (rows, test rows or None); where they come from is in `.attrs['meta']`
@@ -138,10 +139,11 @@ def split(
            rows.id.tolist(), 'A training file needs winner columns, or answers')
     fixes = read_corrections(files['corrections']) if 'corrections' in files else []
     rows = correct(rows, fixes, info['task'], files.get('corrections')) if fixes else rows
+    rows, left_out = leave_out_copies(rows, apart_tables(apart))
     hashes = hashes or {role: sha256(path) for role, path in files.items()}
     origin = {role: dict(file=path.name, sha256=hashes[role]) for role, path in files.items()}
     meta = dict(name=table_name(data), task=info['task'], folds=folds, seed=seed, corrections=len(fixes), files=origin,
-                read=dict(train=info))
+                read=dict(train=info), left_out=left_out)
     both = [rows]
     if 'test' in files: both.append(_read_test(files['test'], rows, meta))
     group = group_rows(group_text(*both))
@@ -254,6 +256,32 @@ def load_rows(
         if any(isinstance(v, np.ndarray) for v in rows[c]):
             rows[c] = pd.Series([v if v is None else v.tolist() for v in rows[c]], index=rows.index, dtype=object)
     return rows.assign(main=True, phase=0)
+
+# %% ../nbs/lib/01f_tables.ipynb #59a6b724
+def apart_tables(
+    apart:str, # Names of split tables, separated by blanks
+) -> list: # The same names, and those of their test tables
+    "The tables whose rows a new table must not repeat; a table that is not there is refused"
+    names = apart.split()
+    for name in names: table_path(name)
+    return names+[f'{n}_test' for n in names if data_path(f'{n}_test.parquet').exists()]
+
+def leave_out_copies(
+    rows,       # Table of rows
+    names:list, # From `apart_tables`
+): # (rows, name of a table → how many rows it kept out)
+    "Leave out the rows that equal or nearly equal rows of other tables"
+    text, counts, found = group_text(rows), {}, np.zeros(len(rows), bool)
+    for name in names:
+        other = load_rows(name)
+        if ('prompt' in other) != ('prompt' in rows):
+            raise Refusal(f'apart={name}: one of both tables has pairs, the other options', table_path(name))
+        near = copied(text, group_text(other))
+        counts[name], found = int((near & ~found).sum()), found | near
+    if names and found.all():
+        raise Refusal(f"all {len(rows)} rows are copies of rows in {', '.join(names)}",
+                      fix='Is the table that apart= names made of the same file?')
+    return rows[~found].reset_index(drop=True), counts
 
 # %% ../nbs/lib/01f_tables.ipynb #7f17d0fd
 Part = namedtuple('Part', 'name n share phase', defaults=[0])

@@ -11,7 +11,7 @@ from competition_kit import rows as R, split as S
 from competition_kit.folds import check_fold, make_folds
 from competition_kit.groups import group_rows, group_text
 from competition_kit.rows import correct, n_options, read_meta, read_raw, swap_label, swap_probs, tasks
-from competition_kit.split import leak_report
+from competition_kit.split import leak_report, leak_text
 from competition_kit import tables
 from competition_kit.tables import load_rows, parse_mix, publish, raw_files, split, table_hashes, write_rows
 
@@ -1090,6 +1090,23 @@ def test_mix_keeps_copies_out_of_validation(root):
     assert load_rows('train + extra').attrs['meta']['mix']['in_test'] == 3
 
 
+def test_split_apart_leaves_out_copies_of_other_tables(root):
+    table('contest', 6, 1000)
+    rows = lmsys()
+    rows[0]['prompt'] = json.dumps([words(1003)])  # a copy
+    rows[1]['prompt'] = json.dumps([words(1004) + ' also'])  # a near-copy
+    put(data_path('l/train.csv'), rows)
+    run = run_driver(data='l', apart='contest')
+    left = {r['id'] for r in rows} - set(load_rows('l').id)
+    assert left == {rows[0]['id'], rows[1]['id']}
+    leaks = json.loads((run.folder / 'leaks.json').read_text())
+    assert leaks['left_out'] == {'contest': 2}
+    assert '2 in contest' in leak_text(leaks)
+    table('contest', 6, 2000)
+    assert run_driver(data='l', apart='contest').id != run.id  # another contest, another split
+    assert len(load_rows('l')) == len(rows)
+
+
 def test_mix_leaves_out_a_bridge(root):
     a, b = words(1, 40), words(2, 40)
     t = table('train', 4)
@@ -1259,7 +1276,7 @@ def test_failed_write_leaves_the_old_table(root, monkeypatch):
     assert tree(root) == before
 
 
-PARAMS = dict(data='sample_arena', train='', test='', corrections='', folds=5, seed=0)
+PARAMS = dict(data='sample_arena', train='', test='', corrections='', folds=5, seed=0, apart='')
 
 
 def notebook():
