@@ -9,8 +9,8 @@ __all__ = ['Refusal', 'one_of', 'at_least', 'share', 'project_root', 'data_path'
            'peak_memory', 'device_name', 'versions', 'seed_all', 'die_with_parent']
 
 # %% ../nbs/lib/00_core.ipynb #2500ddfd
-import concurrent.futures, contextlib, csv, ctypes, hashlib, io, json, os, platform, signal, sys, tempfile, time
-import warnings
+import concurrent.futures, contextlib, csv, ctypes, hashlib, io, json, logging, os, platform, signal
+import sys, tempfile, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from pathlib import Path
 for _k, _v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', GPTQMODEL_CPU_WORKERS='2').items():
     os.environ.setdefault(_k, _v)
 warnings.filterwarnings('ignore', message='IProgress not found')  # tqdm, in a notebook without widgets; text bars do
+# torchao, which comes with GPTQModel and is loaded by transformers, warns about its own kernels
+for _k in ('torchao', 'torch.utils._pytree'): logging.getLogger(_k).setLevel(logging.ERROR)
 
 # %% ../nbs/lib/00_core.ipynb #fea4f1ff
 class Refusal(ValueError):

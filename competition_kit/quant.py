@@ -18,8 +18,6 @@ except ImportError: triton = None  # a CPU needs none
 
 # bitsandbytes warns about a missing kernel that has no gradient and is not used here
 logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
-# torchao, which GPTQModel brings, warns about its own kernels
-for _name in ('torchao', 'torch.utils._pytree'): logging.getLogger(_name).setLevel(logging.ERROR)
 # the report of a new head is long; what else is missing is refused
 logging.getLogger('transformers.modeling_utils').addFilter(lambda r: 'LOAD REPORT' not in str(r.msg))
 
