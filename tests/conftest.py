@@ -46,13 +46,22 @@ def smollm2():
     return base_path()
 
 @pytest.fixture(scope='session')
-def tok(smollm2):
+def full_tok(smollm2):
     "Its tokenizer"
     from competition_kit.base import load_tokenizer
     return load_tokenizer(smollm2)
 
 @pytest.fixture(scope='session')
-def tiny(tmp_path_factory, tok):
+def tok(full_tok): return full_tok
+
+@pytest.fixture(scope='session')
+def small_tok(tiny):
+    "The tokenizer of `tiny`: of the same kind, and made, copied and hashed in a tenth of the time"
+    from competition_kit.base import load_tokenizer
+    return load_tokenizer(tiny)
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, full_tok):
     """A random base of two layers. Its tokenizer has 2,560 tokens instead of 49,152: loading and hashing the large one
     takes half of a short training"""
     from transformers import AutoModelForCausalLM
@@ -62,7 +71,7 @@ def tiny(tmp_path_factory, tok):
     folder = tiny_base(tmp_path_factory.mktemp('tiny'))
     texts = [text for row in arena_rows(300, 1) for c in ('prompt', 'response_a', 'response_b') for text in row[c]]
     words = [*instructions.values(), 'system user assistant', 'Answer: A B C D E F G']
-    small = tok.train_new_from_iterator(texts+words*50, 4000, show_progress=False)
+    small = full_tok.train_new_from_iterator(texts+words*50, 4000, show_progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(len(small))
     model.save_pretrained(folder)

@@ -93,6 +93,9 @@ def made(kind, template='system', bos=False, extra=()):
     if extra: h.add_tokens(list(extra))
     return h
 
+@pytest.fixture(scope='session')
+def tok(small_tok): return small_tok
+
 @pytest.fixture(params=['smollm2', *KINDS])
 def any_tok(request, tok): return tok if request.param == 'smollm2' else made(request.param, 'folds', True)
 
@@ -225,10 +228,7 @@ def test_truncate(side):
 
 MAX = 300
 @lru_cache
-def prompts(task, side):
-    from competition_kit.base import load_tokenizer
-    t = load_tokenizer(os.environ['CK_BASES']+'/smollm2')
-    return Prompt(t, task, MAX, side)
+def prompts(task, side): return Prompt(made('bytelevel'), task, MAX, side)
 
 lengths = st.one_of(st.sampled_from([0, 1, 2, MAX-1, MAX, MAX+1, 20_000]), st.integers(0, 2*MAX))
 
@@ -287,7 +287,7 @@ def test_the_end_is_what_left_keeps(tok):
     assert all(w in text for w in ('question', 'final', 'closing'))
     assert 'first' not in text
     assert 'begin' not in text
-    text = Prompt(tok, 'preference', 128, 'middle').show(row)
+    text = Prompt(tok, 'preference', 300, 'middle').show(row)
     assert all(w in text for w in 'first question start final begin closing'.split())
 
 # ---- text that looks like a special token
@@ -611,7 +611,7 @@ def test_hash_follows_the_builder(tok, monkeypatch, name):
     monkeypatch.setattr(P, name, CHANGES[name])
     assert Prompt(tok, 'preference', 256).hash != before
 
-def test_hash_is_the_same_in_every_process(tok, smollm2):
+def test_hash_is_the_same_in_every_process(tok, tiny):
     code = '''
 import sys
 from competition_kit.base import load_tokenizer
@@ -619,7 +619,7 @@ from competition_kit.prompt import *
 t = load_tokenizer(sys.argv[1])
 print(*[Prompt(t, task, 300).hash for task in instructions], tokenizer_hash(t))'''
     env = dict(os.environ, PYTHONHASHSEED='7', TZ='Asia/Tokyo')
-    command = [sys.executable, '-c', code, str(smollm2)]
+    command = [sys.executable, '-c', code, str(tiny)]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert out.stdout.split() == [Prompt(tok, t, 300).hash for t in instructions]+[tokenizer_hash(tok)]
 

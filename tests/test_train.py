@@ -26,6 +26,7 @@ def weights(run):
 
 
 def test_killed_anywhere_ends_with_the_same_weights(tiny, tmp_path, monkeypatch):
+    small = dict(globals()['small'], mix='sample_arena:30')
     code = f"from competition_kit.train import train_fold; train_fold(base={tiny!r}, **{small!r})"
     load_rows('sample_arena')
 
@@ -63,14 +64,16 @@ def test_a_base_in_the_folder_of_runs_is_no_run(tiny):
     assert 'start' not in run.record['inputs']
 
 
-def test_the_same_run_is_not_made_twice(runs, monkeypatch, capsys):
-    params = find_run(runs[0])['params']
+def test_the_same_run_is_not_made_twice(tiny, monkeypatch, capsys):
+    kw = dict(small, base=tiny, mix='sample_arena:12', epochs=0.5)
+    ids = [train_fold(**kw, **other).id for other in (dict(), dict(seed=1, fold=1))]
     monkeypatch.setattr(T, 'train', lambda run, args: pytest.fail('it was trained again'))
+    params = find_run(ids[0])['params']
     again = train_fold(**params)
-    assert again.id == runs[0]
+    assert again.id == ids[0] != ids[1]
     assert again.done
     assert 'done already' in capsys.readouterr().out
-    assert TrainArgs(**dict(params, seed=1, fold=1)).inputs() == find_run(runs[3])['inputs']
+    assert TrainArgs(**dict(params, seed=1, fold=1)).inputs() == find_run(ids[1])['inputs']
 
 
 @dataclass(frozen=True)
@@ -475,8 +478,8 @@ def test_two_processes_share_a_model(tiny):
     ).stat().st_size
 
 
-def test_two_processes_share_a_packed_base(tiny, tmp_path):
-    "a LoRA over a GPTQ base and a new head, each process with half of the packed numbers"
+def test_two_processes_share_a_packed_base(tiny, tmp_path, monkeypatch):
+    "a LoRA over a GPTQ base and a new head, each process with half of the packed numbers; nf4 is refused by each"
     from gptq_writer import checkpoint
 
     checkpoint(tiny, tmp_path / 'q', group=32)
@@ -486,8 +489,9 @@ def test_two_processes_share_a_packed_base(tiny, tmp_path):
 
     a, b = (np.stack(read_probs(r.folder / 'probs.parquet').p) for r in (one, two))
     assert np.abs(a - b).max() < 1e-5
+    monkeypatch.setattr(T, 'ranks', lambda: 2)  # as each of them sees it
     with pytest.raises(Refusal, match='nf4 cannot be spread'):
-        train_fold(**dict(kw, base=tiny, dtype='nf4', gpus=2, sharded=True))
+        T.new_model(TrainArgs(**dict(kw, base=tiny, dtype='nf4', gpus=2, sharded=True)))
 
 
 def test_ranks_find_the_tokens_there(tiny, monkeypatch):
