@@ -33,7 +33,7 @@ def open_recipe(
     name:str,       # As for `find_recipe`
     scale:str='',   # One of its scales
     **values,       # Replace those of the file
-) -> Opened:
+) -> Opened: # With the state of each job
     "Read and check a recipe, and look at what is done"
     recipe = read_recipe(name, scale, **values)
     jobs, folder = expand(recipe), recipe_folder(recipe)
@@ -70,10 +70,10 @@ def plan_table(
 # %% ../nbs/11_recipe.ipynb #8ecbcce6
 def plan(
     name:str,       # As for `open_recipe`
-    scale:str='',
+    scale:str='',   # One of its scales
     gpu:str='',     # As for `find_gpu`; '': this machine's, or A100-80
     gpus:int=0,     # How many there are; 0: as many as here, or 8
-    **values,
+    **values,       # Replace those of the file
 ) -> int: # Exit code
     "Print the graph of a recipe, what is done, what would run and what it takes; nothing is started"
     opened = open_recipe(name, scale, **values)
@@ -133,7 +133,7 @@ def _refuse_repeats(opened):
 # %% ../nbs/11_recipe.ipynb #3d5e3c4d
 def run_recipe(
     name:str,               # As for `open_recipe`
-    scale:str='',
+    scale:str='',           # One of its scales
     profile:str='local',    # As for `find_profile`
     cores:int=0,            # Jobs at once on this machine; 0: one a GPU, or one
     yes:bool=False,         # Repeat runs of older code, however long they took
@@ -212,7 +212,7 @@ def last_start(
 # %% ../nbs/11_recipe.ipynb #04b05d78
 def resume(
     name:str='',   # As for `last_start`
-    scale:str='',
+    scale:str='',  # '': any
     **kw,          # As for `run_recipe`
 ) -> int: # Exit code
     "Continue a recipe with the values of its last start"
@@ -222,7 +222,7 @@ def resume(
 # %% ../nbs/11_recipe.ipynb #c1d91e99
 def report(
     name:str='',    # As for `last_start`
-    scale:str='',
+    scale:str='',   # '': any
 ) -> int: # Exit code
     "Write the report of a recipe, one HTML file that needs no network, and print its path"
     last = last_start(name, scale)
@@ -235,8 +235,8 @@ def report(
 # %% ../nbs/11_recipe.ipynb #14471466
 def to_log(
     name:str,       # As for `open_recipe`
-    scale:str='',
-    **values,
+    scale:str='',   # One of its scales
+    **values,       # Replace those of the file
 ) -> int: # Exit code
     "Add the open jobs of a recipe to the workbook as planned rows"
     opened = open_recipe(name, scale, **values)
