@@ -51,13 +51,18 @@ def only_exported_cells_run(source):
                 cell['source'] = '#| eval: false\n'+text
         path.write_text(json.dumps(book), encoding='utf-8')
 
+def plain_signatures(text):
+    "nbdev writes links into the comments of a signature, a code block that does not show them as links"
+    def plain(line): return re.sub(r'\[(`\w+`)\]\([^)]*\)', r'\1', line[0])
+    return re.sub(r'^ *"(?:    |\)->).*# .*$', plain, text, flags=re.M)
+
 def links_stay_on_the_site():
     """nbdev's links name the host of the site; written from page to page they work from any folder.
     A private name has no anchor and stays plain code; a method's link leads to its class."""
     config = get_config()
     host = f"{config.doc_host}{config.doc_baseurl}/"
     for page in pages.rglob('*.ipynb'):
-        text = page.read_text(encoding='utf-8')
+        text = plain_signatures(page.read_text(encoding='utf-8'))
         text = re.sub(r'\[(`_\w+`)\]\([^)]*\)', r'\1', text)
         text = re.sub(r'(\.html#\w+)\.\w+\)', r'\1)', text)
         up = '../'*len(page.relative_to(pages).parent.parts)

@@ -43,7 +43,7 @@ def _mapping(node, file):
     return out
 
 # %% ../nbs/lib/12b_graph.ipynb #b8d605b4
-_TOO_CLEVER = yaml.AliasToken, yaml.AnchorToken, yaml.TagToken
+_REFUSED = yaml.AliasToken, yaml.AnchorToken, yaml.TagToken
 
 def read_yaml(
     file, # Path
@@ -52,7 +52,7 @@ def read_yaml(
     try:
         text = Path(file).read_text(encoding='utf-8')
         for t in yaml.scan(text):
-            if not isinstance(t, _TOO_CLEVER): continue
+            if not isinstance(t, _REFUSED): continue
             raise Refusal('anchors, aliases and tags are not read', f'{file}:{t.start_mark.line+1}')
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode): raise Refusal('no mapping of keys to values', file)
@@ -65,14 +65,15 @@ def read_yaml(
 
 # %% ../nbs/lib/12b_graph.ipynb #913036cd
 def recipe_folders() -> list: # Of your project, then of the kit
-    "Where recipes are looked for"
+    "The folders that are searched for recipes"
     package = Path(competition_kit.__path__[0]).resolve()
     return list(dict.fromkeys([project_root()/'recipes', package.parent/'recipes', package/'recipes']))
 
 def known_recipes() -> list: # Names
-    "All recipes that can be named"
+    "The names of all recipes"
     return sorted({p.stem for folder in recipe_folders() for p in folder.glob('*.yaml')})
 
+# %% ../nbs/lib/12b_graph.ipynb #d926d914
 def find_recipe(
     name, # Such as `quickstart`, or the path of a YAML file
 ) -> Path:
@@ -171,6 +172,26 @@ def _check_values(given, known, where):
         line = given.at.get(name) if isinstance(given, Lined) else 1
         raise Refusal(f'the recipe has no value {name!r}', where(line), fix=f"It has: {', '.join(known) or 'none'}")
 
+# %% ../nbs/lib/12b_graph.ipynb #a9014797
+def fill(
+    value,   # Text, or a list or mapping of texts
+    names,   # Name → value
+    where='', # Named in a refusal
+): # The same with values; `$name` alone keeps the type of its value
+    "Put values in the place of their names"
+    if isinstance(value, list): return [fill(v, names, where) for v in value]
+    if isinstance(value, dict): return {k: fill(v, names, where) for k, v in value.items()}
+    if not isinstance(value, str): return value
+    def of(name):
+        if name in names: return names[name]
+        raise Refusal(f'${name} is no value', where, fix=f"There are: {', '.join(names) or 'none'}")
+    if alone := re.fullmatch(r'\$(\w+)', value): return of(alone[1])
+    return re.sub(r'\$(\w+)', lambda m: _written(m[1], of(m[1]), where), value)
+
+def _written(name, value, where):
+    if isinstance(value, (list, dict)): raise Refusal(f'${name} is a {type(value).__name__} within a text', where)
+    return str(value)
+
 # %% ../nbs/lib/12b_graph.ipynb #dffa040f
 def _values(given, sets, where): # Name → value, `$name` filled in
     _check_values(sets, given, where)
@@ -187,25 +208,6 @@ def _as_given(name, text, old): # The text of a command line as the type of the 
     numbers = int, float
     if type(value) is type(old) or type(value) in numbers and type(old) in numbers: return value
     raise Refusal(f'--set {name}={text}, and the recipe has {old!r}', fix=f'Give a {type(old).__name__}')
-
-def fill(
-    value,   # Text, or a list or mapping of texts
-    names,   # Name → value
-    where='', # Named in a refusal
-): # `$name` alone is the value itself; within a text it is written out
-    "Put values in the place of their names"
-    if isinstance(value, list): return [fill(v, names, where) for v in value]
-    if isinstance(value, dict): return {k: fill(v, names, where) for k, v in value.items()}
-    if not isinstance(value, str): return value
-    def of(name):
-        if name in names: return names[name]
-        raise Refusal(f'${name} is no value', where, fix=f"There are: {', '.join(names) or 'none'}")
-    if alone := re.fullmatch(r'\$(\w+)', value): return of(alone[1])
-    return re.sub(r'\$(\w+)', lambda m: _written(m[1], of(m[1]), where), value)
-
-def _written(name, value, where):
-    if isinstance(value, (list, dict)): raise Refusal(f'${name} is a {type(value).__name__} within a text', where)
-    return str(value)
 
 # %% ../nbs/lib/12b_graph.ipynb #89072528
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ class Job:
         linked = [name for parts in self.links.values() for p in parts if isinstance(p, list) for name in p]
         return tuple(dict.fromkeys([*linked, *self.after]))
 
+# %% ../nbs/lib/12b_graph.ipynb #92a82ea6
 def _instances(recipe, step, where): # Dicts of the variables of each instance of a job
     job = recipe['jobs'][step]
     foreach = job.get('foreach', Lined())
@@ -240,23 +243,23 @@ def _instances(recipe, step, where): # Dicts of the variables of each instance o
     return [dict(zip(lists, combination)) for combination in itertools.product(*lists.values())]
 
 # %% ../nbs/lib/12b_graph.ipynb #6abba4aa
-def _refer(text, mine, every, where): # Names of the jobs that `member[fold]` means, for a job with the variables `mine`
+def _refer(text, own, instances, where): # Names of the jobs that `member[fold]` means, for a job with variables `own`
     m = re.fullmatch(rf'\s*({_NAME})\s*(?:\[([\w\s,]*)\])?\s*', text)
-    if not m or m[1] not in every:
-        near = difflib.get_close_matches(text.split('[')[0].strip(), every, 1)
+    if not m or m[1] not in instances:
+        near = difflib.get_close_matches(text.split('[')[0].strip(), instances, 1)
         fix = f'Did you mean {{{near[0]}}}' if near else ''
         raise Refusal(f'{{{text}}} refers to no job', where, fix=fix)
-    variables = [v.strip() for v in (m[2] or '').split(',') if v.strip()]
-    for v in variables:
-        if v in mine and all(v in theirs for theirs, _ in every[m[1]]): continue
+    shared, found = [v.strip() for v in (m[2] or '').split(',') if v.strip()], instances[m[1]]
+    for v in shared:
+        if v in own and all(v in variables for variables in found.values()): continue
         raise Refusal(f'{{{text}}}: {v} is not a variable of both jobs', where)
-    found = [name for theirs, name in every[m[1]] if all(str(theirs[v]) == str(mine[v]) for v in variables)]
-    if not found: raise Refusal(f'{{{text}}} refers to no instance of {m[1]}', where)
-    return found
+    names = [n for n, variables in found.items() if all(str(variables[v]) == str(own[v]) for v in shared)]
+    if not names: raise Refusal(f'{{{text}}} refers to no instance of {m[1]}', where)
+    return names
 
-def _parts(text, mine, every, where): # A text cut at its references: texts, and lists of names of jobs
+def _parts(text, own, instances, where): # A text cut at its references: texts, and lists of names of jobs
     pieces = re.split(r'\{([^{}]*)\}', text)
-    return [_refer(p, mine, every, where) if k % 2 else p for k, p in enumerate(pieces) if p or k % 2]
+    return [_refer(p, own, instances, where) if k % 2 else p for k, p in enumerate(pieces) if p or k % 2]
 
 # %% ../nbs/lib/12b_graph.ipynb #06ac37d3
 @functools.lru_cache(64)
@@ -270,6 +273,7 @@ def stage_parameters(
     path = find_notebook(stage)
     return _parameters(path, os.stat(path).st_mtime_ns)
 
+# %% ../nbs/lib/12b_graph.ipynb #5cc38dc1
 def _check_stage(job, where):
     if not re.fullmatch(STAGE_NAME, job['stage']): raise Refusal(f"{job['stage']!r} is not a name of a stage", where)
     try: return stage_parameters(job['stage'])
@@ -286,19 +290,24 @@ def _checked(name, value, known, linked, where): # The value as the stage declar
     except ValueError as e: raise Refusal(f'{name}: {e}', where) from None
 
 # %% ../nbs/lib/12b_graph.ipynb #432939d9
-def _job(recipe, step, mine, name, every, where): # One instance as a `Job`, without its key
-    job = recipe['jobs'][step]
-    line, names = where(recipe['jobs'].at.get(step)), {**recipe['values'], **mine}
-    known, args, links, given = _check_stage(job, where(job.at['stage'])), {}, {}, job.get('args', Lined())
+def _args_and_links(job, names, own, instances, where): # (plain arguments, links) of an instance
+    known, given = _check_stage(job, where(job.at['stage'])), job.get('args', Lined())
+    args, links = {}, {}
     for arg, value in given.items():
-        at = where(given.at.get(arg))
-        value = fill(value, names, at)
-        parts = _parts(value, mine, every, at) if isinstance(value, str) else [value]
-        linked = any(isinstance(p, list) for p in parts) and isinstance(value, str)
-        value = _checked(arg, value, known, linked, at)
+        line = where(given.at.get(arg))
+        value = fill(value, names, line)
+        parts = _parts(value, own, instances, line) if isinstance(value, str) else []
+        linked = any(isinstance(p, list) for p in parts)
+        value = _checked(arg, value, known, linked, line)
         if linked: links[arg] = parts
         else: args[arg] = value
-    after = [n for text in job.get('after', []) for n in _refer(str(text), mine, every, where(job.at.get('after')))]
+    return args, links
+
+def _job(recipe, step, name, instances, where): # One instance as a `Job`, without its key
+    job, own = recipe['jobs'][step], instances[step][name]
+    line, names = where(recipe['jobs'].at.get(step)), {**recipe['values'], **own}
+    args, links = _args_and_links(job, names, own, instances, where)
+    after = [n for text in job.get('after', []) for n in _refer(str(text), own, instances, where(job.at.get('after')))]
     gpus = fill(job.get('gpus', 0), names, where(job.at.get('gpus')))
     if not isinstance(gpus, int) or gpus < 0: raise Refusal(f'gpus: {gpus!r}', where(job.at.get('gpus')))
     size = fill(job.get('size', Lined()), names, line)
@@ -322,53 +331,61 @@ def expand(
     "The graph of a recipe: every instance of every job, checked"
     file = recipe['file']
     def where(line): return f'{file}:{line}' if line else file
-    every = {step: [(v, '/'.join([step, *map(str, v.values())])) for v in _instances(recipe, step, where)]
-             for step in recipe['jobs']}
+    instances = {step: _named(step, _instances(recipe, step, where)) for step in recipe['jobs']}
     jobs, out = {}, {}
-    for step, found in every.items():
-        for mine, name in found: jobs[name] = _job(recipe, step, mine, name, every, where)
+    for step, names in instances.items():
+        for name in names: jobs[name] = _job(recipe, step, name, instances, where)
     for name in _ordered(jobs):
         out[name] = replace(jobs[name], key=_key(jobs[name], {n: out[n].key for n in jobs[name].needs}))
     _check_different(out)
-    return {n: out[n] for n in sorted(out, key=_rank(out, list(jobs)))}
+    return _by_depth(out, list(jobs))
+
+def _named(step, variables): # Name of an instance → its variables
+    return {'/'.join([step, *map(str, v.values())]): v for v in variables}
+
+def _by_depth(jobs, written): # In the order of the longest way to a job, then of the file
+    depth = {}
+    for name, job in jobs.items(): depth[name] = 1+max((depth[n] for n in job.needs), default=0)
+    return {n: jobs[n] for n in sorted(jobs, key=lambda n: (depth[n], written.index(n)))}
 
 # %% ../nbs/lib/12b_graph.ipynb #120061ad
 table_stages = 'split', 'generate', 'pairs', 'synthetic', 'pseudo'  # A reference to their jobs is the name of a table
 
+def _table_key(job): # Of the table that a job writes; '' where it writes none, or its name is not known yet
+    if job.stage not in table_stages: return ''
+    if job.args.get('name'): return str(job.args['name'])
+    return '' if {'name', 'data'} & set(job.links) else str([job.stage, job.args.get('data')])
+
 def _check_different(jobs):
     seen = {}
     for job in jobs.values():
-        table = [job.args.get('name') or [job.stage, job.args.get('data')]] if job.stage in table_stages else []
-        linked = not job.args.get('name') and {'name', 'data'} & set(job.links)
-        for key in [job.key, *(map(str, table) if not linked else ())]:
-            other = seen.setdefault(key, job)
+        for key, fault in ((job.key, 'have the same arguments'), (_table_key(job), 'write the same table')):
+            other = seen.setdefault(key, job) if key else job
             if other is job: continue
-            what = 'have the same arguments' if key == job.key else 'write the same table'
-            raise Refusal(f'{other.name} and {job.name} {what}', job.where,
+            raise Refusal(f'{other.name} and {job.name} {fault}', job.where,
                           fix='Give each a name or a value of its own')
-
-def _rank(jobs, written): # Order: the longest way to a job, then the file's own order
-    depth = {}
-    for name, job in jobs.items(): depth[name] = 1+max((depth[n] for n in job.needs), default=0)
-    return lambda name: (depth[name], written.index(name))
 
 # %% ../nbs/lib/12b_graph.ipynb #182958d0
 def steps(
     jobs, # From `expand`
 ) -> dict: # Job of the recipe → (its instances, the jobs of the recipe before it)
     "The graph of the recipe's own jobs"
-    found = {}
-    for job in jobs.values(): found.setdefault(job.step, []).append(job)
-    return {s: (js, list(dict.fromkeys(jobs[n].step for j in js for n in j.needs))) for s, js in found.items()}
+    found, before = {}, {}
+    for job in jobs.values():
+        found.setdefault(job.step, []).append(job)
+        before.setdefault(job.step, {}).update({jobs[n].step: None for n in job.needs})
+    return {step: (instances, list(before[step])) for step, instances in found.items()}
+
+# %% ../nbs/lib/12b_graph.ipynb #b119e468
+def _times(step, instances): # Such as `member × 4`
+    return f'{step} × {len(instances)}' if len(instances) > 1 else step
 
 def graph_text(
     jobs, # From `expand`
 ) -> str: # A line a job of the recipe
     "The graph as text"
-    rows = []
-    for step, (found, before) in steps(jobs).items():
-        times = f' × {len(found)}' if len(found) > 1 else ''
-        rows.append((f'{step}{times}', found[0].stage, f"← {', '.join(before)}" if before else ''))
+    rows = [(_times(step, found), found[0].stage, f"← {', '.join(before)}" if before else '')
+            for step, (found, before) in steps(jobs).items()]
     wide = [max(len(r[k]) for r in rows) for k in (0, 1)]
     return '\n'.join(f'{a:{wide[0]}}  {b:{wide[1]}}  {c}'.rstrip() for a, b, c in rows)
 
@@ -379,7 +396,6 @@ def mermaid(
     "The graph in Mermaid's language"
     lines = ['flowchart LR']
     for step, (found, before) in steps(jobs).items():
-        times = f' × {len(found)}' if len(found) > 1 else ''
-        lines.append(f'  {step}["{step}{times}<br/><small>{found[0].stage}</small>"]')
+        lines.append(f'  {step}["{_times(step, found)}<br/><small>{found[0].stage}</small>"]')
         lines += [f'  {b} --> {step}' for b in before]
     return '\n'.join(lines)

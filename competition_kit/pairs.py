@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Round', 'Writer', 'faults', 'script', 'read_pool', 'pool_reasons', 'parse_rounds', 'language_counts', 'draw_prompts',
-           'parse_writer', 'draw_pairs', 'PairsArgs', 'encode_prompts', 'answers_of', 'engine_of', 'answer_fault',
+           'parse_writer', 'draw_pairs', 'PairsArgs', 'encode_prompts', 'engine_of', 'answers_of', 'answer_fault',
            'join_answers', 'pair_rows', 'pairs_metrics', 'pairs', 'plot_pairs']
 
 # %% ../nbs/05a_pairs.ipynb #cb80338d
@@ -31,14 +31,14 @@ from .trained import base_of, is_full
 
 # %% ../nbs/05a_pairs.ipynb #659d0305
 def script(
-    text:str,
+    text:str, # In any language
 ) -> str: # Such as `latin`, `cjk`, `hangul`, `cyrillic`; `none` without a letter
     "The script of most letters of a text"
     names = Counter(unicodedata.name(c, 'other').split()[0].lower() for c in text if c.isalpha())
     return names.most_common(1)[0][0] if names else 'none'
 
 # %% ../nbs/05a_pairs.ipynb #fc7c42b5
-def _turns(cell): # the user's turns that a cell holds: a list, a list as JSON, or one text
+def _turns(cell): # The user's turns of a cell: a list, a list as JSON, or one text
     if isinstance(cell, str) and re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', cell, re.S):
         try: cell = json.loads(cell)
         except ValueError: pass
@@ -63,10 +63,10 @@ def read_pool(
 def pool_reasons(
     pool,            # From `read_pool`
     others:dict,     # Name → table of preference rows
-    min_chars:int=45,
-    max_chars:int=4000,
+    min_chars:int=45, # Of a prompt
+    max_chars:int=4000, # Of a prompt
 ) -> np.ndarray: # [prompts], text: `kept`, or why a prompt is left out
-    "What happens to each prompt of the pool"
+    "Whether each prompt of the pool stays, or why it is left out"
     n = pool.prompt.str.len()
     why = np.select([pool.turns > 1, n < min_chars, n > max_chars], ['several turns', 'short', 'long'], 'kept')
     why = why.astype(object)
@@ -98,7 +98,7 @@ def parse_rounds(
 
 # %% ../nbs/05a_pairs.ipynb #961be242
 def language_counts(
-    wanted:Round,
+    wanted:Round, # From `parse_rounds`
     left:dict,    # Language → prompts of the pool that are left
 ) -> dict: # Language → prompts; their sum is `wanted.n`
     "How many prompts of each language a round takes"
@@ -115,18 +115,17 @@ def language_counts(
 
 # %% ../nbs/05a_pairs.ipynb #c866729a
 def draw_prompts(
-    pool,   # From `read_pool`, the prompts that may be drawn
+    pool,   # From `read_pool`, the prompts that stay
     rounds, # From `parse_rounds`
-    seed:int=0,
+    seed:int=0, # Of the order
 ): # The drawn prompts, with `round` (from 1)
     "Draw the prompts of all rounds"
-    chance = [text_hash(f'{seed} {i}') for i in pool.id]
-    left = pool.iloc[np.argsort(np.array(chance, np.uint64), kind='stable')]
+    order = np.array([text_hash(f'{seed} {i}') for i in pool.id], np.uint64)
+    left = pool.iloc[np.argsort(order, kind='stable')]
     out = []
     for k, wanted in enumerate(rounds, 1):
         counts = language_counts(wanted, left.language.value_counts().to_dict())
-        place = left.groupby('language').cumcount()
-        taken = place < left.language.map(counts).fillna(0)
+        taken = left.groupby('language').cumcount() < left.language.map(counts).fillna(0)
         out.append(left[taken].assign(round=k))
         left = left[~taken]
     return pd.concat(out, ignore_index=True)
@@ -138,12 +137,12 @@ def _is_run(name): return not local_base(name) and any(r['run_id'].startswith(na
 
 def parse_writer(
     text:str,          # `name`, `name@temperature` or `name@temperature,top_p`
-    temperature:float,
-    top_p:float,
+    temperature:float, # Of a model without its own
+    top_p:float,       # Of a model without its own
 ) -> Writer:
-    "One model of the list"
-    name, _, own = text.partition('@')
-    try: numbers = [float(v) for v in own.split(',') if v]
+    "One model of the argument `models`"
+    name, _, sampling = text.partition('@')
+    try: numbers = [float(v) for v in sampling.split(',') if v]
     except ValueError: numbers = [np.nan]
     t, p = [*numbers, *(temperature, top_p)[len(numbers):]][:2]
     if len(numbers) > 2 or not t >= 0 or not 0 < p <= 1:
@@ -156,15 +155,15 @@ def parse_writer(
 def draw_pairs(
     prompts, # From `draw_prompts`
     n:int,   # Models
-    seed:int=0,
+    seed:int=0, # Of the draw
 ): # The prompts with `a` and `b`, positions in the list of models
-    "Which two models answer each prompt"
+    "The two models that answer each prompt"
     generators = [np.random.default_rng(text_hash(f'{seed} models {i}')) for i in prompts.id]
     two = np.array([g.choice(n, 2, replace=False) for g in generators]).reshape(-1, 2)
     return prompts.assign(a=two[:, 0], b=two[:, 1])
 
 # %% ../nbs/05a_pairs.ipynb #cb21b05e
-faults = 'empty', 'cut', 'refuses', 'repeats', 'same' # of an answer; `same` of a pair
+faults = 'empty', 'cut', 'refuses', 'repeats', 'same' # Of an answer; `same` of a pair
 
 # %% ../nbs/05a_pairs.ipynb #207c5a7b
 @dataclass(frozen=True)
@@ -235,46 +234,48 @@ def encode_prompts(
     ids = [np.concatenate([before, i, after]) for i in encode_texts(tok, list(prompts.prompt))]
     return pd.DataFrame(dict(id=list(prompts.id), ids=ids, prompt=[hash_obj(i.tolist()) for i in ids]))
 
-# %% ../nbs/05a_pairs.ipynb #0849802f
-def _free_memory(): # of a model that nothing refers to any more
+# %% ../nbs/05a_pairs.ipynb #830d09de
+def engine_of(
+    args:PairsArgs, # With `writers` and `engines`
+    k:int, # Position in the list of models
+): # As from `start_engine`
+    "The engine that writes the answers of one model"
+    writer = args.writers[k]
+    adapters = [writer.adapter] if writer.adapter else []
+    prompt = TextPrompt(load_tokenizer(writer.base))
+    return start_engine(args.engines[k], writer.base, prompt, args.dtype, args.batch_tokens, adapters)
+
+def _free_memory(): # Of a model without references
     import torch
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+# %% ../nbs/05a_pairs.ipynb #0849802f
 def answers_of(
-    run,
-    args:PairsArgs,
+    run,      # From `run_stage`
+    args:PairsArgs, # Of the stage
     k:int,    # Position in the list of models
     prompts,  # From `draw_pairs`
 ): # DataFrame, a line an answer: `id`, `text`, `finish`, `tokens`, …
     "The answers of one model"
-    writer, asked = args.writers[k], prompts[(prompts.a == k) | (prompts.b == k)]
-    enc = encode_prompts(load_tokenizer(writer.base), asked)
+    writer, own = args.writers[k], prompts[(prompts.a == k) | (prompts.b == k)]
+    enc = encode_prompts(load_tokenizer(writer.base), own)
     jobs = job_table(enc, k, args.seed, args.max_new_tokens, writer.temperature, writer.top_p, writer.adapter)
     folder = run.folder/'replies'/hash_obj([*writer, base_hash(writer.base)])
     missing = len(set(jobs.key)-set(read_replies(folder).key))
     if missing: print(plan_line(missing, args.max_new_tokens, writer.base, args.engines[k]), flush=True)
     engine = engine_of(args, k) if missing else None
     try:
-        for some in [jobs[:args.shard], jobs] if len(jobs) > args.shard else [jobs]:
-            made = ask(engine, some, folder, args.shard)
-            if len(made) and not made.text.str.strip().any():
-                raise Refusal(f'{writer.name} answers with nothing: {len(made)} empty texts', run.id,
+        for batch in [jobs[:args.shard], jobs] if len(jobs) > args.shard else [jobs]:
+            answers = ask(engine, batch, folder, args.shard)
+            if len(answers) and not answers.text.str.strip().any():
+                raise Refusal(f'{writer.name} answers with nothing: {len(answers)} empty texts', run.id,
                               fix='Leave the model out, or mend its chat template')
     finally:
         end_engine(engine)
         engine = None
         _free_memory()
-    return made
-
-def engine_of(
-    args:PairsArgs,
-    k:int, # Position in the list of models
-): # As from `start_engine`
-    "The engine that writes the answers of one model"
-    writer, prompt = args.writers[k], TextPrompt(load_tokenizer(args.writers[k].base))
-    adapters = [writer.adapter] if writer.adapter else []
-    return start_engine(args.engines[k], writer.base, prompt, args.dtype, args.batch_tokens, adapters)
+    return answers
 
 # %% ../nbs/05a_pairs.ipynb #f31fc783
 _refuses = re.compile(r"(?:i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i (?:can(?:no|')t|cannot|won't)\b|as an ai\b"
@@ -282,7 +283,7 @@ _refuses = re.compile(r"(?:i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i (?:ca
                       '|죄송|申し訳)', re.I)
 
 def answer_fault(
-    text:str,
+    text:str,          # Of an answer
     finish:str='stop', # `length` where the token limit ended the text
 ) -> str: # '' for a sound answer
     "The fault of an answer: `empty`, `repeats`, `cut` or `refuses`"
@@ -308,12 +309,13 @@ def join_answers(
     out['fault'] = [' '.join(sorted({a, b, s}-{''})) for a, b, s in zip(out.fault_a, out.fault_b, same)]
     return out
 
+# %% ../nbs/05a_pairs.ipynb #de6a1e34
 def pair_rows(
     pairs,    # From `join_answers`
     writers,  # `Writer`s
-    task:str, # Its name
-    drop:str='', # Faults that leave a pair out
-    origin:str='', # What the rows come from
+    task:str, # `preference` or `preference2`
+    drop:str='', # Faults that leave a pair out, separated by blanks
+    origin:str='', # The pool, for the column `lineage`
 ): # Table of rows, with `language`, `round` and `lineage`
     "Unlabelled preference rows"
     keep = [not {*f.split()} & {*drop.split()} for f in pairs.fault]
@@ -334,7 +336,7 @@ def pairs_metrics(
     why,     # From `pool_reasons`
     pairs,   # From `join_answers`
     rows,    # From `pair_rows`
-) -> dict: # Counts: `pool: …` prompts by what happened to them, `answers: …` by fault, `pairs`, `rows`
+) -> dict: # Counts: `pool: …` prompts by reason, `answers: …` by fault, `pairs`, `rows`
     "Metrics of a run"
     pool = {f'pool: {k}': int(n) for k, n in pd.Series(why).value_counts().items()}
     each = pd.concat([pairs.fault_a, pairs.fault_b]).replace('', 'sound')
@@ -342,9 +344,10 @@ def pairs_metrics(
     same = int(pairs.fault.str.contains('same').sum())
     return dict(pairs=len(pairs), rows=len(rows), same=same, **answers, **pool)
 
+# %% ../nbs/05a_pairs.ipynb #12d2d9b6
 def pairs(
     run,             # From `run_stage`
-    args:PairsArgs,
+    args:PairsArgs,  # Of the stage
 ):
     "Draw prompts, ask the models one after the other, write the rows, and finish the run"
     why = pool_reasons(args.pool, args.others, args.min_chars, args.max_chars)

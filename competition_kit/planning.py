@@ -24,7 +24,7 @@ def recipe_of_plans(
         jobs['vote'] = dict(stage='vote', args=_voted_table(trained), after=list(trained))
     return dict(recipe=name, about=f'{len(plans)} planned rows of the workbook', jobs=jobs)
 
-def _voted_table(trained): # The table that the mixes are validated on, as an argument; it must be one for all
+def _voted_table(trained): # The table that validates the mixes, as an argument; it must be one for all
     from competition_kit.tables import validated_part
     names = {validated_part(j['args']['mix']).name for j in trained.values() if 'mix' in j['args']}
     if len(names) > 1:
@@ -53,19 +53,21 @@ def open_runs(
     jobs,   # From `expand`
     states, # From `job_states`
 ) -> list: # Dicts of `stage` and `params`
-    "The jobs that have not run and whose arguments are known"
+    "The jobs that have not run, and whose arguments are known"
     yields = {n: s.made['yields'] for n, s in states.items() if s.word == 'done'}
     left = [j for n, j in jobs.items() if n not in yields and all(need in yields for need in j.needs)]
     return [dict(stage=j.stage, params=j.args | {k: _text(v, yields) for k, v in j.links.items()}) for j in left]
 
-def _text(parts, yields): return ''.join(' '.join(yields[n] for n in p) if isinstance(p, list) else p for p in parts)
+def _text(parts, yields): # The text of a link, from the results of the jobs that it names
+    return ''.join(' '.join(yields[n] for n in p) if isinstance(p, list) else p for p in parts)
 
+# %% ../nbs/lib/12h_planning.ipynb #8d5b440d
 def plan_open_runs(
     jobs,   # From `expand`
     states, # From `job_states`
 ) -> int: # Rows that were added
     "Add the open jobs of a recipe to the workbook as planned rows"
-    there = [(p['stage'], p['params']) for p in planned()]
-    new = [p for p in open_runs(jobs, states) if (p['stage'], p['params']) not in there]
+    old = [(p['stage'], p['params']) for p in planned()]
+    new = [p for p in open_runs(jobs, states) if (p['stage'], p['params']) not in old]
     if new: plan_runs(new)
     return len(new)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'Opened', 'open_recipe', 'hours_text', 'plan_table', 'plan', 'repeated', 'run_recipe', 'last_start', 'resume',
-           'report', 'from_log', 'to_log', 'RecipeArgs', 'add_arguments', 'command']
+           'report', 'to_log', 'from_log', 'RecipeArgs', 'add_arguments', 'command']
 
 # %% ../nbs/11_recipe.ipynb #7ff7ebff
 import contextlib, os
@@ -33,7 +33,7 @@ def open_recipe(
     name:str,       # As for `find_recipe`
     scale:str='',   # One of its scales
     **values,       # Replace those of the file
-) -> Opened:
+) -> Opened: # With the state of each job
     "Read and check a recipe, and look at what is done"
     recipe = read_recipe(name, scale, **values)
     jobs, folder = expand(recipe), recipe_folder(recipe)
@@ -43,9 +43,10 @@ def open_recipe(
 def hours_text(
     hours:float,
 ) -> str: # Such as `12 min` or `5.3 h`
-    "A time for people"
+    "Hours as text, in minutes below one hour"
     return f'{hours*60:.0f} min' if hours < .995 else f'{hours:,.1f} h'
 
+# %% ../nbs/11_recipe.ipynb #b82a8255
 def _plan_row(job, state, cost): # Cells of a job, as text
     if state.rec and state.word == 'done':
         took, score = (state.rec.get('minutes') or 0)/60, score_text(state.rec.get('metrics') or {})
@@ -69,10 +70,10 @@ def plan_table(
 # %% ../nbs/11_recipe.ipynb #8ecbcce6
 def plan(
     name:str,       # As for `open_recipe`
-    scale:str='',
+    scale:str='',   # One of its scales
     gpu:str='',     # As for `find_gpu`; '': this machine's, or A100-80
     gpus:int=0,     # How many there are; 0: as many as here, or 8
-    **values,
+    **values,       # Replace those of the file
 ) -> int: # Exit code
     "Print the graph of a recipe, what is done, what would run and what it takes; nothing is started"
     opened = open_recipe(name, scale, **values)
@@ -116,7 +117,7 @@ LIMIT = 1.  # GPU-hours that are repeated without a question
 def repeated(
     opened, # From `open_recipe`
 ): # (names of jobs, GPU-hours that they took)
-    "The done jobs that an edited code cell asks to repeat"
+    "The done jobs that an edited code cell makes us repeat"
     names = [n for n, s in opened.states.items() if s.word == 'changed code']
     recs = [(opened.jobs[n], opened.states[n].rec) for n in names]
     return names, sum(max(j.gpus, 0)*(r.get('minutes') or 0)/60 for j, r in recs)
@@ -132,7 +133,7 @@ def _refuse_repeats(opened):
 # %% ../nbs/11_recipe.ipynb #3d5e3c4d
 def run_recipe(
     name:str,               # As for `open_recipe`
-    scale:str='',
+    scale:str='',           # One of its scales
     profile:str='local',    # As for `find_profile`
     cores:int=0,            # Jobs at once on this machine; 0: one a GPU, or one
     yes:bool=False,         # Repeat runs of older code, however long they took
@@ -154,6 +155,7 @@ def run_recipe(
         _prepare(opened, left, values)
         return _work(opened, left, profile, cores)
 
+# %% ../nbs/11_recipe.ipynb #b53708eb
 @contextlib.contextmanager
 def _alone(opened): # One engine a recipe
     from filelock import FileLock, Timeout
@@ -165,7 +167,6 @@ def _alone(opened): # One engine a recipe
     try: yield
     finally: lock.release()
 
-# %% ../nbs/11_recipe.ipynb #b53708eb
 def _accept_old_code(opened):
     for name in repeated(opened)[0]: accept_code(opened.jobs[name], opened.folder)
     return Opened(opened.recipe, opened.jobs, opened.folder, job_states(opened.jobs, opened.folder))
@@ -176,7 +177,9 @@ def _check_gpus(left):
         raise Refusal(f'{most.name} takes {most.gpus} GPUs, and this machine has {have}', most.where,
                       fix='Take another scale, or a profile such as slurm')
 
-def _prepare(opened, left, values): # The plan for the processes of the jobs; results that do not stand lose their file
+
+# %% ../nbs/11_recipe.ipynb #fa0e9a1d
+def _prepare(opened, left, values): # The plan for the processes of the jobs; outdated results lose their file
     for name, job in left.items():
         if opened.states[name].word == 'running': continue
         if opened.states[name].word == 'changed code': job_file(opened.folder, job, 'again').touch()
@@ -200,25 +203,26 @@ def last_start(
     name:str='',   # Of a recipe; '': any
     scale:str='',  # '': any
 ) -> dict: # `file`, `scale` and `values`
-    "What was started last"
+    "The recipe that was started last"
     plans = sorted(models_path('.recipes').glob('*/plan.json'), key=os.path.getmtime)
     kept = [p for p in map(read_json, plans) if name in ('', p['recipe'], p['file']) and scale in ('', p['scale'])]
     if kept: return {k: kept[-1].get(k, {}) for k in ('file', 'scale', 'values')}
     raise Refusal(f"{name or 'no recipe'} {scale} was not started yet", fix='Start one with `ck recipe run`')
 
+# %% ../nbs/11_recipe.ipynb #04b05d78
 def resume(
     name:str='',   # As for `last_start`
-    scale:str='',
+    scale:str='',  # '': any
     **kw,          # As for `run_recipe`
 ) -> int: # Exit code
-    "Go on with a recipe, with the values of its last start"
+    "Continue a recipe with the values of its last start"
     last = last_start(name, scale)
     return run_recipe(last['file'], last['scale'], **last['values'], **kw)
 
 # %% ../nbs/11_recipe.ipynb #c1d91e99
 def report(
     name:str='',    # As for `last_start`
-    scale:str='',
+    scale:str='',   # '': any
 ) -> int: # Exit code
     "Write the report of a recipe, one HTML file that needs no network, and print its path"
     last = last_start(name, scale)
@@ -229,22 +233,23 @@ def report(
     return 0
 
 # %% ../nbs/11_recipe.ipynb #14471466
-def from_log(
-    name:str, # Of the new recipe
-) -> int: # Exit code
-    "Write the planned rows of the workbook as a recipe"
-    print(write_recipe(name))
-    return 0
-
 def to_log(
     name:str,       # As for `open_recipe`
-    scale:str='',
-    **values,
+    scale:str='',   # One of its scales
+    **values,       # Replace those of the file
 ) -> int: # Exit code
     "Add the open jobs of a recipe to the workbook as planned rows"
     opened = open_recipe(name, scale, **values)
     n = plan_open_runs(opened.jobs, opened.states)
     print(f"{n} planned rows added to experiments_log.xlsx; {_count_text(opened)}")
+    return 0
+
+# %% ../nbs/11_recipe.ipynb #3e63062b
+def from_log(
+    name:str, # Of the new recipe
+) -> int: # Exit code
+    "Write the planned rows of the workbook as a recipe"
+    print(write_recipe(name))
     return 0
 
 # %% ../nbs/11_recipe.ipynb #eae514dc
@@ -279,8 +284,9 @@ def _add_what(p, what):
     else: p.add_argument('name', help='a recipe of recipes/, or the path of a YAML file')
     if what == 'from-log': return
     p.add_argument('--scale', default='', help='one of its scales, such as tiny')
-    if not started: p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', dest='values',
-                                   help='replace a value of the recipe, such as data=mine')
+    if not started:
+        p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', dest='values',
+                       help='replace a value of the recipe, such as data=mine')
     if what == 'plan':
         p.add_argument('--gpu', default='', help='predict for it: T4, A100-80, H100, H200 … (this machine, or A100-80)')
         p.add_argument('--gpus', type=int, default=0, metavar='N', help='how many there are (as many as here, or 8)')
@@ -290,6 +296,7 @@ def _add_what(p, what):
     p.add_argument('--yes', action='store_true', help='repeat runs of older code, however long they took')
     p.add_argument('--as-is', action='store_true', help='use the results of older code')
 
+# %% ../nbs/11_recipe.ipynb #4cfffc14
 _DOES = {'plan': plan, 'run': run_recipe, 'resume': resume, 'report': report, 'from-log': from_log,
          'to-log': to_log}
 _WORDS = 'name', 'scale', 'profile', 'cores', 'yes', 'as_is', 'gpu', 'gpus'
@@ -297,7 +304,7 @@ _WORDS = 'name', 'scale', 'profile', 'cores', 'yes', 'as_is', 'gpu', 'gpus'
 def command(
     args, # Parsed
 ) -> int: # Exit code
-    "Do what `ck recipe` was asked to do"
+    "Do one of the commands of `ck recipe`"
     given = {k: v for k, v in vars(args).items() if k in _WORDS}
     for text in getattr(args, 'values', []):
         key, equals, value = text.partition('=')

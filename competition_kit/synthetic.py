@@ -37,14 +37,14 @@ _clues = { # wording → relation of the two places
     '(.*?) is (the .*|[A-Z].*)': lambda a, b: a == b,
     '(.*) is (the .*|[A-Z].*)': lambda a, b: a == b}
 
-def _thing(words, values): # (characteristic, value) that a phrase names, (None, place), or None
+def _thing(words, values): # (index of a characteristic, value) of a phrase, (None, place), or None
     words = words.lower()
     if words in _ordinals: return None, _ordinals.index(words)
     if words in values[0]: return 0, words
     found = [(k, v) for k, group in enumerate(values[1:], 1) for v in group if re.search(rf'\b{re.escape(v)}', words)]
     return max(found, key=lambda o: len(o[1]), default=None)
 
-def _relation(clue, values): # (relation, thing, thing); None where the clue is not understood
+def _relation(clue, values): # (relation, thing, thing); None for an unknown clue
     for wording, relation in _clues.items():
         if not (m := re.fullmatch(wording, clue)): continue
         things = [_thing(words, values) for words in m.groups()]
@@ -56,8 +56,8 @@ def _place(thing, world): return thing[1] if thing[0] is None else world[thing[0
 def zebra_names(
     problem:str, # Text of a zebra puzzle
     house:int,   # From 1
-) -> set: # Names; one where the puzzle has one answer, none where a clue is not understood
-    "Who can live in a house: every assignment that obeys all clues"
+) -> set: # Names; one where the puzzle has one answer, none where a clue is unknown
+    "The people who can live in a house"
     values = [line.lower().split(', ') for line in re.findall(r'^ - .*: (.*)$', problem, re.M)]
     clues = [_relation(c, values) for c in re.findall(r'^\d+\. (.*)\.$', problem, re.M)]
     if not values or not clues or None in clues: return set()
@@ -75,43 +75,45 @@ def checked(
     stated = q['options'][tasks['choice'].letters.index(q['answer'])]
     return zebra_names(problem['problem'], int(re.search(r'\d+', q['question'])[0])) == {stated.lower()}
 
+# %% ../nbs/05b_synthetic.ipynb #5f1a40f9
 def code_problems(
     n:int,        # Problems to make
-    seed:int=1,
+    seed:int=1,   # Of the problems
     people:int=2, # As for `logic_problems`
-) -> list: # Dictionaries in Tianchi's layout, those whose answer was confirmed
+) -> list: # Dictionaries in Tianchi's layout, with confirmed answers
     "Problems by code"
     made = [p for p in logic_problems(n, 10**6*seed, people) if checked(p)]
     return [p | dict(id=f"code{people}-{p['id']}") for p in made]
 
 # %% ../nbs/05b_synthetic.ipynb #610a15aa
+def shown_row(
+    row, # Of the task `choice`
+) -> str: # Text with the tags `problem`, `question` and `options`
+    "A row in the layout of a draft"
+    options = '\n'.join(f'{c}. {o}' for c, o in zip(tasks['choice'].letters, row.options))
+    return f'<problem>{row.problem}</problem>\n<question>{row.question}</question>\n<options>\n{options}\n</options>'
+
+# %% ../nbs/05b_synthetic.ipynb #0ab28a97
 _write_new = dict(
     en='Here are {} logic problems. Write one new problem of the same kind with other names and other facts, '
        'in the same layout, and nothing else.',
     zh='下面是{}道逻辑题。请用同样的格式写一道同类的新题，换用别的人名和条件，除此之外什么都不要写。')
 
-def shown_row(
-    row, # Of the task `choice`
-) -> str:
-    "A row in the layout that the model is asked for"
-    options = '\n'.join(f'{c}. {o}' for c, o in zip(tasks['choice'].letters, row.options))
-    return f'<problem>{row.problem}</problem>\n<question>{row.question}</question>\n<options>\n{options}\n</options>'
-
 def draft_prompts(
     rows,           # Table of the task `choice`
     n:int,          # Problems to write
     examples:int=3, # Rows that each prompt shows
-    seed:int=1,
+    seed:int=1,     # Of the examples
 ): # DataFrame with `id`, `language` and `prompt`
-    "Prompts for new problems; each shows rows of one language, as often as it occurs"
-    language, out = np.array(row_languages(rows)), []
+    "Prompts for new problems; each shows rows of one language"
+    languages, out = np.array(row_languages(rows)), []
     for k in range(n):
         g = np.random.default_rng(text_hash(f'{seed} draft {k}'))
-        lang = g.choice(language)
-        same = np.flatnonzero(language == lang)
-        some = rows.iloc[g.choice(same, min(examples, len(same)), replace=False)]
-        parts = [_write_new[lang].format(len(some)), *(shown_row(r) for r in some.itertuples())]
-        out.append(dict(id=f'draft-{seed}-{k}', language=lang, prompt='\n\n'.join(parts)))
+        language = g.choice(languages)
+        same = np.flatnonzero(languages == language)
+        shown = rows.iloc[g.choice(same, min(examples, len(same)), replace=False)]
+        parts = [_write_new[language].format(len(shown)), *(shown_row(r) for r in shown.itertuples())]
+        out.append(dict(id=f'draft-{seed}-{k}', language=language, prompt='\n\n'.join(parts)))
     return pd.DataFrame(out)
 
 # %% ../nbs/05b_synthetic.ipynb #5f5ccde1
@@ -120,9 +122,9 @@ def _inside(tag, text):
     return found[0].strip() if len(found) == 1 else ''
 
 def parse_draft(
-    text:str, # What the model wrote
-    finish:str='stop',
-): # (`problem`, `question` and `options` as a dict, ''), or (None, why not)
+    text:str,          # Of the model
+    finish:str='stop', # `length` where the token limit ended the text
+): # (`problem`, `question` and `options` as a dict, ''), or (None, its fault)
     "A problem from a model's text"
     problem, question = _inside('problem', text), _inside('question', text)
     options = [m.strip() for m in re.findall(r'^\s*[A-G][.、:：)）．]\s*(.+)$', _inside('options', text), re.M)]
@@ -135,8 +137,8 @@ def parse_draft(
 # %% ../nbs/05b_synthetic.ipynb #ba9da235
 def choice_tables(
     names, # Of tables of the task `choice`
-) -> dict: # Name → table; a test table that is there belongs to them
-    "The tables whose near-copies are left out"
+) -> dict: # Name → table; with the test tables that exist
+    "The tables whose near-copies are left out; refuses another task"
     both = [n for m in names for n in (m, f'{m}_test')]
     loaded = {n: load_rows(n) for n in both if not n.endswith('_test') or data_path(f'{n}.parquet').exists()}
     if other := {n for n, t in loaded.items() if t.attrs['meta']['task'] != 'choice'}:
@@ -202,8 +204,8 @@ class SyntheticArgs:
 
 # %% ../nbs/05b_synthetic.ipynb #81008349
 def drafts(
-    run,
-    args:SyntheticArgs,
+    run,                # From `run_stage`
+    args:SyntheticArgs, # With `by='model'`
 ): # (problems in Tianchi's layout, without answers; faults of the other drafts)
     "Let the model write problems"
     prompts = draft_prompts(args.tables[args.data], args.problems, args.examples, args.seed)
@@ -218,10 +220,11 @@ def drafts(
                 for i, p, why in parsed if not why]
     return problems, [why for _, _, why in parsed if why]
 
+# %% ../nbs/05b_synthetic.ipynb #157fc18e
 def agreed_labels(
-    run,
-    args:SyntheticArgs,
-    rows, # Without labels
+    run,                # From `run_stage`
+    args:SyntheticArgs, # With `by='model'`
+    rows,               # Table without labels
 ) -> np.ndarray: # [rows] option, -1 where the attempts disagree
     "The answers that enough attempts give"
     if rows.empty: return np.zeros(0, int)
@@ -258,19 +261,20 @@ def near_reasons(
 
 # %% ../nbs/05b_synthetic.ipynb #d396efbe
 def made_problems(
-    run,
-    args:SyntheticArgs,
+    run,                # From `run_stage`
+    args:SyntheticArgs, # Of the stage
 ): # (problems in Tianchi's layout; faults of the others)
     "Problems by code or by a model"
     if args.by == 'model': return drafts(run, args)
     problems = code_problems(args.problems, args.seed, args.people)
     return problems, ['not confirmed']*(args.problems-len(problems))
 
+# %% ../nbs/05b_synthetic.ipynb #55dae0ce
 def made_rows(
-    run,
-    args:SyntheticArgs,
+    run,                # From `run_stage`; its folder gets `problems.jsonl`
+    args:SyntheticArgs, # Of the stage
 ): # (rows; [rows] text: `kept`, or why not; faults of the problems without a row)
-    "Make problems, leave out near-copies, and label what a model wrote"
+    "Make problems, leave out near-copies, and label the problems of a model"
     problems, faults = made_problems(run, args)
     if not problems: raise Refusal(f'no problem is left: {dict(Counter(faults))}', run.id, fix='Take a larger model')
     rows = new_rows(problems, run.folder/'problems.jsonl')
@@ -282,9 +286,10 @@ def made_rows(
     rows.loc[left, 'label'], why[left[label < 0]] = label, 'attempts disagree'
     return rows.assign(source=f'model {args.run or args.base}'), why, faults
 
+# %% ../nbs/05b_synthetic.ipynb #a78376c4
 def synthetic(
     run,                # From `run_stage`
-    args:SyntheticArgs,
+    args:SyntheticArgs, # Of the stage
 ):
     "Make the rows, write those that stay, and finish the run"
     try: rows, why, faults = made_rows(run, args)
