@@ -65,6 +65,9 @@ def test_sampling():
     assert set(nucleus.tolist()) == {0, 1}
     assert sample_tokens(logits, [0.], [1.], [.99]).tolist() == [0]
     assert sample_tokens(logits, [1.], [1e-9], [.99]).tolist() == [0]
+    falling, sharp = -1e-4*torch.arange(2000)[None], 9.*(torch.arange(2000) == 7)[None]
+    drawn = sample_tokens(torch.cat([falling, sharp]).repeat(1000, 1), [1.]*2000, [.5]*2000, u).reshape(1000, 2)
+    assert 900 < drawn[:, 0].max() < 1000 and set(drawn[:, 1].tolist()) == {7}, 'more than 512 tokens may stay'
 
 def test_batches(enc):
     asked = requests(enc[:5])+requests(enc[5:], adapter='run')
