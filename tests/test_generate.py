@@ -211,6 +211,21 @@ def test_a_stopped_stage_goes_on(planted):
     assert len(first_round) == len(set(first_round)) == 2 and run.done
     assert len(read_replies(run.folder/'replies')) == len(args.teacher.asked)+4
 
+def test_a_writer_without_an_accepted_text_is_refused(planted, own_root, capsys):
+    from competition_kit.core import data_path
+    only = {k: [RIGHT.format('B')] for k in TEXTS}
+    tok = load_tokenizer()
+    for asked in (24, 0):  # the second time nothing is asked for again
+        engine = Planted(only, tok)
+        with pytest.raises(Refusal, match='24 wrong.*more retries.*replies.parquet|replies.parquet.*24 wrong'):
+            run_planted(engine, retries=3, given=1)
+        assert len(engine.asked) == asked
+        folder, = (own_root/'models').glob('generate-*')
+        names = {f.name for f in folder.iterdir()}
+        assert {'replies.parquet', 'pass_rates.parquet', 'corrections.csv'} <= names and 'rows.parquet' not in names
+    said = capsys.readouterr().out
+    assert '6 rows x at most 4 attempts: at most 24 texts' in said and '24 replies are there: at most 0 texts' in said
+
 WRONG = dict(temperature=.5), dict(top_p=0.), dict(retries=0), dict(name='t'), dict(agree=2.)
 @pytest.mark.parametrize('wrong', WRONG)
 def test_arguments(planted, wrong):
