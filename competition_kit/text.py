@@ -233,10 +233,12 @@ _leak = re.compile(r'\b(?:given|provided|known|stated|supplied) (?:answer|option
 _announced = re.compile(r'(?:\b(as|since|because|given that|know(?:ing)?(?: that)?) )?(?:the )?'
                         r'correct (?:answer|option|letter) (?:is|was|of|says|must)\b', re.I)
 
+def _n_words(text): return sum(u[0].isalnum() for u in _unit.findall(text)) # without punctuation
+
 def _leaks(text): # *The correct answer is B* is a usual end; before any reasoning, or as a reason, it was known
     text = _plain(text)
     said = [(m[1], re.sub('<[^<>]*>', '', text[:m.start()])) for m in _announced.finditer(text)]
-    return bool(_leak.search(text)) or any(why or len(_unit.findall(before)) < 8 for why, before in said)
+    return bool(_leak.search(text)) or any(why or _n_words(before) < 8 for why, before in said)
 
 def _unclosed(text): # is a tag opened and not closed?
     tags = 'thinking', 'reflection', 'output', 'think', 'answer'
@@ -263,7 +265,7 @@ def rationale_fault(
     if reply.option != gold: return 'wrong'
     if _contradicts(text, options, gold): return 'contradicts its answer'
     if _leaks(text): return 'leaks the instruction'
-    return '' if len(_unit.findall(_tagged.sub('', text))) >= 8 else 'no reasoning'
+    return '' if _n_words(_tagged.sub('', text)) >= 8 else 'no reasoning'
 
 # %% ../nbs/lib/03n_text.ipynb #b20d7ffa
 def text_votes(

@@ -87,6 +87,7 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'),
            'stop'),
           ('A. Anna\nB. Ben\nThe others are older than she is, so it follows. The answer is C.', '', 'stop'),
           (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
+          ('A. Ann.\n\nThe answer is: C. Cleo.', 'no reasoning', 'stop'),
           (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
 
 @pytest.mark.parametrize('text, fault, finish', FAULTS)
