@@ -48,14 +48,14 @@ def stage(name, params, root, kill_at=0):
     return out.split()[-1], (time.monotonic()-began)/60, len(kept)-before
 
 def main(root, rows):
-    how = dict(max_len=512, epochs=1., batch=4, lora_r=8, pack_tokens=1024)
+    how = dict(max_len=512, epochs=3., batch=4, lora_r=8, pack_tokens=1024)
     mix = f'sample_logic:{rows}'
     written = dict(data=mix, name='written', retries=4, given=2, temperature=.6, max_len=1024, max_new_tokens=96)
     made, first, a = stage('generate', written | dict(shard=24), root, kill_at=2)
-    how |= dict(score_every=4)
-    text, second, _ = stage('train', dict(mix=f'{mix} + written', route='text', max_new_tokens=96, **how), root)
+    answers = dict(route='text', max_new_tokens=96, score_every=2)
+    text, second, _ = stage('train', dict(mix=f'{mix} + written', **answers, **how), root)
     letters, third, _ = stage('train', dict(mix=mix, **how), root)
-    vote, fourth, b = stage('vote', dict(data='sample_logic', runs=f'{letters} {text}', samples=2, retries=1,
+    vote, fourth, b = stage('vote', dict(data='sample_logic', runs=f'{letters} {text}', samples=1, retries=1,
                                          rescore=.25, views=1), root, kill_at=1)
     read = {run: json.loads((root/f'models/{run}/record.json').read_text()) for run in (made, text, letters, vote)}
     record, metrics = read[vote], {run: r['metrics'] for run, r in read.items()}
