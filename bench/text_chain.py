@@ -28,7 +28,8 @@ def started(stage, params, root):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 def cpu_minutes(): # of all processes so far
-    return sum(u.ru_utime+u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))/60
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime+u.ru_stime for u in used)/60
 
 def shards(root): return list(root.glob('models/*/replies/**/*.parquet'))
 
@@ -63,7 +64,8 @@ def main(root, rows):
     minutes = dict(generate=first, train_text=second, train_letters=third, vote=fourth)
     report(what='text chain', rows=rows, minutes={k: round(m, 2) for k, m in minutes.items()},
            all_minutes=sum(minutes.values()), cpu_minutes=cpu_minutes(), kept_by_the_kills=[a, b],
-           rationales=read[made]['rows'], written=metrics[made], text=metrics[text], letters=metrics[letters], vote=counts,
+           rationales=read[made]['rows'], written=metrics[made], text=metrics[text], letters=metrics[letters],
+           vote=counts, vote_scores=metrics[vote],
            submission=(root/record['submission']).is_file(), load=os.getloadavg()[0])
 
 if __name__ == '__main__':

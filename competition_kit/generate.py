@@ -175,8 +175,9 @@ def writing_plan(
     n, prompt = len(args.rows), float(args.prompt.encode(args.rows).n.mean())
     tries, most = args.retries+args.given, args.max_new_tokens
     texts = n*tries-known
-    line = (f'{n:,} rows x at most {tries} attempts{f", {known:,} replies are there" if known else ""}: at most '
-            f'{texts:,} texts, {texts*prompt:,.0f} tokens read and {texts*most:,} written')
+    there = f', {known:,} replies are there' if known else ''
+    line = (f"{n:,} rows x at most {tries} attempt{'s'*(tries > 1)}{there}: at most {texts:,} texts, "
+            f'{texts*prompt:,.0f} tokens read and {texts*most:,} written')
     if engine.name not in ('transformers', 'vllm') or texts < 1: return line
     minutes, source = most_minutes(engine, args, texts, prompt)
     return f'{line}; at most {minutes:,.1f} minutes, {source}'

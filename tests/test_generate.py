@@ -212,7 +212,6 @@ def test_a_stopped_stage_goes_on(planted):
     assert len(read_replies(run.folder/'replies')) == len(args.teacher.asked)+4
 
 def test_a_writer_without_an_accepted_text_is_refused(planted, own_root, capsys):
-    from competition_kit.core import data_path
     only = {k: [RIGHT.format('B')] for k in TEXTS}
     tok = load_tokenizer()
     for asked in (24, 0):  # the second time nothing is asked for again
