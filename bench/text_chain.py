@@ -1,9 +1,9 @@
 """Rationales → training on them → a vote → a submission, each stage killed once: python bench/text_chain.py [FOLDER]
 
 The embedded base writes about rows of the logic sample, is trained on what was accepted, and votes by texts beside a
-letter run. Everything happens below FOLDER (default: a new one). Says the minutes of each stage, kills included, and
-how many shards of replies each kill left."""
-import argparse, json, os, signal, subprocess, sys, tempfile, time
+letter run. Everything happens below FOLDER (default: a new one). Says the minutes of each stage and the minutes of
+CPU, kills included, how many shards of replies each kill left, and the scores beside their baselines."""
+import argparse, json, os, resource, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 from common import report
 
@@ -27,6 +27,10 @@ def started(stage, params, root):
     command = [sys.executable, '-c', CODE, stage, json.dumps(params), str(root)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
+def cpu_minutes(): # of all processes so far
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime+u.ru_stime for u in used)/60
+
 def shards(root): return list(root.glob('models/*/replies/**/*.parquet'))
 
 def stage(name, params, root, kill_at=0):
@@ -45,21 +49,23 @@ def stage(name, params, root, kill_at=0):
     return out.split()[-1], (time.monotonic()-began)/60, len(kept)-before
 
 def main(root, rows):
-    how = dict(max_len=512, epochs=1., batch=4, lora_r=8, pack_tokens=1024)
+    how = dict(max_len=512, epochs=3., batch=4, lora_r=8, pack_tokens=1024)
     mix = f'sample_logic:{rows}'
-    written = dict(data=mix, name='written', retries=4, given=2, temperature=.6, max_len=1024, max_new_tokens=128)
-    made, first, a = stage('generate', written | dict(shard=8), root, kill_at=2)
-    assert (root/'data/written.parquet').is_file(), 'no rationale was accepted: give more --rows'
-    how |= dict(score_every=4)
-    text, second, _ = stage('train', dict(mix=f'{mix} + written', route='text', max_new_tokens=128, **how), root)
+    written = dict(data=mix, name='written', retries=4, given=2, temperature=.6, max_len=1024, max_new_tokens=96)
+    made, first, a = stage('generate', written | dict(shard=24), root, kill_at=2)
+    answers = dict(route='text', max_new_tokens=96, score_every=2)
+    text, second, _ = stage('train', dict(mix=f'{mix} + written', **answers, **how), root)
     letters, third, _ = stage('train', dict(mix=mix, **how), root)
-    vote, fourth, b = stage('vote', dict(data='sample_logic', runs=f'{letters} {text}', samples=2, retries=1,
+    vote, fourth, b = stage('vote', dict(data='sample_logic', runs=f'{letters} {text}', samples=1, retries=1,
                                          rescore=.25, views=1), root, kill_at=1)
-    record, made = (json.loads((root/f'models/{run}/record.json').read_text()) for run in (vote, made))
+    read = {run: json.loads((root/f'models/{run}/record.json').read_text()) for run in (made, text, letters, vote)}
+    record, metrics = read[vote], {run: r['metrics'] for run, r in read.items()}
     counts = {k: record['metrics'].get(k) for k in ('replies', 'unparsed', 'retried', 'rows_without_answer')}
     minutes = dict(generate=first, train_text=second, train_letters=third, vote=fourth)
     report(what='text chain', rows=rows, minutes={k: round(m, 2) for k, m in minutes.items()},
-           all_minutes=sum(minutes.values()), kept_by_the_kills=[a, b], rationales=made['rows'], vote=counts,
+           all_minutes=sum(minutes.values()), cpu_minutes=cpu_minutes(), kept_by_the_kills=[a, b],
+           rationales=read[made]['rows'], written=metrics[made], text=metrics[text], letters=metrics[letters],
+           vote=counts, vote_scores=metrics[vote],
            submission=(root/record['submission']).is_file(), load=os.getloadavg()[0])
 
 if __name__ == '__main__':

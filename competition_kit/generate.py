@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['judge_replies', 'pass_rates', 'doubtful_labels', 'doubt_lines', 'labelled_choices', 'rationale_table', 'GenerateArgs',
-           'one_round', 'all_rounds', 'rationale_rows', 'generate_metrics', 'generate']
+           'most_minutes', 'writing_plan', 'one_round', 'all_rounds', 'rationale_rows', 'generate_metrics',
+           'check_kept', 'generate', 'plot_replies']
 
 # %% ../nbs/05_generate.ipynb #498b2670
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer
 from .core import Refusal, at_least, csv_text, write_table
+from .cost import base_config, find_gpu, shape
 from .record import find_run
-from .replies import end_engine, generate as ask, job_table, reply_engine, reply_input, start_engine
+from .replies import (TransformersEngine, end_engine, generate as ask, job_table, read_replies,
+                                     reply_engine, reply_input, start_engine)
+from .reply_cost import generation_seconds, gpu_speed, measured_speed, sequences_at_once
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, parse_mix, table_hashes, write_rows
 from .teachers import teacher_inputs
@@ -144,6 +148,40 @@ class GenerateArgs:
         engine = reply_input(reply_engine(self.engine, self.base, self.dtype))
         return table_hashes(self.data) | dict(base=base_hash(self.base)) | run | engine
 
+# %% ../nbs/05_generate.ipynb #f0059b5e
+def most_minutes(
+    engine,       # That writes
+    args:GenerateArgs,
+    texts:int,
+    prompt:float, # Mean tokens of a prompt
+) -> tuple: # Minutes if every text reaches the limit of tokens; where the speed comes from
+    "The longest time of a number of texts on this machine"
+    size = shape(base_config(args.base))
+    spec = find_gpu('this machine', args.dtype)
+    dtype = args.dtype if args.dtype != 'auto' else 'fp32' if spec['name'] == 'CPU' else 'bf16'
+    timed = isinstance(engine, TransformersEngine)
+    speed = measured_speed(engine, 4) if timed else gpu_speed(size, spec, dtype, engine.name)
+    most = args.max_new_tokens
+    at_once = sequences_at_once(size, spec, dtype, engine.name, prompt, most, most, args.batch_tokens)
+    at_once = min(at_once, len(args.rows), args.shard if timed else at_once)
+    return generation_seconds(speed, texts, prompt, most, most, at_once, engine.name)/60, speed.source
+
+def writing_plan(
+    engine,     # That writes
+    args:GenerateArgs,
+    known:int=0,# Replies that an earlier try has left
+) -> str:
+    "Rows, attempts, tokens, and the minutes that they take at most"
+    n, prompt = len(args.rows), float(args.prompt.encode(args.rows).n.mean())
+    tries, most = args.retries+args.given, args.max_new_tokens
+    texts = n*tries-known
+    there = f', {known:,} replies are there' if known else ''
+    line = (f"{n:,} rows x at most {tries} attempt{'s'*(tries > 1)}{there}: at most {texts:,} texts, "
+            f'{texts*prompt:,.0f} tokens read and {texts*most:,} written')
+    if engine.name not in ('transformers', 'vllm') or texts < 1: return line
+    minutes, source = most_minutes(engine, args, texts, prompt)
+    return f'{line}; at most {minutes:,.1f} minutes, {source}'
+
 # %% ../nbs/05_generate.ipynb #6093ef03
 def one_round(
     run,
@@ -165,6 +203,7 @@ def all_rounds(
 ): # DataFrame, a line a reply: `id`, `attempt`, `text`, `option`, `how`, `fault`, `given`, …
     "Ask until each row has an accepted text, or the attempts are over"
     left, out = args.rows, []
+    print(writing_plan(args.teacher, args, len(read_replies(run.folder/'replies'))), flush=True)
     for attempt in range(args.retries+args.given):
         if left.empty: break
         out.append(one_round(run, args, attempt, left))
@@ -200,12 +239,26 @@ def generate_metrics(
                 doubtful=len(doubtful), **{f'refused: {k}': int(n) for k, n in reasons.items()},
                 baselines=dict(chance=dict(accuracy=float((1/n_options(rows, 'choice')).mean()))))
 
+# %% ../nbs/05_generate.ipynb #f62abf8e
+def check_kept(
+    judged,  # From `all_rounds`
+    base:str,# That wrote
+    file,    # With the replies
+):
+    "Refuse replies of which none is accepted"
+    if (judged.fault == '').any(): return
+    reasons = judged.fault.value_counts()
+    fixes = {'cut off': 'a larger max_new_tokens', 'wrong': 'more retries, or given=2'}
+    raise Refusal(f"{base} wrote no text to train on. Of {len(judged)} replies: "
+                  f"{', '.join(f'{n} {k}' for k, n in reasons.items())}", file,
+                  fix=f"Give {fixes.get(reasons.index[0], 'more retries')}, more rows, or a larger base")
+
 # %% ../nbs/05_generate.ipynb #e76d50be
 def generate(
     run,               # From `run_stage`
     args:GenerateArgs,
 ):
-    "Sample, judge, write the tables and the correction file, and finish the run"
+    "Sample, judge, write the tables and the correction file, and finish the run; without an accepted text a `Refusal`"
     rows, teacher = args.rows, args.teacher
     try: judged = all_rounds(run, args)
     finally: end_engine(teacher)
@@ -213,9 +266,25 @@ def generate(
     write_table(judged, run.folder/'replies.parquet', run=run.id)
     write_table(pass_rates(judged, rows), run.folder/'pass_rates.parquet', run=run.id)
     (run.folder/'corrections.csv').write_text(csv_text(doubtful.to_dict('list')), encoding='utf-8')
-    files = ['replies.parquet', 'pass_rates.parquet', 'corrections.csv']
-    if len(kept):
-        write_rows(kept, run.folder/'rows.parquet', run=run.id)
-        files.append('rows.parquet')
+    check_kept(judged, args.base, run.folder/'replies.parquet')
+    write_rows(kept, run.folder/'rows.parquet', run=run.id)
+    files = ['replies.parquet', 'pass_rates.parquet', 'corrections.csv', 'rows.parquet']
     run.finish(generate_metrics(judged, rows, doubtful), files, rows=len(kept), task='choice',
                engine=[teacher.name, teacher.version], prompt=args.prompt.hash, doubtful=doubt_lines(doubtful))
+
+# %% ../nbs/05_generate.ipynb #cacd05fa
+def plot_replies(
+    judged, # From `all_rounds`, or `replies.parquet` of a run
+    rows,
+): # A matplotlib figure
+    "Replies accepted and refused by reason; the pass rate of each row"
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout='constrained')
+    n = judged.fault.replace('', 'accepted').value_counts(ascending=True)
+    bars = left.barh(n.index, n, color=['C0' if k == 'accepted' else '0.7' for k in n.index])
+    left.bar_label(bars, padding=2)
+    left.set(xlabel='replies', xlim=(0, 1.15*n.max()))
+    right.hist(pass_rates(judged, rows).pass_rate.dropna(), bins=np.linspace(0, 1, 11))
+    right.set(xlabel='pass rate', ylabel='rows')
+    plt.close(fig)
+    return fig

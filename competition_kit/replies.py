@@ -38,6 +38,16 @@ def attempt_seed(
     return int(hash_obj([seed, id, attempt], 15), 16)
 
 # %% ../nbs/lib/03s_replies.ipynb #5137e382
+def _least_kept(ordered, top_p): # [sequences, 1], from falling probabilities
+    kept = ordered.cumsum(-1)-ordered < top_p
+    return ordered.masked_fill(~kept, 2).amin(-1, keepdim=True)
+
+def _nucleus(p, top_p): # [sequences, 1], the least probability that stays; a sort only where 512 tokens do not reach it
+    first = p.topk(min(512, p.shape[1]), -1).values
+    least, short = _least_kept(first, top_p), first.sum(-1) < top_p[:, 0]
+    if short.any(): least[short] = _least_kept(p[short].sort(-1, descending=True).values, top_p[short])
+    return least
+
 def sample_tokens(
     logits,      # [sequences, vocabulary]
     temperature, # [sequences], 0: the most probable token
@@ -48,10 +58,7 @@ def sample_tokens(
     put = dict(dtype=torch.float64, device=logits.device)
     t, top_p, u = (torch.as_tensor(x, **put)[:, None] for x in (temperature, top_p, u))
     p = (logits.double()/t.clamp_min(1e-6)).softmax(-1)
-    if (top_p < 1).any():
-        ordered = p.sort(-1, descending=True).values
-        kept = ordered.cumsum(-1)-ordered < top_p
-        p = torch.where(p >= ordered.masked_fill(~kept, 2).amin(-1, keepdim=True), p, 0)
+    if (top_p < 1).any(): p = torch.where(p >= _nucleus(p, top_p), p, 0)
     cdf = p.cumsum(-1)
     drawn = torch.searchsorted(cdf, u*cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[1]-1)
     return torch.where(t[:, 0] > 0, drawn, logits.argmax(-1))

@@ -108,10 +108,11 @@ _tagged = re.compile(r'<(output|answer)>(.*?)(?:</\1>|$)', re.S | re.I)
 _boxed = re.compile(r'\\boxed\{(?:\\text\{)?([^{}]*)\}')
 _markup = ' \t\r\n*_`"\'“”‘’()[]{}<>.。,:;!'
 _letter = r'(?-i:(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])(?![A-Za-z0-9]))'  # not the article A
-_answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?\s*:?\s*'
+_answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?'
+           r'(?: indeed| therefore| thus| clearly)?\s*:?\s*'
            '|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?\\s*:?\\s*|(?<![不非别])选择?\\s*:?\\s*')
 _stated = re.compile(rf'(?:{_answer})(?:option |choice |选项\s*)?[*_("“\[\\]*{_letter}', re.I)
-_stated_too = re.compile(rf'{_letter}[*_)\]]*(?: is (?:the )?(?:correct|right|answer)'
+_stated_too = re.compile(rf'{_letter}[*_)\]"”]*(?: is (?:the )?(?:correct|right|answer)'
                          r'|\s*(?:选项|项)?\s*[是为]?\s*(?:正确|成立|符合题意)(?!吗|性))', re.I)
 _supposed = re.compile(r'(?:如果|假如|假设|倘若|若)[^,。;]*|\b(?:if|suppose|assume|assuming)\b[^,.;]*', re.I)
 _denied = re.compile(r'[*_)\]"]*\s*(?:选项|项)?\s*[是就也都]*\s*(?:不对|错|不正确|不成立|不符合)'
@@ -147,6 +148,7 @@ def _texts_in(text, options): # positions of the options whose text stands in it
 def _captions(text, options): # positions by a letter, alone or before a text; another option's text adds that one
     if not (m := _captioned.fullmatch(text.strip())): return set()
     named, others = _position(m[1], options), _named(m[2] or '', options)
+    if named < 0 and (own := _named(text, options)): return own # `H` is no letter of the row, and the text of an option
     return {named} if named in others else {named, *others}
 
 def _states(line, options): # positions that a line calls the answer; not what it only supposes
@@ -156,7 +158,8 @@ def _states(line, options): # positions that a line calls the answer; not what i
         if _denied.match(line, m.end()): continue
         more = re.findall('[A-Z]', _joined.match(line, m.end())[0])
         letters |= {_position(c, options) for c in (m[1], *more)}
-    return letters or set().union(*(_named(t, options) for t in _stated_text.findall(line)))
+    if letters-{-1}: return letters
+    return set().union(*(_named(t, options) for t in _stated_text.findall(line))) or letters
 
 def _in_tag(text, options):
     letter, named = re.fullmatch('[a-z]', _bare(text)), _named(text, options)
@@ -221,12 +224,21 @@ def parse_replies(
     return pd.DataFrame(parsed, columns=Reply._fields, index=replies.index)
 
 # %% ../nbs/lib/03n_text.ipynb #83c6d231
-_leak = re.compile(r'\b(?:given|provided|known|stated|supplied|correct) (?:answer|option|letter) '
+_leak = re.compile(r'\b(?:given|provided|known|stated|supplied) (?:answer|option|letter) '
                    r'(?:is|was|of|says|must)\b'
                    r'|\b(?:answer|option) (?:is|was) (?:already )?(?:given|provided|known)\b|\bthe (?:given|provided) '
                    r'answer\b|\bI (?:was|am|have been) (?:told|given)\b|do not say that you know'
                    '|(?:给定|给出|已知|提供|预先|事先知道)的?(?:(?:正确的?)?答案|正确的?选项)|(?:答案|正确选项)已经?(?:给出|给定|知)'
                    '|不要提到你事先', re.I)
+_announced = re.compile(r'(?:\b(as|since|because|given that|know(?:ing)?(?: that)?) )?(?:the )?'
+                        r'correct (?:answer|option|letter) (?:is|was|of|says|must)\b', re.I)
+
+def _n_words(text): return sum(u[0].isalnum() for u in _unit.findall(text)) # without punctuation
+
+def _leaks(text): # *The correct answer is B* is a usual end; before any reasoning, or as a reason, it was known
+    text = _plain(text)
+    said = [(m[1], re.sub('<[^<>]*>', '', text[:m.start()])) for m in _announced.finditer(text)]
+    return bool(_leak.search(text)) or any(why or _n_words(before) < 8 for why, before in said)
 
 def _unclosed(text): # is a tag opened and not closed?
     tags = 'thinking', 'reflection', 'output', 'think', 'answer'
@@ -252,8 +264,8 @@ def rationale_fault(
     if reply.option < 0: return reply.how
     if reply.option != gold: return 'wrong'
     if _contradicts(text, options, gold): return 'contradicts its answer'
-    if _leak.search(_plain(text)): return 'leaks the instruction'
-    return '' if len(_unit.findall(_tagged.sub('', text))) >= 8 else 'no reasoning'
+    if _leaks(text): return 'leaks the instruction'
+    return '' if _n_words(_tagged.sub('', text)) >= 8 else 'no reasoning'
 
 # %% ../nbs/lib/03n_text.ipynb #b20d7ffa
 def text_votes(

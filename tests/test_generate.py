@@ -65,6 +65,9 @@ def test_sampling():
     assert set(nucleus.tolist()) == {0, 1}
     assert sample_tokens(logits, [0.], [1.], [.99]).tolist() == [0]
     assert sample_tokens(logits, [1.], [1e-9], [.99]).tolist() == [0]
+    falling, sharp = -1e-4*torch.arange(2000)[None], 9.*(torch.arange(2000) == 7)[None]
+    drawn = sample_tokens(torch.cat([falling, sharp]).repeat(1000, 1), [1.]*2000, [.5]*2000, u).reshape(1000, 2)
+    assert 900 < drawn[:, 0].max() < 1000 and set(drawn[:, 1].tolist()) == {7}, 'more than 512 tokens may stay'
 
 def test_batches(enc):
     asked = requests(enc[:5])+requests(enc[5:], adapter='run')
@@ -207,6 +210,20 @@ def test_a_stopped_stage_goes_on(planted):
     first_round = [k for k, *_ in args.teacher.asked[:2]]
     assert len(first_round) == len(set(first_round)) == 2 and run.done
     assert len(read_replies(run.folder/'replies')) == len(args.teacher.asked)+4
+
+def test_a_writer_without_an_accepted_text_is_refused(planted, own_root, capsys):
+    only = {k: [RIGHT.format('B')] for k in TEXTS}
+    tok = load_tokenizer()
+    for asked in (24, 0):  # the second time nothing is asked for again
+        engine = Planted(only, tok)
+        with pytest.raises(Refusal, match='24 wrong.*more retries.*replies.parquet|replies.parquet.*24 wrong'):
+            run_planted(engine, retries=3, given=1)
+        assert len(engine.asked) == asked
+        folder, = (own_root/'models').glob('generate-*')
+        names = {f.name for f in folder.iterdir()}
+        assert {'replies.parquet', 'pass_rates.parquet', 'corrections.csv'} <= names and 'rows.parquet' not in names
+    said = capsys.readouterr().out
+    assert '6 rows x at most 4 attempts: at most 24 texts' in said and '24 replies are there: at most 0 texts' in said
 
 WRONG = dict(temperature=.5), dict(top_p=0.), dict(retries=0), dict(name='t'), dict(agree=2.)
 @pytest.mark.parametrize('wrong', WRONG)

@@ -5,7 +5,7 @@ import os, socket, subprocess, sys
 from importlib import import_module
 from pathlib import Path
 import pytest
-from competition_kit.core import data_path, models_path
+from competition_kit.core import Refusal, data_path, models_path
 from competition_kit.graph import expand, known_recipes, read_recipe, read_yaml, table_stages
 from competition_kit.jobs import yielded
 from competition_kit.record import run_stage
@@ -50,19 +50,22 @@ def run_here(name, **values): # Record of each job, by its name
         args = job.args | {k: ''.join(map(text, parts)) for k, parts in job.links.items()}
         module = import_module(f'competition_kit.{job.stage}')
         work = getattr(module, 'make_split' if job.stage == 'split' else job.stage)
-        run = run_stage(work, getattr(module, f'{job.stage.capitalize()}Args')(**args))
+        stage_args = getattr(module, f'{job.stage.capitalize()}Args')(**args)
+        try: run = run_stage(work, stage_args)
+        except Refusal:
+            if job.stage != 'generate': raise
+            records[job.name] = plant(args)
+            continue
         records[job.name] = run.record
         if job.stage in table_stages: publish(run.folder, yielded(run.record))
-        if job.stage == 'generate': plant(yielded(run.record))
     return records
 
 
-def plant(name): # rationales where so small a model wrote none that is right
-    if data_path(f'{name}.parquet').exists(): return
-    rows = load_rows('sample_logic:8', seed=len(name)).drop(columns=['main', 'phase'])
-    texts = [f'<thinking>Thus.</thinking><output>{"ABCDEFG"[k]}</output>'
-             for k in rows.label]
-    write_rows(rows.assign(rationale=texts, given=False, pass_rate=0.), data_path(f'{name}.parquet'))
+def plant(args): # rationales where so small a model wrote none that is right, and the record of their writer
+    rows = load_rows('sample_logic:8', seed=len(args['name'])).drop(columns=['main', 'phase'])
+    texts = [f'<thinking>Thus.</thinking><output>{"ABCDEFG"[k]}</output>' for k in rows.label]
+    write_rows(rows.assign(rationale=texts, given=False, pass_rate=0.), data_path(f"{args['name']}.parquet"))
+    return dict(stage='generate', status='done', params=args)
 
 
 slow = pytest.mark.skipif('CK_SLOW' not in os.environ, reason='some minutes each: CK_SLOW=1')

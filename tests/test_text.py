@@ -31,6 +31,8 @@ PARSED = [ # reply, position, options
     ('如果选A，就会矛盾，所以答案是C。', 2, NAMES),
     ('If the answer is A, Ben lies, so the answer is C.', 2, NAMES),
     ('逐项检查：选A不对，因为她最大；选B对。', 1, NAMES),
+    ('The answer is indeed B.', 1, NAMES), ('"B" is the correct answer.', 1, NAMES),
+    ('H', 0, ['H', 'J', 'K']), ('So it follows.\n（J）', 1, ['H', 'J', 'K']), ('The answer is K.', 2, ['H', 'J', 'K']),
     ('<output>H</output>', 0, ['H', 'J', 'K']), ('<output>B</output>', 1, ['H', 'J', 'K']),
     ('O、R', 1, ['J、S', 'O、R', 'O、R、S']), (f'B. {["Cry"]*8}', 1, [str(['Sing']*8), str(['Cry']*8)])]
 
@@ -60,6 +62,9 @@ UNPARSED = [('', 'no answer'), ('<output></output>', 'no answer'), ('<output>A o
 def test_unparsed(text, how): assert parse_reply(text, NAMES) == (-1, how)
 
 def test_letters_are_those_of_the_row():
+    assert parse_reply('Option H', ['H', 'J', 'K']) == parse_reply('I', ['H', 'J', 'K']) == (-1, 'outside the options')
+    assert parse_reply('H', ['H', 'h', 'K']) == (-1, 'two answers')
+    assert parse_reply('B', ['H', 'B', 'A']).option == 1 and parse_reply('A', ['H', 'B', 'A']).option == 0
     assert parse_reply('<output>C</output>', NAMES[:2]) == (-1, 'outside the options')
 
 REASON = '<thinking>Ben is older than Cleo, and Anna is older than Ben.</thinking>'
@@ -72,12 +77,17 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'),
           (REASON+'<reflection>So the answer is B.</reflection><output>C</output>', 'contradicts its answer', 'stop'),
           (REASON+'<reflection>Is the answer B?\nNo, the answer is C.</reflection><output>C</output>', '', 'stop'),
           (REASON+'The given answer is C.<output>C</output>', 'leaks the instruction', 'stop'),
+          ('Ben is older than Cleo, and Anna is older than Ben. The correct answer is C.', '', 'stop'),
+          ('The correct answer is C. Ben is older than Cleo, and Anna is older.', 'leaks the instruction', 'stop'),
+          ('Ben is older than Cleo and Anna is older than he. Since the correct answer is C, Cleo fits.',
+           'leaks the instruction', 'stop'),
           ('<thinking>题目给出的答案是C，所以Cleo最小，其他人都比她大。</thinking><output>C</output>',
            'leaks the instruction', 'stop'),
           ('A. Anna\nThe others are younger than she is, so it follows. The answer is C.', 'contradicts its answer',
            'stop'),
           ('A. Anna\nB. Ben\nThe others are older than she is, so it follows. The answer is C.', '', 'stop'),
           (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
+          ('A. Ann.\n\nThe answer is: C. Cleo.', 'no reasoning', 'stop'),
           (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
 
 @pytest.mark.parametrize('text, fault, finish', FAULTS)
