@@ -244,12 +244,12 @@ def _unclosed(text): # is a tag opened and not closed?
     tags = 'thinking', 'reflection', 'output', 'think', 'answer'
     return any(len(re.findall(f'<{t}>', text, re.I)) != len(re.findall(f'</{t}>', text, re.I)) for t in tags)
 
-def _contradicts(text, options, answer): # does a thought state another option last, or is another one the only line?
-    thoughts = [_plain(m[0]) for m in _thought.finditer(text)]
+def _contradicts(text, options, answer): # is another option what a thought states last, or any later line states?
+    thoughts, lines = [_plain(m[0]) for m in _thought.finditer(text)], _thought.sub('', _plain(text)).splitlines()
     stated = [found for t in thoughts for line in t.splitlines() if (found := _states(line, options))]
-    lines = _thought.sub('', _plain(text)).splitlines()
+    said = stated[-1:]+[_states(line, options) for line in lines if not line.rstrip().endswith(('?', '？'))]
     alone = [_captions(line, options) for line in lines if _is_option(line, options)]
-    return bool(stated) and stated[-1] != {answer} or len(alone) == 1 and alone[0] != {answer}
+    return any(found-{answer} for found in said) or len(alone) == 1 and alone[0] != {answer}
 
 def rationale_fault(
     text:str,
