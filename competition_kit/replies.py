@@ -52,15 +52,15 @@ def sample_tokens(
     logits,      # [sequences, vocabulary]
     temperature, # [sequences], 0: the most probable token
     top_p,       # [sequences], above 0; 1: all tokens
-    u,           # [sequences], random numbers from 0 to below 1
+    u,           # [sequences, vocabulary], random numbers from 0 to below 1
 ) -> torch.Tensor: # [sequences], token ids
-    "One token for each sequence, by its own random number"
-    put = dict(dtype=torch.float64, device=logits.device)
-    t, top_p, u = (torch.as_tensor(x, **put)[:, None] for x in (temperature, top_p, u))
-    p = (logits.double()/t.clamp_min(1e-6)).softmax(-1)
-    if (top_p < 1).any(): p = torch.where(p >= _nucleus(p, top_p), p, 0)
-    cdf = p.cumsum(-1)
-    drawn = torch.searchsorted(cdf, u*cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[1]-1)
+    "One token for each sequence, by its own random numbers: the Gumbel-max trick"
+    t, top_p = (torch.as_tensor(x, dtype=torch.float32, device=logits.device)[:, None] for x in (temperature, top_p))
+    z = logits.float()/t.clamp_min(1e-6)
+    if (top_p < 1).any():
+        p = z.softmax(-1)
+        z = z.masked_fill(p < _nucleus(p, top_p), -torch.inf)
+    drawn = (z-(-u.log()).log()).argmax(-1)
     return torch.where(t[:, 0] > 0, drawn, logits.argmax(-1))
 
 # %% ../nbs/lib/03s_replies.ipynb #6da40060
@@ -72,11 +72,14 @@ def _padded(requests, pad, device): # ids, mask and positions, [sequences, token
         mask[k, longest-len(r.ids):] = 1
     return ids.to(device), mask.to(device), (mask.cumsum(1)-1).clamp_min(0).to(device)
 
-def _uniform(requests): # [sequences, steps], each from its own seed
-    n = max(r.max_new_tokens for r in requests)
-    draws = [torch.rand(n, generator=torch.Generator().manual_seed(r.seed % 2**63), dtype=torch.float64)
-             for r in requests]
-    return torch.stack(draws)
+def _generators(requests, device): # one for each request, from its own seed
+    return [torch.Generator(device).manual_seed(r.seed % 2**63) for r in requests]
+
+def _next_tokens(logits, requests, generators): # [sequences]
+    how = [(r.temperature, r.top_p) for r in requests]
+    if not any(t for t, _ in how): return logits.argmax(-1)
+    u = [torch.rand(logits.shape[1], generator=g, device=logits.device) for g in generators]
+    return sample_tokens(logits, *zip(*how), torch.stack(u))
 
 def check_time(
     clock, # A `Clock`, or None
@@ -95,14 +98,13 @@ def decode_batch(
     "Generate one batch with a KV cache"
     from transformers import DynamicCache
     ids, mask, at = _padded(requests, pad, model.device)
-    cache, u, step = DynamicCache(config=model.config), _uniform(requests), 0
+    cache, drawn, step = DynamicCache(config=model.config), _generators(requests, model.device), 0
     out, alive = [[] for _ in requests], list(range(len(requests)))
     while alive:
         check_time(clock)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True,
                        logits_to_keep=1).logits[:, -1].float()
-        how = [(requests[k].temperature, requests[k].top_p) for k in alive]
-        new = sample_tokens(logits, *zip(*how), u[alive, step])
+        new = _next_tokens(logits, [requests[k] for k in alive], [drawn[k] for k in alive])
         for k, token in zip(alive, new.tolist()): out[k].append(token)
         step += 1
         stay = [i for i, k in enumerate(alive) if out[k][-1] not in ends and step < requests[k].max_new_tokens]
@@ -376,18 +378,20 @@ def _write_shard(engine, jobs, texts, folder): # the replies of some jobs
 def finished_replies(
     engine,   # With `replies`, or with `stream`
     requests, # `Request`s
-    shard:int,# Requests of one call of `replies`
+    shard:int,# Requests of one call of `replies`, or more where one batch holds them
 ): # Pairs of a position and a `Text`
     "Replies, as soon as the engine gives them"
     if hasattr(engine, 'stream'): yield from engine.stream(requests)
     else:
-        for k in range(0, len(requests), shard): yield from enumerate(engine.replies(requests[k:k+shard]), k)
+        fit = getattr(engine, 'batch_tokens', 0)//max(len(r.ids)+r.max_new_tokens for r in requests or [Request([])])
+        size = max(shard, fit)  # a whole batch, where more fit: a GPU takes as long for a small one
+        for k in range(0, len(requests), size): yield from enumerate(engine.replies(requests[k:k+size]), k)
 
 def generate(
     engine,        # With `name`, `version`, and `replies` or `stream`
     jobs,          # From `job_table`; several may be joined
     folder,        # Of the shards
-    shard:int=64,  # Replies in a shard
+    shard:int=64,  # Replies in a shard; a kill loses one, or one batch of transformers
     progress=True, # Show a bar
 ): # DataFrame, a line a job, in their order
     "The replies of all jobs; those in the folder are not asked for again"

@@ -559,11 +559,11 @@ def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, prompt, tmp_path, rs
         plain.save_pretrained(tmp_path/name)
         want = letter_logits(plain, ids, prompt)
         classifier = classifier_of(tiny('llama'), prompt, adapter=str(tmp_path/name))
-        close(packed(classifier, ids), want, 2e-5)
-        close(packed(fuse(classifier), ids), want, 2e-5)
+        close(packed(classifier, ids), want, 1e-4)
+        close(packed(fuse(classifier), ids), want, 1e-4)
     after = continue_from(add_lora(classifier_of(tiny('llama'), prompt), r=4, alpha=5, modules='q_proj,v_proj,up_proj'),
                           tmp_path/'alphas')
-    close(packed(after, ids), want, 2e-5)
+    close(packed(after, ids), want, 1e-4)
 
 def test_another_rank_cannot_continue(tiny, prompt, tmp_path):
     with pytest.raises(Refusal, match='do not fit'):
