@@ -10,6 +10,7 @@ DATA ?= sample_arena
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
+unexport PYTHONDONTWRITEBYTECODE  # else every process compiles all libraries again, which takes 10 seconds
 export PATH := $(BIN):$(PATH)
 
 .PHONY: run test setup readme lab outputs docs

@@ -6,13 +6,14 @@
 __all__ = ['kinds', 'styles', 'samples', 'arena_rows', 'knight_worlds', 'logic_problems', 'write_arena', 'make_sample']
 
 # %% ../nbs/lib/01b_sample.ipynb #2268513a
-import itertools, json, random
+import itertools, json, random, warnings
 from pathlib import Path
 from .core import Refusal, atomic, csv_text, data_path, jsonl_text
 
 # %% ../nbs/lib/01b_sample.ipynb #fdfb94f7
 def _gym(name, n, seed, **kw):
-    try: import reasoning_gym
+    try:
+        with warnings.catch_warnings(category=SyntaxWarning, action='ignore'): import reasoning_gym  # of cellpylib
     except ImportError as e: raise Refusal('the samples need reasoning-gym', fix='pip install reasoning-gym') from e
     return reasoning_gym.create_dataset(name, size=n, seed=seed, **kw)
 

@@ -265,7 +265,8 @@ def rationale_fault(
     if reply.option != gold: return 'wrong'
     if _contradicts(text, options, gold): return 'contradicts its answer'
     if _leaks(text): return 'leaks the instruction'
-    return '' if _n_words(_tagged.sub('', text)) >= 8 else 'no reasoning'
+    reasons = [line for line in _tagged.sub('', _plain(text)).splitlines() if not _is_option(line, options)]
+    return '' if _n_words(' '.join(reasons)) >= 8 else 'no reasoning'
 
 # %% ../nbs/lib/03n_text.ipynb #b20d7ffa
 def text_votes(
