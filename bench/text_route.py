@@ -1,9 +1,11 @@
 """What do rationales give a small model? Letters, rationales of three kinds, the probe as a filter, votes of samples.
 
 usage: python bench/text_route.py rg=FILE [open=FILE] [--base smollm2] [--seeds 0] [--until 380] [--out FOLDER]
+       python bench/text_route.py rg=FILE --vote --out FOLDER
 `FILE` is in Tianchi's layout. Fold 0 is held out. Tables and sampled rationales are made first, and kept in `--out`;
-`--prepare` stops after them, so that several processes can take a seed each. A line is printed, and appended to
-`lines.jsonl`, as soon as it is known; those in the file are not made again.
+`--prepare` stops after them, so that several processes can take a seed each. The first command trains; the second
+starts one engine with all adapters, and asks each for nine replies to every held-out row. A line is printed, and
+appended to `lines.jsonl`, as soon as it is known; those in the file are not made again.
 `vote_1` is the mean accuracy of single samples; of k equal options each counts 1/k, and so does an unparsed reply."""
 import argparse, contextlib, itertools, json, os, random, re, tempfile, time
 from pathlib import Path
@@ -13,13 +15,14 @@ import numpy as np
 import pandas as pd
 
 FIT = dict(fold=0, max_len=1024, batch=16, pack_tokens=32768, epochs=6., lr=1e-3, lora_r=32, lora_alpha=64, warmup=.1,
-           schedule='cosine', save_every=10**6, recompute=0, compiled='no', max_new_tokens=576, samples=9)
+           schedule='cosine', save_every=10**6, recompute=0, compiled='no', max_new_tokens=576, samples=1)
+REPLY = dict(max_new_tokens=576, samples=9)  # of each run to each held-out row, by one engine for all
 # top_p below 1 sorts the vocabulary for every token, which takes most of the time of a small base
 ASK = dict(retries=2, given=1, max_new_tokens=256, max_len=1024, top_p=1., batch_tokens=2**19, shard=4096)
 
 # line → arguments of 04_train; TABLE stands for the table's name. A line whose table is not there is left out
 LINES = {
-    'letters': dict(mix='TABLE', route='answer', samples=1),
+    'letters': dict(mix='TABLE', route='answer'),
     'rationales by code': dict(mix='TABLE + TABLE_code'),
     'by code, more problems by code': dict(mix='TABLE + TABLE_code + TABLE_more', epochs=2., batch=32),
     'self-sampled rationales': dict(mix='TABLE + TABLE_self'),
@@ -195,11 +198,12 @@ def prepare(name, file, a): # all tables of a file; what is there stays
     if not data_path(f'{name}_both.parquet').exists(): sample(name, rows, a)
     for kind in ('code', 'both'): best_half(f'{name}_{kind}', a)
 
-def sample(name, rows, a): # rationales by the base
-    from competition_kit.core import read_table
+def sample(name, rows, a): # rationales by the base; where it wrote none, the lines that need them are left out
+    from competition_kit.core import Refusal, read_table
     from competition_kit.generate import GenerateArgs, generate
     from competition_kit.record import run_stage
-    run = run_stage(generate, GenerateArgs(data=name, base=a.base, engine=a.engine, **ASK))
+    try: run = run_stage(generate, GenerateArgs(data=name, base=a.base, engine=a.engine, **ASK))
+    except Refusal as e: return report(a, table=name, line='sampling', refused=str(e)[-300:])
     report(a, table=name, line='sampling', **{k: v for k, v in run.record['metrics'].items() if k != 'baselines'})
     if (run.folder/'rows.parquet').exists():
         kept = read_table(run.folder/'rows.parquet')
@@ -229,10 +233,12 @@ def report(a, **line):
     with open(a.out/'lines.jsonl', 'a') as f: f.write(text+'\n')
     print(text, file=a.stdout, flush=True)
 
-def made(a): # (base, table, line, seed) of the lines in the file
+def lines_in(a): # the lines in the file
     file = a.out/'lines.jsonl'
-    lines = [json.loads(l) for l in open(file)] if file.exists() else []
-    return {(l['base'], l['table'], l['line'], l.get('seed')) for l in lines}
+    return [json.loads(l) for l in open(file)] if file.exists() else []
+
+def made(a, what): # (base, table, line, seed) of the lines in the file
+    return {(l['base'], l['table'], l['line'], l.get('seed')) for l in lines_in(a) if l.get('what') == what}
 
 def votes(replies, held): # accuracies of votes of 1, 5 and 9 samples
     from competition_kit.completions import reply_probs, text_scores
@@ -244,35 +250,51 @@ def votes(replies, held): # accuracies of votes of 1, 5 and 9 samples
     out |= {f'vote_{k}': float(np.mean([score(f, f+k) for f in range(0, n-k+1, 4)])) for k in (5, 9) if k <= n}
     return out | dict(unparsed=float((replies.option < 0).mean()), tokens=float(replies.tokens.mean()))
 
-def base_replies(held, seed, samples): # of the untouched base, which the runs of the text route have kept
-    from competition_kit.core import models_path
-    from competition_kit.replies import attempt_seed, read_replies
-    from competition_kit.text import parse_replies
-    kept = pd.concat([read_replies(f) for f in sorted(models_path('.replies').iterdir())])
-    seeds = {(i, k): attempt_seed(seed, i, k) for i in held.id for k in range(samples)}
-    own = [seeds.get((i, k)) == s for i, k, s in zip(kept.id, kept.attempt, kept.seed)]
-    kept = kept[own].drop_duplicates('key').reset_index(drop=True)
-    return kept.join(parse_replies(kept, held))
-
-def one(name, line, seed, a): # train, and report the line; with the first text run also the untouched base
-    from competition_kit.core import read_table
-    from competition_kit.train import held_out, train_fold
+def one(name, line, seed, a): # train, and report the letters; with the first text run also those of the untouched base
+    from competition_kit.train import train_fold
     args = FIT | LINES[line]
     args['mix'] = args['mix'].replace('TABLE', name)
     run = train_fold(**dict(dict(route='text') | args, base=a.base, seed=seed))
-    m, held = run.record['metrics'], held_out(run)[0]
-    facts = dict(table=name, line=line, seed=seed, held_out=len(held))
+    m, facts = run.record['metrics'], dict(what='letters', table=name, seed=seed)
     if args.get('route') == 'answer':
-        return report(a, **facts, letters=m['accuracy'], letters_log_loss=m['log_loss'], rows=run.record['rows'])
-    report(a, **facts, **votes(read_table(run.folder/'replies.parquet'), held), letters=m['letters_accuracy'],
-           letters_log_loss=m['letters_log_loss'], rows=m['rationales'])
-    untouched = (Path(a.base).name, name, 'untouched base', seed)
-    if untouched not in made(a):
-        letters = {k: v for k, v in m['baselines'].items() if k != 'untouched base, text'}
-        texts = {'untouched base, letters': votes(base_replies(held, seed, args['samples']), held)}
-        for k, v in letters.items():
-            report(a, table=name, line=k.removesuffix(', letters'), seed=seed, letters=v['accuracy'],
-                   letters_log_loss=v['log_loss'], **texts.get(k, {}))
+        return report(a, **facts, line=line, letters=m['accuracy'], log_loss=m['log_loss'], rows=run.record['rows'])
+    report(a, **facts, line=line, letters=m['letters_accuracy'], log_loss=m['letters_log_loss'], rows=m['rationales'],
+           greedy=m['accuracy'], run=run.id)
+    if (Path(a.base).name, name, 'untouched base', seed) in made(a, 'letters'): return
+    for k, v in m['baselines'].items():
+        if k != 'untouched base, text':
+            report(a, **facts, line=k.removesuffix(', letters'), letters=v['accuracy'], log_loss=v['log_loss'])
+
+def vote_lines(name, a): # replies of every run and of the untouched base, and their votes
+    from competition_kit.base import load_tokenizer
+    from competition_kit.folds import fold_rows
+    from competition_kit.record import find_run
+    from competition_kit.replies import end_engine, reply_engine, start_engine
+    from competition_kit.tables import load_rows
+    from competition_kit.text import TextPrompt
+    trained = {(l['line'], l['seed']): l['run'] for l in lines_in(a) if l['table'] == name and 'run' in l}
+    asked = {('untouched base', seed): '' for _, seed in trained} | trained
+    done = {(line, seed) for _, table, line, seed in made(a, 'replies') if table == name}
+    asked = {k: run for k, run in asked.items() if k not in done}
+    if not asked: return
+    params = find_run(next(iter(trained.values())))['params']
+    prompt = TextPrompt(load_tokenizer(a.base), FIT['max_len'])
+    _, held = fold_rows(load_rows(params['mix'], params['seed']), params['fold'])
+    kind = reply_engine(a.engine, a.base, FIT['dtype'])
+    engine = start_engine(kind, a.base, prompt, FIT['dtype'], 2**19, [run for run in asked.values() if run])
+    try:
+        for (line, seed), run in asked.items():
+            report(a, what='replies', table=name, line=line, seed=seed, held_out=len(held),
+                   **votes(ask(engine, prompt, held, seed, run, a), held))
+    finally: end_engine(engine)
+
+def ask(engine, prompt, held, seed, run, a): # parsed replies
+    from competition_kit.replies import generate, job_table
+    from competition_kit.text import parse_replies
+    enc = prompt.encode(held)
+    jobs = [job_table(enc, k, seed, REPLY['max_new_tokens'], .7, adapter=run) for k in range(REPLY['samples'])]
+    replies = generate(engine, pd.concat(jobs, ignore_index=True), a.out/'replies'/f'{run or "base"}-{seed}')
+    return replies.join(parse_replies(replies, held))
 
 def lines_of(name): # those whose tables are there
     from competition_kit.core import data_path
@@ -283,17 +305,22 @@ def run_lines(a):
     for name, file in (t.split('=', 1) for t in a.tables):
         with contextlib.redirect_stdout(a.log): prepare(name, file, a)
     if a.prepare: return
+    if a.vote:
+        for name in a.tables:
+            with contextlib.redirect_stdout(a.log): vote_lines(name.split('=')[0], a)
+        return
     todo = [(name.split('=')[0], seed) for seed in a.seeds for name in a.tables]
     for name, seed in todo:
         for line in lines_of(name):
-            if (Path(a.base).name, name, line, seed) in made(a): continue
+            if (Path(a.base).name, name, line, seed) in made(a, 'letters'): continue
             if time.time()-a.began > a.until: return print(f'no line is begun after {a.until:.0f} seconds', flush=True)
             with contextlib.redirect_stdout(a.log): one(name, line, seed, a)
 
 def small(a): # a few rows and a random base, to see that all parts run
     from competition_kit.base import tiny_base
     a.base, a.problems, a.more = tiny_base(a.out/'tiny'), 24, 20
-    FIT.update(epochs=.2, samples=5, pack_tokens=4096, dtype='fp32', lora_r=4, score_every=4)
+    FIT.update(epochs=.2, pack_tokens=4096, dtype='fp32', lora_r=4, score_every=4)
+    REPLY.update(max_new_tokens=8, samples=5)
     ASK.update(retries=1, given=1, max_new_tokens=8, batch_tokens=16384)
     for args in LINES.values(): args.pop('epochs', None)
 
@@ -307,6 +334,7 @@ if __name__ == '__main__':
     p.add_argument('--engine', default='auto', help='samples the rationales; auto: vllm where it is installed')
     p.add_argument('--until', type=float, default=380, help='seconds after which no line is begun')
     p.add_argument('--prepare', action='store_true', help='make the tables alone')
+    p.add_argument('--vote', action='store_true', help='ask what was trained for replies')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
     p.add_argument('--out', type=Path, default=None)
     p.add_argument('--small', action='store_true')
