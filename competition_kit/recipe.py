@@ -44,7 +44,8 @@ def hours_text(
     hours:float,
 ) -> str: # Such as `12 min` or `5.3 h`
     "Hours as text, in minutes below one hour"
-    return f'{hours*60:.0f} min' if hours < .995 else f'{hours:,.1f} h'
+    if hours < .995: return f'{hours*60:.0f} min'
+    return f'{hours:.1f} h' if hours < 100 else f'{hours:,.0f} h'
 
 # %% ../nbs/11_recipe.ipynb #b82a8255
 def _plan_row(job, state, cost): # Cells of a job, as text
