@@ -250,6 +250,7 @@ def missing_on_target(
     lines = [r for r in lines if r.marker and r.marker.evaluate(env) and canonicalize_name(r.name) not in have]
     return sorted({f'{r.name}{r.specifier}' for r in lines})
 
+# %% ../nbs/lib/11_bundle.ipynb #509001fc
 def resolve(
     requirements,  # As pip reads them
     target:Target,
@@ -283,6 +284,7 @@ def kit_wheel(
         run_pip('wheel', tmp, '--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', folder)
     return next(Path(folder).glob('competition_kit-*.whl'))
 
+# %% ../nbs/lib/11_bundle.ipynb #b2555fea
 def write_wheels(
     found:list,    # From `resolve`
     target:Target,
@@ -580,6 +582,7 @@ def submission_cells(
     return [_settings.format(minutes=int(target.hours*60*.95)), '\n\n'.join([_start, checks, _first]),
             '\n\n'.join([source(clean_environment, install), _second]), '\n\n'.join([votes, _third])]
 
+# %% ../nbs/lib/11_bundle.ipynb #c68bb0a3
 def write_notebook(
     path,
     target:Target,
@@ -714,6 +717,7 @@ def package_folder(
     if out.exists(): raise Refusal('the folder is there already', out, fix='Delete it, or give another one')
     return out
 
+# %% ../nbs/lib/11_bundle.ipynb #e0cbcf7b
 def bundle(
     runs,            # Run ids: a finished vote, or model runs
     target:str='cpu',# t4x2, l4x4, h100, cpu or adapter
