@@ -69,7 +69,7 @@ def plant(args): # rationales where so small a model wrote none that is right, a
 
 
 slow = pytest.mark.skipif('CK_SLOW' not in os.environ, reason='some minutes each: CK_SLOW=1')
-QUICK = 'wsdm_first',  # all of them take five minutes on two cores
+QUICK = 'logic_vote', 'wsdm_first'  # all of them take five minutes of a core
 
 @pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=slow) for n in SMALL])
 @pytest.mark.usefixtures('baselines_once', 'samples')
