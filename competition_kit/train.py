@@ -15,8 +15,8 @@ if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
 
 # %% ../nbs/04_train.ipynb #c5f61ff2
 from .base import base_hash, base_name, load_tokenizer, pick_dtype
-from .completions import (CompletionSteps, completion_loss, encode_completions, text_and_letters,
-                                         text_scores)
+from .completions import (CompletionSteps, completion_loss, encode_completions, has_rationale,
+                                         text_and_letters, text_scores)
 from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, seal, share, write_json,
                                   write_table)
 from .fit import Steps, fit
@@ -176,6 +176,10 @@ def _check_rows(a): # is there something to train on, and have all held-out rows
 def _check_rationales(a): # has this table rationales to train on?
     if (task := a.rows.attrs['meta']['task']) != 'choice':
         raise Refusal(f'{a.mix} is of the task {task}', fix='The route text is for choice rows')
+    told = has_rationale(a.rows)
+    if told.any() and not told[a.fold_at[0]].any():
+        raise Refusal(f'all {told.sum()} rationales are of rows that fold {a.fold} holds out',
+                      ids=a.rows.id[told].tolist(), fix='Write more with 05_generate, or hold out another fold')
     a.completions
 
 # %% ../nbs/04_train.ipynb #46a7b954

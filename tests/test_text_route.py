@@ -185,6 +185,8 @@ def test_planted_rows_are_refused(tiny):
     said = refused('more than max_new_tokens=64', rationale=texts[:7]+['Thus '*200]+texts[8:])
     assert rows.id[7] in said and rows.id[6] not in said and 'Give max_new_tokens=' in said
     assert '05_generate' in refused('no row has a rationale', rationale=[None]*12)
+    held = refused('all 2 rationales are of rows that fold 0 holds out', rationale=texts[:2]+[None]*10)
+    assert rows.id[0] in held and rows.id[2] not in held
     with pytest.raises(Refusal, match='ck run 05_generate'):
         TrainArgs(**dict(small, mix='sample_logic'), base=tiny).inputs()
 
