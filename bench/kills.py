@@ -46,7 +46,7 @@ def undisturbed(name, root, a): # seconds
         raise SystemExit(f'{name} fails without a kill: {root}/log.txt')
     return time.time()-start
 
-def with_kills(name, root, a, seconds, rng): # [(kind, seconds after the start of the command)], whether it ended well
+def with_kills(name, root, a, seconds, rng): # [(kind, seconds after the start of the command)]
     killed, verb = [], 'run'
     while True:
         p, start = begin(verb, name, root, a), time.time()

@@ -383,8 +383,8 @@ def finished_replies(
     "Replies, as soon as the engine gives them"
     if hasattr(engine, 'stream'): yield from engine.stream(requests)
     else:
-        fit = getattr(engine, 'batch_tokens', 0)//max(len(r.ids)+r.max_new_tokens for r in requests or [Request([])])
-        size = max(shard, fit)  # a whole batch, where more fit: a GPU takes as long for a small one
+        longest = max((len(r.ids)+r.max_new_tokens for r in requests), default=1)
+        size = max(shard, getattr(engine, 'batch_tokens', 0)//longest)  # a GPU takes as long for a small batch
         for k in range(0, len(requests), size): yield from enumerate(engine.replies(requests[k:k+size]), k)
 
 def generate(
