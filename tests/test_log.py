@@ -117,6 +117,10 @@ def _churn(seed):
         put(i)
         sync_log()
 
+def _until(condition, seconds=30):
+    end = time.monotonic()+seconds
+    while not condition() and time.monotonic() < end: pass
+
 def test_kill_in_mid_save(root):
     for i in range(60): put(i)
     sync_log()
@@ -125,6 +129,7 @@ def test_kill_in_mid_save(root):
         p = fork.Process(target=_churn, args=(k,))
         p.start()
         time.sleep(rnd.uniform(.05, .4))
+        if k%2: _until(lambda: list(root.glob('.*.tmp')))  # every other kill waits for a save under way
         os.kill(p.pid, signal.SIGKILL)
         p.join()
         mid += bool(list(root.glob('.*.tmp')))
