@@ -1,12 +1,27 @@
 """What do rationales give a small model? Letters, rationales of three kinds, the probe as a filter, votes of samples.
 
 usage: python bench/text_route.py rg=FILE [open=FILE] [--base smollm2] [--seeds 0] [--until 380] [--out FOLDER]
-       python bench/text_route.py rg=FILE --vote --out FOLDER
-`FILE` is in Tianchi's layout. Fold 0 is held out. Tables and sampled rationales are made first, and kept in `--out`;
-`--prepare` stops after them, so that several processes can take a seed each. The first command trains; the second
-starts one engine with all adapters, and asks each for nine replies to every held-out row. A line is printed, and
-appended to `lines.jsonl`, as soon as it is known; those in the file are not made again.
-`vote_1` is the mean accuracy of single samples; of k equal options each counts 1/k, and so does an unparsed reply."""
+       python bench/text_route.py rg=FILE --prepare|--vote|--table --out FOLDER
+`FILE` is in Tianchi's layout. Fold 0 is held out. Each result is a line in `lines.jsonl`, with the minutes since the
+line before it; what is there is not made again, so a command that was killed is given again as it was.
+`vote_1` is the mean accuracy of single samples; of k equal options each counts 1/k, and so does an unparsed reply.
+
+The whole table of SmolLM2 on one H200 with vLLM, three commands of at most ten minutes, one after the other:
+
+    R="python bench/text_route.py rg=FILE --out FOLDER"
+    timeout 580 $R --prepare
+    for s in 0 1 2; do timeout 580 $R --seeds $s --until 420 & done; wait
+    timeout 580 $R --vote --until 480; $R --table
+
+| command | what it does | minutes expected |
+|---|---|---|
+| `--prepare` | tables, sampled rationales (one engine), two probes | 2 to 3 (100 s were measured) |
+| a process a seed | seven trainings, with greedy replies of the run and of the base | 5 to 9, not measured |
+| `--vote` | 18 adapters are compared, then write nine replies a row, as the base does | 6 to 10, not measured |
+
+The second command is to be repeated until it begins no line, the third until it asks nobody. Nothing else may use the
+GPU beside vLLM. The same with `open=FILE --problems 200`, and with another base by `--base`, is another lease.
+Where vLLM refuses an adapter, `--vote` goes on with transformers; `--small` tries all of this on a CPU."""
 import argparse, contextlib, itertools, json, os, random, re, tempfile, time
 from pathlib import Path
 
@@ -195,21 +210,29 @@ def prepare(name, file, a): # all tables of a file; what is there stays
             write(f'{name}_code', rows.assign(rationale=texts)[[t is not None for t in texts]], rows)
             more = more_rows(a.more, 1, rows)
             write(f'{name}_more', more.assign(rationale=[knight_rationale(r) for r in more.itertuples()]), rows)
-    if not data_path(f'{name}_both.parquet').exists(): sample(name, rows, a)
+    sampled = (Path(a.base).name, name, 'sampling', None) in made(a, None)
+    if not sampled and not data_path(f'{name}_both.parquet').exists(): sample(name, rows, a)
     for kind in ('code', 'both'): best_half(f'{name}_{kind}', a)
 
 def sample(name, rows, a): # rationales by the base; where it wrote none, the lines that need them are left out
-    from competition_kit.core import Refusal, read_table
+    from competition_kit.core import Refusal, data_path, read_table
     from competition_kit.generate import GenerateArgs, generate
     from competition_kit.record import run_stage
     try: run = run_stage(generate, GenerateArgs(data=name, base=a.base, engine=a.engine, **ASK))
-    except Refusal as e: return report(a, table=name, line='sampling', refused=str(e)[-300:])
+    except Refusal as e:
+        if a.small and data_path(f'{name}_code.parquet').exists():  # a random base writes nothing: all lines run
+            from competition_kit.tables import load_rows
+            told = load_rows(f'{name}_code').drop(columns=['main', 'phase'])
+            write_sampled(name, told.assign(given=np.arange(len(told)) % 2 == 1), rows)
+        return report(a, table=name, line='sampling', refused=str(e)[-300:])
+    kept = read_table(run.folder/'rows.parquet')
+    kept['options'] = kept.options.map(list)
+    write_sampled(name, kept, rows)
     report(a, table=name, line='sampling', **{k: v for k, v in run.record['metrics'].items() if k != 'baselines'})
-    if (run.folder/'rows.parquet').exists():
-        kept = read_table(run.folder/'rows.parquet')
-        kept['options'] = kept.options.map(list)
-        write(f'{name}_both', kept, rows)
-        if not kept.given.all(): write(f'{name}_self', kept[~kept.given.astype(bool)], rows)
+
+def write_sampled(name, kept, rows):
+    write(f'{name}_both', kept, rows)
+    if not kept.given.all(): write(f'{name}_self', kept[~kept.given.astype(bool)], rows)
 
 def best_half(name, a): # of a table of rationales, by the untouched base
     from competition_kit.base import load_tokenizer
@@ -229,13 +252,19 @@ def best_half(name, a): # of a table of rationales, by the untouched base
 def report(a, **line):
     from common import machine
     short = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in line.items()}
-    text = json.dumps(dict(base=Path(a.base).name, **short, seconds=round(time.time()-a.began), **machine('torch')))
+    minutes, a.last = round((time.time()-a.last)/60, 2), time.time()
+    text = json.dumps(dict(base=Path(a.base).name, **short, minutes=minutes, **machine('torch')))
     with open(a.out/'lines.jsonl', 'a') as f: f.write(text+'\n')
     print(text, file=a.stdout, flush=True)
 
 def lines_in(a): # the lines in the file
     file = a.out/'lines.jsonl'
     return [json.loads(l) for l in open(file)] if file.exists() else []
+
+def late(a, what): # is it too late to begin?
+    if time.time()-a.began <= a.until: return False
+    print(f'no {what} is begun after {a.until:.0f} seconds', flush=True, file=a.stdout)
+    return True
 
 def made(a, what): # (base, table, line, seed) of the lines in the file
     return {(l['base'], l['table'], l['line'], l.get('seed')) for l in lines_in(a) if l.get('what') == what}
@@ -267,26 +296,34 @@ def one(name, line, seed, a): # train, and report the letters; with the first te
 
 def vote_lines(name, a): # replies of every run and of the untouched base, and their votes
     from competition_kit.base import load_tokenizer
+    from competition_kit.core import Refusal
     from competition_kit.folds import fold_rows
     from competition_kit.record import find_run
     from competition_kit.replies import end_engine, reply_engine, start_engine
     from competition_kit.tables import load_rows
     from competition_kit.text import TextPrompt
-    trained = {(l['line'], l['seed']): l['run'] for l in lines_in(a) if l['table'] == name and 'run' in l}
+    own = [l for l in lines_in(a) if (l['base'], l['table']) == (Path(a.base).name, name)]
+    trained = {(l['line'], l['seed']): l['run'] for l in own if 'run' in l}
     asked = {('untouched base', seed): '' for _, seed in trained} | trained
     done = {(line, seed) for _, table, line, seed in made(a, 'replies') if table == name}
-    asked = {k: run for k, run in asked.items() if k not in done}
-    if not asked: return
+    asked = {k: asked[k] for k in sorted(asked, key=lambda k: k[1]) if k not in done}  # a whole seed first
+    if not asked: return print(f'{name}: nobody is left to ask', file=a.stdout)
     params = find_run(next(iter(trained.values())))['params']
     prompt = TextPrompt(load_tokenizer(a.base), FIT['max_len'])
     _, held = fold_rows(load_rows(params['mix'], params['seed']), params['fold'])
-    kind = reply_engine(a.engine, a.base, FIT['dtype'])
-    engine = start_engine(kind, a.base, prompt, FIT['dtype'], 2**19, [run for run in asked.values() if run])
-    try:
-        for (line, seed), run in asked.items():
-            report(a, what='replies', table=name, line=line, seed=seed, held_out=len(held),
-                   **votes(ask(engine, prompt, held, seed, run, a), held))
-    finally: end_engine(engine)
+    for kind in dict.fromkeys((reply_engine(a.engine, a.base, FIT['dtype']), 'transformers')):
+        engine = start_engine(kind, a.base, prompt, FIT['dtype'], 2**19, [run for run in asked.values() if run])
+        try: return vote_with(engine, name, prompt, held, asked, a)
+        except Refusal as e:
+            if kind == 'transformers': raise
+            report(a, table=name, line='vLLM', refused=str(e)[-300:])
+        finally: end_engine(engine)
+
+def vote_with(engine, name, prompt, held, asked, a):
+    for (line, seed), run in asked.items():
+        if late(a, 'line'): return
+        report(a, what='replies', table=name, line=line, seed=seed, held_out=len(held), engine=engine.name,
+               **votes(ask(engine, prompt, held, seed, run, a), held))
 
 def ask(engine, prompt, held, seed, run, a): # parsed replies
     from competition_kit.replies import generate, job_table
@@ -301,19 +338,33 @@ def lines_of(name): # those whose tables are there
     def there(mix): return all(data_path(f'{t}.parquet').exists() for t in mix.replace('TABLE', name).split(' + '))
     return [line for line, args in LINES.items() if there(args['mix'])]
 
+def summary(a): # Markdown: mean and standard deviation over the seeds of each line
+    seeds = pd.DataFrame([l for l in lines_in(a) if 'what' in l])
+    each = seeds.groupby(['base', 'table', 'line', 'seed'], sort=False).first(numeric_only=True)
+    columns = ['rows', 'letters', 'log_loss', 'greedy', 'vote_1', 'vote_5', 'vote_9', 'unparsed']
+    by = each.reindex(columns=columns).groupby(level=['base', 'table', 'line'], sort=False)
+    mean, sd, n = by.mean(), by.std(), by.size()
+    print('| base | table | line | seeds | '+' | '.join(columns)+' |\n'+'|---'*(4+len(columns))+'|')
+    for key in mean.index:
+        cells = [f'{mean[c][key]:.3g}'+(f' ± {sd[c][key]:.2g}' if sd[c][key] > 0 else '') for c in columns]
+        print('| '+' | '.join([*key, str(n[key]), *(c.replace('nan', '') for c in cells)])+' |')
+
 def run_lines(a):
     for name, file in (t.split('=', 1) for t in a.tables):
         with contextlib.redirect_stdout(a.log): prepare(name, file, a)
-    if a.prepare: return
+    names = [t.split('=', 1)[0] for t in a.tables]
     if a.vote:
-        for name in a.tables:
-            with contextlib.redirect_stdout(a.log): vote_lines(name.split('=')[0], a)
-        return
-    todo = [(name.split('=')[0], seed) for seed in a.seeds for name in a.tables]
-    for name, seed in todo:
+        with contextlib.redirect_stdout(a.log):
+            for name in names: vote_lines(name, a)
+    elif not a.prepare: train_lines(names, a)
+    phase = 'prepare' if a.prepare else 'vote' if a.vote else f"train, seeds {' '.join(map(str, a.seeds))}"
+    print(f'{phase}: {(time.time()-a.began)/60:.1f} minutes', flush=True)
+
+def train_lines(names, a):
+    for seed, name in itertools.product(a.seeds, names):
         for line in lines_of(name):
             if (Path(a.base).name, name, line, seed) in made(a, 'letters'): continue
-            if time.time()-a.began > a.until: return print(f'no line is begun after {a.until:.0f} seconds', flush=True)
+            if late(a, 'line'): return
             with contextlib.redirect_stdout(a.log): one(name, line, seed, a)
 
 def small(a): # a few rows and a random base, to see that all parts run
@@ -332,9 +383,10 @@ if __name__ == '__main__':
     p.add_argument('--problems', type=int, default=0, help='draw so many groups of rows; 0: all')
     p.add_argument('--more', type=int, default=3000, help='further problems by code')
     p.add_argument('--engine', default='auto', help='samples the rationales; auto: vllm where it is installed')
-    p.add_argument('--until', type=float, default=380, help='seconds after which no line is begun')
+    p.add_argument('--until', type=float, default=380, help='seconds after which no line is begun, also of --vote')
     p.add_argument('--prepare', action='store_true', help='make the tables alone')
     p.add_argument('--vote', action='store_true', help='ask what was trained for replies')
+    p.add_argument('--table', action='store_true', help='print the lines as one table, over all seeds')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
     p.add_argument('--out', type=Path, default=None)
     p.add_argument('--small', action='store_true')
@@ -342,6 +394,8 @@ if __name__ == '__main__':
     import sys
     from competition_kit.base import base_path, pick_dtype
     a.out, a.began, a.stdout = (a.out or Path(tempfile.mkdtemp())).absolute(), time.time(), sys.stdout
+    a.last = a.began
+    if a.table: raise SystemExit(summary(a))
     a.out.mkdir(parents=True, exist_ok=True)
     a.tables = [f"{t.split('=')[0]}={Path(t.split('=', 1)[1]).absolute()}" for t in a.tables]
     if a.base == 'smollm2': base_path()  # made where this checkout keeps its bases

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Request', 'Text', 'reply_engines', 'attempt_seed', 'sample_tokens', 'check_time', 'decode_batch', 'text_dtype',
-           'end_tokens', 'read_text', 'TransformersEngine', 'batches', 'run_adapter', 'next_logprobs', 'served_parity',
-           'VllmEngine', 'reply_engine', 'reply_input', 'start_engine', 'end_engine', 'job_table', 'read_replies',
-           'finished_replies', 'generate']
+           'end_tokens', 'read_text', 'batches', 'run_adapter', 'TransformersEngine', 'next_logprobs', 'served_parity',
+           'VllmServer', 'VllmEngine', 'reply_engine', 'reply_input', 'start_engine', 'end_engine', 'job_table',
+           'read_replies', 'finished_replies', 'generate']
 
 # %% ../nbs/lib/03s_replies.ipynb #69d04bc7
 from collections import namedtuple
@@ -37,7 +37,7 @@ def attempt_seed(
     "A seed of its own for each attempt of each row"
     return int(hash_obj([seed, id, attempt], 15), 16)
 
-# %% ../nbs/lib/03s_replies.ipynb #5137e382
+# %% ../nbs/lib/03s_replies.ipynb #16533ba2
 def _least_kept(ordered, top_p): # [sequences, 1], from falling probabilities
     kept = ordered.cumsum(-1)-ordered < top_p
     return ordered.masked_fill(~kept, 2).amin(-1, keepdim=True)
@@ -48,6 +48,7 @@ def _nucleus(p, top_p): # [sequences, 1], the least probability that stays; a so
     if short.any(): least[short] = _least_kept(p[short].sort(-1, descending=True).values, top_p[short])
     return least
 
+# %% ../nbs/lib/03s_replies.ipynb #5137e382
 def sample_tokens(
     logits,      # [sequences, vocabulary]
     temperature, # [sequences], 0: the most probable token
@@ -63,7 +64,7 @@ def sample_tokens(
     drawn = (z-(-u.log()).log()).argmax(-1)
     return torch.where(t[:, 0] > 0, drawn, logits.argmax(-1))
 
-# %% ../nbs/lib/03s_replies.ipynb #6da40060
+# %% ../nbs/lib/03s_replies.ipynb #64c1a2b9
 def _padded(requests, pad, device): # ids, mask and positions, [sequences, tokens]
     longest = max(len(r.ids) for r in requests)
     ids, mask = torch.full((len(requests), longest), pad), torch.zeros(len(requests), longest, dtype=torch.long)
@@ -72,6 +73,7 @@ def _padded(requests, pad, device): # ids, mask and positions, [sequences, token
         mask[k, longest-len(r.ids):] = 1
     return ids.to(device), mask.to(device), (mask.cumsum(1)-1).clamp_min(0).to(device)
 
+# %% ../nbs/lib/03s_replies.ipynb #6c4c6089
 def _generators(requests, device): # one for each request, from its own seed
     return [torch.Generator(device).manual_seed(r.seed % 2**63) for r in requests]
 
@@ -81,12 +83,14 @@ def _next_tokens(logits, requests, generators): # [sequences]
     u = [torch.rand(logits.shape[1], generator=g, device=logits.device) for g in generators]
     return sample_tokens(logits, *zip(*how), torch.stack(u))
 
+# %% ../nbs/lib/03s_replies.ipynb #2e6d320a
 def check_time(
     clock, # A `Clock`, or None
 ):
     "A `TimeoutError` when the time is up"
     if clock and clock.left() <= 0: raise TimeoutError('a text was not finished in time')
 
+# %% ../nbs/lib/03s_replies.ipynb #6da40060
 @torch.no_grad()
 def decode_batch(
     model,    # A causal language model of transformers
@@ -115,7 +119,7 @@ def decode_batch(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
     return out
 
-# %% ../nbs/lib/03s_replies.ipynb #4e890656
+# %% ../nbs/lib/03s_replies.ipynb #6bc86a14
 def text_dtype(
     dtype:str, # As for `load_classifier`
 ) -> str: # `auto` is fp32 on a CPU
@@ -130,6 +134,7 @@ def end_tokens(
     found = [tok.eos_token_id, *(getattr(c, 'eos_token_id', None) for c in configs)]
     return {int(i) for ids in found if ids is not None for i in np.atleast_1d(ids)}
 
+# %% ../nbs/lib/03s_replies.ipynb #4e890656
 def read_text(
     tok,
     tokens, # Ids
@@ -137,6 +142,37 @@ def read_text(
 ) -> Text:
     "A reply from its tokens"
     return Text(tok.decode(tokens, skip_special_tokens=True), finish, len(tokens))
+
+# %% ../nbs/lib/03s_replies.ipynb #29a9841f
+def batches(
+    requests,   # `Request`s
+    tokens:int, # Tokens of a batch, padding and new ones included
+) -> list: # Lists of positions: one adapter each, the longest first
+    "Divide requests into batches"
+    order = sorted(range(len(requests)), key=lambda k: (requests[k].adapter, -len(requests[k].ids)))
+    out, size = [], 0 # size: tokens of the longest sequence of the last batch
+    for k in order:
+        r = requests[k]
+        size = max(size, len(r.ids)+r.max_new_tokens)
+        if not out or r.adapter != requests[out[-1][0]].adapter or (len(out[-1])+1)*size > tokens:
+            out.append([])
+            size = len(r.ids)+r.max_new_tokens
+        out[-1].append(k)
+    return out
+
+# %% ../nbs/lib/03s_replies.ipynb #fa583dab
+def run_adapter(
+    run:str,  # Id of a finished run of the answer or the text route
+    base:str, # The base that the engine has loaded
+) -> Path: # Folder of its adapter
+    "The adapter of a run over a base; one that does not belong there is refused"
+    rec = find_run(run)
+    trusted_prompt(rec)
+    words = model_params(rec)['route'] in ('answer', 'text')
+    if is_full(rec) or not words or base_hash(base_of(rec)) != base_hash(base):
+        raise Refusal(f'no adapter of the answer route or the text route over {base!r}', rec['run_id'],
+                      fix='Load the base of this run, or name another run')
+    return weights_path(rec)
 
 # %% ../nbs/lib/03s_replies.ipynb #3064d819
 class TransformersEngine:
@@ -180,36 +216,6 @@ class TransformersEngine:
         self.adapter = run
         self.model.eval()
 
-# %% ../nbs/lib/03s_replies.ipynb #29a9841f
-def batches(
-    requests,   # `Request`s
-    tokens:int, # Tokens of a batch, padding and new ones included
-) -> list: # Lists of positions: one adapter each, the longest first
-    "Divide requests into batches"
-    order = sorted(range(len(requests)), key=lambda k: (requests[k].adapter, -len(requests[k].ids)))
-    out, size = [], 0 # size: tokens of the longest sequence of the last batch
-    for k in order:
-        r = requests[k]
-        size = max(size, len(r.ids)+r.max_new_tokens)
-        if not out or r.adapter != requests[out[-1][0]].adapter or (len(out[-1])+1)*size > tokens:
-            out.append([])
-            size = len(r.ids)+r.max_new_tokens
-        out[-1].append(k)
-    return out
-
-def run_adapter(
-    run:str,  # Id of a finished run of the answer or the text route
-    base:str, # The base that the engine has loaded
-) -> Path: # Folder of its adapter
-    "The adapter of a run over a base; one that does not belong there is refused"
-    rec = find_run(run)
-    trusted_prompt(rec)
-    words = model_params(rec)['route'] in ('answer', 'text')
-    if is_full(rec) or not words or base_hash(base_of(rec)) != base_hash(base):
-        raise Refusal(f'no adapter of the answer route or the text route over {base!r}', rec['run_id'],
-                      fix='Load the base of this run, or name another run')
-    return weights_path(rec)
-
 # %% ../nbs/lib/03s_replies.ipynb #363c1f0b
 @torch.no_grad()
 def next_logprobs(
@@ -224,6 +230,7 @@ def next_logprobs(
     logits = [base(input_ids=p, logits_to_keep=1).logits[0, -1].float() for p in prompts]
     return torch.stack(logits).log_softmax(-1).cpu().numpy()
 
+# %% ../nbs/lib/03s_replies.ipynb #1e2c316c
 def served_parity(
     engine,   # A `VllmEngine` with adapters
     ids,      # Token arrays of prompts, of which the first 16 are compared
@@ -245,10 +252,9 @@ def served_parity(
         check_parity(run, facts[run])
     return facts
 
-# %% ../nbs/lib/03s_replies.ipynb #899c015f
-class VllmEngine:
-    "Replies by vLLM; use it in a `with` block, which ends its process"
-    name = 'vllm'
+# %% ../nbs/lib/03s_replies.ipynb #e6a3d3db
+class VllmServer:
+    "vLLM for one base and its adapters, in a process of its own"
     def __init__(self,
         base:str,          # Name, folder or Hub id
         prompt,            # A `TextPrompt`
@@ -265,6 +271,24 @@ class VllmEngine:
         self.slots = {'': 0} | {run: k for k, run in enumerate(adapters, 1)}
         self.folders = [run_adapter(run, base) for run in adapters]
 
+    def started(self, new): # the process, for prompts with so many new tokens
+        longest = min(self.max_len+new, row_limit(self.config) or self.max_len+new)
+        if self.server and self.longest >= longest: return self.server
+        self.close()
+        self.server, self.longest = Engine(self.base, self.folders, self.dtype, longest, **self.options), longest
+        return self.server
+
+    def close(self):
+        if self.server: self.server.close()
+        self.server = None
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+# %% ../nbs/lib/03s_replies.ipynb #899c015f
+class VllmEngine(VllmServer):
+    "Replies by vLLM; use it in a `with` block, which ends its process"
+    name = 'vllm'
     def stream(self,
         requests, # `Request`s
     ): # Pairs of a position and a `Text`, as replies are finished
@@ -290,20 +314,6 @@ class VllmEngine:
         found = dict(self.stream(requests))
         return [found[k] for k in range(len(requests))]
 
-    def started(self, new): # the process, for prompts with so many new tokens
-        longest = min(self.max_len+new, row_limit(self.config) or self.max_len+new)
-        if self.server and self.longest >= longest: return self.server
-        self.close()
-        self.server, self.longest = Engine(self.base, self.folders, self.dtype, longest, **self.options), longest
-        return self.server
-
-    def close(self):
-        if self.server: self.server.close()
-        self.server = None
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-
 # %% ../nbs/lib/03s_replies.ipynb #7b6c8a00
 reply_engines = 'transformers', 'vllm', 'auto'
 
@@ -320,6 +330,7 @@ def reply_engine(
     if engine == 'auto': return 'vllm' if not why and torch.cuda.is_available() else 'transformers'
     return engine
 
+# %% ../nbs/lib/03s_replies.ipynb #365367e9
 def reply_input(
     engine:str, # From `reply_engine`
 ) -> dict: # For a run's identity; empty for transformers
@@ -343,8 +354,6 @@ def end_engine(engine):
     if hasattr(engine, 'close'): engine.close()
 
 # %% ../nbs/lib/03s_replies.ipynb #0e4eaf7e
-_columns = 'key id attempt prompt seed adapter temperature text finish tokens engine version'.split()
-
 def job_table(
     enc,          # From `TextPrompt.encode`
     attempt:int,  # From 0
@@ -360,14 +369,9 @@ def job_table(
     keys = [hash_obj([i, attempt, prompt, r[1:]], 20) for i, prompt, r in zip(enc.id, enc.prompt, asked)]
     return pd.DataFrame(dict(key=keys, id=list(enc.id), attempt=attempt, prompt=list(enc.prompt), request=asked))
 
-def read_replies(
-    folder, # Of shards
-): # DataFrame, a line a reply, in the order of the shards' names
-    "All replies that were written so far"
-    shards = [read_table(f) for f in sorted(Path(folder).glob('*.parquet'))]
-    return pd.concat(shards, ignore_index=True) if shards else pd.DataFrame(columns=_columns)
+# %% ../nbs/lib/03s_replies.ipynb #c7ff3e29
+_columns = 'key id attempt prompt seed adapter temperature text finish tokens engine version'.split()
 
-# %% ../nbs/lib/03s_replies.ipynb #96a87acb
 def _write_shard(engine, jobs, texts, folder): # the replies of some jobs
     asked = pd.DataFrame([dict(seed=r.seed, adapter=r.adapter, temperature=r.temperature) for r in jobs.request])
     made = pd.DataFrame([dict(text=t.text, finish=t.finish, tokens=t.n_tokens) for t in texts])
@@ -375,6 +379,14 @@ def _write_shard(engine, jobs, texts, folder): # the replies of some jobs
     both = both.assign(engine=engine.name, version=engine.version)[_columns]
     write_table(both, Path(folder)/f'{hash_obj(list(jobs.key), 16)}.parquet')
 
+def read_replies(
+    folder, # Of shards
+): # DataFrame, a line a reply, in the order of the shards' names
+    "All replies that were written so far"
+    shards = [read_table(f) for f in sorted(Path(folder).glob('*.parquet'))]
+    return pd.concat(shards, ignore_index=True) if shards else pd.DataFrame(columns=_columns)
+
+# %% ../nbs/lib/03s_replies.ipynb #efdf784d
 def finished_replies(
     engine,   # With `replies`, or with `stream`
     requests, # `Request`s
@@ -387,6 +399,7 @@ def finished_replies(
         size = max(shard, getattr(engine, 'batch_tokens', 0)//longest)  # a GPU takes as long for a small batch
         for k in range(0, len(requests), size): yield from enumerate(engine.replies(requests[k:k+size]), k)
 
+# %% ../nbs/lib/03s_replies.ipynb #96a87acb
 def generate(
     engine,        # With `name`, `version`, and `replies` or `stream`
     jobs,          # From `job_table`; several may be joined

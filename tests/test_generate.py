@@ -276,6 +276,29 @@ def test_a_doubtful_label_is_corrected_by_a_person(own_root):
     publish(run_stage(make_split, SplitArgs('t', corrections='fix.csv', folds=2)).folder, 't')
     assert load_rows('t').set_index('id').label.to_dict() == {i: 1 if k == 'wrong' else 2 for k, i in ids.items()}
 
+def test_held_out_answers_count_as_attempts(planted, tmp_path):
+    "three models and one attempt against the label; an answer of a model that has seen the row, or a tie, is none"
+    from competition_kit.adopt import adopt_files
+    from competition_kit.generate import GenerateArgs, held_out_answers
+    from competition_kit.rows import correct, read_corrections
+    def adopted(name, seen, **p): # probability of C by row; B has the rest
+        file = tmp_path/f'{name}.parquet'
+        pd.DataFrame([dict(id=k, p=[0., 1-p.get(k, .9), p.get(k, .9)]) for k in TEXTS]).to_parquet(file)
+        adopt_files([file], 't', name, seen=seen)
+    adopted('one', 'no', wrong=.1, told=.5)
+    for name in ('two', 'three'): adopted(name, 'no', wrong=.2, told=.1)
+    adopted('four', 'yes', leak=0.)
+    answers = held_out_answers(['one', 'two', 'three'], planted)
+    assert len(answers) == 18 and set(answers.option[answers.id == 'told']) == {-1, 1}
+    _, run = run_planted(held_out='one two three', retries=1, given=0, doubt=4)
+    fix, = read_corrections(run.folder/'corrections.csv')
+    assert (fix['id'], fix['old'], fix['new']) == ('wrong', 'C', 'B')
+    assert fix['why'] == '1 of 1 parsed attempts and 3 of 3 held-out answers say B'
+    assert correct(planted, [fix], 'choice').label.tolist() == [2, 2, 2, 1, 2, 2]
+    assert len([k for k in run.record['inputs'] if k.startswith('teacher.')]) == 3
+    with pytest.raises(Refusal, match='no held-out answer.*four|four.*no held-out answer'):
+        GenerateArgs(data='t', held_out='one four').inputs()
+
 # ---- engines
 def test_which_engine_generates(monkeypatch):
     from competition_kit import replies as R
