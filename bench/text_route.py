@@ -22,12 +22,13 @@ The whole table of SmolLM2 on one H200 with vLLM, three commands of at most ten 
 The second command is to be repeated until it begins no line, the third until it asks nobody. Nothing else may use the
 GPU beside vLLM. The same with `open=FILE --problems 200`, and with another base by `--base`, is another lease.
 Where vLLM refuses an adapter, `--vote` goes on with transformers; `--small` tries all of this on a CPU."""
-import argparse, contextlib, itertools, json, os, random, re, tempfile, time
+import argparse, contextlib, itertools, json, os, random, tempfile, time
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 import numpy as np
 import pandas as pd
+from code_rationales import code_rationale, knight_rationale, more_rows
 
 FIT = dict(fold=0, max_len=1024, batch=16, pack_tokens=32768, epochs=6., lr=1e-3, lora_r=32, lora_alpha=64, warmup=.1,
            schedule='cosine', save_every=10**6, recompute=0, compiled='no', max_new_tokens=576, samples=1)
@@ -45,144 +46,6 @@ LINES = {
     'by code, best half by the probe': dict(mix='TABLE + TABLE_codebest', epochs=12.),
     'self-sampled or conditioned, best half by the probe': dict(mix='TABLE + TABLE_bothbest', epochs=12.),
 }
-
-# ---- knights and knaves: parse, solve, and write every step
-WORDS = dict(en=('{} is a {}', 'knight', 'knave', dict(zip(('not', '->', '<->', 'and', 'or'), (
-                 'it is not the case that {}', 'if {} then {}', '{} if and only if {}', '{} and {}', '{} or {}')))),
-             zh=('{}是{}', '骑士', '骗子', dict(zip(('not', '->', '<->', 'and', 'or'), (
-                 '并非{}', '如果{}，那么{}', '{}当且仅当{}', '{}，并且{}', '{}，或者{}')))))
-ATOM = r'([A-Z]\w+|\w\w)(?: is a |是)(knight|knave|骑士|骗子)'
-
-def statement(text): # (operator or '', [(name, is it said to be a knight?), …])
-    atoms = [(n, k in ('knight', '骑士')) for n, k in re.findall(ATOM, text)]
-    for words in WORDS.values():
-        for op in ('<->', '->', 'not', 'and', 'or'):
-            pattern = re.escape(words[3][op]).replace(r'\{\}', '(.+)').replace('，', '，?')
-            if re.fullmatch(pattern+'。?', text): return op, atoms
-    return '', atoms
-
-def value(op, v): # of a statement, from the truth of its atoms
-    return dict(zip(('', 'not', '->', '<->', 'and', 'or'), (
-        v[0], not v[0], not v[0] or v[-1], v[0] == v[-1], all(v), any(v))))[op]
-
-def tell(op, parts): return ' '.join(parts) if not op else f'not {parts[0]}' if op == 'not' else f' {op} '.join(parts)
-def mark(v): return 'T' if v else 'F'
-
-def said(problem): # (name, statement) of each line
-    return [(n, statement(t)) for n, t in re.findall(r'^\d+\. (\w+?)(?: says: |说：)["“](.+?)["”]', problem, re.M)]
-
-def knight_steps(problem): # (the text of a search through all worlds, name → is it a knight?), or None
-    lines = said(problem)
-    if not lines: return None
-    names = [n for n, _ in lines]
-    short = dict(zip(names, 'ABCDEFG'))
-    text = [', '.join(f'{short[n]} {n}' for n in names)+'.']
-    text += [f'{k} {short[n]}: '+tell(op, [f'{short[m]} {mark(t)}' for m, t in atoms])
-             for k, (n, (op, atoms)) in enumerate(lines, 1)]
-    for world in itertools.product((True, False), repeat=len(names)):
-        is_knight, steps = dict(zip(names, world)), []
-        for k, (n, (op, atoms)) in enumerate(lines, 1):
-            v = [is_knight[m] == t for m, t in atoms]
-            fits = value(op, v) == is_knight[n]
-            steps.append(f"{k} {tell(op, list(map(mark, v)))} = {mark(value(op, v))} {'ok' if fits else 'no'}.")
-            if not fits: break
-        text.append(f"{' '.join(map(mark, world))}: {' '.join(steps)}")
-        if fits: return '\n'.join(text), is_knight
-    return None
-
-def knight_rationale(row): # of a row, or None
-    if not (found := knight_steps(row.problem)): return None
-    steps, is_knight = found
-    n = sum(is_knight.values())
-    asked = sorted((name for name in is_knight if name in row.question), key=len)[-1:]
-    if asked: answer = ('knight', '骑士') if is_knight[asked[0]] else ('knave', '骗子')
-    else: answer = (str(n),)
-    right = [k for k, o in enumerate(row.options) if o.lower() in answer]
-    if right != [row.label]: raise SystemExit(f'{row.id}: the code answers {answer}, the label is {row.label}')
-    so = ', '.join(f'{name} {mark(k)}' for name, k in is_knight.items())
-    return f"<thinking>\n{steps}\n</thinking>\n<reflection>\n{so}. {n} T. {asked[0] if asked else 'Number'}: " \
-           f"{answer[0]}.\n</reflection>\n<output>{'ABCDEFG'[row.label]}</output>"
-
-def form(problem): # of a problem, whatever its people are called
-    lines = said(problem)
-    number = {name: k for k, (name, _) in enumerate(lines)}
-    return str([(op, [(number[m], t) for m, t in atoms]) for _, (op, atoms) in lines])
-
-def knight_problems(n, seed, known): # `n` problems of 2 to 4 people with one solution, none with a known form
-    rng, out = random.Random(seed), []
-    names = dict(en='Adam Bella Carl Dora Emil Frida Gina Hugo Ivan Julia'.split(),
-                 zh='张三 李四 王五 赵六 孙七 周八'.split())
-    while len(out) < n:
-        lang, people = rng.choice(['en', 'zh']), rng.randint(2, 4)
-        is_a, knight, knave, words = WORDS[lang]
-        who, told = rng.sample(names[lang], people), []
-        for _ in range(people):
-            atoms = [is_a.format(rng.choice(who), rng.choice([knight, knave])) for _ in range(2)]
-            told.append(rng.choice([atoms[0], *(w.format(*atoms) for w in words.values())]))
-        say = '{}. {} says: "{}".' if lang == 'en' else '{}. {}说：“{}。”'
-        problem = '\n'.join(say.format(k, w, t) for k, (w, t) in enumerate(zip(who, told), 1))
-        if form(problem) in known or not (is_knight := only_world(said(problem))): continue
-        head = ('On an island every person is either a knight, who always tells the truth, or a knave, who always lies.'
-                if lang == 'en' else '岛上的人不是骑士就是骗子：骑士永远说真话，骗子永远说假话。')
-        out.append((f'more-{seed}-{len(out)}', f'{head}\n\n{problem}', lang, is_knight))
-    return out
-
-def only_world(lines): # name → is it a knight?, where one world alone fits
-    names = [n for n, _ in lines]
-    worlds = [dict(zip(names, w)) for w in itertools.product((True, False), repeat=len(names))]
-    fit = [w for w in worlds if all(value(op, [w[m] == t for m, t in atoms]) == w[n] for n, (op, atoms) in lines)]
-    return fit[0] if len(fit) == 1 else None
-
-def more_rows(n, seed, like): # one question about each of n problems, as rows like those of a table
-    rng, out, known = random.Random(seed), [], {form(p) for p in like.problem.unique()}
-    for name, problem, lang, is_knight in knight_problems(n, seed, known):
-        who, count = rng.choice(list(is_knight)), rng.random() < .25
-        kinds = ['Knight', 'Knave'] if lang == 'en' else ['骑士', '骗子']
-        options = list(map(str, range(len(is_knight)+1))) if count else kinds
-        right = str(sum(is_knight.values())) if count else kinds[not is_knight[who]]
-        ask = ('How many of them are knights?', f'Is {who} a knight or a knave?') if lang == 'en' else (
-            '他们当中有几个骑士？', f'{who}是骑士还是骗子？')
-        rng.shuffle(options)
-        out.append(dict(id=name, group=name, source='more', fold=-1, label=options.index(right), target=None, weight=1.,
-                        problem=problem, question=ask[not count], options=options))
-    rows = pd.DataFrame(out)
-    rows.attrs['meta'] = dict(like.attrs['meta'], name='more')
-    return rows
-
-# ---- zebra puzzles: where each clue's things stand
-def zebra_solution(problem): # ([(clue, [things])], thing → house), or None
-    kinds = [[v.strip() for v in line.split(':')[1].split(',')] for line in re.findall(r'^ - (.+)$', problem, re.M)]
-    clues, houses = re.findall(r'^\d+\. (.+)$', problem, re.M), 'first second third fourth fifth sixth'.split()
-    values = [v for kind in kinds for v in kind]
-    def things(clue): # in their order
-        found = sorted((clue.lower().find(v), v) for v in values if v in clue.lower())
-        return [v for k, v in found if not any(v != w and v in w for _, w in found)]
-    facts = [(c, things(c)) for c in clues]
-    def holds(clue, at): # of houses; a clue with other things is left to the last check
-        if 'next to each other' in clue: return len(at) == 2 and abs(at[0]-at[1]) == 1
-        if 'directly left of' in clue: return len(at) == 2 and at[1]-at[0] == 1
-        if m := re.search(r'in the (\w+) house', clue): return len(at) == 1 and at[0] == houses.index(m[1])
-        return len(at) == 2 and at[0] == at[1]
-    found, orders = [{}], list(itertools.permutations(range(len(kinds[0]))))
-    for kind in kinds:
-        more = [at | dict(zip(kind, order)) for at in found for order in orders]
-        known = [f for f in facts if all(v in more[0] for v in f[1])]
-        found = [at for at in more if all(holds(c, [at[v] for v in vs]) for c, vs in known)]
-        if not found or len(found) > 3000: return None
-    return (facts, found[0]) if len(found) == 1 else None
-
-def zebra_rationale(row):
-    if not (found := zebra_solution(row.problem)): return None
-    facts, at = found
-    who = next((o for o in row.options if at.get(o.lower()) == 0), None)
-    if who is None or row.options.index(who) != row.label: return None
-    steps = [f"{k}: {', '.join(f'{v} {at[v]+1}' for v in vs)}." for k, (_, vs) in enumerate(facts, 1)]
-    table = [f"House {h+1}: {', '.join(v for v in at if at[v] == h)}." for h in sorted(set(at.values()))]
-    return '\n'.join(['<thinking>', *steps, '</thinking>', '<reflection>', *table, '</reflection>',
-                      f"<output>{'ABCDEFG'[row.label]}</output>"])
-
-def code_rationale(row):
-    return knight_rationale(row) or (zebra_rationale(row) if 'house' in row.problem else None)
 
 # ---- tables
 def write(name, rows, like):
@@ -208,6 +71,7 @@ def prepare(name, file, a): # all tables of a file; what is there stays
         texts = [code_rationale(row) for row in rows.itertuples()]
         if any(texts):
             write(f'{name}_code', rows.assign(rationale=texts)[[t is not None for t in texts]], rows)
+        if any(knight_rationale(row) for row in rows.itertuples()):
             more = more_rows(a.more, 1, rows)
             write(f'{name}_more', more.assign(rationale=[knight_rationale(r) for r in more.itertuples()]), rows)
     sampled = (Path(a.base).name, name, 'sampling', None) in made(a, None)
@@ -369,10 +233,10 @@ def train_lines(names, a):
 
 def small(a): # a few rows and a random base, to see that all parts run
     from competition_kit.base import tiny_base
-    a.base, a.problems, a.more = tiny_base(a.out/'tiny'), 24, 20
-    FIT.update(epochs=.2, pack_tokens=4096, dtype='fp32', lora_r=4, score_every=4)
+    a.base, a.problems, a.more = tiny_base(a.out/'tiny'), 12, 8
+    FIT.update(epochs=.1, batch=4, max_len=512, pack_tokens=2048, dtype='fp32', lora_r=4, score_every=4)
     REPLY.update(max_new_tokens=8, samples=5)
-    ASK.update(retries=1, given=1, max_new_tokens=8, batch_tokens=16384)
+    ASK.update(retries=1, given=1, max_new_tokens=8, max_len=512, batch_tokens=16384)
     for args in LINES.values(): args.pop('epochs', None)
 
 if __name__ == '__main__':
