@@ -107,6 +107,8 @@ _opened = re.compile('<think(?:ing)?>', re.I)
 _tagged = re.compile(r'<(output|answer)>(.*?)(?:</\1>|$)', re.S | re.I)
 _boxed = re.compile(r'\\boxed\{(?:\\text\{)?([^{}]*)\}')
 _markup = ' \t\r\n*_`"\'“”‘’()[]{}<>.。,:;!'
+
+# %% ../nbs/lib/03n_text.ipynb #e8d57edf
 _letter = r'(?-i:(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])(?![A-Za-z0-9]))'  # not the article A
 _answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?'
            r'(?: indeed| therefore| thus| clearly)?\s*:?\s*'
@@ -115,6 +117,8 @@ _stated = re.compile(rf'(?:{_answer})(?:option |choice |选项\s*)?[*_("“\[\\]
 _stated_too = re.compile(rf'{_letter}[*_)\]"”]*(?: is (?:the )?(?:correct|right|answer)'
                          r'|\s*(?:选项|项)?\s*[是为]?\s*(?:正确|成立|符合题意)(?!吗|性))', re.I)
 _supposed = re.compile(r'(?:如果|假如|假设|倘若|若)[^,。;]*|\b(?:if|suppose|assume|assuming)\b[^,.;]*', re.I)
+
+# %% ../nbs/lib/03n_text.ipynb #119acdc4
 _denied = re.compile(r'[*_)\]"]*\s*(?:选项|项)?\s*[是就也都]*\s*(?:不对|错|不正确|不成立|不符合)'
                      r'|[*_)\]"]* (?:is|was|would be) (?:wrong|not|false|incorrect)', re.I)
 _joined = re.compile(r'(?:[*_)\]]*\s*(?:(?i:or|and)\b|[/,、或和])\s*(?:(?i:option|choice) )?'
@@ -138,6 +142,13 @@ def _position(letter, options): # -1 for a letter past the row's options
 def _named(text, options): # positions of the options with this text
     return {i for i, o in enumerate(options) if _bare(o) == _bare(text) != ''}
 
+def _captions(text, options): # positions by a letter, alone or before a text; another option's text adds that one
+    if not (m := _captioned.fullmatch(text.strip())): return set()
+    named, others = _position(m[1], options), _named(m[2] or '', options)
+    if named < 0 and (own := _named(text, options)): return own # `H` is no letter of the row, and the text of an option
+    return {named} if named in others else {named, *others}
+
+# %% ../nbs/lib/03n_text.ipynb #1f51694c
 def _texts_in(text, options): # positions of the options whose text stands in it, as whole words
     names, text = [_bare(o) for o in options], _bare(text)
     def inside(name): return name and re.search(rf'(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])', text)
@@ -145,12 +156,7 @@ def _texts_in(text, options): # positions of the options whose text stands in it
     longest = [n for n in found if not any(n in other and n != other for other in found)]
     return {i for i, name in enumerate(names) if name in longest}
 
-def _captions(text, options): # positions by a letter, alone or before a text; another option's text adds that one
-    if not (m := _captioned.fullmatch(text.strip())): return set()
-    named, others = _position(m[1], options), _named(m[2] or '', options)
-    if named < 0 and (own := _named(text, options)): return own # `H` is no letter of the row, and the text of an option
-    return {named} if named in others else {named, *others}
-
+# %% ../nbs/lib/03n_text.ipynb #4c48bcc6
 def _states(line, options): # positions that a line calls the answer; not what it only supposes
     line = _supposed.sub('', line)
     letters = {_position(c, options) for c in _stated_too.findall(line)}
@@ -161,6 +167,7 @@ def _states(line, options): # positions that a line calls the answer; not what i
     if letters-{-1}: return letters
     return set().union(*(_named(t, options) for t in _stated_text.findall(line))) or letters
 
+# %% ../nbs/lib/03n_text.ipynb #7931d7ab
 def _in_tag(text, options):
     letter, named = re.fullmatch('[a-z]', _bare(text)), _named(text, options)
     if named and not (letter and _position(letter[0], options) >= 0): return named
@@ -184,6 +191,7 @@ def _in_lines(text, options): # (answers, where) of a text without tags
         return set().union(*(_captions(line, options) for line in captions)), 'last line'
     return named, 'option text'
 
+# %% ../nbs/lib/03n_text.ipynb #0e89d599
 def _without_lists(text, options): # no option whose own text repeats itself, such as a list of equal words
     for option in map(_plain, options):
         if repeats(option): text = text.replace(option, '')
@@ -197,6 +205,7 @@ def _place(text, options): # (answers, where) of the first place that holds one
     if _opened.search(rest) or repeats(_without_lists(rest, options)): return set(), ''
     return _in_lines(rest, options)
 
+# %% ../nbs/lib/03n_text.ipynb #6d8b368f
 def parse_reply(
     text:str, # What the model wrote
     options,  # Texts of the row's options
@@ -240,6 +249,7 @@ def _leaks(text): # *The correct answer is B* is a usual end; before any reasoni
     said = [(m[1], re.sub('<[^<>]*>', '', text[:m.start()])) for m in _announced.finditer(text)]
     return bool(_leak.search(text)) or any(why or _n_words(before) < 8 for why, before in said)
 
+# %% ../nbs/lib/03n_text.ipynb #20100079
 def _unclosed(text): # is a tag opened and not closed?
     tags = 'thinking', 'reflection', 'output', 'think', 'answer'
     return any(len(re.findall(f'<{t}>', text, re.I)) != len(re.findall(f'</{t}>', text, re.I)) for t in tags)
@@ -251,6 +261,7 @@ def _contradicts(text, options, answer): # is another option what a thought stat
     alone = [_captions(line, options) for line in lines if _is_option(line, options)]
     return any(found-{answer} for found in said) or len(alone) == 1 and alone[0] != {answer}
 
+# %% ../nbs/lib/03n_text.ipynb #21bb8b51
 def rationale_fault(
     text:str,
     options,           # Texts of the row's options
