@@ -183,7 +183,7 @@ class PairsArgs:
     max_new_tokens:int=1024        # Tokens of an answer
     dtype:str='auto'               # Of the weights: auto, bf16, fp16, fp32 or nf4
     batch_tokens:int=16384         # Tokens of a batch
-    shard:int=64                   # Answers in a shard: a kill loses one
+    shard:int=64                   # Answers in a shard: a kill loses one, or one batch
     seed:int=0                     # Of prompts, pairs and answers
     engine:str='auto'              # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
 

@@ -166,7 +166,7 @@ class SyntheticArgs:
     max_len:int=2048          # Tokens of a prompt
     dtype:str='auto'          # Of the weights: auto, bf16, fp16, fp32 or nf4
     batch_tokens:int=16384    # Tokens of a batch
-    shard:int=64              # Replies in a shard: a kill loses one
+    shard:int=64              # Replies in a shard: a kill loses one, or one batch
     seed:int=1                # Of problems and attempts; 0 makes the problems of sample_logic again
     engine:str='auto'         # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
 
