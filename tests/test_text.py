@@ -154,3 +154,32 @@ def test_rows_without_a_parsed_text_keep_the_letters(rows):
     p = join_votes([[0]*7], [2], letters, [1, 3], text_weight=5)
     assert np.allclose(p, [[.25, .75, 0, 0, 0, 0, 0]], atol=1e-6)
     assert join_votes([[4, 0, 0, 0, 0, 0, 0]], [2], letters, text_weight=5).argmax() == 0
+
+# ---- rationales by code, for the gains table of bench/
+ORDER = dict(id='o', label=2, question='Which of the following is true?',
+             problem='The following paragraph describes a set of three objects arranged in a fixed order.\n\n'
+             'On a branch, there are three birds: an owl, a crow, and a raven. The owl is to the right of the crow. '
+             'The raven is the second from the left.',
+             options=[f'The {b} is the rightmost.' for b in ('crow', 'raven', 'owl')])
+THEORY = dict(id='t', label=1, question='Is the following statement true or false? The cat does not see the dog.',
+              options=['True', 'False'], problem='Closed-world assumption: whatever cannot be derived is false.\n\nThe '
+              'cat is young. The cat likes the dog. If someone likes the dog and they are young then they see the dog.')
+
+def test_rationales_by_code(samples):
+    "they pass the checks of the kit; a label that the code contradicts ends the script"
+    import sys
+    from pathlib import Path
+    from competition_kit.tables import load_rows
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'bench'))
+    from code_rationales import code_rationale
+    rows = pd.concat([load_rows('sample_logic'), pd.DataFrame([ORDER, THEORY])], ignore_index=True)
+    texts = [code_rationale(r) for r in rows.itertuples()]
+    faults = [rationale_fault(t, o, k) for t, o, k in zip(texts, rows.options, rows.label) if t]
+    assert set(faults) == {''} and len(faults) > .9*len(rows)
+    assert 'crow 1.' in texts[-2] and 'so cat sees dog.' in texts[-1]
+    closed = dict(THEORY, label=0, problem=THEORY['problem'].replace(' The cat likes the dog.', ''))
+    text = code_rationale(next(pd.DataFrame([closed]).itertuples()))
+    assert 'cat likes dog: not said, no rule.' in text and text.endswith('<output>A</output>')
+    for row in (ORDER, THEORY):
+        with pytest.raises(SystemExit, match='the label is 0'):
+            code_rationale(next(pd.DataFrame([dict(row, label=0)]).itertuples()))
