@@ -86,8 +86,8 @@ def measure(name, base, prompt, jobs, a):
         predicted = {k: generation_seconds(s, len(jobs), length, new, a.new, n, name) for k, s in speeds.items()}
         report(what='generation', base=a.shape or a.base, layers=sizes['layers'], engine=engine.name,
                version=engine.version, gpu=gpu['name'], texts=len(jobs), prompt_tokens=length, new_tokens=new,
-               sequences=n, seconds=seconds, new_tokens_s=new*len(jobs)/seconds, cpu_time=a.cpu_time, predicted_seconds=predicted,
-               predicted_to_measured={k: v/seconds for k, v in predicted.items()},
+               sequences=n, seconds=seconds, new_tokens_s=new*len(jobs)/seconds, cpu_time=a.cpu_time,
+               predicted_seconds=predicted, predicted_to_measured={k: v/seconds for k, v in predicted.items()},
                speeds={k: s._asdict() for k, s in speeds.items()})
     finally: end_engine(engine)
 
