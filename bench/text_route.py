@@ -166,35 +166,38 @@ def vote_lines(name, a): # replies of every run and of the untouched base, and t
     from competition_kit.replies import end_engine, reply_engine, start_engine
     from competition_kit.tables import load_rows
     from competition_kit.text import TextPrompt
-    own = [l for l in lines_in(a) if (l['base'], l['table']) == (Path(a.base).name, name)]
-    trained = {(l['line'], l['seed']): l['run'] for l in own if 'run' in l}
+    here = Path(a.base).name, name
+    trained = {(l['line'], l['seed']): l['run'] for l in lines_in(a) if 'run' in l and (l['base'], l['table']) == here}
     asked = {('untouched base', seed): '' for _, seed in trained} | trained
-    done = {(line, seed) for _, table, line, seed in made(a, 'replies') if table == name}
+    done = {found[2:] for found in made(a, 'replies') if found[:2] == here}
     asked = {k: asked[k] for k in sorted(asked, key=lambda k: k[1]) if k not in done}  # a whole seed first
     if not asked: return print(f'{name}: nobody is left to ask', file=a.stdout)
     params = find_run(next(iter(trained.values())))['params']
     prompt = TextPrompt(load_tokenizer(a.base), FIT['max_len'])
     _, held = fold_rows(load_rows(params['mix'], params['seed']), params['fold'])
     for kind in dict.fromkeys((reply_engine(a.engine, a.base, FIT['dtype']), 'transformers')):
-        engine = start_engine(kind, a.base, prompt, FIT['dtype'], 2**19, [run for run in asked.values() if run])
-        try: return vote_with(engine, name, prompt, held, asked, a)
+        engine, runs = None, [run for run in asked.values() if run]
+        try:
+            engine = start_engine(kind, a.base, prompt, FIT['dtype'], 2**19, runs)
+            return vote_with(engine, name, prompt, held, asked, a)
         except Refusal as e:
             if kind == 'transformers': raise
             report(a, table=name, line='vLLM', refused=str(e)[-300:])
         finally: end_engine(engine)
 
 def vote_with(engine, name, prompt, held, asked, a):
-    for (line, seed), run in asked.items():
+    for (line, seed), run in list(asked.items()):
         if late(a, 'line'): return
         report(a, what='replies', table=name, line=line, seed=seed, held_out=len(held), engine=engine.name,
                **votes(ask(engine, prompt, held, seed, run, a), held))
+        del asked[line, seed]  # another engine would ask again
 
 def ask(engine, prompt, held, seed, run, a): # parsed replies
     from competition_kit.replies import generate, job_table
     from competition_kit.text import parse_replies
     enc = prompt.encode(held)
     jobs = [job_table(enc, k, seed, REPLY['max_new_tokens'], .7, adapter=run) for k in range(REPLY['samples'])]
-    replies = generate(engine, pd.concat(jobs, ignore_index=True), a.out/'replies'/f'{run or "base"}-{seed}')
+    replies = generate(engine, pd.concat(jobs, ignore_index=True), a.out/'replies'/f'{run or Path(a.base).name}-{seed}')
     return replies.join(parse_replies(replies, held))
 
 def lines_of(name): # those whose tables are there
