@@ -1,5 +1,5 @@
 "What the bench scripts share: clocks, processes, the name of the machine, and one JSON line a result."
-import json, multiprocessing, os, statistics, sys, time
+import ctypes, json, multiprocessing, os, signal, statistics, sys, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from competition_kit.core import device_name, now, versions
 
@@ -18,7 +18,7 @@ def workers(
     jobs:int,  # Processes on each GPU
     begin,  # Function of a process, called once with its GPU's name
 ): # A pool of fresh processes
-    "Processes that share the GPUs"
+    "Processes that share the GPUs, and end with the process that has begun them"
     names, spawn = gpus(), multiprocessing.get_context('spawn')
     return ProcessPoolExecutor(jobs*len(names), spawn, _take_gpu, (begin, names, spawn.Value('i', 0)))
 
@@ -26,6 +26,7 @@ def _take_gpu(begin, names, counter):
     with counter.get_lock():
         counter.value += 1
         k = counter.value
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, for a script that was killed
     os.environ.update(CUDA_VISIBLE_DEVICES=names[k % len(names)], TOKENIZERS_PARALLELISM='false')
     begin()
 

@@ -5,7 +5,7 @@ usage: python bench/merge.py [--layers 48] [--members 5] [--rank 64] [--to 64] [
 
 Random adapters are written once, tensor by tensor, and for `base` a random base in shards of two layers. Each way to
 merge runs in a process of its own, so its peak is its own; the peak before the merge (Python, torch) stands beside it.
-A base of 48 layers takes 26 GiB on the disk, and the merged one as much."""
+A base of 48 layers takes 25 GiB on the disk, and the merged one as much."""
 import argparse, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch

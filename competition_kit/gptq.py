@@ -151,12 +151,20 @@ def calibration_ids(
 ) -> list: # Token arrays
     "The sequences to calibrate on"
     inference = _inference_lengths(args)
-    if file := _calibration_file(args.calibration): ids = read_texts(file, args.prompt.tok, args.max_len)
+    if file := _calibration_file(args.calibration): ids = _own_texts(args, file)
     else:
         enc = encode_cached(args.prompt, _own_rows(args), args.views) if args.calibration else args.encoded[0]
         ids = list(enc.ids)
     at = draw_lines([len(i) for i in ids], inference, rows, draw) if ids else []
     return [ids[k] for k in at]
+
+def _own_texts(args, file): # token arrays of a calibration file
+    tok = args.prompt.tok
+    ids, held = read_texts(file, tok, args.max_len), set(tok.batch_decode(args.encoded[1].ids.tolist()))
+    if lines := [k for k, text in enumerate(tok.batch_decode(ids), 1) if text in held]:
+        raise Refusal(f'{len(lines)} texts are prompts of held-out rows, the first of them text {lines[0]}', file,
+                      fix='Calibrate on training rows')
+    return ids
 
 def _own_rows(args): # a calibration table
     rows, held = load_rows(args.calibration, args.seed), args.parts[1]

@@ -370,7 +370,7 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
         config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
                                 offload_to_disk_path=str(work/'offload'))
         model = GPTQModel.load(str(source), config, dtype=dtypes[dtype])
-        model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)  # `quantize` drops its own
+        model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)  # `quantize` loses it
         model.layer_callback, bar.last = bar, time.perf_counter()
         with _refusals(work), _keeping(kept):
             log = model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)

@@ -1,5 +1,5 @@
 "The whole stage on models of two layers: chain, resume, the gate, and what it refuses"
-import shutil, signal, subprocess, sys
+import json, shutil, signal, subprocess, sys
 import numpy as np
 import pytest
 pytest.importorskip('gptqmodel')
@@ -181,6 +181,10 @@ def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
     two = tmp_path/'two.jsonl'
     two.write_text('{"text": "one two"}\n{"text": "three"}\n')
     with pytest.raises(Refusal, match='2 calibration rows'): quantised(start=made['full'], calibration=str(two))
+    args = GptqArgs(start=made['full'])
+    two.write_text(json.dumps(dict(text='one'))+'\n'+json.dumps(dict(text=args.prompt.tok.decode(args.encoded[1].ids.iloc[0]))))
+    with pytest.raises(Refusal, match='1 texts are prompts of held-out rows, the first of them text 2'):
+        quantised(start=made['full'], calibration=str(two))
     with pytest.raises(Refusal, match='no such calibration'): quantised(start=made['full'], calibration='lost.jsonl')
     with pytest.raises(Refusal, match='held-out rows stand in'):
         quantised(start=made['full'], calibration='sample_arena')
