@@ -1,5 +1,6 @@
-"What the bench scripts share: clocks, the name of the machine, and one JSON line a result."
-import json, os, statistics, sys, time
+"What the bench scripts share: clocks, processes, the name of the machine, and one JSON line a result."
+import ctypes, json, multiprocessing, os, signal, statistics, sys, time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from competition_kit.core import device_name, now, versions
 
 def wait_for_gpu():
@@ -12,6 +13,37 @@ def gpus() -> list: # As for `CUDA_VISIBLE_DEVICES`; one name on a machine witho
     import torch
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     return visible.split(',') if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
+
+def workers(
+    jobs:int,  # Processes on each GPU
+    begin,  # Function of a process, called once with its GPU's name
+): # A pool of fresh processes
+    "Processes that share the GPUs, and end with the process that has begun them"
+    names, spawn = gpus(), multiprocessing.get_context('spawn')
+    return ProcessPoolExecutor(jobs*len(names), spawn, _take_gpu, (begin, names, spawn.Value('i', 0)))
+
+def _take_gpu(begin, names, counter):
+    with counter.get_lock():
+        counter.value += 1
+        k = counter.value
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, for a script that was killed
+    os.environ.update(CUDA_VISIBLE_DEVICES=names[k % len(names)], TOKENIZERS_PARALLELISM='false')
+    begin()
+
+def results(
+    pool,  # From `workers`
+    f,  # Function of a job
+    jobs,  # Tuples of its arguments
+    until=float('inf'),  # Time of `time.time`, after which no further job is begun
+): # Results, as the jobs end
+    "Run jobs in a pool; what one call leaves undone, the next call of the script can do"
+    jobs, running = iter(jobs), set()
+    while True:
+        while len(running) < pool._max_workers and time.time() < until and (job := next(jobs, None)):
+            running.add(pool.submit(f, *job))
+        if not running: return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for r in done: yield r.result()
 
 def timed(
     f,  # Function

@@ -3,11 +3,13 @@
 usage: python bench/gptq.py time [--layers 4] [--rows 128] [--tokens 2047] [--bits 4 8] [--kind llama qwen2]
        python bench/gptq.py kill [--layers 4] [--rows 128] [--tokens 2047] [--bits 4] [--kind llama]
        python bench/gptq.py quality open=FILE alpaca=FILE [--folds 5] [--seeds 3] [--jobs 4] [--lines …] [--set JSON]
+                                    [--quantise JSON] [--until SECONDS]
 `time` makes a model of the 14B shape with random weights, cut to some layers, and quantises it twice in each of the
 settings: by GPTQModel alone, and by the kit. `kill` ends the kit's run by SIGKILL when half of the layers are finished,
 continues it, and compares its bytes with those of a whole run. `quality` trains the folds of the first table, quantises
 each run in every line's way, and compares it with its 16-bit model on the held-out rows; the second table gives other
-prompts."""
+prompts. With CK_ROOT=FOLDER the same command takes up what an earlier call has finished there. After `--until` seconds
+nothing new is begun, and the table has the lines that are there."""
 import argparse, contextlib, io, json, multiprocessing, os, shutil, tempfile, time, traceback
 from pathlib import Path
 
@@ -29,6 +31,7 @@ LINES = {
     '4 bits, calibrated at 256 tokens': dict(bits=4, calibration='cut'),
     '4 bits, calibrated on other prompts': dict(bits=4, calibration='other'),
 }
+USUAL = '4 bits, group 64'  # the other lines are compared with it
 
 # Time of a layer
 
@@ -122,18 +125,13 @@ def measure_kill(a):
 
 # Quality
 
-def begin(root, gpus, counter):
-    with counter.get_lock():
-        counter.value += 1
-        k = counter.value
-    os.environ.update(CK_ROOT=root, CUDA_VISIBLE_DEVICES=gpus[k % len(gpus)], TOKENIZERS_PARALLELISM='false')
+def begin():
     import competition_kit.record as record
     import competition_kit.train as train
     train.baselines = lambda *a: {}
     record.after_run.clear()  # no workbook: hundreds of runs
 
-def one(job):
-    name, how = job
+def one(name, how):
     began = time.time()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -167,48 +165,58 @@ def _texts(args): # a calibration file: prompts cut to 256 tokens, or the plain 
     return str(file)
 
 def quality_table(said): # a line a way to quantise: means over runs, and the spread over seeds
-    out = []
+    out, usual = [], said[said.line == USUAL].set_index(['seed', 'fold']).d_log_loss
     for line, d in said.groupby('line', sort=False):
         by_seed = d.groupby('seed').d_log_loss.mean()
+        gap = (d.set_index(['seed', 'fold']).d_log_loss-usual).dropna()  # of the same runs
         out.append(dict(line=line, runs=len(d), log_loss=d.log_loss.mean(), accuracy=d.accuracy.mean(),
                         d_log_loss=d.d_log_loss.mean(), least=2*d.d_log_loss.std()/len(d)**.5,
-                        sd_of_seeds=by_seed.std(),
+                        sd_of_seeds=by_seed.std(), against_usual=gap.mean(), its_least=2*gap.std()/max(1, len(gap))**.5,
                         d_accuracy=d.d_accuracy.mean(), flips=d.flips.mean(), kl=d.kl.mean(), minutes=d.minutes.mean()))
     return pd.DataFrame(out)
 
-def measure_quality(a):
-    from competition_kit.core import bases_path, data_path
+def write_quality_tables(parts): # once: a later call finds them
+    from competition_kit.core import data_path
     from competition_kit.tables import split, write_rows
-    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
     data_path().mkdir(parents=True, exist_ok=True)
-    for part in a.tables:
+    for part in parts:
         name, file = part.split('=')
+        if data_path(f'{name}.parquet').exists(): continue
         rows, _ = split(str(Path(file).resolve()))
         write_rows(rows, data_path(f'{name}.parquet'), task=rows.attrs['meta']['task'])
-    from common import gpus as visible_gpus
-    began, gpus = time.time(), visible_gpus()
-    spawn, said = multiprocessing.get_context('spawn'), []
-    state = os.environ['CK_ROOT'], gpus, spawn.Value('i', -1)
-    with spawn.Pool(a.jobs*len(gpus), begin, state) as pool:
+
+def measure_quality(a):
+    from common import results, workers
+    from competition_kit.core import bases_path
+    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
+    write_quality_tables(a.tables)
+    began, said = time.time(), []
+    until = began+a.until
+    with workers(a.jobs, begin) as pool:
         wanted = [('train', FIT | a.set | dict(fold=f, seed=s)) for s in range(a.seeds) for f in range(a.folds)]
         runs = {}
-        for _, how, run, took in pool.imap_unordered(one, wanted):
+        for _, how, run, took in results(pool, one, wanted, until):
             print('train', how['fold'], how['seed'], run, f'{took:.0f} s', flush=True)
             if run.startswith('train-'): runs[run] = how
-        jobs = [(n, dict(LINES[n], start=run)) for n in a.lines for run in runs]
-        for name, how, found, took in pool.imap_unordered(one, jobs):
-            if isinstance(found, str):
-                print('FAILED', name, how, found, flush=True)
-                continue
+        order = sorted(runs, key=lambda r: (runs[r]['seed'], runs[r]['fold']))
+        jobs = [(n, LINES[n] | a.quantise | dict(start=run)) for run in order for n in a.lines]  # whole runs first
+        for name, how, found, took in results(pool, one, jobs, until):
             own = runs[how['start']]
-            said.append({k: v for k, v in found.items() if k != 'baselines'}
-                        | dict(line=name, fold=own['fold'], seed=own['seed']))
-            print(f"{name} | fold {own['fold']} seed {own['seed']}: {found['d_log_loss']:+.4f}, {found['flips']:.1%} "
-                  f'flips, {took:.0f} s, {time.time()-began:.0f} s in all', flush=True)
+            place = f"{name} | fold {own['fold']} seed {own['seed']}:"
+            if isinstance(found, str): print('FAILED', place, found, flush=True)
+            else:
+                said.append(dict(found, line=name, fold=own['fold'], seed=own['seed'], baselines=None))
+                print(place, f"{found['d_log_loss']:+.4f}, {found['flips']:.1%} flips, {took:.0f} s,",
+                      f'{time.time()-began:.0f} s in all', flush=True)
+    print(f'{len(runs)} of {len(wanted)} trainings, {len(said)} of {len(wanted)*len(a.lines)} quantised models')
     if not said: return
-    t = quality_table(pd.DataFrame(said))
-    t.to_json(Path(a.out)/'gptq.json', orient='records', indent=1)
+    said = pd.DataFrame(said).sort_values(['line', 'seed', 'fold'], key=_order)
+    t = quality_table(said)
+    for d, name in ((t, 'gptq'), (said, 'gptq_runs')): d.to_json(Path(a.out)/f'{name}.json', orient='records', indent=1)
     print(t.to_string(index=False, float_format=lambda v: f'{v:.4f}'))
+
+def _order(column): # lines in the order of `LINES`
+    return column.map(list(LINES).index) if column.name == 'line' else column
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,11 +231,13 @@ if __name__ == '__main__':
         t.add_argument('--shape', default='', help='JSON: another shape than that of 14B')
     q = what.add_parser('quality')
     q.add_argument('tables', nargs=2)
-    q.add_argument('--lines', nargs='+', default=list(LINES))
+    q.add_argument('--lines', nargs='+', default=list(LINES), choices=list(LINES))
     q.add_argument('--folds', type=int, default=5)
     q.add_argument('--seeds', type=int, default=3)
     q.add_argument('--jobs', type=int, default=4, help='processes a GPU')
     q.add_argument('--set', type=json.loads, default={}, help='further arguments of every training, as JSON')
+    q.add_argument('--quantise', type=json.loads, default={}, help='further arguments of every quantisation, as JSON')
+    q.add_argument('--until', type=float, default=1e9, help='seconds after which no training or quantisation is begun')
     q.add_argument('--out', default='.')
     a = p.parse_args()
     dict(time=measure_time, kill=measure_kill, quality=measure_quality)[a.what](a)

@@ -1,13 +1,13 @@
 """What does merging cost? Folds and seeds, merged in every way, on a table that no run has seen.
 
-usage: python bench/merge_quality.py pairs_open.parquet [--seeds 3] [--folds 5] [--jobs 4] [--base B] [--int4 FOLDER]
+usage: python bench/merge_quality.py pairs_open.parquet [--seeds 3] [--folds 5] [--jobs 4] [--base B] [--int4]
+                                     [--set JSON] [--until SECONDS]
 A fifth of the groups is set apart. Three families of runs are trained on the rest: folds with one seed (a shared
 start), folds with a seed each (independent starts), and as many seeds on all rows. Every draw is one more repetition.
 Each line is compared with the mean of the five folds' probabilities, row by row; `least` is the smallest difference
 that two standard errors over groups can tell. With `--int4`, one LoRA a draw is trained over that checkpoint of
 `--base`."""
-import argparse, contextlib, io, json, multiprocessing, os, tempfile, time, traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import argparse, contextlib, io, json, os, tempfile, time, traceback
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')  # many processes share the cores
@@ -19,11 +19,7 @@ FIT = dict(max_len=640, batch=32, pack_tokens=32768, warmup=.1, schedule='cosine
 HOW = {'exact merge': dict(), 'rank 16': dict(how='svd', rank=16), 'rank 32': dict(how='svd', rank=32),
        'factors': dict(how='factors')}
 
-def begin(root, cards, counter):
-    with counter.get_lock():
-        counter.value += 1
-        k = counter.value
-    os.environ.update(CK_ROOT=root, CUDA_VISIBLE_DEVICES=cards[k % len(cards)], TOKENIZERS_PARALLELISM='false')
+def begin():
     import competition_kit.lora as lora
     import competition_kit.merge as merge
     import competition_kit.record as record
@@ -33,11 +29,16 @@ def begin(root, cards, counter):
     record.after_run.clear()      # no workbook: hundreds of runs
 
 def one(name, stage, args):
-    began = time.time()
+    began, work = time.time(), dict(train=_train, merge=_merge, quantise=_quantise)[stage]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return name, (_train if stage == 'train' else _merge)(args), time.time()-began
+            return name, work(args), time.time()-began
     except Exception: return name, traceback.format_exc()[-1500:], time.time()-began
+
+def _quantise(args): # the folder of the quantised base
+    from competition_kit.gptq import GptqArgs, gptq
+    from competition_kit.record import run_stage
+    return str(run_stage(gptq, GptqArgs(**args)).folder/'model'), None, {}
 
 def _train(args):
     from competition_kit.train import train_fold
@@ -54,14 +55,14 @@ def _merge(args): # the merge and its members on the rows set apart
     shift = {k: v for k, v in run.record['logits'].items() if k.startswith('members')}
     return run.id, {k: align(read_probs(f), rows) for k, f in files.items()}, dict(facts, shift=shift)
 
-def trainings(a): # (family, draw) → list of arguments
+def trainings(a, int4): # (family, draw) → list of arguments; `int4` is the quantised base, or ''
     fit = dict(FIT, base=a.base, **a.set)
     out = {}
     for d in range(a.seeds):
         out['folds, shared start', d] = [dict(fit, mix='open', fold=f, seed=d) for f in range(a.folds)]
         out['folds, independent starts', d] = [dict(fit, mix='open', fold=f, seed=100+10*d+f) for f in range(a.folds)]
         out['seeds on all rows', d] = [dict(fit, mix='every', fold=0, seed=200+10*d+f) for f in range(a.folds)]
-        if a.int4: out['over int4', d] = [dict(fit, mix='every', fold=0, seed=d, base=a.int4)]
+        if int4: out['over int4', d] = [dict(fit, mix='every', fold=0, seed=d, base=int4)]
     return out
 
 def merges(family, a):
@@ -69,9 +70,11 @@ def merges(family, a):
         return {'served over int4': {}, 'merged into the 16-bit twin': dict(how='base', twin=a.base)}
     return {k: v for k, v in HOW.items() if family == 'folds, shared start' or not k.startswith('rank')}
 
-def tables(file, root):
+def tables(file): # once: a later call finds them
     from competition_kit.core import data_path
     from competition_kit.tables import split, write_rows
+    data_path().mkdir(parents=True, exist_ok=True)
+    if data_path('every.parquet').exists(): return
     rows, _ = split(str(Path(file).resolve()))
     task, groups = rows.attrs['meta']['task'], rows.group.drop_duplicates().sort_values()
     apart = rows.group.isin(set(groups.sample(frac=.2, random_state=0)))
@@ -79,7 +82,7 @@ def tables(file, root):
     for name, part in dict(open=rows[~apart], held=rows[apart].assign(fold=-1), every=every).items():
         write_rows(part.reset_index(drop=True), data_path(f'{name}.parquet'), task=task)
 
-def lines(results, weights=None): # (line, draw) → [rows, options]
+def lines(results): # (line, draw) → [rows, options]
     out = {}
     for (family, how, draw), (_, p, _) in results.items():
         members = [q for k, q in p.items() if k != 'merged']
@@ -97,7 +100,7 @@ def summary(out, rows):
     right = {k: np.mean([(q.argmax(1) == label).mean() for q in models]) for k, models in out.items()}
     names = list(dict.fromkeys(name for name, _ in each))
     mean = {n: np.mean([v for (name, _), v in each.items() if name == n], 0) for n in names}
-    reference = next(n for n in names if n.endswith('mean of probabilities'))
+    reference = next((n for n in names if n.endswith('mean of probabilities')), names[0])
     table = []
     for n in names:
         draws = [v.mean() for (name, _), v in each.items() if name == n]
@@ -108,45 +111,57 @@ def summary(out, rows):
                           against_mean=gap, least=2*error, told='' if n == reference else told))
     return pd.DataFrame(table)
 
+def quantised(a): # name → job
+    wide = dict(max_loss=99., max_flips=1.)
+    how = {k: v for k, v in (FIT | a.set).items() if k in ('max_len', 'dtype')}
+    return {('int4',): ('quantise', dict(how, base=a.base, mix='every', fold=0, **wide))} if a.int4 else {}
+
+def measure(a):
+    from common import results, workers
+    from competition_kit.core import bases_path
+    from competition_kit.tables import load_rows
+    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
+    tables(a.table)
+    began = time.time()
+    until = began+a.until
+    def run(jobs): # name → result, of jobs (stage, arguments) that did not fail
+        out = {}
+        for name, result, took in results(pool, one, [(name, *job) for name, job in jobs.items()], until):
+            failed = isinstance(result, str)
+            print('FAILED' if failed else '', *name, result if failed else result[0], f'{took:.0f} s,',
+                  f'{time.time()-began:.0f} s in all', flush=True)
+            if not failed: out[name] = result
+        return out
+    with workers(a.jobs, begin) as pool:
+        int4 = run(quantised(a)).get(('int4',), ('',))[0]
+        families = trainings(a, int4)
+        ids = {name: result[0] for name, result in run({(*k, i): ('train', args) for k, every in families.items()
+                                                        for i, args in enumerate(every)}).items()}
+        jobs = {}
+        for (family, draw), every in families.items():
+            members = [ids.get((family, draw, i)) for i in range(len(every))]
+            if None in members: continue  # a merge of some of the members is another line
+            for how, args in merges(family, a).items():
+                jobs[family, how, draw] = 'merge', dict(args, members=' '.join(members))
+        first = {k: v for k, v in jobs.items() if k[1] in ('exact merge', 'served over int4')}  # they ask the members
+        merged = run(first) | run({k: v for k, v in jobs.items() if k not in first})
+    for name, (_, _, facts) in merged.items(): print(*name, json.dumps(facts))
+    print(f'{len(ids)} of {sum(map(len, families.values()))} trainings, {len(merged)} of {len(jobs)} merges of those')
+    if not merged: return
+    table = summary(lines({k: merged[k] for k in jobs if k in merged}), load_rows('held'))
+    table.to_json(Path(a.out)/'merge_quality.json', orient='records', indent=1)
+    print(table.to_string(index=False, float_format=lambda v: f'{v:.4f}'))
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('table')
     p.add_argument('--base', default='smollm2')
-    p.add_argument('--int4', default='')
+    p.add_argument('--int4', action='store_true', help='also train over the base in 4 bits')
     p.add_argument('--seeds', type=int, default=3, help='draws')
     p.add_argument('--folds', type=int, default=5)
     p.add_argument('--jobs', type=int, default=4, help='processes on each GPU')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
+    p.add_argument('--until', type=float, default=1e9, help='seconds after which no training or merge is begun')
     p.add_argument('--out', default='.')
     a = p.parse_args()
-    from competition_kit.core import bases_path, data_path
-    from competition_kit.tables import load_rows
-    os.environ.update(CK_BASES=str(bases_path()), CK_ROOT=os.environ.get('CK_ROOT') or tempfile.mkdtemp())
-    data_path().mkdir(parents=True, exist_ok=True)
-    tables(a.table, os.environ['CK_ROOT'])
-    from common import gpus
-    cards, began = gpus(), time.time()
-    spawn = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(a.jobs*len(cards), spawn, begin, (os.environ['CK_ROOT'], cards, spawn.Value('i', -1)))
-    def run(jobs): # name → (stage, arguments); yields name and result as they end
-        for f in as_completed([pool.submit(one, name, *job) for name, job in jobs.items()]):
-            name, result, took = f.result()
-            failed = isinstance(result, str)
-            print('FAILED' if failed else '', *name, result if failed else result[0], f'{took:.0f} s,',
-                  f'{time.time()-began:.0f} s in all', flush=True)
-            if not failed: yield name, result
-    jobs = {(*k, i): ('train', args) for k, every in trainings(a).items() for i, args in enumerate(every)}
-    ids = {name: result[0] for name, result in run(jobs)}
-    jobs = {}
-    for family, draw in trainings(a):
-        members = ' '.join(run_id for (f, d, _), run_id in sorted(ids.items()) if (f, d) == (family, draw))
-        if not members: continue
-        for how, args in merges(family, a).items():
-            jobs[family, how, draw] = 'merge', dict(args, members=members)
-    first = {k: v for k, v in jobs.items() if k[1] in ('exact merge', 'served over int4')}  # they ask the members
-    results = dict(run(first)) | dict(run({k: v for k, v in jobs.items() if k not in first}))
-    for name, (_, _, facts) in results.items(): print(*name, json.dumps(facts))
-    order = {k: results[k] for k in jobs if k in results}
-    table = summary(lines(order), load_rows('held'))
-    table.to_json(Path(a.out)/'merge_quality.json', orient='records', indent=1)
-    print(table.to_string(index=False, float_format=lambda v: f'{v:.4f}'))
+    measure(a)

@@ -47,13 +47,17 @@ def compare(
     _check(before, after, label)
     def losses(p): return -np.log(np.clip(p[np.arange(len(label)), label].astype(np.float64), 1e-15, 1))
     def right(p): return (p.argmax(1) == label).astype(float)
-    report = dict(rows=len(label), kl=float(kl_divergence(before, after).mean()),
-                  flips=float((before.argmax(1) != after.argmax(1)).mean()))
+    flipped, best = before.argmax(1) != after.argmax(1), np.sort(before, 1)
+    close = best[:, -1]-best[:, -2] < _close
+    report = dict(rows=len(label), kl=float(kl_divergence(before, after).mean()), flips=float(flipped.mean()),
+                  close_flips=float((flipped & close).mean()))
     for name, score, each in (('log_loss', log_loss, losses), ('accuracy', accuracy, right)):
         change, error = paired_difference(each(after), each(before), group)
         report |= {name: [score(before, label), score(after, label)], f'd_{name}': change,
                    f'ci_{name}': 1.96*error if np.isfinite(error) else None}  # normal approximation
     return report | (dict(letter_mass=list(map(float, mass))) if mass is not None else {})
+
+_close = .05  # of two probabilities; bf16 rounds SmolLM2's logits by .11, and so probabilities by .03
 
 def _check(before, after, label):
     if before.shape != after.shape or len(label) != len(before) or not len(label):
@@ -87,7 +91,13 @@ def verdict(
     half = '' if report['ci_log_loss'] is None else f" ± {report['ci_log_loss']:.4f}"
     text = (f"{'Passed' if passed else 'Failed'}: the log-loss changes by {loss:+.4f}{half} "
             f"(limit {limits.log_loss:g}), and {flips:.1%} of {n} answers flip (limit {limits.flips:.1%}).")
-    return passed, text+_resolution(report, limits)
+    return passed, text+_undecided(report, limits)+_resolution(report, limits)
+
+def _undecided(report, limits): # flips that rounding may have caused, as a further sentence
+    n, close = report['rows'], report.get('close_flips', 0)
+    if report['flips'] <= limits.flips or not close: return ''
+    return (f" {close*n:.0f} of the {report['flips']*n:.0f} rows that flip were undecided before, and bf16's rounding "
+            'flips such rows too: the log-loss says more.')
 
 def _resolution(report, limits): # what so few rows cannot tell, as a further sentence
     n, half = report['rows'], report['ci_log_loss'] or np.inf

@@ -151,12 +151,20 @@ def calibration_ids(
 ) -> list: # Token arrays
     "The sequences to calibrate on"
     inference = _inference_lengths(args)
-    if file := _calibration_file(args.calibration): ids = read_texts(file, args.prompt.tok, args.max_len)
+    if file := _calibration_file(args.calibration): ids = _own_texts(args, file)
     else:
         enc = encode_cached(args.prompt, _own_rows(args), args.views) if args.calibration else args.encoded[0]
         ids = list(enc.ids)
     at = draw_lines([len(i) for i in ids], inference, rows, draw) if ids else []
     return [ids[k] for k in at]
+
+def _own_texts(args, file): # token arrays of a calibration file
+    tok = args.prompt.tok
+    ids, held = read_texts(file, tok, args.max_len), set(tok.batch_decode(args.encoded[1].ids.tolist()))
+    if lines := [k for k, text in enumerate(tok.batch_decode(ids), 1) if text in held]:
+        raise Refusal(f'{len(lines)} texts are prompts of held-out rows, the first of them text {lines[0]}', file,
+                      fix='Calibrate on training rows')
+    return ids
 
 def _own_rows(args): # a calibration table
     rows, held = load_rows(args.calibration, args.seed), args.parts[1]
@@ -191,8 +199,8 @@ def rows_a_second(
     model,          # From `load_classifier`, without an adapter
     args:GptqArgs,
 ) -> float: # Best of three
-    "Speed of prediction on at most 64 held-out rows"
-    held, took = args.parts[1].iloc[:64], []
+    "Speed of prediction on at most 64 held-out rows, on a CPU 16"
+    held, took = args.parts[1].iloc[:64 if model.device.type == 'cuda' else 16], []
     held.attrs = args.parts[1].attrs
     enc = args.prompt.encode(held, args.views)
     for _ in range(3):
@@ -261,7 +269,7 @@ def tries(
 ) -> list: # `Try`s, those asked for first
     "The tries of a run in their order"
     first, steps = dict(bits=args.bits, group=group, rows=args.rows), []
-    if args.bits == 4 and group > 32: steps.append(dict(first, group=32))
+    if group > 32: steps.append(dict(first, group=32))
     if args.bits == 4: steps.append(dict(first, bits=8))
     steps.append(dict(first, rows=4*args.rows))
     return [Try(draw=args.draw, **s) for s in (first, *(steps if args.retry else []))]
@@ -272,7 +280,7 @@ def advice(
 ) -> str:
     "What to try after a gate that failed"
     if args.retry: return 'Take 16 bits, longer rows with calibration=FILE, or other limits'
-    steps = ['group=32'] if args.bits == 4 and group > 32 else []
+    steps = ['group=32'] if group > 32 else []
     steps += ['bits=8'] if args.bits == 4 else []
     return f"Try {', '.join([*steps, f'rows={4*args.rows}'])}; retry=True tries them in this order"
 
@@ -333,7 +341,6 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
                verdict=found['verdict'], worth=report['worth'], bytes=found['bytes'],
                model=dict(asdict(args), method='full', **_text_facts(args.record, 'max_new_tokens')),
                **(dict(letters=letters) if letters else {}), **_text_facts(args.record, 'text_prompt'))
-    shutil.rmtree(folder)
 
 def _text_facts(rec, name): # of a run that answers by text, for its quantised model
     if not rec or model_params(rec).get('route') != 'text': return {}
@@ -356,8 +363,10 @@ def gptq(
     source, p, facts = measure_source(args, run.folder)
     print(sentence := fp16_sentence(pd.Series(facts['activations'])))
     group, report = group_size(layer_shapes(source), args.group), dict(fp16=sentence, tries=[], draws=[])
+    made = []
     for t in tries(args, group):
         folder, found, q, layers = attempt(args, t, source, p, facts)
+        made.append(folder)
         passed, text = verdict(found, limits(args, t.bits))
         report['tries'].append(dict(found, name=t.name, passed=passed, verdict=text))
         write_json(run.folder/'report.json', report)
@@ -368,10 +377,13 @@ def gptq(
                       fix=advice(args, group))
     for k in range(1, args.draws):
         other = Try(t.bits, t.group, t.rows, args.draw+k)
-        report['draws'].append(dict(attempt(args, other, source, p, facts)[1], name=other.name))
+        drawn, compared, _, _ = attempt(args, other, source, p, facts)
+        made.append(drawn)
+        report['draws'].append(dict(compared, name=other.name))
         write_json(run.folder/'report.json', report)
     print(worth := worth_sentence(found['bytes'], found['rows_s']))
     _finish(run, args, t, folder, q, dict(report, worth=worth, layers=layers.reset_index().to_dict('records')))
+    for f in made: shutil.rmtree(f, ignore_errors=True)
 
 
 # %% ../nbs/09_gptq.ipynb #812e887d

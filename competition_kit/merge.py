@@ -361,13 +361,16 @@ def compare_logits(
     after = row_logits(model, prompt, rows)
     table = {'no adapter': logit_shift(without, after)}
     table |= {f'members together, on {name}': logit_shift(logits, after) for name, logits in before.items()}
-    _check_read_back(args, table)
+    _check_read_back(args, str(p['dtype']), table)
     return model, pd.DataFrame.from_dict(table, orient='index'), facts
 
-def _check_read_back(args, table):
+def _check_read_back(args, dtype, table): # an exact merge must answer as its members do
     none, together = list(table.values())[:2]
-    if args.how == 'concat' and together['mean'] > max(.05, none['mean']/2):
-        raise Refusal(f"the merged adapter, read back, is {together['mean']:.3f} off its members' logits", args.members,
+    if args.how in ('svd', 'factors') or args.twin: return
+    rounding = .05 if dtype == 'fp32' and args.how == 'concat' else .3  # SmolLM2 in bf16: .11
+    lost = together['max'] > 0 and none['max'] == 0
+    if lost or together['mean'] > max(rounding, none['mean']/2):
+        raise Refusal(f"the merged model, read back, is {together['mean']:.3f} off its members' logits", args.members,
                       fix='Run it again; if it fails again, merge fewer members to find the one that does not fit')
 
 # %% ../nbs/08_merge.ipynb #d9c0b15c

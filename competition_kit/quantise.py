@@ -11,6 +11,7 @@ __all__ = ['local_folder', 'layer_shapes', 'group_size', 'draw_lines', 'read_tex
 import contextlib, gc, importlib.util, json, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
@@ -337,6 +338,13 @@ def check_installed():
     if importlib.util.find_spec('gptqmodel') is None:
         raise Refusal('GPTQModel is not installed', fix='Run `pip install "competition_kit[gptq]"`')
 
+def _check_positions(source, ids): # GPTQModel would cut longer rows, with a line in its log only
+    config, longest = read_json(source/'config.json'), max(map(len, ids))
+    places = (config.get('text_config') or config).get('max_position_embeddings') or longest
+    if longest > places:
+        raise Refusal(f'a calibration row has {longest} tokens, and the model has {places} positions', source,
+                      fix=f'Take max_len={places}')
+
 @contextlib.contextmanager
 def _refusals(work): # GPTQModel's errors as ours
     try: yield
@@ -362,6 +370,7 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
         config = QuantizeConfig(bits=bits, group_size=group, desc_act=act_order, damp_percent=damp, fallback=None,
                                 offload_to_disk_path=str(work/'offload'))
         model = GPTQModel.load(str(source), config, dtype=dtypes[dtype])
+        model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)  # `quantize` loses it
         model.layer_callback, bar.last = bar, time.perf_counter()
         with _refusals(work), _keeping(kept):
             log = model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
@@ -387,6 +396,7 @@ def quantise(
     source, out = Path(source).resolve(), Path(out).resolve()
     if not damage(out): return pd.read_json(out/'layers.json', orient='table')
     check_installed()
+    _check_positions(source, ids)
     work = out.with_name(f'{out.name}.work')
     shutil.rmtree(work/'offload', ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 "The whole stage on models of two layers: chain, resume, the gate, and what it refuses"
-import shutil, signal, subprocess, sys
+import json, shutil, signal, subprocess, sys
 import numpy as np
 import pytest
 pytest.importorskip('gptqmodel')
@@ -20,13 +20,14 @@ wide = dict(max_loss=9., max_flips=1.)
 
 @pytest.fixture(scope='module')
 def full_root(tmp_path_factory, tiny):
-    "A root with three finished runs: all weights on both routes, and a LoRA"
+    "A root with four finished runs: all weights and a LoRA on both routes"
     with root_at(tmp_path_factory.mktemp('full')) as root:
         data_path('sample_arena').mkdir(parents=True)
         write_arena(data_path('sample_arena'), 60, 12, 0)
         kw = dict(base=tiny, max_len=160, lr=1e-3, batch=8, dtype='fp32')
         ids = dict(full=train_fold(method='full', **kw).id, lora=train_fold(lora_r=2, **dict(kw, lr=1e-2)).id,
-                   score=train_fold(method='full', route='score', **kw).id)
+                   score=train_fold(method='full', route='score', **kw).id,
+               score_lora=train_fold(lora_r=2, route='score', **dict(kw, lr=1e-2)).id)
     return root, ids
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def test_chain_from_a_full_run_to_the_vote(made):
     won = run_stage(vote, VoteArgs(data='sample_arena', runs=run.id))
     check_submission(won.folder/'submission.csv', data_path('sample_arena/sample_submission.csv'))
     assert quantised(start=made['full'], draws=2, **wide).done
+    assert not list(models_path('.gptq').iterdir()), 'the models of the other draws are deleted'
 
 def test_transformers_reads_the_folder(made):
     from transformers import AutoModelForCausalLM
@@ -84,8 +86,9 @@ def test_score_head_is_grafted(made):
     before = align(read_probs(run.folder/'before.parquet'), GptqArgs(start=made['score']).parts[1])
     assert 0 < np.abs(held-before).max() < .1
 
-def test_lora_is_added_into_its_base(made):
-    run = quantised(start=made['lora'], bits=8, **wide)
+@pytest.mark.parametrize('which', ['lora', 'score_lora'])
+def test_lora_is_added_into_its_base(made, which):
+    run = quantised(start=made[which], bits=8, **wide)
     found = read_json(run.folder/'report.json')['tries'][0]
     assert found['kl'] < 1e-3, 'the model that is compared is the LoRA over its base'
     assert not (run.folder/'merged').exists() and not (run.folder/'model/adapter_config.json').exists()
@@ -119,6 +122,17 @@ Q._Kept.write = write
 Q.quantise({str(base)!r}, {str(out)!r}, list(np.load({str(out.with_suffix('.npy'))!r})), dtype='fp32', progress=False)
 """
     return subprocess.run([sys.executable, '-c', code], timeout=300).returncode
+
+def test_every_calibration_token_counts(tiny, tmp_path, monkeypatch):
+    "Those of short rows too, and no padding"
+    from gptqmodel.quantization.gptq import GPTQ
+    real, tokens, rng = GPTQ.quantize, set(), np.random.default_rng(0)
+    monkeypatch.setattr(GPTQ, 'quantize', lambda self, *a, **kw: (tokens.add(self.nsamples), real(self, *a, **kw))[1])
+    ids = [rng.integers(3, 400, n) for n in (*range(1, 9), *range(30, 50))]
+    Q.quantise(tiny, tmp_path/'out', ids, dtype='fp32', progress=False)
+    assert tokens == {sum(map(len, ids))}
+    with pytest.raises(Refusal, match='has 2100 tokens, and the model has 2048 positions'):
+        Q.quantise(tiny, tmp_path/'long', [rng.integers(3, 400, 2100)], dtype='fp32', progress=False)
 
 def test_a_matrix_that_no_token_reaches_is_refused(tiny, tmp_path, monkeypatch):
     from gptqmodel.looper.gptq_processor import GPTQProcessor
@@ -167,6 +181,10 @@ def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
     two = tmp_path/'two.jsonl'
     two.write_text('{"text": "one two"}\n{"text": "three"}\n')
     with pytest.raises(Refusal, match='2 calibration rows'): quantised(start=made['full'], calibration=str(two))
+    args = GptqArgs(start=made['full'])
+    two.write_text(json.dumps(dict(text='one'))+'\n'+json.dumps(dict(text=args.prompt.tok.decode(args.encoded[1].ids.iloc[0]))))
+    with pytest.raises(Refusal, match='1 texts are prompts of held-out rows, the first of them text 2'):
+        quantised(start=made['full'], calibration=str(two))
     with pytest.raises(Refusal, match='no such calibration'): quantised(start=made['full'], calibration='lost.jsonl')
     with pytest.raises(Refusal, match='held-out rows stand in'):
         quantised(start=made['full'], calibration='sample_arena')

@@ -194,6 +194,21 @@ def test_a_quantised_base_needs_its_twin(tiny, tmp_path, own_root):
     assert load_run(merged.record, trusted_prompt(merged.record)).device.type == 'cpu'
 
 
+def test_a_lora_over_nf4_goes_into_its_own_base_only(tiny, tmp_path, own_root):
+    pytest.importorskip('bitsandbytes')
+    run = train_fold(base=tiny, **small | dict(dtype='nf4')).id
+    assert find_run(merge_runs(members=run).id)['model']['dtype'] == 'nf4', 'served over nf4'
+    with pytest.raises(Refusal, match='in nf4, and a LoRA is never merged into it'): merge_runs(members=run, how='base')
+    other = shutil.copytree(tiny, tmp_path/'other')
+    tensors = load_file(other/'model.safetensors')
+    save_file({k: t+1e-3 for k, t in tensors.items()}, other/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(Refusal, match='is another base'): merge_runs(members=run, how='base', twin=str(other))
+    merged = merge_runs(members=run, how='base', twin=tiny)
+    shift = {k: v['mean'] for k, v in merged.record['logits'].items()}
+    assert [k.rpartition(' in ')[2] for k in shift] == ['no adapter', 'nf4', '16 bits']
+    assert merged.record['model']['dtype'] != 'nf4' and all(v < .01 for k, v in shift.items() if k != 'no adapter')
+
+
 def test_a_killed_merge_ends_with_the_same_weights(runs, own_root, tmp_path, monkeypatch):
     whole = {}
     with root_at(shutil.copytree(own_root, tmp_path/'undisturbed')):
