@@ -534,9 +534,10 @@ class EngineAsker(_Served):
         write_json(self.file, self.facts)
 
     def load(self, run):
-        self.run = run
+        self.run, began, before = run, time.perf_counter(), self.server
         if self.choose(run) == 'packs': return super().load(run)
         self.base, self.enc = base_key(self.recs[run]), self._encoded(run)
+        self.seconds['adapter' if self.server is before else 'base'] = time.perf_counter()-began
 
     def ask(self, at, view): # [those rows, options], un-swapped
         if self.server is None: return super().ask(at, view)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rows_to_predict', 'test_file', 'sample_file', 'write_sample', 'run_tables', 'voter_probs', 'any_seen', 'write_votes',
            'save_vote', 'by_strength', 'stopping_limits', 'BallotRuns', 'BallotAsker', 'prior_probs', 'cascade_scores',
-           'share_in_time', 'forecast', 'cascade_plan']
+           'share_in_time', 'asked_shares', 'forecast', 'cascade_plan']
 
 # %% ../nbs/lib/03q_predictions.ipynb #f10bbf30
 from functools import cached_property
@@ -14,17 +14,18 @@ import numpy as np
 import pandas as pd
 from .ballot import ballot_records, is_prob_file, is_table, voter_table
 from .cascade import best_share, cascade_curve
-from .clock import Clock
+from .clock import Clock, cold_seconds
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
 from .engine import EngineAsker, ask_engine, release
+from .memory import prediction_job
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
-from .sequential import calibrated_limits, exact_limits
+from .sequential import calibrated_limits, exact_limits, sequential_vote
 from .staged import minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
-from .trained import trained_on
+from .trained import base_key, trained_on
 
 # %% ../nbs/lib/03q_predictions.ipynb #f2815653
 def _task(ballot): # the one task of all voters
@@ -232,12 +233,23 @@ class BallotRuns:
                         dtype='boolean')
 
 # %% ../nbs/lib/03q_predictions.ipynb #4d456e61
+def _relative_sizes(recs, base): # base key → FLOPs of a token and bytes, beside those of the base that is loaded
+    recs = {base_key(rec): rec for rec in recs}
+    if len(recs) < 2 or base not in recs: return {}
+    from competition_kit.cost import base_bytes
+    try: jobs = {key: prediction_job(rec) for key, rec in recs.items()}
+    except Refusal: return {}  # the cost model does not know one of the bases: all count as equal
+    sizes = {key: np.array([job.base['linear'], base_bytes(job.base, job.dtype, job.route)]) for key, job in jobs.items()}
+    return {key: tuple(size/sizes[base]) for key, size in sizes.items()}
+
 class BallotAsker(BallotRuns):
     "Asks the runs of a ballot; a `with` block ends its engines"
+    run = None  # position of the run that is loaded
+
     def loaded(self): return self.models.base, self.texts and self.texts.base
 
     def load(self, k):
-        before, run = self.loaded(), self.names[k]
+        before, run, self.run = self.loaded(), self.names[k], k
         if self.is_text(run):
             release(self.models)
             self.texts.load(run)
@@ -245,6 +257,17 @@ class BallotAsker(BallotRuns):
             if self.texts: self.texts.close()
             self.models.load(run)
         if self.loaded() != before: self.clock.pieces.clear()
+
+    def expected(self): # [runs] time of a token beside that of the loaded run, and [runs] seconds to load each run
+        recs, seconds, last = self.models.recs, self.models.seconds, self.models.base
+        sizes, speed, loads = _relative_sizes(recs.values(), last), np.ones(len(self.names)), np.zeros(len(self.names))
+        for k, run in enumerate(self.names):
+            if run not in recs or k == self.run: continue
+            key = base_key(recs[run])
+            speed[k], size = sizes.get(key, (1., 1.))
+            loads[k] = seconds['adapter']+(key != last)*(seconds['base']*size+cold_seconds(self.clock))
+            last = key
+        return speed, loads
 
     def ask(self, k, at, view): # [those rows, options], un-swapped; a text has one view
         return self.texts.ask(self.names[k], at) if self.is_text(self.names[k]) else self.models.ask(at, view)
@@ -291,14 +314,30 @@ def share_in_time(
     return best_share(curve, budget, metric) if curve[metric].notna().all() else float(fits.index.max())
 
 # %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f
+def asked_shares(
+    names,       # Of the voters, in the order of `by_strength`
+    weights,     # Theirs
+    score:dict,  # From `score_vote`
+    limits,      # From `stopping_limits`
+    rule:str,    # As for `combine`
+) -> np.ndarray: # [voters] share of the rows that each is expected to be asked for
+    "How often a voter is reached when rows stop early, from out-of-fold rows; without these always"
+    if limits is None or not set(names) <= set(score['oof']) or not len(score['rows']): return np.ones(len(names))
+    p = np.stack([score['oof'][v] for v in names])
+    _, asked = sequential_vote(lambda v, rows: p[v, rows], p.shape[1], weights, limits, rule)
+    return (asked[:, None] > np.arange(len(names))).mean(0)
+
 def forecast(
-    asker,       # A `BallotAsker`
+    asker,       # A `BallotAsker`, a run of which is loaded and measured
     views:int,   # Orderings asked for
     share:float=1., # Of the rows, for all voters but the first
+    asked=1.,    # From `asked_shares`
 ) -> float: # Minutes
     "How long the whole vote will take, from its beginning"
-    rows = None if share == 1 else rows_in_doubt(asker.answers, 0, share)
-    return minutes_needed(asker.answers, asker.sizes, views, asker.clock, rows)
+    a, rows = asker.answers, None if share == 1 else rows_in_doubt(asker.answers, 0, share)
+    speed, loads = asker.expected()
+    each = speed*np.broadcast_to(asked, a.voter.max()+1)[a.voter]
+    return minutes_needed(a, each[:, None]*np.asarray(asker.sizes), views, asker.clock, rows, loads=loads)
 
 def cascade_plan(
     asker,      # A `BallotAsker`, its second model measured

@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 import numpy as np
 from .cascade import least_certain
-from .clock import Clock, cut_pieces, piece_size, present_pace, work_within
+from .clock import Clock, cut_pieces, piece_size, warm_pace, work_within
 from .core import atomic
 from .sequential import ask_order, combine_asked, margin, option_scores, still_open
 
@@ -161,6 +161,7 @@ def minutes_needed(
     clock:Clock,  # With the pace of the model that is loaded
     rows=None,    # Positions of the rows that voters after `first` are asked for; None: all
     first:int=0,  # The voter that is asked for all rows
+    loads=None,   # [runs] seconds to load each; default: the longest so far, for runs that have answered nothing
 ) -> float:
     "Minutes from the beginning to the end of the vote, at the present pace"
     left = np.maximum(views-a.views, 0)
@@ -168,8 +169,9 @@ def minutes_needed(
         skipped = np.ones(left.shape, bool)
         skipped[:, rows] = False
         left = left*~(skipped & (a.voter != first)[:, None])
-    loads = ((left > 0).any(1) & (a.views == 0).all(1)).sum()*max(clock.loads, default=0.)
-    return (clock.used()+float((left*np.asarray(tokens)).sum())*present_pace(clock)+loads)/60
+    if loads is None: loads = (a.views == 0).all(1)*max(clock.loads, default=0.)
+    seconds = float((left*np.asarray(tokens)).sum())*warm_pace(clock)+float(((left > 0).any(1)*loads).sum())
+    return (clock.used()+seconds)/60
 
 # %% ../nbs/lib/02o_staged.ipynb #5c8f90be
 class _Progress: # the run that is loaded, and the time of the latest save

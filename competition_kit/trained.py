@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
            'ancestors', 'parents', 'lineage_of', 'recipe_key', 'same_tables', 'training_rows', 'rows_seen', 'has_seen',
-           'trained_on', 'trusted_prompt', 'load_adapter', 'load_run', 'kept_probs', 'prediction_key', 'copy_earlier',
-           'base_key', 'check_letters', 'predict_runs', 'RunAsker']
+           'trained_on', 'trusted_prompt', 'load_adapter', 'load_base', 'load_run', 'kept_probs', 'prediction_key',
+           'copy_earlier', 'base_key', 'check_letters', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
-import functools, os
+import functools, os, time
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -218,15 +218,21 @@ def load_adapter(
     model.model = with_adapter(model.model, folder)
     return model.eval()
 
+def load_base(
+    rec:dict,      # Record of a train run
+    prompt:Prompt, # Its prompt, from `trusted_prompt`
+): # A model, as from `load_classifier`
+    "What a run is loaded over: its base, or all of its own weights"
+    from competition_kit.model import load_classifier
+    return load_classifier(base_of(rec), prompt, *(str(model_params(rec)[k]) for k in ('route', 'dtype')))
+
 def load_run(
     rec:dict,      # Record of a train run
     prompt:Prompt, # Its prompt, from `trusted_prompt`
     over=None,     # A model on the same base, route and dtype, whose adapter is replaced
 ): # A model, as from `load_classifier`
     "A run as a model: its adapter over its base, or all of its weights"
-    from competition_kit.model import load_classifier
-    p, model = model_params(rec), over
-    if model is None: model = load_classifier(base_of(rec), prompt, str(p['route']), str(p['dtype']))
+    model = load_base(rec, prompt) if over is None else over
     if model.letters is not None: model.letters = rec.get('letters', prompt.letters)
     return model if is_full(rec) else load_adapter(model, weights_path(rec))
 
@@ -334,6 +340,7 @@ class RunAsker:
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']
         self.model = self.base = None  # `base`: as of `base_key`
+        self.seconds = dict(base=0., adapter=0.)  # of the latest load of each
 
     def tokens(self, run): # [rows] tokens of the plain view
         enc = encode_cached(self.prompts[run], self.rows, self.views)
@@ -341,13 +348,18 @@ class RunAsker:
 
     def load(self, run):
         "Make a run's model ready"
-        if base_key(self.recs[run]) != self.base: self.model = None  # the old base goes before the new one comes
-        self.model = load_run(self.recs[run], self.prompts[run], over=self.model)
-        self.base = base_key(self.recs[run])
+        rec, prompt, began = self.recs[run], self.prompts[run], time.perf_counter()
+        if self.model is None or base_key(rec) != self.base:
+            self.model = None  # the old base goes before the new one comes
+            self.model, self.base = load_base(rec, prompt), base_key(rec)
+            import peft  # slow at first: it counts for the base
+            self.seconds['base'], began = time.perf_counter()-began, time.perf_counter()
+        self.model = load_run(rec, prompt, over=self.model)
         self.enc = encode_cached(self.prompts[run], self.rows, self.views)
         self.lines = [np.flatnonzero(self.enc.view == v)[np.argsort(self.enc.row[self.enc.view == v], kind='stable')]
                       for v in range(self.views)]
         _fuse_and_compile(self.model, int(self.enc.n.sum()))
+        self.seconds['adapter'] = time.perf_counter()-began
 
     def ask(self, at, view): # [those rows, options], un-swapped
         "The loaded run's probabilities for the rows at these positions, in one view"

@@ -25,8 +25,8 @@ from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_ro
 from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
 from .parallel import parallel_vote
-from .predictions import (BallotAsker, any_seen, by_strength, cascade_plan, forecast, prior_probs,
-                                         rows_to_predict, run_tables, sample_file, save_vote, stopping_limits,
+from .predictions import (BallotAsker, any_seen, asked_shares, by_strength, cascade_plan, forecast,
+                                         prior_probs, rows_to_predict, run_tables, sample_file, save_vote, stopping_limits,
                                          test_file, voter_probs, write_sample, write_votes)
 from .probs import write_probs
 from .record import find_run
@@ -270,7 +270,8 @@ def planned_passes(
                     cascade=dict(metric=found['metric'], curve=curve))
         return found['share']
     def tell():
-        minutes = forecast(asker, args.views, args.rescore)
+        asked = asked_shares(asker.voters, weights, score, limits, args.rule)
+        minutes = forecast(asker, args.views, args.rescore, asked)
         plan['predicted_minutes'] = round(min(minutes, asker.clock.budget()), 3)
         print(f'The whole vote needs about {minutes:.2f} minutes; the budget is {args.budget:g}')
     todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore or choose,

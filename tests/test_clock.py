@@ -1,6 +1,8 @@
 "Budgets on simulated machines: slower half-way, stalled, dead; what is on disk then, and what is said about it"
 
-import numpy as np, pytest
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest
+import competition_kit.predictions as P
 from competition_kit.choose import simulated_voters
 from competition_kit.clock import Clock, cut_pieces, fits, piece_size, seconds_per_unit, timed_piece, work_within
 from competition_kit.combine import combine
@@ -18,6 +20,8 @@ from competition_kit.staged import (
     vote_so_far,
     write_answers,
 )
+from competition_kit.trained import base_key
+from competition_kit.vote import ask_alone
 
 N = 600
 
@@ -197,6 +201,70 @@ def test_damaged_answers_are_asked_again(tmp_path, damage):
     fresh = Machine(0, lambda t: 1000)
     assert not read_answers(file, fresh.a, 'key')
     assert fresh.a.views.sum() == 0
+
+
+# ---- the forecast of a whole vote
+class Models:
+    "A `RunAsker` on a simulated GPU: a base loads in 30 seconds for each size, and its first piece takes 15 more"
+
+    def __init__(self, bases, sizes, clock, p):
+        params = [dict(base=b, route='answer', dtype='fp32') for b in bases]
+        self.recs = {f'run {k}': dict(run_id=f'run {k}', params=q) for k, q in enumerate(params)}
+        self.sizes, self.t, self.p, self.task = sizes, clock, p, 'preference'
+        self.base, self.cold, self.seconds = None, False, dict(base=0.0, adapter=0.0)
+
+    def load(self, run):
+        self.run, key = int(run.split()[1]), base_key(self.recs[run])
+        if key != self.base:
+            self.base, self.cold = key, True
+            self.seconds['base'] = 30 * self.sizes[key[0]]
+            self.t[0] += self.seconds['base']
+        self.seconds['adapter'] = 2.0
+        self.t[0] += 2
+
+    def ask(self, at, view):
+        self.t[0] += 100 * len(at) / 1000 * self.sizes[self.base[0]] + 15 * self.cold
+        self.cold = False
+        return self.p[self.run, at]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    'bases, how',
+    [
+        ('AAAAAAAAA', dict(views=1)),
+        ('AAAAAAAAA', dict(views=2)),
+        ('AAABBBAAA', dict(views=1)),
+        ('AAAAAAAAA', dict(views=1, rule='majority', limits=exact_limits(np.ones(9)))),
+        ('AB', dict(rescore=0.25)),
+        ('AB', dict(rescore=0, budget=30)),
+        ('AB', dict(rescore=0, budget=120)),
+    ],
+)
+def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
+    "a slow start of a model, a larger base and rows that stop early are part of the forecast"
+    sizes, t, n = dict(A=1.0, B=5.0), [0.0], len(bases)
+    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None) | how))
+    p, label = simulated_voters([1.5] * n, 2 * N, shared=0.6)
+    held, test = p[:, :N], p[:, N:]
+    clock = Clock(args.budget, now=lambda: t[0])
+    asker = object.__new__(P.BallotAsker)
+    asker.models, asker.clock, asker.texts, asker.tables = Models(bases, sizes, t, test), clock, None, {}
+    asker.names = asker.voters = list(asker.models.recs)
+    asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
+    relative = {base_key(r): 0 for r in asker.models.recs.values()}
+
+    def known_sizes(recs, base):
+        return {key: (sizes[key[0]] / sizes[base[0]],) * 2 for key in relative}
+
+    monkeypatch.setattr(P, '_relative_sizes', known_sizes)
+    score = dict(oof=dict(zip(asker.names, held)), rows=pd.DataFrame(dict(label=label[:N])))
+    w, prior = np.ones(n), np.full((N, 3), 1 / 3)
+    why, plan = ask_alone(args, asker, w, prior, args.limits, score, lambda: None, 4096)
+    assert why == '' and (asker.answers.views[0] == args.views).all()
+    assert plan['predicted_minutes'] == pytest.approx(t[0] / 60, rel=0.03)
 
 
 # ---- the clock alone
