@@ -6,7 +6,7 @@
 __all__ = ['prediction_job', 'plan_memory', 'limit_memory']
 
 # %% ../nbs/lib/03p_memory.ipynb #239e4786
-from .ballot import ballot_records
+from .ballot import ballot_records, text_runs
 from .core import Refusal
 from .prompt import encode_cached
 from .trained import base_of, is_full, model_params, trusted_prompt
@@ -35,11 +35,13 @@ def plan_memory(
     pack_tokens:int, # Tokens in a pack, as wanted
     limit_gb:float,  # 1e9 bytes
 ) -> dict: # `limit_gb`, `pack_tokens` that fit, `planned_gb`
-    "Packs that keep every model of a vote below a memory limit; a model that cannot is refused"
+    "Packs that keep every model of letters below a memory limit; a model that cannot is refused"
     from competition_kit.cost import prediction_memory, tokens_that_fit
     plan = dict(limit_gb=limit_gb, pack_tokens=pack_tokens, planned_gb=0.)
-    jobs = [(prediction_job(rec), _longest(rec, rows, views)) for rec in ballot_records(ballot)]
-    for rec, (job, longest) in zip(ballot_records(ballot), jobs):
+    texts = text_runs(ballot)  # whose replies `03w_text_voters` plans
+    recs = [rec for rec in ballot_records(ballot) if rec['run_id'] not in texts]
+    jobs = [(prediction_job(rec), _longest(rec, rows, views)) for rec in recs]
+    for rec, (job, longest) in zip(recs, jobs):
         fits = tokens_that_fit(job, limit_gb*1e9)
         if fits < longest:
             need = prediction_memory(job, longest)['peak']/1e9

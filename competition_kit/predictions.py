@@ -93,10 +93,12 @@ def run_tables(
     views,       # As for `ask_engine`
     pack_tokens, # As for `ask_engine`
     engine:str='packs', # As for `ask_engine`
+    **options,   # As for `ask_engine`
 ) -> dict: # Run → probability table
     "Predict with the runs that vote, and read the probability tables that vote"
     trained, tables = [r for r in ballot.run if not is_table(r)], [r for r in ballot.run if is_table(r)]
-    return ask_engine(trained, rows, folder, views, pack_tokens, engine) | {r: voter_table(r) for r in tables}
+    predicted = ask_engine(trained, rows, folder, views, pack_tokens, engine, **options)
+    return predicted | {r: voter_table(r) for r in tables}
 
 def voter_probs(
     ballot,      # From `voters`
@@ -203,12 +205,13 @@ class BallotRuns:
         engine:str='packs', # As for `EngineAsker`
         folder='.',      # As for `EngineAsker`
         texts=None,      # A `TextAsker` for the runs that answer by text
+        **options,       # As for `EngineAsker`
     ):
         self.names, self.voters = list(ballot.run), list(dict.fromkeys(ballot.voter))
         self.rows, self.clock, self.texts = rows, clock, texts
         self.tables = {r: voter_table(r) for r in self.names if is_table(r)}
         models = [r for r in self.names if r not in self.tables and not self.is_text(r)]
-        self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder)
+        self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder, **options)
         self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
         for r, table in self.tables.items():
             k = self.names.index(r)

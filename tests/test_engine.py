@@ -25,6 +25,10 @@ def gone(pid, seconds=10):
     while is_alive(pid) and time.time() < until: time.sleep(.05)
     return not is_alive(pid)
 
+@pytest.mark.parametrize('limit, share', [(0, .845), (32, .213), (200, .845), (.01, 0)])
+def test_an_engine_takes_no_more_of_a_gpu_than_its_limit(limit, share):
+    assert E.gpu_share(135e9, 150e9, limit) == share
+
 # ---- the process
 def test_a_dead_engine_is_noticed_at_once():
     e = begun()
@@ -209,7 +213,6 @@ def test_a_vote_names_its_engine(runs, monkeypatch):
     assert 'engine' not in VoteArgs(engine='auto', runs=runs[0]).inputs()
     monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
     assert VoteArgs(engine='auto', runs=runs[0]).inputs()['engine'] == 'auto: vllm 1.2.3'
-    with pytest.raises(Refusal, match='max_memory_gb'): VoteArgs(engine='vllm', max_memory_gb=8)
 
 @needs_vllm
 def test_votes_by_vllm(two):

@@ -3,7 +3,8 @@
 import os, time
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
+import competition_kit.engine as E
 import competition_kit.parallel as P
 from competition_kit.choose import simulated_voters
 from competition_kit.clock import Clock
@@ -25,10 +26,12 @@ from competition_kit.staged import no_answers
 
 class Asker:
     "Two simulated voters; the process that has row 0 does what `fate` says at its second voter"
-    def __init__(self, rows, clock, fate):
+    def __init__(self, rows, clock, fate, folder='.'):
         self.rows, self.clock, self.fate, self.run = rows, clock, fate, 0
         self.p = simulated_voters([1.5, 1.5], 40)[0][:, rows.id.astype(int)]
         self.answers, self.sizes = no_answers([0, 1], len(rows), 3), np.ones(len(rows))
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
     def load(self, run): self.run = run
     def ask(self, run, at, view):
         if run and 0 in set(self.rows.id):
@@ -76,6 +79,54 @@ def test_two_processes_vote_like_one(runs):
     np.testing.assert_allclose(both, alone, atol=2e-5)
     assert run.record['stopped'] == '' and run.record['missing']['no_model'] == 0
     assert check_submission(run.folder / 'submission.csv', find_sample('sample_arena'), 'preference')
+
+
+class StandIn:
+    "A vLLM engine by transformers and peft; `made`: the GPU, the limit of memory and the adapters of each"
+
+    made, version = [], 'stand-in'
+
+    def __init__(self, base, adapters=(), dtype='auto', max_len=0, limit_gb=0.0, **how):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        def model():
+            return AutoModelForCausalLM.from_pretrained(base)
+
+        self.models = [model(), *(PeftModel.from_pretrained(model(), a) for a in adapters)]
+        self.n_adapters = len(adapters)
+        self.made.append((os.environ['CUDA_VISIBLE_DEVICES'], limit_gb, len(adapters)))
+
+    def letters(self, ids, letters, adapter=0, fresh=False):
+        slots = np.broadcast_to(adapter, len(ids))
+        with torch.no_grad():
+            logits = [self.models[k].eval()(torch.tensor(i)[None].long()).logits[0, -1] for i, k in zip(ids, slots)]
+        return torch.stack(logits).log_softmax(-1)[:, list(letters)].numpy()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize('engine', ['vllm', 'auto'])
+def test_each_process_has_an_engine_on_its_own_gpu(runs, parts_here, monkeypatch, engine):
+    "the gate is passed on every GPU, the memory is limited, and the votes are those of packs"
+    StandIn.made.clear()
+    monkeypatch.setattr(E, 'Engine', StandIn)
+    monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
+    monkeypatch.setattr(E, '_least_seconds', 0.0)
+    monkeypatch.setattr(E, 'faster', lambda packs, vllm, start: ('vllm', 'vLLM is faster'))
+    named = ' '.join(runs[:2])
+    alone = run_stage(vote, VoteArgs(runs=named))
+    run = run_stage(vote, VoteArgs(runs=named, engine=engine, gpus=2, max_memory_gb=8.0))
+    rows = load_rows('sample_arena_test')
+    want, got = (align(read_probs(r.folder / 'votes.parquet'), rows) for r in (alone, run))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert StandIn.made == [('0', 8.0, 2), ('1', 8.0, 2)]
+    facts = run.record['engine']
+    assert set(facts) == {'process 0', 'process 1'} and run.record['memory']['limit_gb'] == 8
+    for process in facts.values():
+        assert process[named]['engine'] == 'vllm stand-in' and set(process[named]['parity']) == set(runs[:2])
+    assert run.record['missing']['no_model'] == 0 and os.environ.get('CUDA_VISIBLE_DEVICES') != '1'
 
 
 @pytest.mark.parametrize('fate, why', [('dies', 'process [01] ended with -9'), ('raises', 'device lost')])
