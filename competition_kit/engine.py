@@ -559,6 +559,12 @@ class EngineAsker(_Served):
             super().load(self.run)
             return super().ask(at, view)
 
+    def ask_views(self, at, views): # [those rows, options], the sum over some views, un-swapped
+        if self.server is None: return super().ask_views(at, views)
+        return sum(self.ask(at, view) for view in views)
+
+    def together(self): return 1. if self.server else super().together()
+
 # %% ../nbs/lib/03m_engine.ipynb #e9cd24d8
 def release(
     asker, # An `EngineAsker`
@@ -606,7 +612,7 @@ def _copy_served(asker, run, file): # the same predictions from another vote
 def _write_served(asker, run, file): # predict by vLLM and write the table; False if the engine has died
     asker.load(run)
     at, rec = np.arange(len(asker.rows)), asker.recs[run]
-    p = np.mean([asker.ask(at, view) for view in range(asker.views)], axis=0)
+    p = asker.ask_views(at, range(asker.views))/asker.views
     if asker.server is None: return False
     write_probs(file, asker.rows, p, asker.task, asker.views, trained_on(rec, asker.rows), run=run,
                 tokenizer=rec['tokenizer'], engine=f'vllm {vllm_version()}', made_of=_served_key(asker, run))

@@ -247,7 +247,7 @@ def _relative_sizes(recs, base): # base key → FLOPs of a token and bytes, besi
 
 class BallotAsker(BallotRuns):
     "Asks the runs of a ballot; a `with` block ends its engines"
-    run = None  # position of the run that is loaded
+    run, joint = None, False  # position of the run that is loaded; was it asked for several views at once?
 
     def loaded(self): return self.models.base, self.texts and self.texts.base
 
@@ -273,7 +273,12 @@ class BallotAsker(BallotRuns):
         return speed, loads
 
     def ask(self, k, at, view): # [those rows, options], un-swapped; a text has one view
-        return self.texts.ask(self.names[k], at) if self.is_text(self.names[k]) else self.models.ask(at, view)
+        return self.ask_views(k, at, [view])
+
+    def ask_views(self, k, at, views): # [those rows, options], the sum over some views
+        if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
+        self.joint = len(views) > 1
+        return self.models.ask_views(at, views)
 
     def __enter__(self): return self
     def __exit__(self, *error):
@@ -340,7 +345,9 @@ def forecast(
     a, rows = asker.answers, None if share == 1 else rows_in_doubt(asker.answers, 0, share)
     speed, loads = asker.expected()
     each = speed*np.broadcast_to(asked, a.voter.max()+1)[a.voter]
-    return minutes_needed(a, each[:, None]*np.asarray(asker.sizes), views, asker.clock, rows, loads=loads)
+    together = asker.models.together()
+    sizes = each[:, None]*np.asarray(asker.sizes)*np.where(a.views == 0, together, 1)/(together if asker.joint else 1)
+    return minutes_needed(a, sizes, views, asker.clock, rows, loads=loads)
 
 def cascade_plan(
     asker,      # A `BallotAsker`, its second model measured

@@ -195,7 +195,7 @@ def staged_vote(
     a:Answers,      # Empty at first; filled in place
     todo,           # From `passes`
     load,           # Function of a run's position: gets its model ready
-    ask,            # Function of a run, positions of rows and a view; returns [those rows, options], un-swapped
+    ask,            # Function of a run, positions of rows, and views; returns [those rows, options], the views' sum
     tokens,         # [rows] or [runs, rows], size of a row in one view
     clock:Clock,
     save,           # Function without arguments: writes the vote so far
@@ -206,8 +206,7 @@ def staged_vote(
     progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
     progress.save()
     def answer(run, views, rows):
-        found = [ask(run, rows, view) for view in views]
-        a.total[run, rows] += np.sum(found, 0)
+        a.total[run, rows] += ask(run, rows, views)
         a.views[run, rows] += len(views)
         progress.save(every)
     def pieces(run, views, rows):

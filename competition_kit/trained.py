@@ -22,6 +22,7 @@ from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
+from .pack import prefix_tree
 from .prompt import Prompt, encode_cached, tokenizer_hash
 from .tables import load_rows, table_hashes
 
@@ -363,6 +364,21 @@ class RunAsker:
 
     def ask(self, at, view): # [those rows, options], un-swapped
         "The loaded run's probabilities for the rows at these positions, in one view"
+        return self.ask_views(at, [view])
+
+    def ask_views(self, at, views): # [those rows, options], un-swapped
+        "The sum over some views, which share their prefix"
         from competition_kit.model import view_probs
-        p = view_probs(self.model, self.enc.iloc[self.lines[view][at]], self.n, self.pack_tokens, progress=False)
-        return swap_probs(p, self.n[at], self.task) if view else p
+        lines = np.concatenate([self.lines[v][at] for v in views])
+        p = view_probs(self.model, self.enc.iloc[lines], self.n, self.pack_tokens, progress=False)
+        return sum(swap_probs(q, self.n[at], self.task) if v else q for q, v in zip(np.split(p, len(views)), views))
+
+    def together(self): # tokens that all views of a pack's rows take together, as a share of those that they take apart
+        if self.views == 1: return 1.
+        rows = max(1, np.searchsorted(self.enc.n.iloc[self.lines[0]].cumsum(), self.pack_tokens))
+        ids = [list(self.enc.ids.iloc[lines[:rows]]) for lines in self.lines]
+        return _tree_tokens(sum(ids, []))/sum(map(_tree_tokens, ids))
+
+def _tree_tokens(ids): # that a pack of these sequences computes
+    tree = prefix_tree(ids)
+    return int((tree.stop-tree.start).sum())

@@ -41,9 +41,9 @@ class Machine:
     def load(self, run):
         self.t += 10
 
-    def ask(self, run, rows, view):
-        self.t += 100 * len(rows) / self.rate(self.t)
-        return (self.swapped if view else self.plain)[run, rows]
+    def ask(self, run, rows, views):
+        self.t += 100 * len(rows) * len(views) / self.rate(self.t)
+        return sum((self.swapped if view else self.plain)[run, rows] for view in views)
 
     def save(self):
         self.saves.append((self.t, vote_so_far(self.a, self.weights, self.prior)))
@@ -138,9 +138,9 @@ def test_the_share_is_chosen_when_the_second_model_is_measured(minutes):
     "a second model five times slower: the predicted minutes hold, and the largest share that fits is asked for"
     m, found = Machine(minutes, lambda t: 1000, (1.0, 2.0)), {}
 
-    def ask(run, rows, view):
-        m.t += 100 * len(rows) / (200 if run else 1000)
-        return (m.swapped if view else m.plain)[run, rows]
+    def ask(run, rows, views):
+        m.t += 100 * len(rows) * len(views) / (200 if run else 1000)
+        return sum((m.swapped if view else m.plain)[run, rows] for view in views)
 
     def load(run):
         m.t += 10
@@ -185,7 +185,7 @@ def test_an_interrupted_vote_goes_on(tmp_path):
     before = int(again.a.views.sum())
     asked = []
     real = again.ask
-    again.ask = lambda run, rows, view: asked.append(len(rows)) or real(run, rows, view)
+    again.ask = lambda run, rows, views: asked.append(len(rows) * len(views)) or real(run, rows, views)
     again.vote()
     assert sum(asked) == 6 * N - before
     np.testing.assert_allclose(again.saves[-1][1], m.p.mean(0), atol=1e-5)
@@ -207,10 +207,10 @@ def test_damaged_answers_are_asked_again(tmp_path, damage):
 class Models:
     "A `RunAsker` on a simulated GPU: a base loads in 30 seconds for each size, and its first piece takes 15 more"
 
-    def __init__(self, bases, sizes, clock, p):
+    def __init__(self, bases, sizes, clock, p, shared):
         params = [dict(base=b, route='answer', dtype='fp32') for b in bases]
         self.recs = {f'run {k}': dict(run_id=f'run {k}', params=q) for k, q in enumerate(params)}
-        self.sizes, self.t, self.p, self.task = sizes, clock, p, 'preference'
+        self.sizes, self.t, self.p, self.task, self.shared = sizes, clock, p, 'preference', shared
         self.base, self.cold, self.seconds = None, False, dict(base=0.0, adapter=0.0)
 
     def load(self, run):
@@ -222,10 +222,14 @@ class Models:
         self.seconds['adapter'] = 2.0
         self.t[0] += 2
 
-    def ask(self, at, view):
-        self.t[0] += 100 * len(at) / 1000 * self.sizes[self.base[0]] + 15 * self.cold
+    def ask_views(self, at, views):
+        shared = self.shared if len(views) > 1 else 1
+        self.t[0] += len(views) * shared * 100 * len(at) / 1000 * self.sizes[self.base[0]] + 15 * self.cold
         self.cold = False
-        return self.p[self.run, at]
+        return len(views) * self.p[self.run, at]
+
+    def together(self):
+        return self.shared
 
     def close(self):
         pass
@@ -251,7 +255,8 @@ def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
     held, test = p[:, :N], p[:, N:]
     clock = Clock(args.budget, now=lambda: t[0])
     asker = object.__new__(P.BallotAsker)
-    asker.models, asker.clock, asker.texts, asker.tables = Models(bases, sizes, t, test), clock, None, {}
+    asker.models = Models(bases, sizes, t, test, shared=0.8 if args.views == 2 else 1)
+    asker.clock, asker.texts, asker.tables = clock, None, {}
     asker.names = asker.voters = list(asker.models.recs)
     asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
     relative = {base_key(r): 0 for r in asker.models.recs.values()}
