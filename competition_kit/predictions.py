@@ -321,7 +321,7 @@ def share_in_time(
     if not len(fits): return 0.
     return best_share(curve, budget, metric) if curve[metric].notna().all() else float(fits.index.max())
 
-# %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f
+# %% ../nbs/lib/03q_predictions.ipynb #8c59a707
 def asked_shares(
     names,       # Of the voters, in the order of `by_strength`
     weights,     # Theirs
@@ -335,6 +335,7 @@ def asked_shares(
     _, asked = sequential_vote(lambda v, rows: p[v, rows], p.shape[1], weights, limits, rule)
     return (asked[:, None] > np.arange(len(names))).mean(0)
 
+# %% ../nbs/lib/03q_predictions.ipynb #a3ce3144
 def forecast(
     asker,       # A `BallotAsker`, a run of which is loaded and measured
     views:int,   # Orderings asked for
@@ -349,6 +350,7 @@ def forecast(
     sizes = each[:, None]*np.asarray(asker.sizes)*np.where(a.views == 0, together, 1)/(together if asker.joint else 1)
     return minutes_needed(a, sizes, views, asker.clock, rows, loads=loads)
 
+# %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f
 def cascade_plan(
     asker,      # A `BallotAsker`, its second model measured
     weights,    # One number a voter, in its order
