@@ -432,6 +432,12 @@ class _Served(RunAsker): # runs on one base (`served`), by the `Engine` that ser
         p = letter_probs(self.server.letters(self._ids(run, at, view), self._letters(run), slot), self.n[at])
         return swap_probs(p, self.n[at], self.task) if view else p
 
+    def ask_views(self, at, views): # [those rows, options], the sum over some views, un-swapped
+        if self.server is None: return super().ask_views(at, views)
+        return sum(self.ask(at, view) for view in views)
+
+    def together(self): return 1. if self.server else super().together() # its cache finds shared prefixes by itself
+
     def close(self):
         if self.server: self.server.close()
         self.server = None
@@ -558,12 +564,6 @@ class EngineAsker(_Served):
             self._note(dict(engine='packs', why=str(e)))
             super().load(self.run)
             return super().ask(at, view)
-
-    def ask_views(self, at, views): # [those rows, options], the sum over some views, un-swapped
-        if self.server is None: return super().ask_views(at, views)
-        return sum(self.ask(at, view) for view in views)
-
-    def together(self): return 1. if self.server else super().together()
 
 # %% ../nbs/lib/03m_engine.ipynb #e9cd24d8
 def release(

@@ -242,7 +242,8 @@ def _relative_sizes(recs, base): # base key → FLOPs of a token and bytes, besi
     from competition_kit.cost import base_bytes
     try: jobs = {key: prediction_job(rec) for key, rec in recs.items()}
     except Refusal: return {}  # the cost model does not know one of the bases: all count as equal
-    sizes = {key: np.array([job.base['linear'], base_bytes(job.base, job.dtype, job.route)]) for key, job in jobs.items()}
+    def size(job): return np.array([job.base['linear'], base_bytes(job.base, job.dtype, job.route)])
+    sizes = {key: size(job) for key, job in jobs.items()}
     return {key: tuple(size/sizes[base]) for key, size in sizes.items()}
 
 class BallotAsker(BallotRuns):

@@ -10,6 +10,7 @@ __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of',
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os, time
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -353,7 +354,7 @@ class RunAsker:
         if self.model is None or base_key(rec) != self.base:
             self.model = None  # the old base goes before the new one comes
             self.model, self.base = load_base(rec, prompt), base_key(rec)
-            import peft  # slow at first: it counts for the base
+            import_module('peft')  # slow at first: it counts for the base
             self.seconds['base'], began = time.perf_counter()-began, time.perf_counter()
         self.model = load_run(rec, prompt, over=self.model)
         self.enc = encode_cached(self.prompts[run], self.rows, self.views)

@@ -26,8 +26,8 @@ from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
 from .parallel import parallel_vote
 from .predictions import (BallotAsker, any_seen, asked_shares, by_strength, cascade_plan, forecast,
-                                         prior_probs, rows_to_predict, run_tables, sample_file, save_vote, stopping_limits,
-                                         test_file, voter_probs, write_sample, write_votes)
+                                         prior_probs, rows_to_predict, run_tables, sample_file, save_vote,
+                                         stopping_limits, test_file, voter_probs, write_sample, write_votes)
 from .probs import write_probs
 from .record import find_run
 from .staged import (gap_sentence, gaps, passes, read_answers, staged_vote, vote_so_far, voter_means,
