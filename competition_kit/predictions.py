@@ -163,6 +163,10 @@ def save_vote(
     return [*files, 'oof.parquet']
 
 # %% ../nbs/lib/03q_predictions.ipynb #2b956a35
+def _voter_bases(ballot): # voter → what its first run is loaded over; nothing for probabilities
+    key = {rec['run_id']: base_key(rec) for rec in ballot_records(ballot)}
+    return {v: key.get(run, ()) for v, run in ballot.groupby('voter', sort=False).run.first().items()}
+
 def by_strength(
     ballot,     # From `voters`
     score:dict, # From `score_vote`
@@ -174,8 +178,9 @@ def by_strength(
     weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
     loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
     names = [v for v in names if weight[v] > 0]
-    later = set(ballot.voter[ballot.run.isin(list(last))])
-    if not as_named: names.sort(key=lambda v: (v in later, -weight[v], loss[v]))
+    later, bases = set(ballot.voter[ballot.run.isin(list(last))]), _voter_bases(ballot)
+    best = {base: min(loss[v] for v in names if bases[v] == base) for base in set(bases.values())} # of its voters
+    if not as_named: names.sort(key=lambda v: (v in later, -weight[v], best[bases[v]], bases[v], loss[v]))
     lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
     return lines, np.array([weight[v] for v in names])
 

@@ -8,7 +8,16 @@ from competition_kit.probs import align, read_probs
 from competition_kit.record import run_stage, start_run
 from competition_kit.submission import check_submission, find_sample, make_submission
 from competition_kit.tables import load_rows
-from competition_kit.vote import VoteArgs, plan_memory, run_staged, rows_to_predict, vote, voters, write_sample
+from competition_kit.vote import (
+    VoteArgs,
+    by_strength,
+    plan_memory,
+    run_staged,
+    rows_to_predict,
+    vote,
+    voters,
+    write_sample,
+)
 
 
 def held(**kw):
@@ -251,3 +260,15 @@ def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs):
     run = held(runs=runs[0], max_memory_gb=limit)
     assert run.record['memory'] == tight
     np.testing.assert_allclose(votes_of(run), votes_of(held(runs=runs[0])), atol=2e-5)
+
+
+def test_voters_of_one_weight_are_asked_base_after_base(runs):
+    "the score head stands between the two seeds by its log-loss, and would cost two more loads of a base"
+    ballot = voters()
+    first, second, head = dict.fromkeys(ballot.voter)
+    label = pd.DataFrame(dict(label=[0] * 9))
+    oof = {v: np.tile([p, 1 - p, 0], (9, 1)) for v, p in ((first, 0.9), (second, 0.5), (head, 0.7))}
+    score = dict(weights=[1, 1, 1], oof=oof, rows=label)
+    assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [first, second, head]
+    score['weights'] = [1, 1, 2]
+    assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [head, first, second]
