@@ -232,6 +232,27 @@ def test_a_model_folder_and_a_test_file_are_enough(runs, own_root, tmp_path_fact
         assert held(**kw).id == run.id
 
 
+def test_whole_models_predict_without_their_base(runs, own_root, tmp_path_factory, monkeypatch):
+    "two seeds merged into their base, and quantised; neither the base nor the members are there"
+    from competition_kit import trained
+    from competition_kit.gptq import GptqArgs, gptq
+    from competition_kit.merge import merge_runs
+
+    merged = merge_runs(members=f'{runs[0]} {runs[2]}', how='base')
+    small = run_stage(gptq, GptqArgs(start=merged.id, rows=24, max_loss=9.0, max_flips=1.0))
+    expected = {run.id: votes_of(held(runs=run.id, views=1)) for run in (merged, small)}
+    elsewhere, ids = tmp_path_factory.mktemp('input'), list(load_rows('sample_arena_test').id)
+    for run in merged, small:
+        shutil.copytree(run.folder, elsewhere / run.id)
+    shutil.copy(own_root / 'data/sample_arena/test.csv', elsewhere / 'test.csv')
+    monkeypatch.setattr(trained, '_is_here', lambda base: False)
+    with root_at(tmp_path_factory.mktemp('offline')):
+        for run, p in expected.items():
+            got = held(data='lmsys', runs=str(elsewhere / run), test=str(elsewhere / 'test.csv'), views=1)
+            table = pd.read_csv(got.folder / 'submission.csv', dtype={'id': str}).set_index('id').loc[ids]
+            np.testing.assert_allclose(table.to_numpy(), p, atol=2e-5)
+
+
 def test_a_folder_without_a_record_is_refused(own_root):
     (own_root / 'merged').mkdir()
     with pytest.raises(Refusal, match='without record.json'):
