@@ -241,15 +241,14 @@ class BallotRuns:
                         dtype='boolean')
 
 # %% ../nbs/lib/03q_predictions.ipynb #4d456e61
-def _relative_sizes(recs, base): # base key → FLOPs of a token and bytes, beside those of the base that is loaded
+def _base_sizes(recs): # base key → numbers that a token's time and a load's time are proportional to
     recs = {base_key(rec): rec for rec in recs}
-    if len(recs) < 2 or base not in recs: return {}
+    if len(recs) < 2: return {}
     from competition_kit.cost import base_bytes
     try: jobs = {key: prediction_job(rec) for key, rec in recs.items()}
     except Refusal: return {}  # the cost model does not know one of the bases: all count as equal
     def size(job): return np.array([job.base['linear'], base_bytes(job.base, job.dtype, job.route)])
-    sizes = {key: size(job) for key, job in jobs.items()}
-    return {key: tuple(size/sizes[base]) for key, size in sizes.items()}
+    return {key: size(job) for key, job in jobs.items()}
 
 class BallotAsker(BallotRuns):
     "Asks the runs of a ballot; a `with` block ends its engines"
@@ -267,16 +266,24 @@ class BallotAsker(BallotRuns):
             self.models.load(run)
         if self.loaded() != before: self.clock.pieces.clear()
 
+    @cached_property
+    def base_sizes(self): return _base_sizes(self.models.recs.values())
+
     def expected(self): # [runs] time of a token beside that of the loaded run, and [runs] seconds to load each run
         recs, seconds, last = self.models.recs, self.models.seconds, self.models.base
-        sizes, speed, loads = _relative_sizes(recs.values(), last), np.ones(len(self.names)), np.zeros(len(self.names))
+        own, speed, loads = self.base_sizes.get(last), np.ones(len(self.names)), np.zeros(len(self.names))
         for k, run in enumerate(self.names):
-            if run not in recs or k == self.run: continue
+            if run not in recs: continue
             key = base_key(recs[run])
-            speed[k], size = sizes.get(key, (1., 1.))
-            loads[k] = seconds['adapter']+(key != last)*(seconds['base']*size+cold_seconds(self.clock))
+            speed[k], size = (1., 1.) if own is None else self.base_sizes[key]/own
+            if k != self.run:
+                loads[k] = seconds['adapter']+(key != last)*(seconds['base']*size+cold_seconds(self.clock))
             last = key
         return speed, loads
+
+    def load_seconds(self, k): # that a run's load is expected to take; of a writer the longest load so far
+        if self.is_text(self.names[k]): return max(self.clock.loads, default=0.)
+        return float(self.expected()[1][k])
 
     def ask(self, k, at, view): # [those rows, options], un-swapped; a text has one view
         return self.ask_views(k, at, [view])

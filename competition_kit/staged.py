@@ -201,6 +201,7 @@ def staged_vote(
     save,           # Function without arguments: writes the vote so far
     first:float=4096, # Tokens of the first piece
     every:float=60,   # Seconds between two saves within a pass
+    load_seconds=None,# Function of a run's position: seconds that its load will take; default: the longest so far
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
     progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
@@ -214,9 +215,12 @@ def staged_vote(
         units = tokens[run, rows]*len(views)
         for at in cut_pieces(units, lambda: piece_size(clock, first)):
             yield units[at].sum(), lambda: answer(run, views, rows[at])
+    def expected(run):
+        if run == progress.run: return 0.
+        return load_seconds(run) if load_seconds else max(clock.loads, default=0.)
     for run, views, rows in todo:
         if not len(rows): continue
-        why = work_within(clock, pieces(run, views, rows), max(clock.loads, default=0.))
+        why = work_within(clock, pieces(run, views, rows), expected(run))
         progress.save()
         if why: return why
     return ''

@@ -259,17 +259,29 @@ def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
     asker.clock, asker.texts, asker.tables = clock, None, {}
     asker.names = asker.voters = list(asker.models.recs)
     asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
-    relative = {base_key(r): 0 for r in asker.models.recs.values()}
-
-    def known_sizes(recs, base):
-        return {key: (sizes[key[0]] / sizes[base[0]],) * 2 for key in relative}
-
-    monkeypatch.setattr(P, '_relative_sizes', known_sizes)
+    sized = {base_key(r): np.full(2, sizes[r['params']['base']]) for r in asker.models.recs.values()}
+    monkeypatch.setattr(P, '_base_sizes', lambda recs: sized)
     score = dict(oof=dict(zip(asker.names, held)), rows=pd.DataFrame(dict(label=label[:N])))
     w, prior = np.ones(n), np.full((N, 3), 1 / 3)
     why, plan = ask_alone(args, asker, w, prior, args.limits, score, lambda: None, 4096)
     assert why == '' and (asker.answers.views[0] == args.views).all()
     assert plan['predicted_minutes'] == pytest.approx(t[0] / 60, rel=0.03)
+
+
+@pytest.mark.parametrize('seconds, starts', [(70, False), (130, False), (170, True)])
+def test_a_large_model_is_not_loaded_when_its_load_does_not_fit(seconds, starts):
+    "it takes 150 seconds and the first model took 10; an adapter over a loaded base needs no such time"
+    m = Machine((80 + seconds) / 54, lambda t: 1000, (1.0, 2.0))
+    loads = [10, 150]
+
+    def load(run):
+        m.t += loads[run]
+
+    todo = passes(m.a, m.weights, m.prior, views=1)
+    sizes = np.full(N, 100)
+    why = staged_vote(m.a, todo, load, m.ask, sizes, m.clock, m.save, load_seconds=lambda run: loads[run])
+    assert why == 'the time is up' and m.t <= m.clock.minutes * 60
+    assert (m.a.views[0] == 1).all() and (m.t > 150) == starts
 
 
 # ---- the clock alone
