@@ -17,7 +17,7 @@ from .cascade import best_share, cascade_curve
 from .clock import Clock, cold_seconds
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
-from .engine import EngineAsker, ask_engine, release
+from .engine import EngineAsker, EngineDied, ask_engine, release
 from .memory import prediction_job
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
@@ -289,9 +289,13 @@ class BallotAsker(BallotRuns):
         return self.ask_views(k, at, [view])
 
     def ask_views(self, k, at, views): # [those rows, options], the sum over some views
-        if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
-        self.joint = len(views) > 1
-        return self.models.ask_views(at, views)
+        try:
+            if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
+            self.joint = len(views) > 1
+            return self.models.ask_views(at, views)
+        except EngineDied as e:
+            if not self.clock.minutes: raise
+            raise RuntimeError(str(e).split('; its log ends with')[0]) from e  # the vote keeps what it has
 
     def __enter__(self): return self
     def __exit__(self, *error):

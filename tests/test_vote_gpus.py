@@ -85,7 +85,7 @@ def test_two_processes_vote_like_one(runs):
 class StandIn:
     "A vLLM engine by transformers and peft; `made`: the GPU, the limit of memory and the adapters of each"
 
-    made, version = [], 'stand-in'
+    made, version, dies = [], 'stand-in', False
 
     def __init__(self, base, adapters=(), dtype='auto', max_len=0, limit_gb=0.0, **how):
         from peft import PeftModel
@@ -96,10 +96,13 @@ class StandIn:
 
         self.models = [model(), *(PeftModel.from_pretrained(model(), a) for a in adapters)]
         self.n_adapters = len(adapters)
-        self.made.append((os.environ['CUDA_VISIBLE_DEVICES'], limit_gb, len(adapters)))
+        self.gpu = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+        self.made.append((self.gpu, limit_gb, len(adapters)))
 
     def letters(self, ids, letters, adapter=0, fresh=False):
         slots = np.broadcast_to(adapter, len(ids))
+        if self.dies and self.gpu in ('', '0') and not np.ptp(slots):  # the gate asks for several adapters
+            raise E.EngineDied('the vLLM engine died (exit code -9); its log ends with\nfour\nlines')
         with torch.no_grad():
             logits = [self.models[k].eval()(torch.tensor(i)[None].long()).logits[0, -1] for i, k in zip(ids, slots)]
         return torch.stack(logits).log_softmax(-1)[:, list(letters)].numpy()
@@ -108,12 +111,18 @@ class StandIn:
         pass
 
 
-@pytest.mark.parametrize('engine', ['vllm', 'auto'])
-def test_each_process_has_an_engine_on_its_own_gpu(runs, parts_here, monkeypatch, engine):
-    "the gate is passed on every GPU, the memory is limited, and the votes are those of packs"
+@pytest.fixture
+def vllm(monkeypatch, parts_here):
+    "vLLM seems to be installed"
     StandIn.made.clear()
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr(E, 'Engine', StandIn)
     monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
+
+
+@pytest.mark.parametrize('engine', ['vllm', 'auto'])
+def test_each_process_has_an_engine_on_its_own_gpu(runs, vllm, monkeypatch, engine):
+    "the gate is passed on every GPU, the memory is limited, and the votes are those of packs"
     monkeypatch.setattr(E, '_least_seconds', 0.0)
     monkeypatch.setattr(E, 'faster', lambda packs, vllm, start: ('vllm', 'vLLM is faster'))
     named = ' '.join(runs[:2])
@@ -127,7 +136,19 @@ def test_each_process_has_an_engine_on_its_own_gpu(runs, parts_here, monkeypatch
     assert set(facts) == {'process 0', 'process 1'} and run.record['memory']['limit_gb'] == 8
     for process in facts.values():
         assert process[named]['engine'] == 'vllm stand-in' and set(process[named]['parity']) == set(runs[:2])
-    assert run.record['missing']['no_model'] == 0 and os.environ.get('CUDA_VISIBLE_DEVICES') != '1'
+    assert run.record['missing']['no_model'] == 0 and 'CUDA_VISIBLE_DEVICES' not in os.environ
+
+
+@pytest.mark.parametrize('gpus', [1, 2])
+def test_an_engine_that_dies_costs_the_rows_of_its_gpu(runs, vllm, monkeypatch, gpus):
+    "under a budget the vote is finished and says why; without one it is refused"
+    monkeypatch.setattr(StandIn, 'dies', True)
+    how = dict(runs=' '.join(runs[:2]), engine='vllm', gpus=gpus)
+    r = run_stage(vote, VoteArgs(budget=60, **how)).record
+    assert r['status'] == 'done' and r['stopped'] == 'RuntimeError: the vLLM engine died (exit code -9)'
+    assert r['missing']['no_model'] == len(load_rows('sample_arena_test')) // gpus
+    with pytest.raises(Refusal, match='engine died'):
+        run_stage(vote, VoteArgs(**how))
 
 
 @pytest.mark.parametrize('fate, why', [('dies', 'process [01] ended with -9'), ('raises', 'device lost')])
