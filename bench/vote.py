@@ -77,9 +77,9 @@ def budget(n=5000, tokens=300):
             def load(run):
                 t[0] += 30
 
-            def ask(run, rows, view):
-                t[0] += tokens * len(rows) / rate(t[0], 60 * minutes)
-                return p[run + 3 * view, rows]
+            def ask(run, rows, views):
+                t[0] += tokens * len(rows) * len(views) / rate(t[0], 60 * minutes)
+                return sum(p[run + 3 * view, rows] for view in views)
 
             todo = passes(a, [1, 1, 1], np.full((n, 3), 1 / 3))
             why = staged_vote(a, todo, load, ask, np.full(n, tokens), clock, lambda: saves.append(t[0]))

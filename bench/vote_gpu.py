@@ -1,6 +1,8 @@
 """How long do nine voters take beside one, and does the forecast of a vote under a budget hold?
 
-usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--set JSON] [--pack-tokens 32768]
+usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--what cascade nine gpus] [--set JSON]
+cascade: the 135M, then the teacher for as many rows as are worth it; nine: below; gpus: three voters by packs and by
+vLLM on one GPU and on `--gpus`, one process each. `--small`: 60 rows and one seed, for a CPU.
 Nine voters (fold 0 of the three families of `vote_quality.py`, three seeds) predict the rows of the second file. They
 are trained if they do not lie in CK_ROOT. Aims: nine voters at most 6 times one, with the answers of the full vote in
 99.9 % of the rows; predicted within 15 % of the measured minutes."""
@@ -20,6 +22,13 @@ def make_tables(files): # as distill.py makes them
     for part in files:
         name, file = part.split('=')
         if not data_path(f'{name}.parquet').exists(): distill.write_tables(name, split(str(Path(file).resolve()))[0])
+
+def first_rows(table, n=60): # the same `name=FILE` with a file of its first rows
+    import pandas as pd
+    name, file = table.split('=')
+    small = Path(tempfile.mkdtemp())/Path(file).name
+    pd.read_parquet(file).head(n).to_parquet(small)
+    return f'{name}={small}'
 
 def trained(a): # line → runs of fold 0
     from competition_kit.train import train_fold
@@ -57,6 +66,21 @@ def nine_over_one(runs, a):
                    full_times_one=full['vote_minutes']/one['vote_minutes'],
                    same_answers=float((p.argmax(1) == q.argmax(1)).mean()), seconds_of_the_stage=seconds)
 
+def a_cascade(runs, a):
+    small, large = runs['labels'][0], runs[TEACHER][0]
+    cascade, _, seconds = held([small, large], a, weights='1 2.5', rescore=0)
+    forecast('a cascade', cascade, seconds)
+
+def several_gpus(runs, a):
+    from competition_kit.engine import vllm_version
+    for engine in ('packs', 'vllm') if vllm_version() else ('packs',):
+        minutes, p = {}, {}
+        for gpus in 1, a.gpus:
+            record, p[gpus], _ = held(runs, a, views=1, engine=engine, gpus=gpus)
+            minutes[gpus] = record['vote_minutes']
+        report(what=f'{len(runs)} voters on {a.gpus} GPUs, {engine}', minutes=minutes[a.gpus], one_gpu=minutes[1],
+               times_faster=minutes[1]/minutes[a.gpus], largest_difference=float(abs(p[1]-p[a.gpus]).max()))
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('tables', nargs=2)
@@ -64,7 +88,11 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
     p.add_argument('--pack-tokens', type=int, default=32768)
+    p.add_argument('--what', nargs='+', default=['cascade', 'nine'], choices=['cascade', 'nine', 'gpus'])
+    p.add_argument('--gpus', type=int, default=2)
+    p.add_argument('--small', action='store_true')
     a = p.parse_args()
+    if a.small: a.seeds, a.pack_tokens, a.tables = 1, 4096, [first_rows(table) for table in a.tables]
     a.test = str(Path(a.tables[1].split('=')[1]).resolve())
     distill.FIT.update(a.set)
     distill.LINES[TEACHER]['args']['base'] = a.teacher
@@ -75,7 +103,6 @@ if __name__ == '__main__':
     guess = {'class prior': dict(log_loss=1.1, accuracy=.4, ece=0.)}  # these runs were trained without baselines
     vote_score._known_baselines = lambda ballot, rows: {k: guess for k in set(rows.fold)}
     runs = trained(a)
-    nine_over_one([r for line in FAMILIES for r in runs[line]], a)
-    small, large = runs['labels'][0], runs[TEACHER][0]
-    cascade, _, seconds = held([small, large], a, weights='1 2.5', rescore=0)
-    forecast('a cascade', cascade, seconds)
+    if 'cascade' in a.what: a_cascade(runs, a)
+    if 'nine' in a.what: nine_over_one([r for line in FAMILIES for r in runs[line]], a)
+    if 'gpus' in a.what: several_gpus(runs['labels']+runs[FAMILIES[1]][:2], a)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_order', 'cached_share', 'lora_slots', 'engine_env',
-           'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
+           'gpu_share', 'serve', 'EngineDied', 'EngineProcess', 'llm_options', 'request_order', 'ServedModel', 'Engine',
            'letter_probs', 'parity', 'check_parity', 'why_no_vllm', 'why_not_served', 'served_dtype', 'free_gpu',
            'faster', 'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
@@ -108,13 +108,21 @@ def _has_gpu():
     return torch.cuda.is_available()
 
 # %% ../nbs/lib/03m_engine.ipynb #ccd35219
+def gpu_share(
+    free:int,         # Bytes
+    total:int,        # Bytes
+    limit_gb:float=0.,# 1e9 bytes that the engine may take; 0: all that is free
+) -> float: # `gpu_memory_utilization` of vLLM
+    "The share of a GPU's memory that an engine takes: most of what is free, and no more than its limit"
+    share = .95*free/total-.01
+    return int(1000*(min(share, limit_gb*1e9/total) if limit_gb else share))/1000
+
 class _Server: # the answers, within the engine's process
-    def start(self, llm, adapters):
+    def start(self, llm, adapters, limit_gb=0.):
         import torch, vllm
         from vllm.lora.request import LoRARequest
-        if torch.cuda.is_available() and llm['tensor_parallel_size'] == 1:
-            free, total = torch.cuda.mem_get_info()
-            llm = dict(gpu_memory_utilization=round(.95*free/total-.01, 3)) | llm
+        if torch.cuda.is_available() and (limit_gb or llm['tensor_parallel_size'] == 1):
+            llm = dict(gpu_memory_utilization=gpu_share(*torch.cuda.mem_get_info(), limit_gb)) | llm
         self.llm = vllm.LLM(**dict(enforce_eager=not torch.cuda.is_available()) | llm)
         self.loras = [None, *(LoRARequest(f'lora{k}', k, folder) for k, folder in enumerate(adapters, 1))]
         return vllm.__version__
@@ -258,13 +266,15 @@ class ServedModel(EngineProcess):
         max_len:int=2048,         # Tokens of the longest sequence, with the new ones
         tensor_parallel:int=1,    # GPUs that share the model
         limit:float=1800.,        # Seconds for a thousand rows, or to start, after which the engine counts as dead
+        limit_gb:float=0.,        # Memory of each GPU that it may take, in 1e9 bytes; 0: all that is free
         **options,                # Further arguments of `vllm.LLM`
     ):
         engine_input('vllm')
         llm = llm_options(base, adapters, dtype, max_len, tensor_parallel, options)
         self.n_adapters, self.limit, self.gpus = len(adapters), limit, tensor_parallel
         self._begin()
-        try: self.version = self._ask('start', llm=llm, adapters=[str(Path(a).resolve()) for a in adapters])
+        folders = [str(Path(a).resolve()) for a in adapters]
+        try: self.version = self._ask('start', llm=llm, adapters=folders, limit_gb=limit_gb)
         except BaseException:
             self.close()
             raise
@@ -422,6 +432,12 @@ class _Served(RunAsker): # runs on one base (`served`), by the `Engine` that ser
         p = letter_probs(self.server.letters(self._ids(run, at, view), self._letters(run), slot), self.n[at])
         return swap_probs(p, self.n[at], self.task) if view else p
 
+    def ask_views(self, at, views): # [those rows, options], the sum over some views, un-swapped
+        if self.server is None: return super().ask_views(at, views)
+        return sum(self.ask(at, view) for view in views)
+
+    def together(self): return 1. if self.server else super().together() # its cache finds shared prefixes by itself
+
     def close(self):
         if self.server: self.server.close()
         self.server = None
@@ -534,9 +550,10 @@ class EngineAsker(_Served):
         write_json(self.file, self.facts)
 
     def load(self, run):
-        self.run = run
+        self.run, began, before = run, time.perf_counter(), self.server
         if self.choose(run) == 'packs': return super().load(run)
         self.base, self.enc = base_key(self.recs[run]), self._encoded(run)
+        self.seconds['adapter' if self.server is before else 'base'] = time.perf_counter()-began
 
     def ask(self, at, view): # [those rows, options], un-swapped
         if self.server is None: return super().ask(at, view)
@@ -580,9 +597,11 @@ def ask_engine(
 
 def engine_facts(
     folder, # As for `ask_engine`
-) -> dict: # Run ids → `engine`, `parity` and `why`; empty where packs were all there was
+) -> dict: # Run ids → `engine`, `parity` and `why`; by process where there were several; empty with packs alone
     "Which engine has predicted, for a record"
-    return read_json(Path(folder)/'engine.json') if (Path(folder)/'engine.json').exists() else {}
+    own, file = {}, Path(folder)/'engine.json'
+    if file.exists(): own = read_json(file)
+    return own | {f'process {f.parent.name}': read_json(f) for f in sorted(Path(folder).glob('parts/*/engine.json'))}
 
 def _served_key(asker, run): return hash_obj([prediction_key(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
 
@@ -593,7 +612,7 @@ def _copy_served(asker, run, file): # the same predictions from another vote
 def _write_served(asker, run, file): # predict by vLLM and write the table; False if the engine has died
     asker.load(run)
     at, rec = np.arange(len(asker.rows)), asker.recs[run]
-    p = np.mean([asker.ask(at, view) for view in range(asker.views)], axis=0)
+    p = asker.ask_views(at, range(asker.views))/asker.views
     if asker.server is None: return False
     write_probs(file, asker.rows, p, asker.task, asker.views, trained_on(rec, asker.rows), run=run,
                 tokenizer=rec['tokenizer'], engine=f'vllm {vllm_version()}', made_of=_served_key(asker, run))

@@ -6,7 +6,7 @@
 __all__ = ['row_parts', 'Part', 'answer_part', 'parallel_vote']
 
 # %% ../nbs/lib/03r_parallel.ipynb #04fe0910
-import os, pickle, shutil, subprocess, sys, time
+import os, pickle, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -29,7 +29,7 @@ def row_parts(
 @dataclass(frozen=True)
 class Part:
     "The work of one process"
-    asker:object   # Function of `rows` and `clock`; can be pickled
+    asker:object   # Function of `rows`, `clock` and a `folder` of its own; can be pickled
     rows:object    # A part of the table
     answers:Answers# Those so far, of these rows
     how:dict       # Arguments of `passes`
@@ -48,12 +48,13 @@ def answer_part(
         from competition_kit.memory import limit_memory
         limit_memory(part.limit_gb)
     try:
-        asker = part.asker(rows=part.rows, clock=clock)
-        a = asker.answers
-        a.total[:], a.views[:] = part.answers.total, part.answers.views
-        todo = passes(a, **part.how)
-        why = staged_vote(a, todo, asker.load, asker.ask, asker.sizes, clock, lambda: write_answers(out, a, path.name),
-                          part.first, every=20)
+        with part.asker(rows=part.rows, clock=clock, folder=path.with_suffix('')) as asker: # which ends its engines
+            a = asker.answers
+            a.total[:], a.views[:] = part.answers.total, part.answers.views
+            def save(): write_answers(out, a, path.name)
+            todo = passes(a, **part.how)
+            why = staged_vote(a, todo, asker.load, asker.ask_views, asker.sizes, clock, save, part.first, every=20,
+                              load_seconds=asker.load_seconds)
         write_json(path.with_suffix('.json'), dict(why=why))
     except Refusal as e: write_json(path.with_suffix('.json'), dict(refusal=str(e)))
 
@@ -86,10 +87,10 @@ def _end(k, path, process, stalled): # why a part stopped; '' when it is complet
 
 # %% ../nbs/lib/03r_parallel.ipynb #809b587b
 def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of each part, written for its process
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for f in folder.glob('*.*'): f.unlink()  # of an interrupted vote; its choices of engines stay
     a, clock, out = asker.answers, asker.clock, []
-    for k, at in enumerate(row_parts(asker.sizes, n)):
+    for k, at in enumerate(row_parts(np.atleast_2d(asker.sizes).sum(0), n)):
         rows = asker.rows.iloc[at].reset_index(drop=True)
         rows.attrs = asker.rows.attrs
         minutes = max(clock.left(), 1)/60 if clock.minutes else 0.
@@ -112,7 +113,7 @@ def _watch(processes, clock, collect): # until all have ended; numbers of those 
 # %% ../nbs/lib/03r_parallel.ipynb #a87b0fa9
 def parallel_vote(
     asker,       # With all rows: its answers are filled in place, its clock counts; it loads no model
-    make,        # Function of `rows` and `clock` that makes such an asker; can be pickled
+    make,        # Function of `rows`, `clock` and a `folder` that makes such an asker; can be pickled
     how:dict,    # Arguments of `passes`, with `prior` for all rows
     n:int,       # Processes; each takes a GPU where there are any
     folder,      # For the parts

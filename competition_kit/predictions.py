@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rows_to_predict', 'test_file', 'sample_file', 'write_sample', 'run_tables', 'voter_probs', 'any_seen', 'write_votes',
            'save_vote', 'by_strength', 'stopping_limits', 'BallotRuns', 'BallotAsker', 'prior_probs', 'cascade_scores',
-           'share_in_time', 'forecast', 'cascade_plan']
+           'share_in_time', 'asked_shares', 'forecast', 'cascade_plan']
 
 # %% ../nbs/lib/03q_predictions.ipynb #f10bbf30
 from functools import cached_property
@@ -14,17 +14,18 @@ import numpy as np
 import pandas as pd
 from .ballot import ballot_records, is_prob_file, is_table, voter_table
 from .cascade import best_share, cascade_curve
-from .clock import Clock
+from .clock import Clock, cold_seconds
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
-from .engine import EngineAsker, ask_engine, release
+from .engine import EngineAsker, EngineDied, ask_engine, release
+from .memory import prediction_job
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
-from .sequential import calibrated_limits, exact_limits
+from .sequential import calibrated_limits, exact_limits, sequential_vote
 from .staged import minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
-from .trained import trained_on
+from .trained import base_key, trained_on
 
 # %% ../nbs/lib/03q_predictions.ipynb #f2815653
 def _task(ballot): # the one task of all voters
@@ -92,10 +93,12 @@ def run_tables(
     views,       # As for `ask_engine`
     pack_tokens, # As for `ask_engine`
     engine:str='packs', # As for `ask_engine`
+    **options,   # As for `ask_engine`
 ) -> dict: # Run → probability table
     "Predict with the runs that vote, and read the probability tables that vote"
     trained, tables = [r for r in ballot.run if not is_table(r)], [r for r in ballot.run if is_table(r)]
-    return ask_engine(trained, rows, folder, views, pack_tokens, engine) | {r: voter_table(r) for r in tables}
+    predicted = ask_engine(trained, rows, folder, views, pack_tokens, engine, **options)
+    return predicted | {r: voter_table(r) for r in tables}
 
 def voter_probs(
     ballot,      # From `voters`
@@ -160,6 +163,10 @@ def save_vote(
     return [*files, 'oof.parquet']
 
 # %% ../nbs/lib/03q_predictions.ipynb #2b956a35
+def _voter_bases(ballot): # voter → what its first run is loaded over; nothing for probabilities
+    key = {rec['run_id']: base_key(rec) for rec in ballot_records(ballot)}
+    return {v: key.get(run, ()) for v, run in ballot.groupby('voter', sort=False).run.first().items()}
+
 def by_strength(
     ballot,     # From `voters`
     score:dict, # From `score_vote`
@@ -171,8 +178,9 @@ def by_strength(
     weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
     loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
     names = [v for v in names if weight[v] > 0]
-    later = set(ballot.voter[ballot.run.isin(list(last))])
-    if not as_named: names.sort(key=lambda v: (v in later, -weight[v], loss[v]))
+    later, bases = set(ballot.voter[ballot.run.isin(list(last))]), _voter_bases(ballot)
+    best = {base: min(loss[v] for v in names if bases[v] == base) for base in set(bases.values())} # of its voters
+    if not as_named: names.sort(key=lambda v: (v in later, -weight[v], best[bases[v]], bases[v], loss[v]))
     lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
     return lines, np.array([weight[v] for v in names])
 
@@ -202,12 +210,13 @@ class BallotRuns:
         engine:str='packs', # As for `EngineAsker`
         folder='.',      # As for `EngineAsker`
         texts=None,      # A `TextAsker` for the runs that answer by text
+        **options,       # As for `EngineAsker`
     ):
         self.names, self.voters = list(ballot.run), list(dict.fromkeys(ballot.voter))
         self.rows, self.clock, self.texts = rows, clock, texts
         self.tables = {r: voter_table(r) for r in self.names if is_table(r)}
         models = [r for r in self.names if r not in self.tables and not self.is_text(r)]
-        self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder)
+        self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder, **options)
         self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
         for r, table in self.tables.items():
             k = self.names.index(r)
@@ -232,12 +241,23 @@ class BallotRuns:
                         dtype='boolean')
 
 # %% ../nbs/lib/03q_predictions.ipynb #4d456e61
+def _base_sizes(recs): # base key → numbers that a token's time and a load's time are proportional to
+    recs = {base_key(rec): rec for rec in recs}
+    if len(recs) < 2: return {}
+    from competition_kit.cost import base_bytes
+    try: jobs = {key: prediction_job(rec) for key, rec in recs.items()}
+    except Refusal: return {}  # the cost model does not know one of the bases: all count as equal
+    def size(job): return np.array([job.base['linear'], base_bytes(job.base, job.dtype, job.route)])
+    return {key: size(job) for key, job in jobs.items()}
+
 class BallotAsker(BallotRuns):
     "Asks the runs of a ballot; a `with` block ends its engines"
+    run, joint = None, False  # position of the run that is loaded; was it asked for several views at once?
+
     def loaded(self): return self.models.base, self.texts and self.texts.base
 
     def load(self, k):
-        before, run = self.loaded(), self.names[k]
+        before, run, self.run = self.loaded(), self.names[k], k
         if self.is_text(run):
             release(self.models)
             self.texts.load(run)
@@ -246,8 +266,36 @@ class BallotAsker(BallotRuns):
             self.models.load(run)
         if self.loaded() != before: self.clock.pieces.clear()
 
+    @cached_property
+    def base_sizes(self): return _base_sizes(self.models.recs.values())
+
+    def expected(self): # [runs] time of a token beside that of the loaded run, and [runs] seconds to load each run
+        recs, seconds, last = self.models.recs, self.models.seconds, self.models.base
+        own, speed, loads = self.base_sizes.get(last), np.ones(len(self.names)), np.zeros(len(self.names))
+        for k, run in enumerate(self.names):
+            if run not in recs: continue
+            key = base_key(recs[run])
+            speed[k], size = (1., 1.) if own is None else self.base_sizes[key]/own
+            if k != self.run:
+                loads[k] = seconds['adapter']+(key != last)*(seconds['base']*size+cold_seconds(self.clock))
+            last = key
+        return speed, loads
+
+    def load_seconds(self, k): # that a run's load is expected to take; of a writer the longest load so far
+        if self.is_text(self.names[k]): return max(self.clock.loads, default=0.)
+        return float(self.expected()[1][k])
+
     def ask(self, k, at, view): # [those rows, options], un-swapped; a text has one view
-        return self.texts.ask(self.names[k], at) if self.is_text(self.names[k]) else self.models.ask(at, view)
+        return self.ask_views(k, at, [view])
+
+    def ask_views(self, k, at, views): # [those rows, options], the sum over some views
+        try:
+            if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
+            self.joint = len(views) > 1
+            return self.models.ask_views(at, views)
+        except EngineDied as e:
+            if not self.clock.minutes: raise
+            raise RuntimeError(str(e).split('; its log ends with')[0]) from e  # the vote keeps what it has
 
     def __enter__(self): return self
     def __exit__(self, *error):
@@ -290,16 +338,36 @@ def share_in_time(
     if not len(fits): return 0.
     return best_share(curve, budget, metric) if curve[metric].notna().all() else float(fits.index.max())
 
-# %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f
+# %% ../nbs/lib/03q_predictions.ipynb #8c59a707
+def asked_shares(
+    names,       # Of the voters, in the order of `by_strength`
+    weights,     # Theirs
+    score:dict,  # From `score_vote`
+    limits,      # From `stopping_limits`
+    rule:str,    # As for `combine`
+) -> np.ndarray: # [voters] share of the rows that each is expected to be asked for
+    "How often a voter is reached when rows stop early, from out-of-fold rows; without these always"
+    if limits is None or not set(names) <= set(score['oof']) or not len(score['rows']): return np.ones(len(names))
+    p = np.stack([score['oof'][v] for v in names])
+    _, asked = sequential_vote(lambda v, rows: p[v, rows], p.shape[1], weights, limits, rule)
+    return (asked[:, None] > np.arange(len(names))).mean(0)
+
+# %% ../nbs/lib/03q_predictions.ipynb #a3ce3144
 def forecast(
-    asker,       # A `BallotAsker`
+    asker,       # A `BallotAsker`, a run of which is loaded and measured
     views:int,   # Orderings asked for
     share:float=1., # Of the rows, for all voters but the first
+    asked=1.,    # From `asked_shares`
 ) -> float: # Minutes
     "How long the whole vote will take, from its beginning"
-    rows = None if share == 1 else rows_in_doubt(asker.answers, 0, share)
-    return minutes_needed(asker.answers, asker.sizes, views, asker.clock, rows)
+    a, rows = asker.answers, None if share == 1 else rows_in_doubt(asker.answers, 0, share)
+    speed, loads = asker.expected()
+    each = speed*np.broadcast_to(asked, a.voter.max()+1)[a.voter]
+    together = asker.models.together()
+    sizes = each[:, None]*np.asarray(asker.sizes)*np.where(a.views == 0, together, 1)/(together if asker.joint else 1)
+    return minutes_needed(a, sizes, views, asker.clock, rows, loads=loads)
 
+# %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f
 def cascade_plan(
     asker,      # A `BallotAsker`, its second model measured
     weights,    # One number a voter, in its order

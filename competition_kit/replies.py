@@ -344,9 +344,10 @@ def start_engine(
     dtype:str='auto',
     batch_tokens:int=16384, # As for `TransformersEngine`
     adapters=(),   # Ids of the runs that requests may name
+    limit_gb:float=0., # As for `Engine`; transformers keeps the limit by its `batch_tokens`
 ):
     "The engine of this name; `end_engine` gives its memory back"
-    if engine == 'vllm': return VllmEngine(base, prompt, dtype, adapters)
+    if engine == 'vllm': return VllmEngine(base, prompt, dtype, adapters, limit_gb=limit_gb)
     return TransformersEngine(base, prompt, dtype, batch_tokens)
 
 def end_engine(engine):

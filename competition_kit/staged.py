@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 import numpy as np
 from .cascade import least_certain
-from .clock import Clock, cut_pieces, piece_size, present_pace, work_within
+from .clock import Clock, cut_pieces, piece_size, warm_pace, work_within
 from .core import atomic
 from .sequential import ask_order, combine_asked, margin, option_scores, still_open
 
@@ -161,6 +161,7 @@ def minutes_needed(
     clock:Clock,  # With the pace of the model that is loaded
     rows=None,    # Positions of the rows that voters after `first` are asked for; None: all
     first:int=0,  # The voter that is asked for all rows
+    loads=None,   # [runs] seconds to load each; default: the longest so far, for runs that have answered nothing
 ) -> float:
     "Minutes from the beginning to the end of the vote, at the present pace"
     left = np.maximum(views-a.views, 0)
@@ -168,8 +169,9 @@ def minutes_needed(
         skipped = np.ones(left.shape, bool)
         skipped[:, rows] = False
         left = left*~(skipped & (a.voter != first)[:, None])
-    loads = ((left > 0).any(1) & (a.views == 0).all(1)).sum()*max(clock.loads, default=0.)
-    return (clock.used()+float((left*np.asarray(tokens)).sum())*present_pace(clock)+loads)/60
+    if loads is None: loads = (a.views == 0).all(1)*max(clock.loads, default=0.)
+    seconds = float((left*np.asarray(tokens)).sum())*warm_pace(clock)+float(((left > 0).any(1)*loads).sum())
+    return (clock.used()+seconds)/60
 
 # %% ../nbs/lib/02o_staged.ipynb #5c8f90be
 class _Progress: # the run that is loaded, and the time of the latest save
@@ -193,19 +195,19 @@ def staged_vote(
     a:Answers,      # Empty at first; filled in place
     todo,           # From `passes`
     load,           # Function of a run's position: gets its model ready
-    ask,            # Function of a run, positions of rows and a view; returns [those rows, options], un-swapped
+    ask,            # Function of a run, positions of rows, and views; returns [those rows, options], the views' sum
     tokens,         # [rows] or [runs, rows], size of a row in one view
     clock:Clock,
     save,           # Function without arguments: writes the vote so far
     first:float=4096, # Tokens of the first piece
     every:float=60,   # Seconds between two saves within a pass
+    load_seconds=None,# Function of a run's position: seconds that its load will take; default: the longest so far
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
     progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
     progress.save()
     def answer(run, views, rows):
-        found = [ask(run, rows, view) for view in views]
-        a.total[run, rows] += np.sum(found, 0)
+        a.total[run, rows] += ask(run, rows, views)
         a.views[run, rows] += len(views)
         progress.save(every)
     def pieces(run, views, rows):
@@ -213,9 +215,12 @@ def staged_vote(
         units = tokens[run, rows]*len(views)
         for at in cut_pieces(units, lambda: piece_size(clock, first)):
             yield units[at].sum(), lambda: answer(run, views, rows[at])
+    def expected(run):
+        if run == progress.run: return 0.
+        return load_seconds(run) if load_seconds else max(clock.loads, default=0.)
     for run, views, rows in todo:
         if not len(rows): continue
-        why = work_within(clock, pieces(run, views, rows), max(clock.loads, default=0.))
+        why = work_within(clock, pieces(run, views, rows), expected(run))
         progress.save()
         if why: return why
     return ''

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
            'ancestors', 'parents', 'lineage_of', 'recipe_key', 'same_tables', 'training_rows', 'rows_seen', 'has_seen',
-           'trained_on', 'trusted_prompt', 'load_adapter', 'load_run', 'kept_probs', 'prediction_key', 'copy_earlier',
-           'base_key', 'check_letters', 'predict_runs', 'RunAsker']
+           'trained_on', 'trusted_prompt', 'load_adapter', 'load_base', 'load_run', 'kept_probs', 'prediction_key',
+           'copy_earlier', 'base_key', 'check_letters', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
-import functools, os
+import functools, os, time
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -22,6 +23,7 @@ from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
+from .pack import prefix_tree
 from .prompt import Prompt, encode_cached, tokenizer_hash
 from .tables import load_rows, table_hashes
 
@@ -218,15 +220,21 @@ def load_adapter(
     model.model = with_adapter(model.model, folder)
     return model.eval()
 
+def load_base(
+    rec:dict,      # Record of a train run
+    prompt:Prompt, # Its prompt, from `trusted_prompt`
+): # A model, as from `load_classifier`
+    "What a run is loaded over: its base, or all of its own weights"
+    from competition_kit.model import load_classifier
+    return load_classifier(base_of(rec), prompt, *(str(model_params(rec)[k]) for k in ('route', 'dtype')))
+
 def load_run(
     rec:dict,      # Record of a train run
     prompt:Prompt, # Its prompt, from `trusted_prompt`
     over=None,     # A model on the same base, route and dtype, whose adapter is replaced
 ): # A model, as from `load_classifier`
     "A run as a model: its adapter over its base, or all of its weights"
-    from competition_kit.model import load_classifier
-    p, model = model_params(rec), over
-    if model is None: model = load_classifier(base_of(rec), prompt, str(p['route']), str(p['dtype']))
+    model = load_base(rec, prompt) if over is None else over
     if model.letters is not None: model.letters = rec.get('letters', prompt.letters)
     return model if is_full(rec) else load_adapter(model, weights_path(rec))
 
@@ -334,6 +342,7 @@ class RunAsker:
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']
         self.model = self.base = None  # `base`: as of `base_key`
+        self.seconds = dict(base=0., adapter=0.)  # of the latest load of each
 
     def tokens(self, run): # [rows] tokens of the plain view
         enc = encode_cached(self.prompts[run], self.rows, self.views)
@@ -341,16 +350,36 @@ class RunAsker:
 
     def load(self, run):
         "Make a run's model ready"
-        if base_key(self.recs[run]) != self.base: self.model = None  # the old base goes before the new one comes
-        self.model = load_run(self.recs[run], self.prompts[run], over=self.model)
-        self.base = base_key(self.recs[run])
+        rec, prompt, began = self.recs[run], self.prompts[run], time.perf_counter()
+        if self.model is None or base_key(rec) != self.base:
+            self.model = None  # the old base goes before the new one comes
+            self.model, self.base = load_base(rec, prompt), base_key(rec)
+            import_module('peft')  # slow at first: it counts for the base
+            self.seconds['base'], began = time.perf_counter()-began, time.perf_counter()
+        self.model = load_run(rec, prompt, over=self.model)
         self.enc = encode_cached(self.prompts[run], self.rows, self.views)
         self.lines = [np.flatnonzero(self.enc.view == v)[np.argsort(self.enc.row[self.enc.view == v], kind='stable')]
                       for v in range(self.views)]
         _fuse_and_compile(self.model, int(self.enc.n.sum()))
+        self.seconds['adapter'] = time.perf_counter()-began
 
     def ask(self, at, view): # [those rows, options], un-swapped
         "The loaded run's probabilities for the rows at these positions, in one view"
+        return self.ask_views(at, [view])
+
+    def ask_views(self, at, views): # [those rows, options], un-swapped
+        "The sum over some views, which share their prefix"
         from competition_kit.model import view_probs
-        p = view_probs(self.model, self.enc.iloc[self.lines[view][at]], self.n, self.pack_tokens, progress=False)
-        return swap_probs(p, self.n[at], self.task) if view else p
+        lines = np.concatenate([self.lines[v][at] for v in views])
+        p = view_probs(self.model, self.enc.iloc[lines], self.n, self.pack_tokens, progress=False)
+        return sum(swap_probs(q, self.n[at], self.task) if v else q for q, v in zip(np.split(p, len(views)), views))
+
+    def together(self): # tokens that all views of a pack's rows take together, as a share of those that they take apart
+        if self.views == 1: return 1.
+        rows = max(1, np.searchsorted(self.enc.n.iloc[self.lines[0]].cumsum(), self.pack_tokens))
+        ids = [list(self.enc.ids.iloc[lines[:rows]]) for lines in self.lines]
+        return _tree_tokens(sum(ids, []))/sum(map(_tree_tokens, ids))
+
+def _tree_tokens(ids): # that a pack of these sequences computes
+    tree = prefix_tree(ids)
+    return int((tree.stop-tree.start).sum())

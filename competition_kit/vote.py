@@ -25,9 +25,9 @@ from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_ro
 from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
 from .parallel import parallel_vote
-from .predictions import (BallotAsker, any_seen, by_strength, cascade_plan, forecast, prior_probs,
-                                         rows_to_predict, run_tables, sample_file, save_vote, stopping_limits,
-                                         test_file, voter_probs, write_sample, write_votes)
+from .predictions import (BallotAsker, any_seen, asked_shares, by_strength, cascade_plan, forecast,
+                                         prior_probs, rows_to_predict, run_tables, sample_file, save_vote,
+                                         stopping_limits, test_file, voter_probs, write_sample, write_votes)
 from .probs import write_probs
 from .record import find_run
 from .staged import (gap_sentence, gaps, passes, read_answers, staged_vote, vote_so_far, voter_means,
@@ -35,7 +35,7 @@ from .staged import (gap_sentence, gaps, passes, read_answers, staged_vote, vote
 from .submission import check_submission, find_sample, make_submission, practice_score, read_sample
 from .tables import check_texts, table_name, table_path
 from .teachers import adopted
-from .text_voters import TextAsker, save_texts
+from .text_voters import ballot_asker, plan_texts, save_texts
 from .trained import load_adapter, predict_runs, trusted_prompt
 from .vote_score import (fold_scores, oof_probs, oof_vote, score_vote, training_table, verdict,
                                         voters_worth)
@@ -61,7 +61,7 @@ class VoteArgs:
     change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
     rescore:float=1.         # a cascade: share of the rows for all but the first run named; 0: what fits the budget
     test:str=''              # path of a raw test file, where there is no table <data>_test
-    max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs are made to fit; 0: no limit
+    max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs and batches fit it; 0: no limit
     engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
     gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
     samples:int=5            # replies of a text voter to a row that must be parsed
@@ -74,8 +74,6 @@ class VoteArgs:
         at_least(self, 0, 'budget', 'max_memory_gb', 'retries')
         engine_input(self.engine)
         share(self, 'change')
-        if self.max_memory_gb and self.engine != 'packs':
-            raise Refusal('max_memory_gb limits packs, not vLLM', fix='Take engine=packs')
         if not 0 <= self.rescore <= 1:
             raise Refusal(f'rescore={self.rescore!r}', fix='Take a share up to 1, or 0: what fits the budget')
         if self.change and self.rescore < 1:
@@ -84,8 +82,6 @@ class VoteArgs:
             raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
         if self.gpus > 1 and not self.rescore:
             raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
-        if self.gpus > 1 and self.engine != 'packs':
-            raise Refusal('several processes predict with packs only', fix='Take engine packs, or gpus 1')
 
     @property
     def staged(self): return bool(self.budget or self.change or self.rescore < 1 or self.gpus > 1)  # else all at once
@@ -109,9 +105,6 @@ def check_text_voters(
     if args.rule in ('logits', 'ranks'):
         raise Refusal(f'the rule {args.rule} cannot take voters that answer by text', texts,
                       fix='Take the rule mean or majority, or name other runs')
-    if args.gpus > 1: raise Refusal('several processes predict with packs only', texts, fix='Take gpus 1')
-    if args.max_memory_gb:
-        raise Refusal('max_memory_gb limits packs, and these runs answer by text', texts, fix='Take max_memory_gb 0')
 
 # %% ../nbs/10_vote.ipynb #0abdc1f8
 def vote_inputs(
@@ -135,7 +128,8 @@ def _sum(run): # a hash of a voter's run, or of its probabilities
 # %% ../nbs/10_vote.ipynb #3071e650
 def _within_memory(args, ballot, rows): # the plan, for the record; empty without a limit
     if not args.max_memory_gb: return {}
-    plan = plan_memory(ballot, rows, args.views, args.pack_tokens, args.max_memory_gb)
+    plan, texts = plan_memory(ballot, rows, args.views, args.pack_tokens, args.max_memory_gb), text_runs(ballot)
+    if texts: plan |= plan_texts(texts, rows, args.max_memory_gb, args.engine)
     limit_memory(args.max_memory_gb)
     return plan
 
@@ -154,7 +148,7 @@ def run_vote(
     if args.staged or text_runs(ballot): return run_staged(run, args, ballot, rows, sample, clock, memory)
     score = score_vote(ballot, args.data, args.weights, args.rule)
     pack_tokens = memory.get('pack_tokens', args.pack_tokens)
-    tables = run_tables(ballot, rows, run.folder, args.views, pack_tokens, args.engine)
+    tables = run_tables(ballot, rows, run.folder, args.views, pack_tokens, args.engine, limit_gb=args.max_memory_gb)
     each = voter_probs(ballot, tables, rows)
     p = combine(each.values(), score['weights'], args.rule)
     submission = run.folder/f'submission{sample.suffix}'
@@ -221,18 +215,17 @@ def vote_asker(
     rows,        # From `rows_to_predict`
     score:dict,  # From `score_vote`
     clock:Clock,
-    pack_tokens:int,
-): # (the ballot in the order of asking, one weight a voter, a `BallotAsker` with the answers so far)
+    memory:dict, # From `plan_memory` and `plan_texts`; empty without a limit
+): # (a function that makes the asker of some rows, one weight a voter, a `BallotAsker` with the answers so far)
     "Who is asked in which order, and what an interrupted vote has answered already"
-    texts = text_runs(ballot)
-    lines, weights = by_strength(ballot, score, args.rescore < 1, () if args.change else texts)
-    writers = [r for r in lines.run if r in texts]
-    writer = None
-    if writers:
-        writer = TextAsker(writers, rows, run.folder/'replies', clock, args.samples, args.retries, args.engine)
-    asker = BallotAsker(lines, rows, args.views, pack_tokens, clock, args.engine, run.folder, writer)
+    lines, weights = by_strength(ballot, score, args.rescore < 1, () if args.change else text_runs(ballot))
+    sizes = {k: memory[k] for k in ('pack_tokens', 'batch_tokens') if k in memory}
+    make = partial(ballot_asker, lines, replies=run.folder/'replies', views=args.views, engine=args.engine,
+                   samples=args.samples, retries=args.retries, limit_gb=args.max_memory_gb,
+                   **dict(pack_tokens=args.pack_tokens) | sizes)
+    asker = make(rows=rows, clock=clock, folder=run.folder)
     read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
-    return lines, weights, asker
+    return make, weights, asker
 
 # %% ../nbs/10_vote.ipynb #e1012429
 def staged_files(
@@ -270,7 +263,8 @@ def planned_passes(
                     cascade=dict(metric=found['metric'], curve=curve))
         return found['share']
     def tell():
-        minutes = forecast(asker, args.views, args.rescore)
+        asked = asked_shares(asker.voters, weights, score, limits, args.rule)
+        minutes = forecast(asker, args.views, args.rescore, asked)
         plan['predicted_minutes'] = round(min(minutes, asker.clock.budget()), 3)
         print(f'The whole vote needs about {minutes:.2f} minutes; the budget is {args.budget:g}')
     todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore or choose,
@@ -290,7 +284,8 @@ def ask_alone(args, asker, weights, prior, limits, score, save, pack_tokens): # 
     "Ask in this process"
     todo, plan = planned_passes(asker, weights, prior, args, limits, score)
     with asker: # which ends its engines
-        why = staged_vote(asker.answers, todo, asker.load, asker.ask, asker.sizes, asker.clock, save, pack_tokens)
+        why = staged_vote(asker.answers, todo, asker.load, asker.ask_views, asker.sizes, asker.clock, save, pack_tokens,
+                          load_seconds=asker.load_seconds)
     return why, plan
 
 
@@ -338,19 +333,18 @@ def run_staged(
 ):
     "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
     if set(text_runs(ballot)) == set(ballot.run): args = replace(args, views=1)  # a text has no swapped view
-    prior, pack_tokens = prior_probs(training_table(ballot, args.data), rows), args.pack_tokens
-    if memory: pack_tokens = memory['pack_tokens']
+    prior, memory = prior_probs(training_table(ballot, args.data), rows), memory or {}
+    pack_tokens = memory.get('pack_tokens', args.pack_tokens)
     first_submission(run, rows, prior, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)
-    lines, weights, asker = vote_asker(run, args, ballot, rows, score, clock, pack_tokens)
+    make, weights, asker = vote_asker(run, args, ballot, rows, score, clock, memory)
     limits = stopping_limits(asker.voters, weights, score, args.rule, args.change)
     save, plan = staged_files(run, asker, weights, prior, args, sample), {}
     if args.gpus > 1:
-        make = partial(BallotAsker, lines, views=args.views, pack_tokens=pack_tokens)
         how = dict(weights=weights, prior=prior, rule=args.rule, views=args.views, limits=limits, share=args.rescore,
                    order=np.arange(len(weights)))
         why = parallel_vote(asker, make, how, args.gpus, run.folder/'parts', save, pack_tokens, args.max_memory_gb)
     else: why, plan = ask_alone(args, asker, weights, prior, limits, score, save, pack_tokens)
     vote = vote_so_far(asker.answers, weights, prior, args.rule)
-    finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory or {}, **plan,
+    finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory, **plan,
                   vote_minutes=round(clock.used()/60, 3))

@@ -99,6 +99,19 @@ def runs(trained, own_root):
     shutil.copytree(root, own_root, dirs_exist_ok=True)
     return ids
 
+@pytest.fixture
+def parts_here(monkeypatch):
+    "The parts of a vote on several GPUs are answered in this process, which sees one stand-in GPU a part"
+    from types import SimpleNamespace
+    from competition_kit import parallel
+    def start(path, gpu):
+        with monkeypatch.context() as m:
+            m.setenv('CUDA_VISIBLE_DEVICES', gpu)
+            parallel.answer_part(path)
+        return SimpleNamespace(poll=lambda: 0, returncode=0, kill=lambda: None, wait=lambda: 0)
+    monkeypatch.setattr(parallel, '_gpus', lambda n: [str(k) for k in range(n)])
+    monkeypatch.setattr(parallel, '_start', start)
+
 @pytest.fixture(scope='session')
 def trained_folds(tmp_path_factory, tiny, sample_tables):
     "A root with the finished runs of five folds, and their ids"

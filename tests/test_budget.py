@@ -8,7 +8,16 @@ from competition_kit.probs import align, read_probs
 from competition_kit.record import run_stage, start_run
 from competition_kit.submission import check_submission, find_sample, make_submission
 from competition_kit.tables import load_rows
-from competition_kit.vote import VoteArgs, plan_memory, run_staged, rows_to_predict, vote, voters, write_sample
+from competition_kit.vote import (
+    VoteArgs,
+    by_strength,
+    plan_memory,
+    run_staged,
+    rows_to_predict,
+    vote,
+    voters,
+    write_sample,
+)
 
 
 def held(**kw):
@@ -223,6 +232,27 @@ def test_a_model_folder_and_a_test_file_are_enough(runs, own_root, tmp_path_fact
         assert held(**kw).id == run.id
 
 
+def test_whole_models_predict_without_their_base(runs, own_root, tmp_path_factory, monkeypatch):
+    "two seeds merged into their base, and quantised; neither the base nor the members are there"
+    from competition_kit import trained
+    from competition_kit.gptq import GptqArgs, gptq
+    from competition_kit.merge import merge_runs
+
+    merged = merge_runs(members=f'{runs[0]} {runs[2]}', how='base')
+    small = run_stage(gptq, GptqArgs(start=merged.id, rows=24, max_loss=9.0, max_flips=1.0))
+    expected = {run.id: votes_of(held(runs=run.id, views=1)) for run in (merged, small)}
+    elsewhere, ids = tmp_path_factory.mktemp('input'), list(load_rows('sample_arena_test').id)
+    for run in merged, small:
+        shutil.copytree(run.folder, elsewhere / run.id)
+    shutil.copy(own_root / 'data/sample_arena/test.csv', elsewhere / 'test.csv')
+    monkeypatch.setattr(trained, '_is_here', lambda base: False)
+    with root_at(tmp_path_factory.mktemp('offline')):
+        for run, p in expected.items():
+            got = held(data='lmsys', runs=str(elsewhere / run), test=str(elsewhere / 'test.csv'), views=1)
+            table = pd.read_csv(got.folder / 'submission.csv', dtype={'id': str}).set_index('id').loc[ids]
+            np.testing.assert_allclose(table.to_numpy(), p, atol=2e-5)
+
+
 def test_a_folder_without_a_record_is_refused(own_root):
     (own_root / 'merged').mkdir()
     with pytest.raises(Refusal, match='without record.json'):
@@ -251,3 +281,15 @@ def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs):
     run = held(runs=runs[0], max_memory_gb=limit)
     assert run.record['memory'] == tight
     np.testing.assert_allclose(votes_of(run), votes_of(held(runs=runs[0])), atol=2e-5)
+
+
+def test_voters_of_one_weight_are_asked_base_after_base(runs):
+    "the score head stands between the two seeds by its log-loss, and would cost two more loads of a base"
+    ballot = voters()
+    first, second, head = dict.fromkeys(ballot.voter)
+    label = pd.DataFrame(dict(label=[0] * 9))
+    oof = {v: np.tile([p, 1 - p, 0], (9, 1)) for v, p in ((first, 0.9), (second, 0.5), (head, 0.7))}
+    score = dict(weights=[1, 1, 1], oof=oof, rows=label)
+    assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [first, second, head]
+    score['weights'] = [1, 1, 2]
+    assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [head, first, second]

@@ -1,6 +1,8 @@
 "Budgets on simulated machines: slower half-way, stalled, dead; what is on disk then, and what is said about it"
 
-import numpy as np, pytest
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest
+import competition_kit.predictions as P
 from competition_kit.choose import simulated_voters
 from competition_kit.clock import Clock, cut_pieces, fits, piece_size, seconds_per_unit, timed_piece, work_within
 from competition_kit.combine import combine
@@ -18,6 +20,8 @@ from competition_kit.staged import (
     vote_so_far,
     write_answers,
 )
+from competition_kit.trained import base_key
+from competition_kit.vote import ask_alone
 
 N = 600
 
@@ -37,9 +41,9 @@ class Machine:
     def load(self, run):
         self.t += 10
 
-    def ask(self, run, rows, view):
-        self.t += 100 * len(rows) / self.rate(self.t)
-        return (self.swapped if view else self.plain)[run, rows]
+    def ask(self, run, rows, views):
+        self.t += 100 * len(rows) * len(views) / self.rate(self.t)
+        return sum((self.swapped if view else self.plain)[run, rows] for view in views)
 
     def save(self):
         self.saves.append((self.t, vote_so_far(self.a, self.weights, self.prior)))
@@ -134,9 +138,9 @@ def test_the_share_is_chosen_when_the_second_model_is_measured(minutes):
     "a second model five times slower: the predicted minutes hold, and the largest share that fits is asked for"
     m, found = Machine(minutes, lambda t: 1000, (1.0, 2.0)), {}
 
-    def ask(run, rows, view):
-        m.t += 100 * len(rows) / (200 if run else 1000)
-        return (m.swapped if view else m.plain)[run, rows]
+    def ask(run, rows, views):
+        m.t += 100 * len(rows) * len(views) / (200 if run else 1000)
+        return sum((m.swapped if view else m.plain)[run, rows] for view in views)
 
     def load(run):
         m.t += 10
@@ -181,7 +185,7 @@ def test_an_interrupted_vote_goes_on(tmp_path):
     before = int(again.a.views.sum())
     asked = []
     real = again.ask
-    again.ask = lambda run, rows, view: asked.append(len(rows)) or real(run, rows, view)
+    again.ask = lambda run, rows, views: asked.append(len(rows) * len(views)) or real(run, rows, views)
     again.vote()
     assert sum(asked) == 6 * N - before
     np.testing.assert_allclose(again.saves[-1][1], m.p.mean(0), atol=1e-5)
@@ -197,6 +201,87 @@ def test_damaged_answers_are_asked_again(tmp_path, damage):
     fresh = Machine(0, lambda t: 1000)
     assert not read_answers(file, fresh.a, 'key')
     assert fresh.a.views.sum() == 0
+
+
+# ---- the forecast of a whole vote
+class Models:
+    "A `RunAsker` on a simulated GPU: a base loads in 30 seconds for each size, and its first piece takes 15 more"
+
+    def __init__(self, bases, sizes, clock, p, shared):
+        params = [dict(base=b, route='answer', dtype='fp32') for b in bases]
+        self.recs = {f'run {k}': dict(run_id=f'run {k}', params=q) for k, q in enumerate(params)}
+        self.sizes, self.t, self.p, self.task, self.shared = sizes, clock, p, 'preference', shared
+        self.base, self.cold, self.seconds = None, False, dict(base=0.0, adapter=0.0)
+
+    def load(self, run):
+        self.run, key = int(run.split()[1]), base_key(self.recs[run])
+        if key != self.base:
+            self.base, self.cold = key, True
+            self.seconds['base'] = 30 * self.sizes[key[0]]
+            self.t[0] += self.seconds['base']
+        self.seconds['adapter'] = 2.0
+        self.t[0] += 2
+
+    def ask_views(self, at, views):
+        shared = self.shared if len(views) > 1 else 1
+        self.t[0] += len(views) * shared * 100 * len(at) / 1000 * self.sizes[self.base[0]] + 15 * self.cold
+        self.cold = False
+        return len(views) * self.p[self.run, at]
+
+    def together(self):
+        return self.shared
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    'bases, how',
+    [
+        ('AAAAAAAAA', dict(views=1)),
+        ('AAAAAAAAA', dict(views=2)),
+        ('AAABBBAAA', dict(views=1)),
+        ('AAAAAAAAA', dict(views=1, rule='majority', limits=exact_limits(np.ones(9)))),
+        ('AB', dict(rescore=0.25)),
+        ('AB', dict(rescore=0, budget=30)),
+        ('AB', dict(rescore=0, budget=120)),
+    ],
+)
+def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
+    "a slow start of a model, a larger base and rows that stop early are part of the forecast"
+    sizes, t, n = dict(A=1.0, B=5.0), [0.0], len(bases)
+    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None) | how))
+    p, label = simulated_voters([1.5] * n, 2 * N, shared=0.6)
+    held, test = p[:, :N], p[:, N:]
+    clock = Clock(args.budget, now=lambda: t[0])
+    asker = object.__new__(P.BallotAsker)
+    asker.models = Models(bases, sizes, t, test, shared=0.8 if args.views == 2 else 1)
+    asker.clock, asker.texts, asker.tables = clock, None, {}
+    asker.names = asker.voters = list(asker.models.recs)
+    asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
+    sized = {base_key(r): np.full(2, sizes[r['params']['base']]) for r in asker.models.recs.values()}
+    monkeypatch.setattr(P, '_base_sizes', lambda recs: sized)
+    score = dict(oof=dict(zip(asker.names, held)), rows=pd.DataFrame(dict(label=label[:N])))
+    w, prior = np.ones(n), np.full((N, 3), 1 / 3)
+    why, plan = ask_alone(args, asker, w, prior, args.limits, score, lambda: None, 4096)
+    assert why == '' and (asker.answers.views[0] == args.views).all()
+    assert plan['predicted_minutes'] == pytest.approx(t[0] / 60, rel=0.03)
+
+
+@pytest.mark.parametrize('seconds, starts', [(70, False), (130, False), (170, True)])
+def test_a_large_model_is_not_loaded_when_its_load_does_not_fit(seconds, starts):
+    "it takes 150 seconds and the first model took 10; an adapter over a loaded base needs no such time"
+    m = Machine((80 + seconds) / 54, lambda t: 1000, (1.0, 2.0))
+    loads = [10, 150]
+
+    def load(run):
+        m.t += loads[run]
+
+    todo = passes(m.a, m.weights, m.prior, views=1)
+    sizes = np.full(N, 100)
+    why = staged_vote(m.a, todo, load, m.ask, sizes, m.clock, m.save, load_seconds=lambda run: loads[run])
+    assert why == 'the time is up' and m.t <= m.clock.minutes * 60
+    assert (m.a.views[0] == 1).all() and (m.t > 150) == starts
 
 
 # ---- the clock alone

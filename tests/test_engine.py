@@ -1,6 +1,7 @@
 "Engines: vLLM in a process of its own, and the gate that it must pass. The first half needs no vLLM"
 import json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 from competition_kit import engine as E
@@ -24,6 +25,26 @@ def gone(pid, seconds=10):
     until = time.time()+seconds
     while is_alive(pid) and time.time() < until: time.sleep(.05)
     return not is_alive(pid)
+
+@pytest.mark.parametrize('limit, share', [(0, .845), (32, .213), (200, .845), (.01, 0)])
+def test_an_engine_takes_no_more_of_a_gpu_than_its_limit(limit, share):
+    assert E.gpu_share(135e9, 150e9, limit) == share
+
+@pytest.mark.parametrize('limit, gpus, share', [(0, 1, .813), (32, 1, .213), (32, 2, .213), (0, 2, None)])
+def test_what_vllm_is_started_with(monkeypatch, limit, gpus, share):
+    "a stand-in for vLLM and its GPU; several GPUs without a limit keep vLLM's own share"
+    import torch
+    class LLM:
+        def __init__(self, **how): self.how = how
+    stand_in = {'vllm': SimpleNamespace(LLM=LLM, __version__='1.2'), 'vllm.lora': SimpleNamespace(),
+                'vllm.lora.request': SimpleNamespace(LoRARequest=lambda *a: a)}
+    for name, module in stand_in.items(): monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (130e9, 150e9))
+    server = E._Server()
+    version = server.start(dict(model='m', tensor_parallel_size=gpus), ['a', 'b'], limit)
+    assert version == '1.2' and server.llm.how.get('gpu_memory_utilization') == share
+    assert server.loras == [None, ('lora1', 1, 'a'), ('lora2', 2, 'b')]
 
 # ---- the process
 def test_a_dead_engine_is_noticed_at_once():
@@ -209,7 +230,6 @@ def test_a_vote_names_its_engine(runs, monkeypatch):
     assert 'engine' not in VoteArgs(engine='auto', runs=runs[0]).inputs()
     monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
     assert VoteArgs(engine='auto', runs=runs[0]).inputs()['engine'] == 'auto: vllm 1.2.3'
-    with pytest.raises(Refusal, match='max_memory_gb'): VoteArgs(engine='vllm', max_memory_gb=8)
 
 @needs_vllm
 def test_votes_by_vllm(two):

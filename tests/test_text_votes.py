@@ -59,7 +59,10 @@ class Planted:
 
 def planted(monkeypatch, plan):
     engine = Planted(plan)
-    monkeypatch.setattr(T, 'start_engine', lambda *a, **kw: engine)
+    def start(*a, **kw):
+        engine.how = kw
+        return engine
+    monkeypatch.setattr(T, 'start_engine', start)
     return engine
 
 def held(letters, text, **kw):
@@ -151,8 +154,33 @@ def test_a_trained_run_answers(both):
     p, _ = tables(run)
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
 
+def test_several_gpus_share_the_texts(both, parts_here, monkeypatch):
+    "each process asks for its own rows; the votes, replies and counts are those of one"
+    def answer(row, turn): return 'AAB'[turn % 3]
+    engine = planted(monkeypatch, answer)
+    alone, asked = held(*both, retries=0), len(engine.asked)
+    engine = planted(monkeypatch, answer)
+    run = held(*both, retries=0, gpus=2, budget=60)
+    for a, b in zip(tables(run), tables(alone)): np.testing.assert_allclose(a, b, atol=2e-5)
+    assert len(engine.asked) == asked == 24 and run.record['stopped'] == ''
+    for count in 'replies', 'unparsed', 'retried': assert run.record['metrics'][count] == alone.record['metrics'][count]
+    assert set(read_table(run.folder/'replies.parquet').id) == set(load_rows('few_test').id)
+
+def test_batches_of_texts_are_made_to_fit(both, monkeypatch):
+    rows, text = load_rows('few_test'), both[1]
+    wide = T.plan_texts([text], rows, 100.)
+    assert wide['batch_tokens'] == 16384
+    limit = wide['texts_gb']*.7
+    tight = T.plan_texts([text], rows, limit)
+    assert 448 <= tight['batch_tokens'] < 16384 and tight['texts_gb'] <= limit+1e-6
+    with pytest.raises(Refusal, match=f'{text}.*max_memory_gb is 0.001'): T.plan_texts([text], rows, 1e-3)
+    engine = planted(monkeypatch, lambda row, turn: 'A')
+    run = held(*both, retries=0, samples=1, max_memory_gb=limit)
+    assert engine.how['batch_tokens'] == tight['batch_tokens'] and engine.how['limit_gb'] == limit
+    memory = run.record['memory']
+    assert memory['batch_tokens'] == tight['batch_tokens'] and max(memory['planned_gb'], memory['texts_gb']) <= limit
+
 REFUSED = [(dict(rule='logits'), 'logits.*answer by text'), (dict(rule='ranks'), 'ranks'),
-           (dict(gpus=2), 'several processes'), (dict(max_memory_gb=8.), 'max_memory_gb'),
            (dict(samples=0), 'samples'), (dict(retries=-1), 'retries')]
 @pytest.mark.parametrize('wrong, why', REFUSED)
 def test_what_texts_cannot_be_combined_with(both, wrong, why):

@@ -3,7 +3,8 @@
 import os, time
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
+import competition_kit.engine as E
 import competition_kit.parallel as P
 from competition_kit.choose import simulated_voters
 from competition_kit.clock import Clock
@@ -25,18 +26,21 @@ from competition_kit.staged import no_answers
 
 class Asker:
     "Two simulated voters; the process that has row 0 does what `fate` says at its second voter"
-    def __init__(self, rows, clock, fate):
+    def __init__(self, rows, clock, fate, folder='.'):
         self.rows, self.clock, self.fate, self.run = rows, clock, fate, 0
         self.p = simulated_voters([1.5, 1.5], 40)[0][:, rows.id.astype(int)]
         self.answers, self.sizes = no_answers([0, 1], len(rows), 3), np.ones(len(rows))
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
     def load(self, run): self.run = run
-    def ask(self, run, at, view):
+    def load_seconds(self, run): return 0.
+    def ask_views(self, run, at, views):
         if run and 0 in set(self.rows.id):
             if self.fate == 'dies': os.kill(os.getpid(), signal.SIGKILL)
             if self.fate == 'stalls': time.sleep(600)
             if self.fate == 'refuses': raise Refusal('an adapter is damaged')
             if self.fate == 'raises': raise RuntimeError('CUDA error: device lost')
-        return self.p[run, at]
+        return len(views)*self.p[run, at]
 '''
 
 
@@ -76,6 +80,75 @@ def test_two_processes_vote_like_one(runs):
     np.testing.assert_allclose(both, alone, atol=2e-5)
     assert run.record['stopped'] == '' and run.record['missing']['no_model'] == 0
     assert check_submission(run.folder / 'submission.csv', find_sample('sample_arena'), 'preference')
+
+
+class StandIn:
+    "A vLLM engine by transformers and peft; `made`: the GPU, the limit of memory and the adapters of each"
+
+    made, version, dies = [], 'stand-in', False
+
+    def __init__(self, base, adapters=(), dtype='auto', max_len=0, limit_gb=0.0, **how):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        def model():
+            return AutoModelForCausalLM.from_pretrained(base)
+
+        self.models = [model(), *(PeftModel.from_pretrained(model(), a) for a in adapters)]
+        self.n_adapters = len(adapters)
+        self.gpu = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+        self.made.append((self.gpu, limit_gb, len(adapters)))
+
+    def letters(self, ids, letters, adapter=0, fresh=False):
+        slots = np.broadcast_to(adapter, len(ids))
+        if self.dies and self.gpu in ('', '0') and not np.ptp(slots):  # the gate asks for several adapters
+            raise E.EngineDied('the vLLM engine died (exit code -9); its log ends with\nfour\nlines')
+        with torch.no_grad():
+            logits = [self.models[k].eval()(torch.tensor(i)[None].long()).logits[0, -1] for i, k in zip(ids, slots)]
+        return torch.stack(logits).log_softmax(-1)[:, list(letters)].numpy()
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def vllm(monkeypatch, parts_here):
+    "vLLM seems to be installed"
+    StandIn.made.clear()
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(E, 'Engine', StandIn)
+    monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
+
+
+@pytest.mark.parametrize('engine', ['vllm', 'auto'])
+def test_each_process_has_an_engine_on_its_own_gpu(runs, vllm, monkeypatch, engine):
+    "the gate is passed on every GPU, the memory is limited, and the votes are those of packs"
+    monkeypatch.setattr(E, '_least_seconds', 0.0)
+    monkeypatch.setattr(E, 'faster', lambda packs, vllm, start: ('vllm', 'vLLM is faster'))
+    named = ' '.join(runs[:2])
+    alone = run_stage(vote, VoteArgs(runs=named))
+    run = run_stage(vote, VoteArgs(runs=named, engine=engine, gpus=2, max_memory_gb=8.0))
+    rows = load_rows('sample_arena_test')
+    want, got = (align(read_probs(r.folder / 'votes.parquet'), rows) for r in (alone, run))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert StandIn.made == [('0', 8.0, 2), ('1', 8.0, 2)]
+    facts = run.record['engine']
+    assert set(facts) == {'process 0', 'process 1'} and run.record['memory']['limit_gb'] == 8
+    for process in facts.values():
+        assert process[named]['engine'] == 'vllm stand-in' and set(process[named]['parity']) == set(runs[:2])
+    assert run.record['missing']['no_model'] == 0 and 'CUDA_VISIBLE_DEVICES' not in os.environ
+
+
+@pytest.mark.parametrize('gpus', [1, 2])
+def test_an_engine_that_dies_costs_the_rows_of_its_gpu(runs, vllm, monkeypatch, gpus):
+    "under a budget the vote is finished and says why; without one it is refused"
+    monkeypatch.setattr(StandIn, 'dies', True)
+    how = dict(runs=' '.join(runs[:2]), engine='vllm', gpus=gpus)
+    r = run_stage(vote, VoteArgs(budget=60, **how)).record
+    assert r['status'] == 'done' and r['stopped'] == 'RuntimeError: the vLLM engine died (exit code -9)'
+    assert r['missing']['no_model'] == len(load_rows('sample_arena_test')) // gpus
+    with pytest.raises(Refusal, match='engine died'):
+        run_stage(vote, VoteArgs(**how))
 
 
 @pytest.mark.parametrize('fate, why', [('dies', 'process [01] ended with -9'), ('raises', 'device lost')])
