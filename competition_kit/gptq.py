@@ -322,7 +322,7 @@ def limits(args, bits): # `Limits` of a run
 def _finish(run, args, t, folder, q, report): # the model, its probabilities and the record
     out, held = run.folder/'model', args.parts[1]
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(folder, out)
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns('layers.json'))  # its seconds are in the report
     write_json(out/'lineage.json', lineage_of(run.folder, asdict(args)))
     seal(out)
     write_json(run.folder/'report.json', report)
@@ -336,7 +336,7 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
     else: metrics |= dict(scores(q, held.label.to_numpy()), baselines=_baselines(args))
     files = [f'model/{f.name}' for f in sorted(out.glob('*')) if f.name != 'manifest.json']
     shutil.rmtree(run.folder/'merged', ignore_errors=True)
-    run.finish(metrics, ['probs.parquet', 'before.parquet', 'report.json', *files], rows=len(args.table),
+    run.finish(metrics, ['probs.parquet', 'before.parquet', *files], rows=len(args.table),
                held_out=len(held), task=args.prompt.task, base=base_hash(args.base), **hashes, quantised=asdict(t),
                verdict=found['verdict'], worth=report['worth'], bytes=found['bytes'],
                model=dict(asdict(args), method='full', **_text_facts(args.record, 'max_new_tokens')),

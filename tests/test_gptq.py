@@ -150,8 +150,11 @@ def test_an_interrupted_run_continues_and_removes_its_finished_layers(made, monk
     with pytest.raises(KeyboardInterrupt): quantised(start=made['full'], **wide)
     assert list(models_path('.gptq').glob('*.work/layers-*/000/manifest.json'))
     monkeypatch.undo()
-    assert quantised(start=made['full'], **wide).done
+    first = quantised(start=made['full'], **wide)
     assert not list(models_path('.gptq').iterdir())
+    shutil.rmtree(first.folder)
+    again = quantised(start=made['full'], **wide)
+    assert again.record['outputs'] == first.record['outputs'], 'a run made again is another input of a vote'
 
 def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made, monkeypatch):
     strict = dict(start=made['full'], group=64)
