@@ -2,10 +2,12 @@
 to a checked submission. Here the jobs run one after the other in this process, over one to three layers of SmolLM2 and
 some dozens of rows. CK_SLOW=1 runs them at scale `tiny` through `ck recipe run` too, some ten minutes each."""
 import os, socket, subprocess, sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 import pytest
 from competition_kit.core import Refusal, data_path, models_path
+from competition_kit.estimate import estimate
 from competition_kit.graph import expand, known_recipes, read_recipe, read_yaml, table_stages
 from competition_kit.jobs import yielded
 from competition_kit.record import run_stage
@@ -47,6 +49,17 @@ def test_only_the_teachers_of_wsdm_first_see_the_names_of_the_models():
     jobs = expand(read_recipe(FOLDER/'wsdm_first.yaml', 'seed'))
     assert {j.stage for j in jobs.values() if j.args.get('model_names')} == {'train'}
     assert all(j.args['model_names'] for j in jobs.values() if j.step == 'teacher')
+
+
+def test_a_plan_counts_texts_and_bits():
+    recipes = {n: expand(read_recipe(FOLDER/f'{n}.yaml', 'seed')) for n in ('logic_reflect', 'logic_vote')}
+    texts, letters = (estimate(jobs['vote'], jobs, 'H200') for jobs in recipes.values())
+    assert letters['memory_gb'] < 32  # a base in four bits: 66 in sixteen
+    assert texts['hours']/2 > letters['hours']/9  # of a model
+    student = recipes['logic_reflect']['student/by_llama']
+    scored = estimate(student, recipes['logic_reflect'], 'H200')['hours']
+    fewer = replace(student, args=student.args | dict(score_every=4))
+    assert scored > estimate(fewer, recipes['logic_reflect'], 'H200')['hours']
 
 
 def run_here(name, **values): # Record of each job, by its name
