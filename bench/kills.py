@@ -1,11 +1,13 @@
 """Does a recipe that is killed again and again end in the submission of an undisturbed run?
 
-usage: python bench/kills.py NAME ... [--kills 4] [--scale tiny] [--set NAME=VALUE ...] [--seed 0] [--out FOLDER]
+usage: python bench/kills.py NAME ... [--small] [--kills 4] [--scale tiny] [--set NAME=VALUE ...] [--seed 0]
+    [--out FOLDER]
 Each recipe runs once undisturbed, then once with kills: after a random time, SIGKILL ends a random one of the command
 (`runner`), Snakemake (`engine`), a job's process (`job`) and its notebook's kernel (`kernel`), and
 `ck recipe resume` goes on. One JSON line a recipe: who was killed after how many seconds, and whether the submissions
-are the same bytes. `--out` keeps both roots, so that an undisturbed run there is not made again."""
-import argparse, os, random, subprocess, sys, tempfile, time
+are the same bytes. `--small` takes the values of `tests/test_recipes.py`: models of one to three layers. `--out` keeps
+both roots, so that an undisturbed run there is not made again."""
+import argparse, json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 import psutil
 from common import report
@@ -14,11 +16,20 @@ from competition_kit.core import bases_path, sha256
 KINDS = dict(runner='competition_kit.ck recipe', engine='snakemake', job='competition_kit.jobs',
              kernel='ipykernel_launcher')
 
+WRITERS = dict(deepseek='smollm2', llama='smollm2', rows=':32', retries=2, new=128)  # smaller ones write nothing right
+
+def small(name): # NAME=VALUE of each value
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
+    from test_recipes import SMALL
+    values = SMALL[name] | (WRITERS if name == 'logic_reflect' else {})
+    return [f'{k}={json.dumps(v) if isinstance(v, list) else v}' for k, v in values.items()]
+
 def environment(root): # of a command that works in `root`
     return os.environ | dict(CK_ROOT=str(root), CK_BASES=str(bases_path()), OMP_NUM_THREADS='1')
 
 def begin(verb, name, root, a): # a process of `ck recipe`
-    values = [w for v in a.set for w in ('--set', v)] if verb == 'run' else []
+    given = [*(small(name) if a.small else ()), *a.set]
+    values = [w for v in given for w in ('--set', v)] if verb == 'run' else []
     command = [sys.executable, '-m', 'competition_kit.ck', 'recipe', verb, name, '--scale', a.scale, *values]
     with open(root/'log.txt', 'a') as log:
         return subprocess.Popen(command, env=environment(root), stdout=log, stderr=subprocess.STDOUT)
@@ -76,6 +87,7 @@ def kill_one(name, a, rng):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('names', nargs='+')
+    p.add_argument('--small', action='store_true')
     p.add_argument('--kills', type=int, default=4)
     p.add_argument('--scale', default='tiny')
     p.add_argument('--set', action='append', default=[], help='a value of the recipe, as for `ck recipe run`')

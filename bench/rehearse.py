@@ -101,14 +101,15 @@ def step_of(work, layers, checkpointed, compiled, packs): # (seconds, GB) of a p
     return t/len(rows), gib*2**30/1e9, sum(map(sum, rows))/len(rows)
 
 def extended(work, total, checkpointed, compiled, packs, cut=(2, 4)):
-    "From two numbers of layers to all, `checkpointed` of which compute their activations twice"
+    "From two numbers of layers to all, of which the first `checkpointed` compute their activations twice"
+    few, more = cut
     (t1, m1, _), (t2, m2, tokens) = (step_of(work, k, 0, compiled, packs) for k in cut)
-    t, m = (t2-t1)/(cut[1]-cut[0]), (m2-m1)/(cut[1]-cut[0])  # of a layer
-    out = np.array([t1-cut[0]*t+total*t, m1-cut[0]*m+total*m])
-    if checkpointed:
-        again = step_of(work, cut[1], cut[1], compiled, packs)
-        out += checkpointed/cut[1]*(np.array(again[:2])-[t2, m2])
-    return *out, tokens
+    plain = again = np.array([t2-t1, m2-m1])/(more-few)  # seconds and gigabytes of a layer
+    if checkpointed:  # beside `few` plain layers, which hold more than the one layer that is computed again
+        t3, m3, _ = step_of(work, more, more-few, compiled, packs)
+        again = np.array([t3-t1, m3-m1])/(more-few)
+    kept = np.array([total-checkpointed, max(total-checkpointed, 1)])  # one layer is whole while its gradients are made
+    return *(np.array([t1, m1])+(kept-few)*plain+(total-kept)*again), tokens
 
 def rehearse(work, gpu, compiled, packs): # One line of the result
     config = train.config(work['shape'], known_bases[work['shape']]['num_hidden_layers'])

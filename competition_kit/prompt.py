@@ -319,11 +319,20 @@ def _no_captions(texts, task): # a blank before each line of a text that begins 
 def fields(
     rows,       # Rows of a task
     task:str,   # Its name
+    model_names:bool=False, # Put the name of its model before each response
 ) -> list: # For each row a list of texts: prompt and two responses; or problem, question and options
     "The texts of each row, in the order of the plain view"
     if 'options' in rows: texts = [[p, q, *o] for p, q, o in zip(rows.problem, rows.question, rows.options)]
     else: texts = [[_joined(t) for t in r] for r in zip(rows.prompt, rows.response_a, rows.response_b)]
+    if model_names: texts = [[p, f'{m}: {a}', f'{n}: {b}'] for (p, a, b), m, n in zip(texts, *_both_names(rows))]
     return _no_captions(texts, task)
+
+def _both_names(rows): # of the models that wrote the responses; rows without them are refused
+    both = [rows[c] if c in rows else pd.Series('', rows.index) for c in ('model_a', 'model_b')]
+    if (lack := (pd.concat(both, axis=1).fillna('') == '').any(axis=1)).any():
+        raise Refusal('the prompt shows the names of the models, and rows have none', ids=rows.id[lack].tolist(),
+                      fix='Take model_names=False, or a run that was trained with it')
+    return both
 
 def swapped(parts):
     "The parts of the swapped view: responses exchanged, or options reversed"
@@ -430,13 +439,16 @@ def _caption_tokens(tok, task): # number of fields → the blank that goes over 
     return blanks, {n: [next(ids) for _ in ts] for n, ts in texts.items()}
 
 # %% ../nbs/lib/03_prompt.ipynb #2326b510
-def _check_prompt(tok, task, truncation):
+def _check_prompt(tok, task, truncation, model_names):
     if not getattr(tok, 'is_fast', False):
         raise Refusal('prompts need a fast tokenizer', fix='Give it a tokenizer.json')
     if truncation not in ('middle', 'right', 'left'):
         raise Refusal(f'no truncation named {truncation!r}', fix='Take middle, right or left')
     if task not in instructions:
         raise Refusal(f'no instruction for the task {task!r}', fix='Put one into `competition_kit.prompt.instructions`')
+    if model_names and (not tasks[task].pair or truncation == 'left'):
+        raise Refusal(f'model_names=True for the task {task} and truncation={truncation}',
+                      fix='Names stand before the two responses of a pair: take a pair, and middle or right')
 
 # %% ../nbs/lib/03_prompt.ipynb #2ad520c6
 class Prompt:
@@ -446,10 +458,12 @@ class Prompt:
         task:str,                 # `preference`, `preference2`, `choice` or your own
         max_len:int=2048,         # Tokens a prompt may have
         truncation:str='middle',  # `middle`, `right` or `left`
+        model_names:bool=False,   # Show the names of the models that wrote the responses
     ):
-        _check_prompt(tok, task, truncation)
+        _check_prompt(tok, task, truncation, model_names)
         names = tasks[task].letters
         self.tok, self.task, self.max_len, self.truncation = tok, task, max_len, truncation
+        self.model_names = model_names
         self.before, self.after, self.letters = prefix_suffix(tok, instructions[task], names)
         self.others = _other_spelling(tok, instructions[task], self.after, names, self.letters)
         self.dots, = encode_texts(tok, [' … '])
@@ -464,12 +478,14 @@ class Prompt:
         views:int=2,     # 1: plain; 2: also swapped
     ): # DataFrame, a line a view: `row` (position), `view`, `ids` (int32), `n` (length), `cut` (tokens truncated)
         "Tokenise rows"
-        texts, flat, lines = fields(rows, self.task), array('i'), array('q')
+        texts, flat, lines = self.fields(rows), array('i'), array('q')
         for k in range(0, len(texts), 1024): # the tokenizer's results take many times the memory of the tokens
             some = texts[k:k+1024]
             parts = iter(encode_texts(self.tok, [b+t for r in some for b, t in zip(self.blanks[len(r)], r)]))
             for i, r in enumerate(some, k): _add(self, i, [next(parts) for _ in r], views, flat, lines)
         return _encoded(np.asarray(lines).reshape(-1, 4), np.asarray(flat))
+
+    def fields(self, rows): return fields(rows, self.task, self.model_names)
 
     def show(self, row, view=0): # A row (Series)
         "The prompt of one row as text"
@@ -481,7 +497,7 @@ def _probe(task, max_len): # three rows whose tokens tell builders apart
     odd = ''.join(c+'x' for c in captions(9, task))+'<s></s><|im_end|>'
     if tasks[task].pair:
         texts = dict(prompt=[['P', 'Q'], [long], [odd]], response_a=[['x', ''], [long], [odd]],
-                     response_b=[['y'], ['z'], ['']])
+                     response_b=[['y'], ['z'], ['']], model_a=['m1']*3, model_b=['m2']*3)
     else:
         texts = dict(problem=['P', long, odd], question=['Q?', 'Q?', odd],
                      options=[['x', 'y'], ['x', 'y', long], [odd]])
@@ -493,7 +509,7 @@ def whole_share(
     rows,   # Rows of its task
 ) -> dict: # `rows`: how many were not truncated; `same_text`, `same_tokens`: shares of them that equal the whole text's
     "How often a prompt has the tokens of its whole text, tokenised at once"
-    tok, enc, texts = prompt.tok, prompt.encode(rows, 1), fields(rows, prompt.task)
+    tok, enc, texts = prompt.tok, prompt.encode(rows, 1), prompt.fields(rows)
     head, tail = _template(tok, instructions[prompt.task]).split(_mark)
     bodies = [''.join(c+t for c, t in zip(captions(len(r), prompt.task), r)) for r in texts]
     whole = encode_texts(tok, [head+b+tail.rstrip(' ') for b in bodies], special=True)
@@ -534,7 +550,7 @@ def load_encoded(folder): # As from `Prompt.encode`
 # %% ../nbs/lib/03_prompt.ipynb #6783c3da
 def _tokens_path(prompt, rows, views):
     h = hashlib.blake2b(digest_size=16)
-    for texts in fields(rows, prompt.task): h.update(json.dumps(texts).encode())
+    for texts in prompt.fields(rows): h.update(json.dumps(texts).encode())
     parts = [prompt.hash, prompt.task, tokenizer_hash(prompt.tok), views, h.hexdigest()]
     return models_path('.tokens', hash_obj(parts, 20))
 

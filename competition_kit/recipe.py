@@ -259,7 +259,7 @@ class RecipeArgs:
     "Arguments of `11_recipe`; wrong values raise a `Refusal`"
     name:str='quickstart'  # Recipe: its name, or the path of a YAML file
     scale:str=''           # One of its scales, such as tiny; '': as it stands
-    profile:str='local'    # Where its jobs run: local, slurm, ray, kubernetes, or a folder
+    profile:str='local'    # Where its jobs run: local, slurm, ray, kubernetes, or a YAML file
     cores:int=0            # Jobs at once on this machine; 0: one a GPU, or one
     yes:bool=False         # Repeat runs of older code, however long they took
 
@@ -292,7 +292,7 @@ def _add_what(p, what):
         p.add_argument('--gpu', default='', help='predict for it: T4, A100-80, H100, H200 … (this machine, or A100-80)')
         p.add_argument('--gpus', type=int, default=0, metavar='N', help='how many there are (as many as here, or 8)')
     if what not in ('run', 'resume'): return
-    p.add_argument('--profile', default='local', help='local (default), slurm, ray, kubernetes, or a folder')
+    p.add_argument('--profile', default='local', help='local (default), slurm, ray, kubernetes, or a YAML file')
     p.add_argument('--cores', type=int, default=0, metavar='N', help='jobs at once on this machine (one a GPU, or one)')
     p.add_argument('--yes', action='store_true', help='repeat runs of older code, however long they took')
     p.add_argument('--as-is', action='store_true', help='use the results of older code')

@@ -63,7 +63,8 @@ class Training:
 
     @cached_property
     def prompt(self):
-        return Prompt(load_tokenizer(self.base), self.rows.attrs['meta']['task'], self.max_len, self.truncation)
+        task = self.rows.attrs['meta']['task']
+        return Prompt(load_tokenizer(self.base), task, self.max_len, self.truncation, self.model_names)
 
     @cached_property
     def fold_at(self): # positions in `rows`: of the rows to train on, and of those held out
@@ -104,6 +105,7 @@ class TrainArgs(Training):
     keep_head:bool=True            # Keep the parent's score head
     max_len:int=512                # Tokens a prompt may have
     truncation:str='middle'        # middle, right or left
+    model_names:bool=False         # Show which models wrote the responses: for teachers, since test rows do not say
     views:int=2                    # 2: rows in both orders of the answers; 1: as they are
     epochs:float=1.                # Passes over the rows
     batch:int=2                    # Rows in an optimiser step; 16 to 64 suits real bases

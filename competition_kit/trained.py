@@ -189,9 +189,9 @@ def _is_here(base): # a base that has been fetched; a model with weights of its 
     except Refusal: return False
 
 @functools.lru_cache(8)
-def _prompt(base, base_sum, task, max_len, truncation): # a prompt and its tokenizer's hash; made once for many runs
+def _prompt(base, base_sum, task, *how): # a prompt and its tokenizer's hash; made once for many runs
     tok = load_tokenizer(base)
-    return Prompt(tok, task, max_len, truncation), tokenizer_hash(tok)
+    return Prompt(tok, task, *how), tokenizer_hash(tok)
 
 def trusted_prompt(
     rec:dict, # Record of a train run
@@ -203,7 +203,8 @@ def trusted_prompt(
         if now != then: raise Refusal(f'{what} ({now}, then {then})', rec['run_id'], fix=fix)
     base = base_of(rec) if is_full(rec) and not _is_here(p['base']) else p['base']
     if base == p['base']: same(base_hash(base), rec['base'], f"the base {base} is not the one it was trained on")
-    prompt, tokenizer = _prompt(base, rec['base'], rec['task'], p['max_len'], p['truncation'])
+    how = p['max_len'], p['truncation'], p.get('model_names', False)
+    prompt, tokenizer = _prompt(base, rec['base'], rec['task'], *how)
     same(tokenizer, rec['tokenizer'], 'the tokenizer is not the one it was trained with')
     same(prompt.hash, rec['prompt'], 'prompts are not built as when it was trained')
     return prompt

@@ -48,8 +48,10 @@ def snakemake_command(
     targets=(),       # Files of jobs; empty: all
 ) -> list: # Words, the first is Python
     "The command that starts Snakemake"
-    if importlib.util.find_spec('snakemake') is None:
-        raise Refusal('snakemake is not installed', fix='pip install "competition_kit[recipe]"')
+    generic = 'executor: cluster-generic' in find_profile(profile).read_text(encoding='utf-8')
+    needed = ['snakemake']+['snakemake_executor_plugin_cluster_generic']*generic
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise Refusal(f'{missing[0]} is not installed', fix='pip install "competition_kit[recipe]"')
     words = [sys.executable, '-m', 'snakemake', *targets, '--snakefile', _package('Snakefile'), '--directory', folder,
              '--config', 'plan=plan.json', '--profile', write_profile(folder, profile), *_FIXED]
     if profile == 'local': words += ['--cores', cores, '--resources', f'gpu={len(gpu_ids())}']

@@ -1,5 +1,6 @@
-"One machine as a cluster, for `test_clusters.py`: Debian's Slurm as two nodes with fake GPUs, and Ray on 127.0.0.1"
-import contextlib, json, os, psutil, secrets, shutil, socket, subprocess, tempfile, time, urllib.request
+"""One machine as a cluster, for `test_clusters.py`: Debian's Slurm as two nodes with fake GPUs, Ray on 127.0.0.1, and a
+`kubectl` that runs the pods it is given as processes"""
+import contextlib, json, os, psutil, secrets, shutil, socket, subprocess, sys, tempfile, time, urllib.request
 from pathlib import Path
 from competition_kit.core import die_with_parent
 
@@ -166,3 +167,84 @@ class RayHere(Processes):
     def cancel(self, name=''): # the live jobs whose name contains this
         for id, job in self.live():
             if name in job: self.answer(f'{id}/stop', 'POST')
+
+KUBECTL = '''#!PYTHON
+import fcntl, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+folder, (what, *words) = Path(__file__).parent, sys.argv[1:]
+names = [w for w in words if not w.startswith('-')]
+if (folder/'away').exists(): sys.exit('The connection to the server 127.0.0.1:6443 was refused')
+
+def note(id, **facts): # of a job; a file each, so that nothing is read half written
+    for key, value in facts.items():
+        (folder/f'{id}.{key}.tmp').write_text(json.dumps(value))
+        (folder/f'{id}.{key}.tmp').rename(folder/f'{id}.{key}')
+def noted(id, key): return json.loads((folder/f'{id}.{key}').read_text()) if (folder/f'{id}.{key}').exists() else None
+def shown(id): return dict(noted(id, 'job'), status=dict(conditions=noted(id, 'ended') or []))
+def known(): return [f.stem for f in sorted(folder.glob('*.job')) if noted(f.stem, 'gone') is None]
+
+def take(n): # so many of four GPUs, until this process ends
+    while True:
+        held = []
+        for k in range(4):
+            file = open(folder/f'gpu-{k}', 'w')
+            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError: continue
+            held.append((k, file))
+            if len(held) == n: return held
+        del held
+        time.sleep(.2)
+
+def pod(id): # runs its command and notes how it ended
+    spec = noted(id, 'job')['spec']['template']['spec']['containers'][0]
+    gpus = int(spec['resources']['limits'].get('nvidia.com/gpu', 0))
+    held = take(gpus) if gpus else []
+    env = {e['name']: e['value'] for e in spec['env']} | dict(CUDA_VISIBLE_DEVICES=','.join(str(k) for k, _ in held))
+    code = subprocess.run(spec['command'], cwd=spec['workingDir'], env=os.environ | env).returncode
+    note(id, ended=[dict(type='Failed' if code else 'Complete', status='True')])
+
+if what == 'create':
+    job = json.load(sys.stdin)
+    id, spec = job['metadata']['name'], job['spec']['template']['spec']
+    assert re.fullmatch('[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?', id) and spec['restartPolicy'] == 'Never'
+    assert {m['name'] for m in spec['containers'][0]['volumeMounts']} == {v['name'] for v in spec['volumes']}
+    note(id, job=job)
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    note(id, pid=subprocess.Popen([sys.executable, __file__, 'pod', id], start_new_session=True, **quiet).pid)
+elif what == 'pod': pod(*names)
+elif names[0] == 'jobs' and what == 'get': print(json.dumps(dict(items=[shown(id) for id in known()])))
+elif what == 'get':
+    if names[1] not in known(): sys.exit(f'Error from server (NotFound): jobs.batch "{names[1]}" not found')
+    print(json.dumps(shown(names[1])))
+elif what == 'delete':
+    for id in names[1:]:
+        note(id, gone=True)
+        if not noted(id, 'ended'):
+            try: os.killpg(noted(id, 'pid'), signal.SIGKILL)
+            except ProcessLookupError: pass
+'''
+
+class KubernetesHere(Processes):
+    "No Kubernetes: a `kubectl` whose pods are processes with one of four GPUs that do not exist"
+    kind, seconds_away = 'kubernetes', 10
+    def lacking(self): return []
+
+    def begin(self):
+        (self.folder/'kubectl').write_text(KUBECTL.replace('PYTHON', sys.executable))
+        (self.folder/'kubectl').chmod(0o755)
+        self.env = dict(PATH=f"{self.folder}:{os.environ['PATH']}")
+
+    def go_away(self): (self.folder/'away').touch()
+    def come_back(self): (self.folder/'away').unlink()
+
+    def jobs(self): # (name, state) of each job that it has had
+        found = [json.loads(f.read_text())['metadata'] for f in sorted(self.folder.glob('*.job'))]
+        return [(m['annotations']['ck'], (self.folder/f"{m['name']}.ended").exists()) for m in found]
+
+    def live(self): # ids and names
+        items = json.loads(self.ask('kubectl', 'get', 'jobs') or '{}').get('items', [])
+        alive = [j['metadata'] for j in items if not j['status']['conditions']]
+        return [(m['name'], m['annotations']['ck']) for m in alive]
+
+    def cancel(self, name=''): # the live jobs whose name contains this
+        if ids := [id for id, job in self.live() if name in job]: self.ask('kubectl', 'delete', 'jobs', *ids)

@@ -1,7 +1,7 @@
-"The profiles `slurm` and `ray` on clusters that this machine plays. Stages of a second stand in for trainings"
+"The profiles `slurm`, `ray` and `kubernetes` on clusters that this machine plays. Stages of a second stand in for work"
 import subprocess, time
 import pytest
-from clusters import RayHere, SlurmHere
+from clusters import KubernetesHere, RayHere, SlurmHere
 from competition_kit.core import models_path, root_at
 from competition_kit.recipe import open_recipe, run_recipe
 from competition_kit.workflow import find_profile
@@ -9,7 +9,7 @@ from test_recipe import CK, THREE, WORK, starts, wait_for, words, write_recipe, 
 
 pytestmark = pytest.mark.cluster
 
-@pytest.fixture(scope='module', params=[SlurmHere, RayHere], ids=['slurm', 'ray'])
+@pytest.fixture(scope='module', params=[SlurmHere, RayHere, KubernetesHere], ids=['slurm', 'ray', 'kubernetes'])
 def cluster(request):
     here = request.param()
     if lacking := here.lacking(): pytest.skip(f'not installed: {lacking}')

@@ -168,6 +168,14 @@ def nothing_to_do(three):
     assert used()-before < 2
     assert log.stat().st_size == size
 
+def test_a_cluster_needs_the_plugin_of_snakemake(three, monkeypatch):
+    from importlib import util
+    real, name = util.find_spec, 'snakemake_executor_plugin_cluster_generic'
+    monkeypatch.setattr(util, 'find_spec', lambda n, *a: None if n == name else real(n, *a))
+    for profile in ('slurm', 'ray', 'kubernetes'):
+        with pytest.raises(Refusal, match=f'{name} is not installed'): run_recipe('three', profile=profile)
+    assert not starts(three)
+
 NASTY = '$(touch pwned); `touch pwned` "\' & > pwned \\n %s'
 def test_a_failing_job_stops_only_those_after_it(three, capsys):
     "and no value reaches a shell"
