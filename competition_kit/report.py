@@ -70,7 +70,8 @@ def gains(
             if not others: continue
             best = max(others, key=lambda s: sign*scores[s][metric][0])
             line = out.setdefault(step, dict(before=best))
-            line[metric] = sign*(own[metric][0]-scores[best][metric][0]), _error(own, scores[best], metric)
+            gain = round(sign*(own[metric][0]-scores[best][metric][0]), 6)+0.  # 1e-9 is rounding, and -0 is 0
+            line[metric] = gain, _error(own, scores[best], metric)
     return out
 
 # %% ../nbs/lib/12g_report.ipynb #fb08a892
@@ -84,6 +85,7 @@ def gain_text(
     error,      # Twice its standard error, or None
 ) -> str: # Such as `+0.0633 ± 0.0267: better`
     "A gain in words"
+    if not gain: return 'no change'
     if error is None: return f'{gain:+.4f}, error unknown'
     return f'{gain:+.4f} ± {error:.4f}: {_verdict(gain, error)}'
 
