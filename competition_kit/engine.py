@@ -378,8 +378,8 @@ def why_no_vllm(
 ) -> str: # '' if vLLM can
     "Why vLLM cannot serve a base"
     if dtype == 'nf4': return 'vLLM does not serve a base in nf4 as the kit has it'
-    quant = quant_kind(base)
-    return 'vLLM has no 8-bit GPTQ on a CPU' if quant and quant['bits'] == 8 and not _has_gpu() else ''
+    quant = None if _has_gpu() else quant_kind(base)  # a GPU serves formats that the kit does not read, such as FP8
+    return 'vLLM has no 8-bit GPTQ on a CPU' if quant and quant['bits'] == 8 else ''
 
 def why_not_served(
     rec:dict, # Record of a run
@@ -394,7 +394,7 @@ def served_dtype(
     dtype:str, # As of a training
 ) -> str: # GPTQ on a CPU is .25 off in bf16, and .03 in fp16
     "The dtype that vLLM computes in"
-    return 'fp16' if quant_kind(base) and not _has_gpu() else dtype
+    return 'fp16' if not _has_gpu() and quant_kind(base) else dtype
 
 def free_gpu():
     "Give GPU memory back that this process no longer needs"

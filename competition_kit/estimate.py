@@ -51,12 +51,11 @@ def dtype_of_job(
     jobs, # Name → `Job`, all of the recipe
 ) -> str: # `bf16`, `nf4`, `gptq4` or `gptq8`
     "The dtype in which a job's model predicts"
-    from competition_kit.cost import base_config
+    from competition_kit.cost import base_config, stored_format
     if job.stage == 'merge': return 'bf16'
     if job.stage == 'gptq': return f"gptq{argument(job, 'bits')}"
-    quantised = getattr(base_config(base_of_job(job, jobs)), 'quantization_config', None) or {}
-    bits = quantised.get('bits') if isinstance(quantised, dict) else getattr(quantised, 'bits', None)
-    return f'gptq{bits}' if bits else 'nf4' if argument(job, 'dtype') == 'nf4' else 'bf16'
+    stored = stored_format(base_config(base_of_job(job, jobs)))
+    return stored or ('nf4' if argument(job, 'dtype') == 'nf4' else 'bf16')
 
 # %% ../nbs/lib/12f_estimate.ipynb #3074a285
 def size_of_job(
@@ -136,12 +135,12 @@ def _merging(job, jobs, gpu): # Reading and writing at 1 GB a second
     size = base_bytes(_shape(base_of_job(job, jobs)))
     return dict(hours=2*size/1e9/3600, disk_gb=size/1e9 if argument(job, 'how') == 'base' else 0)
 
-def _writing(job, jobs, gpu): # Two attempts at a text, on average; vLLM on each GPU
+def _writing(job, jobs, gpu): # Two attempts at a text, on average, through vLLM
     from competition_kit.reply_cost import generation_cost
-    (rows, _), format = size_of_job(job, jobs), argument(job, 'dtype')
-    c = generation_cost(rows, 2, base_of_job(job, jobs), gpu, job.gpus, format, 'vllm',
+    (rows, _), format, gpus = size_of_job(job, jobs), argument(job, 'dtype'), argument(job, 'gpus', 1)
+    c = generation_cost(rows, 2, base_of_job(job, jobs), gpu, gpus, format, 'vllm',
                         max_new_tokens=argument(job, 'max_new_tokens'))
-    return dict(memory_gb=c['base_gb']+c['kv_gb'], hours=c['hours'], disk_gb=0)
+    return dict(memory_gb=(c['base_gb']+c['kv_gb'])/gpus, hours=c['hours'], disk_gb=0)
 
 _models = dict(train=_training, distill=_training, pseudo=_predicting, vote=_predicting, gptq=_quantising,
                merge=_merging, generate=_writing)

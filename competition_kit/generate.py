@@ -18,7 +18,8 @@ from .cost import base_config, find_gpu, shape
 from .record import find_run
 from .replies import (TransformersEngine, end_engine, generate as ask, job_table, read_replies,
                                      reply_engine, reply_input, start_engine)
-from .reply_cost import generation_seconds, gpu_speed, measured_speed, sequences_at_once
+from .reply_cost import (generation_seconds, gpu_speed, measured_speed, sequences_at_once, shared_gpu,
+                                        text_format)
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, parse_mix, table_hashes, write_rows
 from .teachers import distinct_teachers, member, members, teacher_inputs
@@ -143,10 +144,11 @@ class GenerateArgs:
     shard:int=64             # Replies in a shard: a kill loses one, or one batch
     seed:int=0               # Of the attempts
     engine:str='auto'        # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
+    gpus:int=1               # That share the model through vLLM, for one that does not fit on a single GPU
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
-        at_least(self, 1, 'retries', 'max_new_tokens', 'doubt', 'shard', 'batch_tokens')
+        at_least(self, 1, 'retries', 'max_new_tokens', 'doubt', 'shard', 'batch_tokens', 'gpus')
         at_least(self, 0, 'given')
         at_least(self, .6, 'temperature')
         for name in ('top_p', 'agree'):
@@ -155,7 +157,10 @@ class GenerateArgs:
         base = base_of(find_run(self.run)) if self.run else self.base
         object.__setattr__(self, 'name', rationale_table(self.data, self.name))
         object.__setattr__(self, 'base', base_name(base))
-        reply_engine(self.engine, self.base, self.dtype)
+        self.writes_with
+
+    @property
+    def writes_with(self): return reply_engine(self.engine, self.base, self.dtype, self.gpus) # refuses what cannot
 
     @cached_property
     def rows(self): return labelled_choices(self.data)
@@ -168,14 +173,13 @@ class GenerateArgs:
 
     @cached_property
     def teacher(self): # the engine with the model that writes
-        engine = reply_engine(self.engine, self.base, self.dtype)
-        return start_engine(engine, self.base, self.prompt, self.dtype, self.batch_tokens,
-                            [self.adapter] if self.adapter else [])
+        return start_engine(self.writes_with, self.base, self.prompt, self.dtype, self.batch_tokens,
+                            [self.adapter] if self.adapter else [], gpus=self.gpus)
 
     def inputs(self):
         run = teacher_inputs([self.run, *self.held_out.split()] if self.run else self.held_out.split())
         self.answers  # refused now, and not after hours of writing
-        engine = reply_input(reply_engine(self.engine, self.base, self.dtype))
+        engine = reply_input(self.writes_with)
         return table_hashes(self.data) | dict(base=base_hash(self.base)) | run | engine
 
 # %% ../nbs/05_generate.ipynb #f0059b5e
@@ -186,9 +190,8 @@ def most_minutes(
     prompt:float, # Mean tokens of a prompt
 ) -> tuple: # Minutes if every text reaches the limit of tokens; where the speed comes from
     "The longest time of a number of texts on this machine"
-    size = shape(base_config(args.base))
-    spec = find_gpu('this machine', args.dtype)
-    dtype = args.dtype if args.dtype != 'auto' else 'fp32' if spec['name'] == 'CPU' else 'bf16'
+    config, spec = base_config(args.base), shared_gpu(find_gpu('this machine', args.dtype), args.gpus)
+    size, dtype = shape(config), text_format(config, spec, args.dtype)
     timed = isinstance(engine, TransformersEngine)
     speed = measured_speed(engine, 4) if timed else gpu_speed(size, spec, dtype, engine.name)
     most = args.max_new_tokens
@@ -209,7 +212,8 @@ def writing_plan(
     line = (f"{n:,} rows x at most {tries} attempt{'s'*(tries > 1)}{there}: at most {texts:,} texts, "
             f'{texts*prompt:,.0f} tokens read and {texts*most:,} written')
     if engine.name not in ('transformers', 'vllm') or texts < 1: return line
-    minutes, source = most_minutes(engine, args, texts, prompt)
+    try: minutes, source = most_minutes(engine, args, texts, prompt)
+    except Refusal as e: return f'{line}; minutes unknown: {e}'  # such as a mixture of experts
     return f'{line}; at most {minutes:,.1f} minutes, {source}'
 
 # %% ../nbs/05_generate.ipynb #6093ef03

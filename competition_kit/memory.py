@@ -17,10 +17,9 @@ def prediction_job(
 ): # `Job` of the cost model
     "What the cost model must know of a run to predict with it"
     from competition_kit.base import pick_dtype
-    from competition_kit.cost import Job, base_config, shape
+    from competition_kit.cost import Job, base_config, shape, stored_format
     p, base = model_params(rec), base_of(rec)
-    quant = base_config(base).to_dict().get('quantization_config') or {}
-    dtype = f"gptq{quant['bits']}" if quant.get('bits') in (4, 8) else str(p['dtype'])
+    dtype = stored_format(base_config(base)) or str(p['dtype'])
     if dtype == 'auto': dtype = pick_dtype(dtype)
     return Job(shape(base), 'full' if is_full(rec) else 'lora', dtype, str(p['route']), p.get('lora_r', 0),
                p.get('lora_modules', 'all-linear'), compiled=False)

@@ -321,13 +321,16 @@ def reply_engine(
     engine:str,       # `transformers` (or `packs`, its name in a vote), `vllm` or `auto`
     base:str,         # Name, folder or Hub id
     dtype:str='auto', # As for `TransformersEngine`
+    gpus:int=1,       # That share the model; transformers writes on one
 ) -> str: # `transformers` or `vllm`
     "The engine that generates; one that cannot is refused"
     if engine == 'packs': engine = 'transformers'
     if engine not in reply_engines: raise Refusal(f'no engine named {engine!r}', fix=f"Take {', '.join(reply_engines)}")
     why = why_no_vllm(base, dtype) if vllm_version() else 'vLLM is not installed'
     if engine == 'vllm' and why: raise Refusal(why, base, fix='Take engine=transformers')
-    if engine == 'auto': return 'vllm' if not why and torch.cuda.is_available() else 'transformers'
+    if engine == 'auto': engine = 'vllm' if not why and torch.cuda.is_available() else 'transformers'
+    if engine == 'transformers' and gpus > 1:
+        raise Refusal(f'gpus={gpus}: transformers writes on one GPU', base, fix='Take gpus=1, or engine=vllm')
     return engine
 
 # %% ../nbs/lib/03s_replies.ipynb #365367e9
@@ -345,9 +348,11 @@ def start_engine(
     batch_tokens:int=16384, # As for `TransformersEngine`
     adapters=(),   # Ids of the runs that requests may name
     limit_gb:float=0., # As for `Engine`; transformers keeps the limit by its `batch_tokens`
+    gpus:int=1,    # As for `reply_engine`
 ):
     "The engine of this name; `end_engine` gives its memory back"
-    if engine == 'vllm': return VllmEngine(base, prompt, dtype, adapters, limit_gb=limit_gb)
+    if engine == 'vllm':
+        return VllmEngine(base, prompt, dtype, adapters, limit_gb=limit_gb, tensor_parallel=gpus)
     return TransformersEngine(base, prompt, dtype, batch_tokens)
 
 def end_engine(engine):

@@ -111,7 +111,7 @@ def test_flops(shapes, base):
     assert flops == 2*(2*s['linear']+4*s['layers']*s['q']*537)
     assert token_flops(job, 537, s['layers']) == pytest.approx(1.5*flops)
     assert token_flops(replace(job, method='full'), 537) == pytest.approx(1.5*flops)
-    assert .01 < token_flops(replace(job, r=64), 537)/flops-1 < .06
+    assert .004 < token_flops(replace(job, r=64), 537)/flops-1 < .06  # the larger the base, the less
 
 # ---- memory
 @pytest.mark.parametrize('method, dtype', [('lora', 'bf16'), ('lora', 'nf4'), ('lora', 'gptq8'), ('full', 'bf16')])

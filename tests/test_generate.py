@@ -1,5 +1,5 @@
 "Text generation: replies that depend on their request alone, shards, kills, adapters"
-import os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,8 +7,9 @@ import torch
 from competition_kit.base import load_tokenizer, tiny_base
 from competition_kit.core import Refusal
 from competition_kit.engine import vllm_version
+from competition_kit import engine as E, replies as R
 from competition_kit.replies import (Request, Text, TransformersEngine, attempt_seed, batches, decode_batch,
-                                     generate, job_table, read_replies, sample_tokens)
+                                     generate, job_table, read_replies, reply_engine, sample_tokens, start_engine)
 from competition_kit.text import TextPrompt
 
 ROWS = pd.DataFrame([dict(id=f'r{k}', problem='Anna is older than Ben. '*(1+k % 5), question='Who is older?',
@@ -363,3 +364,25 @@ def test_vllm_writes_what_transformers_writes(samples, tmp_path):
     with R.VllmEngine(base, prompt, adapters=[run.id]) as served:
         served.folders = [bad]
         with pytest.raises(Refusal, match='does not answer as the kit does|vLLM failed'): served.replies(asked)
+
+@pytest.fixture
+def served(monkeypatch): # what vLLM is started with, on a machine that has it and a GPU
+    started = []
+    monkeypatch.setattr(E, '_has_gpu', lambda: True)
+    monkeypatch.setattr(R, 'vllm_version', lambda: '0.26.0')
+    monkeypatch.setattr(R, 'Engine', lambda *a, **kw: started.append(kw))
+    return started
+
+def test_a_model_too_large_for_one_gpu_is_shared(base, served):
+    start_engine('vllm', base, TextPrompt(load_tokenizer(base)), gpus=4).started(12)
+    assert served[0]['tensor_parallel'] == 4
+    with pytest.raises(Refusal, match='gpus=4: transformers writes on one GPU'): reply_engine('auto', base, gpus=4)
+
+def test_vllm_writes_with_a_base_that_the_kit_cannot_read(base, served, tmp_path):
+    shutil.copytree(base, tmp_path/'fp8')
+    file = tmp_path/'fp8/config.json'
+    file.write_text(json.dumps(json.loads(file.read_text())|dict(quantization_config=dict(quant_method='fp8'))))
+    start_engine(reply_engine('vllm', str(tmp_path/'fp8')), str(tmp_path/'fp8'), TextPrompt(load_tokenizer(base))).started(12)
+    assert len(served) == 1
+    with pytest.raises(Refusal, match='quantised by fp8'):
+        TransformersEngine(str(tmp_path/'fp8'), TextPrompt(load_tokenizer(base)))
