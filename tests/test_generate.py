@@ -381,8 +381,8 @@ def test_a_model_too_large_for_one_gpu_is_shared(base, served):
 def test_vllm_writes_with_a_base_that_the_kit_cannot_read(base, served, tmp_path):
     shutil.copytree(base, tmp_path/'fp8')
     file = tmp_path/'fp8/config.json'
-    file.write_text(json.dumps(json.loads(file.read_text())|dict(quantization_config=dict(quant_method='fp8'))))
-    start_engine(reply_engine('vllm', str(tmp_path/'fp8')), str(tmp_path/'fp8'), TextPrompt(load_tokenizer(base))).started(12)
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(quantization_config=dict(quant_method='fp8'))))
+    fp8, prompt = str(tmp_path/'fp8'), TextPrompt(load_tokenizer(base))
+    start_engine(reply_engine('vllm', fp8), fp8, prompt).started(12)
     assert len(served) == 1
-    with pytest.raises(Refusal, match='quantised by fp8'):
-        TransformersEngine(str(tmp_path/'fp8'), TextPrompt(load_tokenizer(base)))
+    with pytest.raises(Refusal, match='quantised by fp8'): TransformersEngine(fp8, prompt)
