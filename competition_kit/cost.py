@@ -392,7 +392,7 @@ def _extrapolated(job, gpu, gpus, checkpointed): # What no measured point covers
 
 # %% ../nbs/lib/03e_cost.ipynb #14bf244d
 def _definite_dtype(dtype, method, gpu, config): # `auto` made definite, and what the GPU can do
-    formats, stored = ['auto', *_weight_bytes][:-1], stored_format(config)  # fp8 is vLLM's alone
+    formats, stored = [f for f in ('auto', *_weight_bytes) if f != 'fp8'], stored_format(config)
     if dtype not in formats: raise Refusal(f'no format named {dtype!r}', fix=f"Take {', '.join(formats)}")
     if stored == 'fp8': raise Refusal('the base is in fp8, which only vLLM reads', fix='Take the base in 16 bits')
     if stored and dtype not in ('auto', stored):
