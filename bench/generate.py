@@ -1,7 +1,7 @@
 """Does the predicted time of generated texts hold?
 
 usage: python bench/generate.py [--base smollm2 | --shape qwen2.5-7b [--layers N]] [--texts 256] [--new 256]
-           [--engines generate transformers vllm] [--batch-tokens 16384] [--cpu-time]
+           [--engines generate transformers vllm] [--batch-tokens 16384] [--gpus 1] [--cpu-time]
 Texts for the problems of `sample_logic` by the engines of `03s_replies`: measured, predicted from the GPU's data, and
 predicted from the speed that `measured_speed` finds. `--shape` writes random weights of a known base. `--cpu-time`
 counts the process's own time, for a busy CPU. `generate` is the peer: transformers' own `generate`, padded batches.
@@ -18,7 +18,7 @@ from competition_kit.core import sandbox
 from competition_kit.cost import find_gpu, known_bases, shape
 from competition_kit.replies import (TransformersEngine, batches, end_engine, generate, job_table, read_text,
                                      start_engine)
-from competition_kit.reply_cost import generation_seconds, gpu_speed, measured_speed, sequences_at_once
+from competition_kit.reply_cost import generation_seconds, gpu_speed, measured_speed, sequences_at_once, shared_gpu
 from competition_kit.tables import load_rows
 from competition_kit.text import TextPrompt
 
@@ -67,10 +67,10 @@ def prompt_length(name, requests, batch_tokens): # mean tokens, with transformer
 
 def measure(name, base, prompt, jobs, a):
     clock = time.process_time if a.cpu_time else time.perf_counter
-    gpu = find_gpu() if torch.cuda.is_available() else find_gpu(dtype='fp32')
+    gpu = shared_gpu(find_gpu(), a.gpus) if torch.cuda.is_available() else find_gpu(dtype='fp32')
     dtype = 'bf16' if torch.cuda.is_available() else 'fp32'
     if name == 'generate': engine, name = Generate(base, prompt, dtype, a.batch_tokens), 'transformers'
-    else: engine = start_engine(name, base, prompt, dtype, a.batch_tokens)
+    else: engine = start_engine(name, base, prompt, dtype, a.batch_tokens, gpus=a.gpus)
     try:
         sizes, length = shape(base), prompt_length(name, list(jobs.request), a.batch_tokens)
         engine.replies([r._replace(max_new_tokens=a.new) for r in jobs.request[:2]]) # warm
@@ -85,8 +85,9 @@ def measure(name, base, prompt, jobs, a):
         new = float(made.tokens.mean())
         predicted = {k: generation_seconds(s, len(jobs), length, new, a.new, n, name) for k, s in speeds.items()}
         report(what='generation', base=a.shape or a.base, layers=sizes['layers'], engine=engine.name,
-               version=engine.version, gpu=gpu['name'], texts=len(jobs), prompt_tokens=length, new_tokens=new,
-               sequences=n, seconds=seconds, new_tokens_s=new*len(jobs)/seconds, cpu_time=a.cpu_time,
+               version=engine.version, gpu=gpu['name'], gpus=a.gpus, texts=len(jobs),
+               prompt_tokens=length, new_tokens=new, sequences=n, seconds=seconds,
+               new_tokens_s=new*len(jobs)/seconds, cpu_time=a.cpu_time,
                predicted_seconds=predicted, predicted_to_measured={k: v/seconds for k, v in predicted.items()},
                speeds={k: s._asdict() for k, s in speeds.items()})
     finally: end_engine(engine)
@@ -100,6 +101,7 @@ if __name__ == '__main__':
     p.add_argument('--texts', type=int, default=256)
     p.add_argument('--new', type=int, default=256)
     p.add_argument('--batch-tokens', type=int, default=16384)
+    p.add_argument('--gpus', type=int, default=1, help='that vLLM shares one model over')
     p.add_argument('--cpu-time', action='store_true')
     a = p.parse_args()
     if a.cpu_time: torch.set_num_threads(1)

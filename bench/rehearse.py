@@ -8,7 +8,7 @@ once, at its longest rows. One JSON line each goes to `--out`; work that stands 
 begun after `--seconds`. Layers are not compiled unless asked for: compiling takes longer than the steps. `--small`
 tries it on a CPU with narrow layers; `--table` prints the lines of `--out` as a table.
 `gb` is of one GPU without sharding: a job over several GPUs is measured as one GPU would do all of it."""
-import argparse, ast, json, time
+import argparse, ast, gc, json, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from competition_kit.core import Refusal
 from competition_kit.cost import (Job, base_config, find_gpu, known_bases, layers_to_checkpoint, mean_context, memory,
                                   pack_seconds, prediction_memory, shape)
 from competition_kit.graph import expand, read_recipe, stage_parameters
+from competition_kit.speed import checkpoint_activations
 
 SYSTEMS = 'arena_distill arena_answer_distill logic_reflect logic_vote arena_pseudo wsdm_first'.split()
 LENGTHS = dict(arena_distill='lmsys', logic_reflect='logic', logic_vote='logic')  # all others: wsdm
@@ -91,25 +92,40 @@ def expected(work, base, gpu, compiled): # Layers to checkpoint; gigabytes and s
 
 # What a step takes
 
-def step_of(work, layers, checkpointed, compiled, packs): # (seconds, GB) of a pack of a model with so many layers
+def kind_of(work): # The `what` of `train.py`
     four = {'nf4': '-nf4', 'gptq4': '-gptq', 'gptq8': '-gptq8'}.get(work['dtype'], '')
-    what = f'teacher{four}' if work['what'] == 'predict' else 'kit-full' if work['method'] == 'full' else f'kit{four}'
+    if work['what'] == 'predict': return f'teacher{four}'
+    return 'kit-full' if work['method'] == 'full' else f'kit{four}'
+
+def steps_of(work, checkpointed, compiled, packs, cut):
+    "A pack's (seconds, GB) with `cut[1]` layers, with some of them checkpointed, and with `cut[0]`; a pack's tokens"
+    (few, more), what = cut, kind_of(work)
     a = argparse.Namespace(r=work['r'], budget=work['tokens'], max_len=work['max_len'], warm=1, packs=packs,
                            recompute=0, template=0, fixed=None, lengths=work['lengths'], dropout=work['dropout'],
                            compiled=compiled)
-    t, rows, gib = train.measure(a, work['shape'], layers, what, checkpointed)
-    return t/len(rows), gib*2**30/1e9, sum(map(sum, rows))/len(rows)
+    cuda = torch.cuda.is_available()
+    left = torch.cuda.memory_allocated() if cuda else 0  # by what ran before: not this work's
+    classifier, out = train.kit_model(a, work['shape'], more, what, 0), []
+    for layers, again in [(more, 0), *([(more, more-few)] if checkpointed else []), (few, 0)]:
+        classifier.backbone.layers = classifier.backbone.layers[:layers]
+        checkpoint_activations(classifier, again)
+        gc.collect()
+        if cuda: torch.cuda.empty_cache()
+        t, rows = train.train_packs(a, classifier, what)
+        gb = (torch.cuda.max_memory_allocated()-left)/1e9 if cuda else 0.
+        out.append(np.array([t/len(rows), gb]))
+    torch._dynamo.reset()
+    return out, sum(map(sum, rows))/len(rows)
 
 def extended(work, total, checkpointed, compiled, packs, cut=(2, 4)):
     "From two numbers of layers to all, of which the first `checkpointed` compute their activations twice"
     few, more = cut
-    (t1, m1, _), (t2, m2, tokens) = (step_of(work, k, 0, compiled, packs) for k in cut)
-    plain = again = np.array([t2-t1, m2-m1])/(more-few)  # seconds and gigabytes of a layer
-    if checkpointed:  # beside `few` plain layers, which hold more than the one layer that is computed again
-        t3, m3, _ = step_of(work, more, more-few, compiled, packs)
-        again = np.array([t3-t1, m3-m1])/(more-few)
+    out, tokens = steps_of(work, checkpointed, compiled, packs, cut)
+    plain = again = (out[0]-out[-1])/(more-few)  # seconds and gigabytes of a layer
+    # beside `few` plain layers, which hold more than the one layer that is computed again
+    if checkpointed: again = (out[1]-out[-1])/(more-few)
     kept = np.array([total-checkpointed, max(total-checkpointed, 1)])  # one layer is whole while its gradients are made
-    return *(np.array([t1, m1])+(kept-few)*plain+(total-kept)*again), tokens
+    return *(out[-1]+(kept-few)*plain+(total-kept)*again), tokens
 
 def rehearse(work, gpu, compiled, packs): # One line of the result
     config = train.config(work['shape'], known_bases[work['shape']]['num_hidden_layers'])

@@ -138,9 +138,12 @@ def wait():
 
 def kit(a, shape, layers, what, checkpointed=None):
     "Our packs through a loop of this file"
+    return train_packs(a, kit_model(a, shape, layers, what, checkpointed), what)
+
+def train_packs(a, classifier, what): # seconds of the packs behind `a.warm`, and their lengths
     from competition_kit.fit import KahanAdamW
     from competition_kit.model import collate, option_mask, pack_loss
-    classifier, teacher = kit_model(a, shape, layers, what, checkpointed), what.startswith('teacher')
+    teacher = what.startswith('teacher')
     learn = [p for p in classifier.parameters() if p.requires_grad]
     if what == 'kit-full': opt = KahanAdamW(learn)
     else: opt = torch.optim.AdamW(learn, 1e-5, fused=DEVICE == 'cuda') if learn else None

@@ -88,7 +88,7 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
     p.add_argument('--pack-tokens', type=int, default=32768)
-    p.add_argument('--what', nargs='+', default=['cascade', 'nine'], choices=['cascade', 'nine', 'gpus'])
+    p.add_argument('--what', nargs='*', default=['cascade', 'nine'], choices=['cascade', 'nine', 'gpus'])
     p.add_argument('--gpus', type=int, default=2)
     p.add_argument('--small', action='store_true')
     a = p.parse_args()
