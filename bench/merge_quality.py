@@ -52,8 +52,7 @@ def _merge(args): # the merge and its members on the rows set apart
     files = {'merged': run.folder/'probs.parquet'}
     files |= {m: run.folder/f'members/{m}.parquet' for m in run.record['members']}
     facts = {k: run.record[k] for k in ('energy', 'drift', 'factor_error') if k in run.record}
-    shift = {k: v for k, v in run.record['logits'].items() if k.startswith('members')}
-    return run.id, {k: align(read_probs(f), rows) for k, f in files.items()}, dict(facts, shift=shift)
+    return run.id, {k: align(read_probs(f), rows) for k, f in files.items()}, dict(facts, shift=run.record['logits'])
 
 def trainings(a, int4): # (family, draw) → list of arguments; `int4` is the quantised base, or ''
     fit = dict(FIT, base=a.base, **a.set)

@@ -106,6 +106,7 @@ def steps_of(work, checkpointed, compiled, packs, cut):
     cuda = torch.cuda.is_available()
     left = torch.cuda.memory_allocated() if cuda else 0  # by what ran before: not this work's
     classifier, out = train.kit_model(a, work['shape'], more, what, 0), []
+    train.train_packs(a, classifier, what)  # compiles the kernels for packs of these sizes
     for layers, again in [(more, 0), *([(more, more-few)] if checkpointed else []), (few, 0)]:
         classifier.backbone.layers = classifier.backbone.layers[:layers]
         checkpoint_activations(classifier, again)

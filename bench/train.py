@@ -82,7 +82,8 @@ def packed_base(model, format):
             if format == 'nf4':
                 import bitsandbytes as bnb
                 kw = dict(quant_type='nf4', compress_statistics=True)
-                new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16, **kw)
+                new = bnb.nn.Linear4bit(i, o, bias=lin.bias is not None, compute_dtype=torch.bfloat16,
+                                            device='meta', **kw)  # on a CPU it would draw random weights
                 new.weight = bnb.nn.Params4bit(lin.weight.data, requires_grad=False, **kw)
                 new.bias = lin.bias
                 new = new.to(DEVICE)

@@ -332,7 +332,7 @@ def prior_lines(
     sample, # The host's sample submission, JSON lines
 ) -> bytes:
     "The sample with an A where it has no letter"
-    lines = [json.loads(line) for line in Path(sample).read_text(encoding='utf-8').splitlines() if line.strip()]
+    lines = [json.loads(line) for line in Path(sample).read_text(encoding='utf-8').split('\n') if line.strip()]
     for question in (q for line in lines for q in line['questions']):
         if question.get('answer') not in tuple('ABCDEFG'): question['answer'] = 'A'
     return ''.join(json.dumps(line, ensure_ascii=False)+'\n' for line in lines).encode()
@@ -451,7 +451,7 @@ def ids_of(
 ) -> list: # Its columns or kind, and its ids in order
     "What a submission must have in common with the sample"
     text = Path(path).read_text(encoding='utf-8')
-    if Path(path).suffix == '.jsonl': return [json.loads(line)['id'] for line in text.splitlines() if line.strip()]
+    if Path(path).suffix == '.jsonl': return [json.loads(line)['id'] for line in text.split('\n') if line.strip()]
     header, *rows = csv.reader(io.StringIO(text))
     at = header.index('id')
     return [header, *(row[at:at+1] for row in rows)]

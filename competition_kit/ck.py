@@ -375,6 +375,7 @@ def _add_cost(commands):
     o('--views', type=int, choices=[1, 2], help='orders in which each row is seen (2)')
     o('--epochs', type=float, metavar='N', help='passes over the rows (1)')
     o('--pack-tokens', type=int, metavar='N', help='tokens in a pack (16384)')
+    o('--batch', type=int, metavar='N', help='rows of a step, which no pack goes beyond (0: packs are full)')
     text = p.add_argument_group('texts instead of a training').add_argument
     text('--generate', type=int, metavar='ROWS', help='rows that texts are generated for')
     text('--attempts', type=int, metavar='N', help='texts of each row (1)')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['known_bases', 'known_gpus', 'base_config', 'stored_format', 'shape', 'lora_params', 'Job', 'trainable_params',
            'mean_context', 'token_flops', 'base_bytes', 'layer_bytes', 'memory', 'prediction_memory', 'tokens_that_fit',
-           'find_gpu', 'pack_seconds', 'layers_to_checkpoint', 'cost', 'cost_table']
+           'find_gpu', 'pack_seconds', 'layers_to_checkpoint', 'cost', 'slow_processor', 'cost_table']
 
 # %% ../nbs/lib/03e_cost.ipynb #ab77b0e3
 from .base import base_path, local_base, pick_dtype
@@ -383,12 +383,15 @@ def _extrapolated(job, gpu, gpus, checkpointed): # What no measured point covers
         'attention: a GPU before compute capability 8 has no varlen kernel, and takes one call a row': not gpu['bf16'],
         f"speed and activations: measured on {', '.join(sorted(_measured['bases']))} only":
             sizes not in [(b['hidden_size'], b['intermediate_size']) for b in near],
-        'speed: so small a model waits for its kernels to be started; expect less': job.base['hidden'] < 2048,
-        f'method {job.method}: not measured': job.method != 'lora',
+        f'method {job.method}: measured on four layers only, at .7 to .9 of this time': job.method != 'lora',
         f'format {job.dtype}: not measured; computed from its bytes': job.dtype not in _measured['dtypes'],
-        'activation checkpointing: not measured; counted as one more forward pass': checkpointed > 0,
+        'activation checkpointing: measured on four layers only, at .7 to 1.1 of this time': checkpointed > 0,
         f'{gpus} GPUs: not measured; 97 % of equal work{links}': gpus > 1}
     return [note for note, holds in notes.items() if holds]
+
+def _launch_hours(job, gpu, packs): # that a slow processor needs to start the kernels of so many packs
+    if gpu['name'] == 'CPU': return 0.
+    return packs*job.base['layers']*(.0085 if job.compiled else .0193)/3600  # seconds: an H100's, and an H200's host
 
 # %% ../nbs/lib/03e_cost.ipynb #14bf244d
 def _definite_dtype(dtype, method, gpu, config): # `auto` made definite, and what the GPU can do
@@ -469,6 +472,7 @@ def cost(
     compiled:bool=True,           # Compiled layers; on a CPU they never are
     sharded:bool=None,            # Base and optimiser over the GPUs; None: for `full`, and where one is too small
     shared:float=0.,              # Tokens below the template that both views of a row begin with, computed once
+    batch:int=0,                  # Rows of a step, which no pack goes beyond; 0: packs are full
 ) -> dict: # Sizes in GB (1e9 bytes); `cost_table` shows it
     "The cost of a training"
     _check_choices(method, route, lora_dropout, gpus=gpus, views=views, epochs=epochs, pack_tokens=pack_tokens,
@@ -479,10 +483,13 @@ def cost(
               compiled and gpu['name'] != 'CPU')
     job, checkpointed = _fit(job, tokens, gpu['free'], gpus, sharded)
     speed = _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared if views == 2 else 0)
-    total = float(n.mean())*(len(n) if rows is None else rows)*views*epochs
+    seen = (len(n) if rows is None else rows)*views*epochs
+    total = float(n.mean())*seen
+    packs = seen/max(1, min(batch or np.inf, tokens/float(n.mean())))
     return _summary(job, gpu, gpus, tokens, checkpointed) | dict(
         mean_len=round(float(n.mean())), tokens=round(total), tokens_s=round(speed), hours=total/speed/3600,
-        gpu_hours=gpus*total/speed/3600, extrapolated=_extrapolated(job, gpu, gpus, checkpointed))
+        gpu_hours=gpus*total/speed/3600, launch_hours=_launch_hours(job, gpu, packs/gpus),
+        extrapolated=_extrapolated(job, gpu, gpus, checkpointed))
 
 # %% ../nbs/lib/03e_cost.ipynb #07e46ec0
 def _summary(job, gpu, gpus, tokens, checkpointed): # The job, and its memory in GB
@@ -491,6 +498,14 @@ def _summary(job, gpu, gpus, tokens, checkpointed): # The job, and its memory in
                 dtype=job.dtype, route=job.route, params=base['params']-(base['head'] if job.route == 'score' else 0),
                 trainable=trainable_params(job), layers=base['layers'], checkpointed=checkpointed, pack_tokens=tokens,
                 **sizes, memory_gb=round(gpu['free']/1e9, 1))
+
+# %% ../nbs/lib/03e_cost.ipynb #24ddddae
+def slow_processor(
+    c, # From `cost`
+) -> str: # '' where packs are long enough
+    "How long short packs may take"
+    if c['launch_hours'] <= 1.2*c['hours']: return ''
+    return f"short packs: up to {60*c['launch_hours']:,.0f} minutes, where starting the kernels takes long"
 
 # %% ../nbs/lib/03e_cost.ipynb #0e39d90c
 def _count(n):
@@ -524,5 +539,6 @@ def cost_table(
         ('peak', gb['peak']+f"  of {c['memory_gb']} GB; {c['needs_gb']:.1f} with what the allocator loses"),
         ('speed', f"{c['tokens_s']:,} tokens/s"),
         ('time', f"{_time(c)} for {_count(c['tokens'])} tokens ({c['mean_len']} a row)")]
+    if slow := slow_processor(c): lines.append(('processor', slow))
     lines += [('extrapolated', note) for note in c['extrapolated']]
     return '\n'.join(f'{k:<13}{v}' for k, v in lines)

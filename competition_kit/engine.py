@@ -453,10 +453,15 @@ def _seconds(asker, f, at): # of all rows and views, from those of some rows
     return (time.perf_counter()-began)*asker.enc.n.sum()/tokens
 
 def _by_packs(asker, same, gate, other): # run → probabilities, and the seconds of all rows of all runs
+    import torch
     kit = {}
     for run in same:
-        RunAsker.load(asker, run)
-        kit[run] = RunAsker.ask(asker, gate, 0)
+        try:
+            RunAsker.load(asker, run)
+            kit[run] = RunAsker.ask(asker, gate, 0)
+        except torch.OutOfMemoryError as e:
+            raise Refusal("the model does not fit on one GPU, where vLLM's answers are compared with the kit's", run,
+                          fix='Quantise it by 09_gptq, and let the quantised model vote') from e
     seconds = _seconds(asker, lambda: RunAsker.ask(asker, other, 0), other)
     asker.model = asker.base = None
     free_gpu()

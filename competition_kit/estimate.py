@@ -79,15 +79,16 @@ def _shape(base):
     return shape(base)
 
 def _training(job, jobs, gpu):
-    from competition_kit.cost import base_bytes, cost
+    from competition_kit.cost import base_bytes, cost, slow_processor
     (rows, lengths), base = size_of_job(job, jobs), base_of_job(job, jobs)
-    names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens gpus'.split()
+    names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens batch gpus'.split()
     given = {k: argument(job, k) for k in names}
     route = 'score' if str(argument(job, 'route')).startswith('score') else 'answer'
     c = cost(base, gpu, format=argument(job, 'dtype'), route=route, lengths=lengths, rows=rows,
              sharded=argument(job, 'sharded') or None, **given)
     disk = 4*c['trainable'] if given['method'] == 'lora' else base_bytes(_shape(base), 'bf16')
-    return dict(memory_gb=c['needs_gb'], hours=c['hours']+_held_out_hours(job, jobs, gpu), disk_gb=disk/1e9)
+    slow = dict(why=slow) if (slow := slow_processor(c)) else {}
+    return dict(memory_gb=c['needs_gb'], hours=c['hours']+_held_out_hours(job, jobs, gpu), disk_gb=disk/1e9, **slow)
 
 def _held_out_hours(job, jobs, gpu): # Of the replies that score the route text
     tables = linked(job, 'mix')

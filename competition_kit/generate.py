@@ -193,7 +193,7 @@ def most_minutes(
     config, spec = base_config(args.base), shared_gpu(find_gpu('this machine', args.dtype), args.gpus)
     size, dtype = shape(config), text_format(config, spec, args.dtype)
     timed = isinstance(engine, TransformersEngine)
-    speed = measured_speed(engine, 4) if timed else gpu_speed(size, spec, dtype, engine.name)
+    speed = measured_speed(engine) if timed else gpu_speed(size, spec, dtype, engine.name)
     most = args.max_new_tokens
     at_once = sequences_at_once(size, spec, dtype, engine.name, prompt, most, most, args.batch_tokens)
     at_once = min(at_once, len(args.rows), args.shard if timed else at_once)

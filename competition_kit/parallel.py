@@ -65,12 +65,13 @@ def _start(path, gpu): # a process that answers a part; its output goes to a fil
         return subprocess.Popen([sys.executable, '-m', 'competition_kit.parallel', str(path)], env=env, stdout=log,
                                 stderr=log, preexec_fn=die_with_parent)
 
-def _gpus(n): # names for CUDA_VISIBLE_DEVICES; empty on a machine without GPUs
+def _gpus(n, each): # `n` values of CUDA_VISIBLE_DEVICES; empty on a machine without GPUs
     import torch
     from competition_kit.ranks import check_gpus
-    check_gpus(n)
+    check_gpus(n*each)
     if not torch.cuda.is_available(): return ['']*n
-    return (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(n)))).split(',')[:n]
+    names = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(n*each)))).split(',')
+    return [','.join(names[k*each:(k+1)*each]) for k in range(n)]
 
 def _collect(a, at, path): # take up what a part has answered
     part = no_answers(a.voter, len(at), a.total.shape[2])
@@ -115,17 +116,18 @@ def parallel_vote(
     asker,       # With all rows: its answers are filled in place, its clock counts; it loads no model
     make,        # Function of `rows`, `clock` and a `folder` that makes such an asker; can be pickled
     how:dict,    # Arguments of `passes`, with `prior` for all rows
-    n:int,       # Processes; each takes a GPU where there are any
+    n:int,       # Processes; each takes `each` GPUs where there are any
     folder,      # For the parts
     save,        # Function without arguments: writes the vote so far
     first:float=4096, # Tokens of the first piece
     limit_gb:float=0.,# Memory of a GPU; 0: no limit
+    each:int=1,       # GPUs of a process, which share its model
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows, in one process a GPU"
     clock, a, stalled = asker.clock, asker.answers, []
     save()
     parts = _parts(asker, make, how, n, Path(folder), first, limit_gb)
-    processes = [_start(path, gpu) for (path, _), gpu in zip(parts, _gpus(n))]
+    processes = [_start(path, gpu) for (path, _), gpu in zip(parts, _gpus(n, each))]
     def collect():
         for path, at in parts: _collect(a, at, path)
         save()

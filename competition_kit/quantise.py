@@ -88,7 +88,7 @@ def read_texts(
 ) -> list: # An int array a text
     "Token ids of a calibration file; its texts are whole prompts, with their control tokens"
     texts = []
-    for k, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    for k, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n'), 1):
         if not line.strip(): continue
         try: texts.append(str(json.loads(line)['text']))
         except (ValueError, KeyError, TypeError) as e:

@@ -99,11 +99,12 @@ class TextAsker:
         engine:str='packs', # As for `reply_engine`
         batch_tokens:int=16384, # As for `start_engine`
         limit_gb:float=0.,  # As for `start_engine`
+        gpus:int=1,         # As for `start_engine`
     ):
-        self.memory = dict(batch_tokens=batch_tokens, limit_gb=limit_gb)
+        self.memory = dict(batch_tokens=batch_tokens, limit_gb=limit_gb, gpus=gpus)
         self.recs = {r: find_run(r) for r in runs}
         self.prompts = {r: trusted_text_prompt(rec) for r, rec in self.recs.items()}
-        for rec in self.recs.values(): reply_engine(engine, base_of(rec), self._dtype(rec))
+        for rec in self.recs.values(): reply_engine(engine, base_of(rec), self._dtype(rec), gpus)
         self.enc = {r: prompt.encode(rows) for r, prompt in self.prompts.items()}
         self.rows, self.folder, self.clock, self.kind = rows, Path(folder), clock, engine
         self.samples, self.retries, self.engine, self.base = samples, retries, None, None
@@ -121,7 +122,7 @@ class TextAsker:
         if base == self.base: return
         self.close()
         adapters = [r for r, o in self.recs.items() if base_of(o) == base[0] and not is_full(o)]
-        kind = reply_engine(self.kind, *base[:2])
+        kind = reply_engine(self.kind, *base[:2], self.memory['gpus'])
         self.engine = start_engine(kind, base[0], prompt, base[1], adapters=adapters, **self.memory)
         self.base = base
         self.engine.clock = self.clock
@@ -177,12 +178,16 @@ def ballot_asker(
     samples:int=5,          # As for `TextAsker`
     retries:int=2,          # As for `TextAsker`
     batch_tokens:int=16384, # As for `TextAsker`
-    limit_gb:float=0.,      # Memory of each engine; 0: no limit
+    limit_gb:float=0.,      # Memory of each engine on a GPU; 0: no limit
+    tensor_parallel:int=1,  # GPUs that share a model, with vLLM
 ) -> BallotAsker:
     "The runs of a ballot, ready to be asked for letters and texts"
     writers, texts = [r for r in ballot.run if r in text_runs(ballot)], None
-    if writers: texts = TextAsker(writers, rows, replies, clock, samples, retries, engine, batch_tokens, limit_gb)
-    return BallotAsker(ballot, rows, views, pack_tokens, clock, engine, folder, texts, limit_gb=limit_gb)
+    if writers:
+        how = dict(batch_tokens=batch_tokens, limit_gb=limit_gb, gpus=tensor_parallel)
+        texts = TextAsker(writers, rows, replies, clock, samples, retries, engine, **how)
+    shared = dict(limit_gb=limit_gb, tensor_parallel=tensor_parallel)
+    return BallotAsker(ballot, rows, views, pack_tokens, clock, engine, folder, texts, **shared)
 
 # %% ../nbs/lib/03w_text_voters.ipynb #6479586c
 def plan_texts(

@@ -253,7 +253,7 @@ def _reset(module): # new random weights, for modules that have any
 def _cost(a, enc): # what the planner expects of a run, as text
     template = shared_prefix([enc.ids.iloc[enc.n.argmin()], *enc.ids.iloc[:1000]])
     shared = np.mean([shared_prefix(list(enc.ids.iloc[views])) for views in by_row(enc)[:1000]])-template
-    names = 'method lora_r lora_modules lora_dropout views epochs pack_tokens'
+    names = 'method lora_r lora_modules lora_dropout views epochs pack_tokens batch'
     same = {k: getattr(a, k) for k in names.split()} | dict(max_len=max(a.max_len, int(enc.n.max())))
     try:
         return cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype,

@@ -64,13 +64,14 @@ class VoteArgs:
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs and batches fit it; 0: no limit
     engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
     gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
+    tensor_parallel:int=1    # GPUs of each process, which share a model that one cannot hold; with engine vllm
     samples:int=5            # replies of a text voter to a row that must be parsed
     retries:int=2            # rounds in which a text voter is asked again for what was not parsed
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority', 'ranks'), views=(1, 2))
-        at_least(self, 1, 'pack_tokens', 'gpus', 'samples')
+        at_least(self, 1, 'pack_tokens', 'gpus', 'samples', 'tensor_parallel')
         at_least(self, 0, 'budget', 'max_memory_gb', 'retries')
         engine_input(self.engine)
         share(self, 'change')
@@ -82,6 +83,9 @@ class VoteArgs:
             raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
         if self.gpus > 1 and not self.rescore:
             raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
+        if self.tensor_parallel > 1 and (self.engine != 'vllm' or self.max_memory_gb):
+            raise Refusal(f'tensor_parallel={self.tensor_parallel}: only vLLM shares a model, and it takes whole GPUs',
+                          fix='Take engine vllm and max_memory_gb 0')
 
     @property
     def staged(self): return bool(self.budget or self.change or self.rescore < 1 or self.gpus > 1)  # else all at once
@@ -133,6 +137,8 @@ def _within_memory(args, ballot, rows): # the plan, for the record; empty withou
     limit_memory(args.max_memory_gb)
     return plan
 
+def _shared(args): return dict(limit_gb=args.max_memory_gb, tensor_parallel=args.tensor_parallel) # for `Engine`
+
 def run_vote(
     run,           # From `run_stage`
     args:VoteArgs,
@@ -148,7 +154,7 @@ def run_vote(
     if args.staged or text_runs(ballot): return run_staged(run, args, ballot, rows, sample, clock, memory)
     score = score_vote(ballot, args.data, args.weights, args.rule)
     pack_tokens = memory.get('pack_tokens', args.pack_tokens)
-    tables = run_tables(ballot, rows, run.folder, args.views, pack_tokens, args.engine, limit_gb=args.max_memory_gb)
+    tables = run_tables(ballot, rows, run.folder, args.views, pack_tokens, args.engine, **_shared(args))
     each = voter_probs(ballot, tables, rows)
     p = combine(each.values(), score['weights'], args.rule)
     submission = run.folder/f'submission{sample.suffix}'
@@ -221,7 +227,7 @@ def vote_asker(
     lines, weights = by_strength(ballot, score, args.rescore < 1, () if args.change else text_runs(ballot))
     sizes = {k: memory[k] for k in ('pack_tokens', 'batch_tokens') if k in memory}
     make = partial(ballot_asker, lines, replies=run.folder/'replies', views=args.views, engine=args.engine,
-                   samples=args.samples, retries=args.retries, limit_gb=args.max_memory_gb,
+                   samples=args.samples, retries=args.retries, **_shared(args),
                    **dict(pack_tokens=args.pack_tokens) | sizes)
     asker = make(rows=rows, clock=clock, folder=run.folder)
     read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
@@ -343,7 +349,8 @@ def run_staged(
     if args.gpus > 1:
         how = dict(weights=weights, prior=prior, rule=args.rule, views=args.views, limits=limits, share=args.rescore,
                    order=np.arange(len(weights)))
-        why = parallel_vote(asker, make, how, args.gpus, run.folder/'parts', save, pack_tokens, args.max_memory_gb)
+        why = parallel_vote(asker, make, how, args.gpus, run.folder/'parts', save, pack_tokens, args.max_memory_gb,
+                            args.tensor_parallel)
     else: why, plan = ask_alone(args, asker, weights, prior, limits, score, save, pack_tokens)
     vote = vote_so_far(asker.answers, weights, prior, args.rule)
     finish_staged(run, args, ballot, sample, score, asker, vote, why, memory=memory, **plan,

@@ -109,7 +109,8 @@ def parts_here(monkeypatch):
             m.setenv('CUDA_VISIBLE_DEVICES', gpu)
             parallel.answer_part(path)
         return SimpleNamespace(poll=lambda: 0, returncode=0, kill=lambda: None, wait=lambda: 0)
-    monkeypatch.setattr(parallel, '_gpus', lambda n: [str(k) for k in range(n)])
+    def names(n, each): return [','.join(str(k*each+i) for i in range(each)) for k in range(n)]
+    monkeypatch.setattr(parallel, '_gpus', names)
     monkeypatch.setattr(parallel, '_start', start)
 
 @pytest.fixture(scope='session')

@@ -85,7 +85,7 @@ def test_two_processes_vote_like_one(runs):
 class StandIn:
     "A vLLM engine by transformers and peft; `made`: the GPU, the limit of memory and the adapters of each"
 
-    made, version, dies = [], 'stand-in', False
+    made, shared, version, dies = [], [], 'stand-in', False
 
     def __init__(self, base, adapters=(), dtype='auto', max_len=0, limit_gb=0.0, **how):
         from peft import PeftModel
@@ -98,6 +98,7 @@ class StandIn:
         self.n_adapters = len(adapters)
         self.gpu = os.environ.get('CUDA_VISIBLE_DEVICES', '')
         self.made.append((self.gpu, limit_gb, len(adapters)))
+        self.shared.append(how['tensor_parallel'])
 
     def letters(self, ids, letters, adapter=0, fresh=False):
         slots = np.broadcast_to(adapter, len(ids))
@@ -115,6 +116,7 @@ class StandIn:
 def vllm(monkeypatch, parts_here):
     "vLLM seems to be installed"
     StandIn.made.clear()
+    StandIn.shared.clear()
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr(E, 'Engine', StandIn)
     monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
@@ -137,6 +139,26 @@ def test_each_process_has_an_engine_on_its_own_gpu(runs, vllm, monkeypatch, engi
     for process in facts.values():
         assert process[named]['engine'] == 'vllm stand-in' and set(process[named]['parity']) == set(runs[:2])
     assert run.record['missing']['no_model'] == 0 and 'CUDA_VISIBLE_DEVICES' not in os.environ
+
+
+@pytest.mark.parametrize('how, gpus', [(dict(gpus=2), ['0,1', '2,3']), (dict(budget=60), ['']), (dict(), [''])])
+def test_gpus_share_a_model(runs, vllm, how, gpus):
+    "each process takes its own GPUs, and vLLM all that it sees; the votes are those of packs"
+    alone = run_stage(vote, VoteArgs(runs=runs[0]))
+    run = run_stage(vote, VoteArgs(runs=runs[0], engine='vllm', tensor_parallel=2, **how))
+    rows = load_rows('sample_arena_test')
+    want, got = (align(read_probs(r.folder / 'votes.parquet'), rows) for r in (alone, run))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert [gpu for gpu, *_ in StandIn.made] == gpus and set(StandIn.shared) == {2}
+
+
+def test_a_model_too_large_for_the_comparison_is_refused(runs, vllm, monkeypatch):
+    def full(*args, **how):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(E.RunAsker, 'load', full)
+    with pytest.raises(Refusal, match='does not fit on one GPU.*09_gptq'):
+        run_stage(vote, VoteArgs(runs=runs[0], engine='vllm', tensor_parallel=2))
 
 
 @pytest.mark.parametrize('gpus', [1, 2])
@@ -184,6 +206,7 @@ def test_without_a_budget_a_dead_process_is_an_error_and_its_answers_stay(asker,
 
 
 def test_bad_numbers_of_gpus():
-    for bad in dict(gpus=0), dict(gpus=2, rule='ranks'), dict(gpus=2, rescore=0):
+    shared = dict(tensor_parallel=2)
+    for bad in dict(gpus=0), dict(gpus=2, rule='ranks'), dict(gpus=2, rescore=0), shared, shared | dict(engine='auto'):
         with pytest.raises(Refusal):
             VoteArgs(**bad)
