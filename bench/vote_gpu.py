@@ -11,7 +11,7 @@ from pathlib import Path
 
 import distill
 import numpy as np
-from common import report, timed
+from common import report, results, timed, workers
 from vote_quality import FAMILIES, TEACHER, jobs
 
 def make_tables(files): # as distill.py makes them
@@ -30,13 +30,23 @@ def first_rows(table, n=60): # the same `name=FILE` with a file of its first row
     pd.read_parquet(file).head(n).to_parquet(small)
     return f'{name}={small}'
 
-def trained(a): # line → runs of fold 0
+def begin(): # in a process that trains
+    import competition_kit.record as record
+    import competition_kit.train as train
+    train.baselines = lambda *a: {}
+    record.after_run.clear()  # no workbook
+
+def fit(args):
     from competition_kit.train import train_fold
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return train_fold(**args).id
+
+def trained(a): # line → runs of fold 0
+    wanted = jobs(1, a.seeds)
+    with workers(a.jobs, begin) as pool:
+        for _ in results(pool, fit, [(args,) for _, args in wanted]): pass
     out = {}
-    for line, args in jobs(1, a.seeds):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            run = train_fold(**args)
-        out.setdefault(line, []).append(run.id)
+    for line, args in wanted: out.setdefault(line, []).append(fit(args))  # they are finished
     return out
 
 def held(runs, a, **how): # (record, [rows, options], seconds) of a vote
@@ -90,6 +100,7 @@ if __name__ == '__main__':
     p.add_argument('--pack-tokens', type=int, default=32768)
     p.add_argument('--what', nargs='*', default=['cascade', 'nine'], choices=['cascade', 'nine', 'gpus'])
     p.add_argument('--gpus', type=int, default=2)
+    p.add_argument('--jobs', type=int, default=4, help='processes a GPU that train')
     p.add_argument('--small', action='store_true')
     a = p.parse_args()
     if a.small: a.seeds, a.pack_tokens, a.tables = 1, 4096, [first_rows(table) for table in a.tables]
@@ -97,9 +108,8 @@ if __name__ == '__main__':
     distill.FIT.update(a.set)
     distill.LINES[TEACHER]['args']['base'] = a.teacher
     make_tables(a.tables)
-    import competition_kit.record as record
     import competition_kit.vote_score as vote_score
-    record.after_run.clear()  # no workbook
+    begin()
     guess = {'class prior': dict(log_loss=1.1, accuracy=.4, ece=0.)}  # these runs were trained without baselines
     vote_score._known_baselines = lambda ballot, rows: {k: guess for k in set(rows.fold)}
     runs = trained(a)
