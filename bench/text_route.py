@@ -13,11 +13,11 @@ The whole table of SmolLM2 on one H200 with vLLM, three commands of at most ten 
     for s in 0 1 2; do timeout 580 $R --seeds $s --until 420 & done; wait
     timeout 580 $R --vote --until 480; $R --table
 
-| command | what it does | minutes expected |
+| command | what it does | minutes, measured |
 |---|---|---|
-| `--prepare` | tables, sampled rationales (one engine), two probes | 2 to 3 (100 s were measured) |
-| a process a seed | seven trainings, with greedy replies of the run and of the base | 5 to 9, not measured |
-| `--vote` | 18 adapters are compared, then write nine replies a row, as the base does | 6 to 10, not measured |
+| `--prepare` | tables, sampled rationales (one engine), two probes | 2.3 |
+| a process a seed | seven trainings, with greedy replies of the run and of the base | 12 for six, beside other work |
+| `--vote` | 18 adapters are compared, then write nine replies a row, as the base does | 2.8, and .5 an adapter |
 
 The second command is to be repeated until it begins no line, the third until it asks nobody. Nothing else may use the
 GPU beside vLLM. The same with `open=FILE --problems 200`, and with another base by `--base`, is another lease.
