@@ -143,8 +143,16 @@ def _writing(job, jobs, gpu): # Two attempts at a text, on average, through vLLM
                         max_new_tokens=argument(job, 'max_new_tokens'))
     return dict(memory_gb=(c['base_gb']+c['kv_gb'])/gpus, hours=c['hours'], disk_gb=0)
 
+def _pairing(job, jobs, gpu): # Each writer answers as many prompts
+    from competition_kit.reply_cost import generation_cost
+    writers = [name.partition('@')[0] for name in argument(job, 'models').split()]
+    texts = 2*sum(int(side.split()[0]) for side in argument(job, 'rounds').split('>'))  # 25000 English:.3 > 24000
+    costs = [generation_cost(texts//len(writers), 1, base, gpu, engine='vllm',
+                             max_new_tokens=argument(job, 'max_new_tokens')) for base in writers]
+    return dict(memory_gb=max(c['base_gb']+c['kv_gb'] for c in costs), hours=sum(c['hours'] for c in costs), disk_gb=0)
+
 _models = dict(train=_training, distill=_training, pseudo=_predicting, vote=_predicting, gptq=_quantising,
-               merge=_merging, generate=_writing)
+               merge=_merging, generate=_writing, pairs=_pairing)
 
 # %% ../nbs/lib/12f_estimate.ipynb #571d5ad2
 def estimate(

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer
 from .core import Refusal, at_least, csv_text, write_table
-from .cost import base_config, find_gpu, shape
+from .cost import base_config, find_gpu
 from .record import find_run
 from .replies import (TransformersEngine, end_engine, generate as ask, job_table, read_replies,
                                      reply_engine, reply_input, start_engine)
 from .reply_cost import (generation_seconds, gpu_speed, measured_speed, sequences_at_once, shared_gpu,
-                                        text_format)
+                                        text_format, writer_shape)
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, parse_mix, table_hashes, write_rows
 from .teachers import distinct_teachers, member, members, teacher_inputs
@@ -191,7 +191,7 @@ def most_minutes(
 ) -> tuple: # Minutes if every text reaches the limit of tokens; where the speed comes from
     "The longest time of a number of texts on this machine"
     config, spec = base_config(args.base), shared_gpu(find_gpu('this machine', args.dtype), args.gpus)
-    size, dtype = shape(config), text_format(config, spec, args.dtype)
+    size, dtype = writer_shape(config), text_format(config, spec, args.dtype)
     timed = isinstance(engine, TransformersEngine)
     speed = measured_speed(engine) if timed else gpu_speed(size, spec, dtype, engine.name)
     most = args.max_new_tokens
@@ -213,7 +213,7 @@ def writing_plan(
             f'{texts*prompt:,.0f} tokens read and {texts*most:,} written')
     if engine.name not in ('transformers', 'vllm') or texts < 1: return line
     try: minutes, source = most_minutes(engine, args, texts, prompt)
-    except Refusal as e: return f'{line}; minutes unknown: {e}'  # such as a mixture of experts
+    except Refusal as e: return f'{line}; minutes unknown: {e}'
     return f'{line}; at most {minutes:,.1f} minutes, {source}'
 
 # %% ../nbs/05_generate.ipynb #6093ef03
