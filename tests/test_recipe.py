@@ -281,7 +281,7 @@ def test_a_plan_predicts_what_it_can(root, capsys):
     hours = [float(text.split('H200: ')[1].split(' h')[0]) for text in (out, capsys.readouterr().out)]
     assert hours[1] == pytest.approx(2*hours[0], rel=.1)
 
-@pytest.mark.parametrize('name', ['logic_reflect', 'arena_pseudo'])  # a mixture of experts writes; three writers of pairs
+@pytest.mark.parametrize('name', ['logic_reflect', 'arena_pseudo'])  # a mixture of experts; three writers of pairs
 def test_a_plan_at_the_published_size_lacks_nothing(root, capsys, name):
     assert plan(name, 'seed', 'H200', 8) == 0
     out = capsys.readouterr().out
