@@ -159,7 +159,7 @@ def estimate(
     job,          # `Job`
     jobs,         # All of the recipe
     gpu:str='A100-80', # As for `find_gpu`
-) -> dict: # `memory_gb` of a GPU, `hours`, `gpu_hours`, `disk_gb`; or `why` there is no number; empty without GPUs
+) -> dict: # `memory_gb` of a GPU, `hours`, `gpu_hours`, `disk_gb`; `why`: a note, or why there is no number; or nothing
     "The predicted cost of a job"
     if job.stage not in _models or not job.gpus: return {}
     rows_count = _models[job.stage] in (_training, _predicting, _writing)

@@ -9,7 +9,7 @@ __all__ = ['known_writers', 'Speed', 'writer_shape', 'kv_bytes', 'text_format', 
 
 # %% ../nbs/lib/03v_reply_cost.ipynb #b5d75fba
 from collections import namedtuple
-import math, time
+import copy, math, time
 import numpy as np
 from .base import local_base
 from .core import Refusal
@@ -42,7 +42,8 @@ def writer_shape(
     base, # Configuration, or as for `base_config`
 ) -> dict: # As from `shape`, with `idle`
     "The sizes that cost a writer time and memory"
-    config = base_config(base).get_text_config()
+    config = copy.deepcopy(base_config(base)).get_text_config()
+    if hasattr(config, 'quantization_config'): del config.quantization_config
     experts = next((n for n in (getattr(config, k, None) for k in _experts) if n), 0)
     return _mixture_shape(config, experts) if experts else dict(shape(base), idle=0)
 
