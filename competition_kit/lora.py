@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lora', 'read_lora', 'check_loras', 'mean_weights', 'stack_factors', 'compress', 'energy', 'singular_values',
            'energy_at', 'mean_factors', 'start_drift', 'check_start', 'mean_head', 'write_tensors', 'merged_config',
-           'merge_loras', 'merge_into_base', 'base_weights', 'with_updates']
+           'merge_loras', 'written_error', 'merge_into_base', 'base_weights', 'with_updates']
 
 # %% ../nbs/lib/03j_lora.ipynb #49635bcf
 import contextlib, functools, json, math, re, shutil
@@ -294,6 +294,22 @@ def merge_loras(
     write_json(folder/'adapter_config.json', merged_config(loras, table['rank'].to_dict()))
     seal(folder)
     return table
+
+# %% ../nbs/lib/03j_lora.ipynb #10e5a00f
+def written_error(
+    merged:Lora,  # Read back
+    loras:list,   # `Lora`s that it was made of
+    weights,      # As for `mean_weights`
+    device='cpu', # To compute on
+) -> float: # About 1e-7 for an exact merge
+    "The largest difference of a layer's update from the members' mean, beside the members' own updates"
+    w, worst, g = mean_weights(weights, len(loras)), 0., torch.Generator().manual_seed(0)
+    for k in check_loras(loras):
+        own = [(v, *l.pair(k, device)) for l, v in zip(loras, w) if k in l.layers]
+        x = torch.randn(own[0][1].shape[1], generator=g).to(device)
+        each, (a, b) = [v*(b@(a@x)) for v, a, b in own], merged.pair(k, device)
+        worst = max(worst, float((b@(a@x)-sum(each)).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
+    return worst
 
 # %% ../nbs/lib/03j_lora.ipynb #53188010
 def _names_in_model(base): # pairs of a file of the base, and its names → names in the model

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['folds_of', 'named_members', 'check_members', 'MergeArgs', 'base_of_merge', 'past_rows', 'comparison_rows',
-           'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together', 'write_merge',
-           'merged_params', 'check_twin', 'compare_logits', 'member_probs', 'merge', 'merge_runs', 'plot_energy',
-           'plot_members']
+           'compare_models', 'merge_verdict', 'row_logits', 'logit_shift', 'members_together', 'check_written',
+           'write_merge', 'merged_params', 'check_twin', 'compare_logits', 'member_probs', 'merge', 'merge_runs',
+           'plot_energy', 'plot_members']
 
 # %% ../nbs/08_merge.ipynb #87920e4e
 from dataclasses import asdict, dataclass
@@ -20,7 +20,8 @@ from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, 
                                   write_json, write_table)
 from .gate import paired_difference
 from .lora import (base_weights, check_loras, check_start, energy_at, mean_head, mean_weights,
-                                  merge_into_base, merge_loras, read_lora, singular_values, start_drift, with_updates)
+                                  merge_into_base, merge_loras, read_lora, singular_values, start_drift, with_updates,
+                                  written_error)
 from .model import collate, load_classifier, option_mask, predict
 from .pack import pack
 from .probs import align, baselines, log_loss, read_probs, scores, write_probs
@@ -293,6 +294,16 @@ def members_together(
 # %% ../nbs/08_merge.ipynb #8d342631
 def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
 
+def check_written(
+    folder, # Of a merged adapter
+    args,   # `MergeArgs`
+):
+    "Refuse an exact merge whose factors, read back, are not the members' mean"
+    off = written_error(read_lora(folder), args.loras, args.w, _device())
+    if not off <= 1e-5:
+        raise Refusal(f'the merged adapter, read back, is {off:.1%} off the mean of its members', folder,
+                      fix='Delete the folder and run it again; if it fails again, the disk or the memory is at fault')
+
 def write_merge(
     run,  # From `run_stage`
     args, # `MergeArgs`
@@ -305,6 +316,7 @@ def write_merge(
         seal(run.folder/'model')
         return {}
     table = merge_loras(args.loras, args.w, run.folder/'adapter', args.how, args.rank, args.start, _device())
+    if args.how == 'concat': check_written(run.folder/'adapter', args)
     write_table(table.reset_index(names='layer'), run.folder/'layers.parquet')
     facts = dict(ranks=sorted({int(r) for r in table['rank']}))
     if args.how == 'svd': facts['energy'] = float(np.average(table.energy, weights=table.norm**2+1e-30))
@@ -367,9 +379,10 @@ def compare_logits(
 def _check_read_back(args, dtype, table): # an exact merge must answer as its members do
     none, together = list(table.values())[:2]
     if args.how in ('svd', 'factors') or args.twin: return
-    rounding = .05 if dtype == 'fp32' and args.how == 'concat' else .3  # SmolLM2 in bf16: .11
+    limit = max(.3, none['mean']/2)  # of weights that were rounded to 16 bits
+    if args.how == 'concat': limit = .05 if dtype == 'fp32' else np.inf  # `check_written` has seen its factors
     lost = together['max'] > 0 and none['max'] == 0
-    if lost or together['mean'] > max(rounding, none['mean']/4):
+    if lost or together['mean'] > limit:
         raise Refusal(f"the merged model, read back, is {together['mean']:.3f} off its members' logits", args.members,
                       fix='Run it again; if it fails again, merge fewer members to find the one that does not fit')
 
