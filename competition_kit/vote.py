@@ -64,7 +64,7 @@ class VoteArgs:
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs and batches fit it; 0: no limit
     engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
     gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
-    tensor_parallel:int=1    # GPUs of each process, which share a model that one cannot hold; with engine vllm
+    tensor_parallel:int=1    # GPUs that share the model in each process, with engine vllm
     samples:int=5            # replies of a text voter to a row that must be parsed
     retries:int=2            # rounds in which a text voter is asked again for what was not parsed
 
