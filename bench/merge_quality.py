@@ -1,7 +1,7 @@
 """What does merging cost? Folds and seeds, merged in every way, on a table that no run has seen.
 
-usage: python bench/merge_quality.py pairs_open.parquet [--seeds 3] [--folds 5] [--jobs 4] [--base B] [--int4]
-                                     [--set JSON] [--until SECONDS]
+usage: python bench/merge_quality.py pairs_open.parquet [--seeds 3] [--first 0] [--folds 5] [--jobs 4] [--base B]
+                                     [--int4] [--families …] [--set JSON] [--until SECONDS]
 A fifth of the groups is set apart. Three families of runs are trained on the rest: folds with one seed (a shared
 start), folds with a seed each (independent starts), and as many seeds on all rows. Every draw is one more repetition.
 Each line is compared with the mean of the five folds' probabilities, row by row; `least` is the smallest difference
@@ -18,6 +18,8 @@ FIT = dict(max_len=640, batch=32, pack_tokens=32768, warmup=.1, schedule='cosine
            recompute=0, compiled='no')
 HOW = {'exact merge': dict(), 'rank 16': dict(how='svd', rank=16), 'rank 32': dict(how='svd', rank=32),
        'factors': dict(how='factors')}
+
+FAMILIES = 'folds, shared start', 'folds, independent starts', 'seeds on all rows'
 
 def begin():
     import competition_kit.lora as lora
@@ -57,12 +59,12 @@ def _merge(args): # the merge and its members on the rows set apart
 def trainings(a, int4): # (family, draw) → list of arguments; `int4` is the quantised base, or ''
     fit = dict(FIT, base=a.base, **a.set)
     out = {}
-    for d in range(a.seeds):
+    for d in range(a.first, a.seeds):
         out['folds, shared start', d] = [dict(fit, mix='open', fold=f, seed=d) for f in range(a.folds)]
         out['folds, independent starts', d] = [dict(fit, mix='open', fold=f, seed=100+10*d+f) for f in range(a.folds)]
         out['seeds on all rows', d] = [dict(fit, mix='every', fold=0, seed=200+10*d+f) for f in range(a.folds)]
         if int4: out['over int4', d] = [dict(fit, mix='every', fold=0, seed=d, base=int4)]
-    return out
+    return {k: v for k, v in out.items() if k[0] in (*a.families, 'over int4')}
 
 def merges(family, a):
     if family == 'over int4':
@@ -157,6 +159,8 @@ if __name__ == '__main__':
     p.add_argument('--base', default='smollm2')
     p.add_argument('--int4', action='store_true', help='also train over the base in 4 bits')
     p.add_argument('--seeds', type=int, default=3, help='draws')
+    p.add_argument('--first', type=int, default=0, help='draw to begin with')
+    p.add_argument('--families', nargs='*', default=FAMILIES, choices=FAMILIES)
     p.add_argument('--folds', type=int, default=5)
     p.add_argument('--jobs', type=int, default=4, help='processes on each GPU')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')

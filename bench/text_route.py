@@ -75,7 +75,8 @@ def prepare(name, file, a): # all tables of a file; what is there stays
             more = more_rows(a.more, 1, rows)
             write(f'{name}_more', more.assign(rationale=[knight_rationale(r) for r in more.itertuples()]), rows)
     sampled = (Path(a.base).name, name, 'sampling', None) in made(a, None)
-    if not sampled and not data_path(f'{name}_both.parquet').exists(): sample(name, rows, a)
+    wanted = any('self' in line for line in a.lines) and not sampled
+    if wanted and not data_path(f'{name}_both.parquet').exists(): sample(name, rows, a)
     for kind in ('code', 'both'): best_half(f'{name}_{kind}', a)
 
 def sample(name, rows, a): # rationales by the base; where it wrote none, the lines that need them are left out
@@ -200,10 +201,10 @@ def ask(engine, prompt, held, seed, run, a): # parsed replies
     replies = generate(engine, pd.concat(jobs, ignore_index=True), a.out/'replies'/f'{run or Path(a.base).name}-{seed}')
     return replies.join(parse_replies(replies, held))
 
-def lines_of(name): # those whose tables are there
+def lines_of(name, a): # those whose tables are there
     from competition_kit.core import data_path
     def there(mix): return all(data_path(f'{t}.parquet').exists() for t in mix.replace('TABLE', name).split(' + '))
-    return [line for line, args in LINES.items() if there(args['mix'])]
+    return [line for line in a.lines if there(LINES[line]['mix'])]
 
 def summary(a): # Markdown: mean and standard deviation over the seeds of each line
     seeds = pd.DataFrame([l for l in lines_in(a) if 'what' in l])
@@ -229,7 +230,7 @@ def run_lines(a):
 
 def train_lines(names, a):
     for seed, name in itertools.product(a.seeds, names):
-        for line in lines_of(name):
+        for line in lines_of(name, a):
             if (Path(a.base).name, name, line, seed) in made(a, 'letters'): continue
             if late(a, 'line'): return
             with contextlib.redirect_stdout(a.log): one(name, line, seed, a)
@@ -249,6 +250,7 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, nargs='+', default=[0])
     p.add_argument('--problems', type=int, default=0, help='draw so many groups of rows; 0: all')
     p.add_argument('--more', type=int, default=3000, help='further problems by code')
+    p.add_argument('--lines', nargs='+', default=list(LINES), choices=list(LINES))
     p.add_argument('--engine', default='auto', help='samples the rationales; auto: vllm where it is installed')
     p.add_argument('--until', type=float, default=380, help='seconds after which no line is begun, also of --vote')
     p.add_argument('--prepare', action='store_true', help='make the tables alone')

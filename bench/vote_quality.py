@@ -32,9 +32,10 @@ class Held:
     "Out-of-fold probabilities: `p[line, seed]` and `one[seed]`, [rows, options], for rows that all of them have"
     def __init__(self, said, groups): # `said`: of distill.py; `groups`: id → group
         tables = {key: t.set_index('id') for key, t in said.groupby(['line', 'seed'])}
-        self.seeds = sorted({s for _, s in tables if all((line, s) in tables for line in FAMILIES)})
+        self.families = [line for line in FAMILIES if line in set(said.line)]
+        self.seeds = sorted({s for _, s in tables if all((line, s) in tables for line in self.families)})
         if not self.seeds: raise SystemExit('no seed has runs of every family')
-        used = {(line, s): t for (line, s), t in tables.items() if line in (*FAMILIES, TEACHER, ONE_VIEW)}
+        used = {(line, s): t for (line, s), t in tables.items() if line in (*self.families, TEACHER, ONE_VIEW)}
         rows = tables['labels', self.seeds[0]].sort_index()
         rows = rows.loc[sorted(set(rows.index).intersection(*(t.index for t in used.values())))]
         self.label, self.fold, self.group = rows.label.to_numpy(), rows.fold.to_numpy(), groups[rows.index].to_numpy()
@@ -83,19 +84,19 @@ def independent(p, label): # how many voters the voters count as
 
 def members(held, n, k): # n voters of all families; the k-th choice of their seeds
     seeds = [held.seeds[(k+s) % len(held.seeds)] for s in range(len(held.seeds))]
-    return [held.p[line, s] for s in seeds for line in FAMILIES][:n]
+    return [held.p[line, s] for s in seeds for line in held.families][:n]
 
 def add_voters(t):
     held = t.held
-    for line in FAMILIES:
+    for line in held.families:
         t.add(f'single: {SHORT[line]}', [held.p[line, s] for s in held.seeds], 'single: labels' if t.votes else None)
     if (TEACHER, 0) in held.p: t.add('single: 0.5B', [held.p[TEACHER, 0]], 'single: labels')
-    best = min((f'single: {SHORT[line]}' for line in FAMILIES),
+    best = min((f'single: {SHORT[line]}' for line in held.families),
                key=lambda name: next(l['log_loss'] for l in t.lines if l['line'] == name))
-    for line in FAMILIES:
+    for line in held.families:
         p = [held.p[line, s] for s in held.seeds]
         t.add(f'{len(p)} seeds: {SHORT[line]}', [combine(p)], f'single: {SHORT[line]}', **independent(p, held.label))
-    most = len(FAMILIES)*len(held.seeds)
+    most = len(held.families)*len(held.seeds)
     for n in [n for n in (3, 5, 7, 9) if n <= most]:
         chosen = [members(held, n, k) for k in range(len(held.seeds) if n < most else 1)]
         worth = pd.DataFrame([independent(p, held.label) for p in chosen]).mean().to_dict()
@@ -103,7 +104,7 @@ def add_voters(t):
 
 def add_rules(t):
     held = t.held
-    p = np.stack([held.p[line, s] for line in FAMILIES for s in held.seeds])
+    p = np.stack([held.p[line, s] for line in held.families for s in held.seeds])
     t.add('all voters, mean', [combine(p)])
     t.add('all voters, logits', [combine(p, rule='logits')], 'all voters, mean')
     for rule in 'majority', 'ranks':
@@ -113,7 +114,7 @@ def add_rules(t):
 
 def add_sequential(t): # limits are calibrated on the other folds
     held = t.held
-    p = np.stack([held.p[line, s] for line in FAMILIES for s in held.seeds])
+    p = np.stack([held.p[line, s] for line in held.families for s in held.seeds])
     w = np.full(len(p), 1/len(p))
     for rule, change in ('majority', 0), ('mean', .001), ('mean', .01):
         asked = np.zeros(len(held.label))
