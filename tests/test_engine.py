@@ -100,6 +100,15 @@ def test_slots_count_the_base_and_the_largest_rank(tmp_path):
 def test_adapters_that_vllm_does_not_compute(tmp_path, config, why):
     with pytest.raises(Refusal, match=why): E.lora_slots([adapter(tmp_path/'a', **config)])
 
+def test_loras_in_fp32_are_refused_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(E, 'base_path', str)
+    lora = adapter(tmp_path/'a')
+    assert E.llm_options('tiny', [lora], 'fp32', 64, 1, {})['dtype'] == 'float32'
+    monkeypatch.setattr(E, '_has_gpu', lambda: True)
+    with pytest.raises(Refusal, match='16 bits only on a GPU'): E.llm_options('tiny', [lora], 'fp32', 64, 1, {})
+    assert E.llm_options('tiny', [lora], 'bf16', 64, 1, {})['dtype'] == 'bfloat16'
+    assert E.llm_options('tiny', [], 'fp32', 64, 1, {})['dtype'] == 'float32'
+
 def test_vllm_that_is_not_installed(monkeypatch, runs, tmp_path):
     from competition_kit.tables import load_rows
     monkeypatch.setattr(E, 'vllm_version', lambda: '')
