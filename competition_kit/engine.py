@@ -108,6 +108,8 @@ def _has_gpu():
     return torch.cuda.is_available()
 
 # %% ../nbs/lib/03m_engine.ipynb #ccd35219
+_beside = 1.8e9 # bytes that vLLM does not count: CUDA contexts of it and of the process that asks (1.7e9 on an H200)
+
 def gpu_share(
     free:int,         # Bytes
     total:int,        # Bytes
@@ -115,7 +117,8 @@ def gpu_share(
 ) -> float: # `gpu_memory_utilization` of vLLM
     "The share of a GPU's memory that an engine takes: most of what is free, and no more than its limit"
     share = .95*free/total-.01
-    return int(1000*(min(share, limit_gb*1e9/total) if limit_gb else share))/1000
+    if limit_gb: share = min(share, (limit_gb*1e9-_beside)/total)
+    return int(1000*max(0, share))/1000
 
 class _Server: # the answers, within the engine's process
     def start(self, llm, adapters, limit_gb=0.):
