@@ -20,7 +20,7 @@ The whole table of SmolLM2 on one H200 with vLLM, three commands of at most ten 
 | `--vote` | 18 adapters are compared, then write nine replies a row, as the base does | 2.8, and .5 an adapter |
 
 The second command is to be repeated until it begins no line, the third until it asks nobody. Nothing else may use the
-GPU beside vLLM. The same with `open=FILE --problems 200`, and with another base by `--base`, is another lease.
+GPU beside vLLM. The same with `open=FILE --problems 200`, and with another base by `--base`, are further tables.
 Where vLLM refuses an adapter, `--vote` goes on with transformers; `--small` tries all of this on a CPU."""
 import argparse, contextlib, itertools, json, os, random, tempfile, time
 from pathlib import Path
