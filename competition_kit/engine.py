@@ -9,7 +9,7 @@ __all__ = ['engines', 'lora_ranks', 'vllm_version', 'engine_input', 'prefix_orde
            'faster', 'EngineAsker', 'release', 'ask_engine', 'engine_facts']
 
 # %% ../nbs/lib/03m_engine.ipynb #17747667
-import gc, os, signal, subprocess, sys, tempfile, time, traceback
+import gc, os, re, signal, subprocess, sys, tempfile, time, traceback
 from importlib.metadata import PackageNotFoundError, version
 from inspect import isgenerator
 from multiprocessing import Pipe
@@ -89,8 +89,8 @@ def _rank(folder): # the largest of an adapter's layers
     return max(config['r'], *(config.get('rank_pattern') or {}).values(), 0)
 
 # %% ../nbs/lib/03m_engine.ipynb #081513ad
-_kept_names = set('PATH HOME USER LANG TMPDIR LD_LIBRARY_PATH CC CXX TORCH_CUDA_ARCH_LIST SITE OMP_NUM_THREADS'.split())
-_kept_kinds = 'CUDA_', 'NVIDIA_', 'NCCL_', 'HF_', 'VLLM_', 'XDG_', 'TRITON_', 'LC_'
+_kept_names = set('PATH HOME USER LANG TMPDIR LD_LIBRARY_PATH CC CXX SITE OMP_NUM_THREADS'.split())
+_kept_kinds = 'CUDA_', 'NVIDIA_', 'NCCL_', 'NVSHMEM_', 'TORCH_', 'HF_', 'VLLM_', 'XDG_', 'TRITON_', 'LC_'
 
 def engine_env() -> dict:
     "The environment of an engine: paths, devices and vLLM's own settings; nothing of torchrun or of the kit"
@@ -124,8 +124,9 @@ class _Server: # the answers, within the engine's process
     def start(self, llm, adapters, limit_gb=0.):
         import torch, vllm
         from vllm.lora.request import LoRARequest
-        if torch.cuda.is_available() and (limit_gb or llm['tensor_parallel_size'] == 1):
-            llm = dict(gpu_memory_utilization=gpu_share(*torch.cuda.mem_get_info(), limit_gb)) | llm
+        if torch.cuda.is_available():
+            memory = [torch.cuda.mem_get_info(k) for k in range(llm['tensor_parallel_size'])]
+            llm = dict(gpu_memory_utilization=min(gpu_share(*m, limit_gb) for m in memory)) | llm
         self.llm = vllm.LLM(**dict(enforce_eager=not torch.cuda.is_available()) | llm)
         self.loras = [None, *(LoRARequest(f'lora{k}', k, folder) for k, folder in enumerate(adapters, 1))]
         return vllm.__version__
@@ -182,6 +183,10 @@ def _start_process(log): # (the process, the pipe to it)
     theirs.close()
     return process, ours
 
+def _causes(lines): # a worker's error stands above that of the process which waits for it
+    errors = dict.fromkeys(line for line in lines if re.search(r'(Error|Exception): \S', line))
+    return ['Errors before these lines:', *list(errors)[-3:]] if errors else []
+
 def _end_process(process, patience): # and all that it has started, after some seconds for it to end by itself
     try: process.wait(patience)
     except subprocess.TimeoutExpired: pass
@@ -219,7 +224,8 @@ class EngineProcess:
     def _dead(self, what): # the error, with the last lines of the log
         lines = Path(self.log.name).read_text(encoding='utf-8', errors='replace').splitlines()
         self.close()
-        return EngineDied('\n'.join([f'{what}; its log ends with', *lines[-12:]]))
+        earlier = _causes(lines[:-12])
+        return EngineDied('\n'.join([f'{what}; its log ends with', *lines[-12:], *earlier]))
 
     def close(self):
         "End the process, and all that it has started"

@@ -30,9 +30,9 @@ def gone(pid, seconds=10):
 def test_an_engine_takes_no_more_of_a_gpu_than_its_limit(limit, share):
     assert E.gpu_share(135e9, 150e9, limit) == share
 
-@pytest.mark.parametrize('limit, gpus, share', [(0, 1, .813), (32, 1, .201), (32, 2, .201), (0, 2, None)])
+@pytest.mark.parametrize('limit, gpus, share', [(0, 1, .813), (32, 1, .201), (32, 2, .201), (0, 2, .5)])
 def test_what_vllm_is_started_with(monkeypatch, limit, gpus, share):
-    "a stand-in for vLLM and its GPU; several GPUs without a limit keep vLLM's own share"
+    "a stand-in for vLLM and its GPUs; of several the fullest decides"
     import torch
     class LLM:
         def __init__(self, **how): self.how = how
@@ -40,7 +40,7 @@ def test_what_vllm_is_started_with(monkeypatch, limit, gpus, share):
                 'vllm.lora.request': SimpleNamespace(LoRARequest=lambda *a: a)}
     for name, module in stand_in.items(): monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (130e9, 150e9))
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda k: ((130e9, 150e9), (80.6e9, 150e9))[k])
     server = E._Server()
     version = server.start(dict(model='m', tensor_parallel_size=gpus), ['a', 'b'], limit)
     assert version == '1.2' and server.llm.how.get('gpu_memory_utilization') == share
@@ -76,6 +76,13 @@ def test_an_error_comes_with_the_log_and_leaves_no_process():
     with pytest.raises(E.EngineDied, match='no_such_request(.|\n)*its log ends with\n(.|\n)*AttributeError'):
         e._ask('no_such_request')
     with pytest.raises(ProcessLookupError): os.killpg(e.process.pid, 0)
+
+def test_the_error_of_a_worker_is_told():
+    e = begun()
+    e.log.write(b'(Worker_TP1) ValueError: 90 of 139 GiB are free\n'*2+b'  File "executor.py"\n'*20)
+    e.log.flush()
+    with pytest.raises(E.EngineDied, match=r'Errors before these lines:\n\(Worker_TP1\) ValueError: 90 of 139[^\n]*$'):
+        e._ask('no_such_request')
 
 # ---- what is refused before vLLM starts
 def adapter(folder, **config):
