@@ -106,11 +106,11 @@ def piece_size(
     clock:Clock,
     first:float, # Units of the first piece, and the least of a later one
     share:float=.01, # Of the budget that a piece should take
+    longest:float=60., # Seconds that a piece should take at most: what is finished is saved after it
 ) -> float: # Units
     "The size of the next piece"
-    if not clock.minutes: return np.inf
-    pace = seconds_per_unit(clock)
-    return max(first, share*clock.minutes*60/pace) if pace else first
+    if not (pace := seconds_per_unit(clock)): return first
+    return max(first, min(longest, share*60*clock.minutes or np.inf)/pace)
 
 def cut_pieces(
     units, # [rows], such as tokens

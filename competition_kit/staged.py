@@ -35,6 +35,7 @@ def no_answers(
     runs = len(voter)
     return Answers(np.asarray(voter), np.zeros((runs, n_rows, options), np.float32), np.zeros((runs, n_rows), np.int8))
 
+# %% ../nbs/lib/02o_staged.ipynb #976c12f2
 def voter_means(
     a:Answers,
 ): # ([voters, rows, options] mean over each voter's runs, [voters, rows] bool: has one of them answered?)
@@ -120,6 +121,10 @@ def _open_rows(a, k, order, weights, rule, limits): # [rows] bool: does a row ne
     total = np.tensordot(weights[first], np.stack([option_scores(p[v], rule) for v in first]), 1)/weights.sum()
     return asked & still_open(total, limits[k-1])
 
+def _forget(a, voter, rows): # all answers but a voter's, for all other rows
+    later, others = a.voter != voter, np.setdiff1d(np.arange(a.views.shape[1]), rows)
+    for x in (a.total, a.views): x[np.ix_(later, others)] = 0
+
 def _first_unanswered(a, run, rows): return rows[a.views[run, rows] == 0][:max(1, round(.05*len(rows)))]
 
 # %% ../nbs/lib/02o_staged.ipynb #d43d3dd0
@@ -147,6 +152,7 @@ def passes(
                 if callable(share):
                     yield run, list(range(views)), _first_unanswered(a, run, rows_in_doubt(a, order[0], share=1))
                     share = share()
+                    _forget(a, order[0], rows_in_doubt(a, order[0], share))  # the first rows may be more than the share
                 chosen = rows_in_doubt(a, order[0], share)
             rows = chosen if k else np.argsort(margin(vote_so_far(a, weights, prior, rule)), kind='stable')
             need = a.views[run] == done
@@ -213,7 +219,7 @@ def staged_vote(
     def pieces(run, views, rows):
         yield 0, lambda: progress.load(run)
         units = tokens[run, rows]*len(views)
-        for at in cut_pieces(units, lambda: piece_size(clock, first)):
+        for at in cut_pieces(units, lambda: piece_size(clock, first, longest=every)):
             yield units[at].sum(), lambda: answer(run, views, rows[at])
     def expected(run):
         if run == progress.run: return 0.
