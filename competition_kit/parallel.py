@@ -33,7 +33,7 @@ class Part:
     rows:object    # A part of the table
     answers:Answers# Those so far, of these rows
     how:dict       # Arguments of `passes`
-    minutes:float  # Until the time is up; 0: no limit
+    end:float      # When the time is up, in seconds of `time.monotonic`, which all processes share; inf: no limit
     limit_gb:float # Memory of the GPU; 0: no limit
     first:float    # Tokens of the first piece
 
@@ -43,7 +43,8 @@ def answer_part(
     "Ask all voters for a part of the rows"
     path = Path(path)
     part, out = pickle.loads(path.read_bytes()), path.with_suffix('.npz')
-    clock = Clock(part.minutes, safety=0)
+    left = part.end-time.monotonic()  # what starting this process took is gone
+    clock = Clock(max(left, 1)/60 if np.isfinite(left) else 0, safety=0)
     if part.limit_gb:
         from competition_kit.memory import limit_memory
         limit_memory(part.limit_gb)
@@ -94,9 +95,9 @@ def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of
     for k, at in enumerate(row_parts(np.atleast_2d(asker.sizes).sum(0), n)):
         rows = asker.rows.iloc[at].reset_index(drop=True)
         rows.attrs = asker.rows.attrs
-        minutes = max(clock.left(), 1)/60 if clock.minutes else 0.
         mine = Answers(a.voter, a.total[:, at], a.views[:, at])
-        part = Part(make, rows, mine, how | dict(prior=how['prior'][at]), minutes, limit_gb, first)
+        end = time.monotonic()+clock.left()
+        part = Part(make, rows, mine, how | dict(prior=how['prior'][at]), end, limit_gb, first)
         out.append((folder/f'{k}.part', at))
         out[-1][0].write_bytes(pickle.dumps(part))
     return out
