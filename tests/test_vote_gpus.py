@@ -210,3 +210,15 @@ def test_bad_numbers_of_gpus():
     for bad in dict(gpus=0), dict(gpus=2, rule='ranks'), dict(gpus=2, rescore=0), shared, shared | dict(engine='auto'):
         with pytest.raises(Refusal):
             VoteArgs(**bad)
+
+
+def test_a_part_ends_when_the_vote_does(asker, tmp_path, monkeypatch):
+    "a part that was written 20 seconds before its process looks at the clock has 10 of its 30 seconds left"
+    driver, _, _ = voted(asker, 'lives', 0, tmp_path)
+    part = P.Part(partial(asker, fate='lives'), driver.rows, driver.answers,
+                  dict(weights=[1, 1], prior=np.full((N, 3), 1 / 3), views=1), time.monotonic() + 30 - 20, 0, 4096)
+    (tmp_path / '0.part').write_bytes(P.pickle.dumps(part))
+    clocks = []
+    monkeypatch.setattr(P, 'Clock', lambda minutes, safety: clocks.append(Clock(minutes, safety=safety)) or clocks[0])
+    P.answer_part(tmp_path / '0.part')
+    assert 9 < 60 * clocks[0].minutes <= 10
