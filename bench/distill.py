@@ -1,6 +1,7 @@
 """What do teachers and pseudo-labels give a small student? Every fold of a table, beside labels alone.
 
-usage: python bench/distill.py open=FILE alpaca=FILE --teacher BASE [--lines labels …] [--folds 5] [--jobs 4]
+usage: python bench/distill.py open=FILE alpaca=FILE --teacher BASE [--lines labels …] [--folds 5] [--seeds 3]
+                                [--jobs 4] [--set JSON] [--until SECONDS] [--out FOLDER]
 The first table is trained on and held out; the second gives unlabelled rows (its labels are hidden), or real labels.
 Each line of the result is compared with `labels`, or with the line that it names, fold by fold and seed by seed;
 `least` is the smallest difference that two standard errors of these pairs can tell."""

@@ -1,9 +1,11 @@
 """GPTQ: the time of a layer beside plain GPTQModel, and what quantising costs a fine-tuned model.
 
 usage: python bench/gptq.py time [--layers 4] [--rows 128] [--tokens 2047] [--bits 4 8] [--kind llama qwen2]
+                                    [--group 128] [--shape JSON]
        python bench/gptq.py kill [--layers 4] [--rows 128] [--tokens 2047] [--bits 4] [--kind llama]
+                                    [--group 128] [--shape JSON]
        python bench/gptq.py quality open=FILE alpaca=FILE [--folds 5] [--first 0] [--seeds 3] [--jobs 4] [--lines …]
-                                    [--set JSON] [--quantise JSON] [--until SECONDS]
+                                    [--set JSON] [--quantise JSON] [--until SECONDS] [--out FOLDER]
 `time` makes a model of the 14B shape with random weights, cut to some layers, and quantises it twice in each of the
 settings: by GPTQModel alone, and by the kit. `kill` ends the kit's run by SIGKILL when half of the layers are finished,
 continues it, and compares its bytes with those of a whole run. `quality` trains the folds of the first table, quantises
@@ -233,7 +235,7 @@ if __name__ == '__main__':
     q = what.add_parser('quality')
     q.add_argument('tables', nargs=2)
     q.add_argument('--lines', nargs='+', default=list(LINES), choices=list(LINES))
-    q.add_argument('--folds', type=int, default=5)
+    q.add_argument('--folds', type=int, default=5, help='end of the folds, exclusive')
     q.add_argument('--first', type=int, default=0, help='fold to begin with')
     q.add_argument('--seeds', type=int, default=3)
     q.add_argument('--jobs', type=int, default=4, help='processes a GPU')

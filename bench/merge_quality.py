@@ -1,7 +1,7 @@
 """What does merging cost? Folds and seeds, merged in every way, on a table that no run has seen.
 
 usage: python bench/merge_quality.py pairs_open.parquet [--seeds 3] [--first 0] [--folds 5] [--jobs 4] [--base B]
-                                     [--int4] [--families …] [--set JSON] [--until SECONDS]
+                                     [--int4] [--families …] [--set JSON] [--until SECONDS] [--out FOLDER]
 A fifth of the groups is set apart. Three families of runs are trained on the rest: folds with one seed (a shared
 start), folds with a seed each (independent starts), and as many seeds on all rows. Every draw is one more repetition.
 Each line is compared with the mean of the five folds' probabilities, row by row; `least` is the smallest difference
@@ -158,7 +158,7 @@ if __name__ == '__main__':
     p.add_argument('table')
     p.add_argument('--base', default='smollm2')
     p.add_argument('--int4', action='store_true', help='also train over the base in 4 bits')
-    p.add_argument('--seeds', type=int, default=3, help='draws')
+    p.add_argument('--seeds', type=int, default=3, help='end of the draws, exclusive')
     p.add_argument('--first', type=int, default=0, help='draw to begin with')
     p.add_argument('--families', nargs='*', default=FAMILIES, choices=FAMILIES)
     p.add_argument('--folds', type=int, default=5)

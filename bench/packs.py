@@ -3,6 +3,7 @@
 LMSYS-like lengths of at most 2,048 tokens, both views, packs of 16,384 tokens; the aim is 0.5 s for a million rows.
 
 The prefix tree: python bench/packs.py tree FOLDER [--rows 300] [--models smollm2:30 qwen2.5-7b:4] [--budget 16384]
+           [--times 3]
 
 FOLDER holds pairs_open.parquet and logic_open.jsonl. Each line compares one view with two views, in packs with one
 shared prefix and with a tree: computed tokens of all rows, and the time of `--rows` rows, interleaved. A model is a

@@ -1,7 +1,7 @@
 """Log-loss and accuracy on real rows: every fold of a table under several settings, beside the table's baselines.
 
 usage: python bench/quality.py NAME=FILE [NAME=FILE ...] [--settings 'ROUTE, METHOD[, LEVER ...]' ...]
-           [--folds 0 1 2 3 4] [--seeds 0] [--jobs 2] [--set name=value ...] [--out FOLDER]
+           [--folds 0 1 2 3 4] [--seeds 0] [--jobs 2] [--set name=value ...] [--until SECONDS] [--out FOLDER]
        python bench/quality.py --read FOLDER [FOLDER ...]
 The first table is trained on and held out fold by fold; further ones may be mixed in by a setting.
 Each run is `train_fold` in a root of its own; a GPU is shared by `--jobs` processes.

@@ -1,7 +1,7 @@
 """A real step of every training and every prediction of the recipes at scale `seed`, beside what the planner expects.
 
 usage: python bench/rehearse.py [--recipes NAME ...] [--seconds 280] [--out rehearse.jsonl] [--compiled] [--small]
-    [--table]
+    [--table] [--gpu NAME]
 Shapes, dtypes, LoRA and packs are those of the recipe, weights are random. A model is cut to 2 and 4 layers, with and
 without activation checkpointing, and time and memory are extended to all layers: a + b x layers. Equal work is done
 once, at its longest rows. One JSON line each goes to `--out`; work that stands there is not done again, and no work is
@@ -161,7 +161,7 @@ def arguments():
     add('--compiled', action='store_true')
     add('--small', action='store_true')
     add('--table', action='store_true')
-    add('--gpu', help='plan for this GPU of `known_gpus` instead of the one at hand')
+    add('--gpu', metavar='NAME', help='plan for this GPU of `known_gpus` instead of the one at hand')
     return p.parse_args()
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-"""Rationales → training on them → a vote → a submission, each stage killed once: python bench/text_chain.py [FOLDER]
+"""Rationales → training on them → a vote → a submission, each stage killed once:
+python bench/text_chain.py [FOLDER] [--rows 48]
 
 The embedded base writes about rows of the logic sample, is trained on what was accepted, and votes by texts beside a
 letter run. Everything happens below FOLDER (default: a new one). Says the minutes of each stage and the minutes of

@@ -4,7 +4,8 @@ LoRA on the true shape of a base with random weights, LMSYS-like lengths.
 
 usage: python bench/train.py [--shape qwen2.5-7b] [--what kit kit-fit kit-shared kit-dropout kit-keep kit-nf4 kit-gptq
     kit-eager kit-liger peft hf hf-grouped frozen teacher teacher-nf4 teacher-gptq distill-ratio] [--layers 4 8]
-    [--r 64] [--budget 16384] [--max-len 2048] [--whole]     (shape: a name of `known_bases`)
+    [--r 64] [--budget 16384] [--max-len 2048] [--whole] [--warm 3] [--packs 8] [--template 160] [--fixed TOKENS]
+    [--recompute LAYERS]     (shape: a name of `known_bases`)
 Time is measured at two numbers of layers and extended to all (a + b x layers); --whole measures the whole model
 instead. `distill-ratio` trains one whole model with the plain loss and with two teachers' loss, in turns.
 Prints the share of the bound of 4N (a frozen base needs a forward and the gradients of its inputs; a teacher the

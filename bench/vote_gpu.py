@@ -1,6 +1,7 @@
 """How long do nine voters take beside one, and does the forecast of a vote under a budget hold?
 
-usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--what cascade nine gpus] [--set JSON]
+usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--what cascade nine gpus] [--seeds 3]
+           [--set JSON] [--pack-tokens 32768] [--gpus 2] [--engines packs vllm] [--memory GB] [--jobs 4] [--small]
 cascade: the 135M, then the teacher for as many rows as are worth it; nine: below; gpus: voters without a score head by
 packs on one GPU, then by packs and by vLLM on `--gpus`, one process each. `--small`: 60 rows and one seed, for a CPU.
 Nine voters (fold 0 of the three families of `vote_quality.py`, three seeds) predict the rows of the second file. They
