@@ -120,6 +120,7 @@ def gpu_share(
     if limit_gb: share = min(share, (limit_gb*1e9-_beside)/total)
     return int(1000*max(0, share))/1000
 
+# %% ../nbs/lib/03m_engine.ipynb #2c4e4a7c
 class _Server: # the answers, within the engine's process
     def start(self, llm, adapters, limit_gb=0.):
         import torch, vllm
@@ -153,6 +154,7 @@ class _Server: # the answers, within the engine's process
                 o = done.outputs[0]
                 yield int(done.request_id), dict(text=o.text, tokens=list(o.token_ids), finish=o.finish_reason)
 
+# %% ../nbs/lib/03m_engine.ipynb #2c8fc9d0
 def serve(
     fd:int, # Of the pipe to the process that asks
 ):
@@ -281,6 +283,9 @@ class ServedModel(EngineProcess):
         **options,                # Further arguments of `vllm.LLM`
     ):
         engine_input('vllm')
+        if 0 < limit_gb*1e9 <= _beside and _has_gpu():
+            raise Refusal(f'vLLM needs more than {limit_gb:g} GB: CUDA contexts alone take {_beside/1e9:g}',
+                          fix='Raise max_memory_gb, or take engine=packs')
         llm = llm_options(base, adapters, dtype, max_len, tensor_parallel, options)
         self.n_adapters, self.limit, self.gpus = len(adapters), limit, tensor_parallel
         self._begin()
@@ -478,6 +483,7 @@ def _by_packs(asker, same, gate, other): # run → probabilities, and the second
     free_gpu()
     return kit, seconds*len(same)
 
+# %% ../nbs/lib/03m_engine.ipynb #b7add06f
 def _start(asker, same): # an `Engine` for these runs
     rec, longest = asker.recs[same[0]], max(int(asker._encoded(r).n.max()) for r in same)
     adapters = [] if is_full(rec) else [weights_path(asker.recs[r]) for r in same]
@@ -522,26 +528,8 @@ def _measure(asker, same, decided): # starts an engine that passes the gate, or 
     chosen, facts['why'] = faster(packs, vllm, start)
     return facts | (dict(engine='packs') if chosen == 'packs' else {})
 
-# %% ../nbs/lib/03m_engine.ipynb #c1750672
-class EngineAsker(_Served):
-    "A `RunAsker` that may ask vLLM; use it in a `with` block, which ends the engine"
-    def __init__(self,
-        runs,                 # Ids of train runs
-        rows,                 # The table that is asked about
-        views:int=2,          # 1: rows as they are; 2: also swapped
-        pack_tokens:int=4096, # Tokens in a pack
-        engine:str='packs',   # `packs`, `vllm` or `auto`
-        folder='.',           # For `engine.json`: which engine predicts, and what the gate measured
-        **options,            # For `Engine`
-    ):
-        engine_input(engine)
-        super().__init__(runs, rows, views, pack_tokens)
-        self.engine, self.options, self.server = engine if vllm_version() else 'packs', options, None
-        self.file, self.facts = Path(folder)/'engine.json', {}
-        if self.engine == 'auto' and self.file.exists(): self.facts = read_json(self.file)
-        for run, rec in self.recs.items():
-            if self.engine == 'vllm' and (why := why_not_served(rec)): raise Refusal(why, run, fix='Take engine=auto')
-
+# %% ../nbs/lib/03m_engine.ipynb #a60561e1
+class _Choosing(_Served): # which engine answers for the runs on one base
     def choose(self, run):
         "The engine for the runs on one base: `packs`, or `vllm`, which is then running"
         if self.engine == 'packs': return 'packs'
@@ -565,6 +553,31 @@ class EngineAsker(_Served):
         self.facts[' '.join(self.served)] = facts
         write_json(self.file, self.facts)
 
+    def _died(self, error): # `auto` goes on with packs; what the gate measured stays in the record
+        if self.engine == 'vllm': raise error
+        self.server = None
+        self._note(self.facts.get(' '.join(self.served), {}) | dict(engine='packs', why=str(error)))
+
+# %% ../nbs/lib/03m_engine.ipynb #c1750672
+class EngineAsker(_Choosing):
+    "A `RunAsker` that may ask vLLM; use it in a `with` block, which ends the engine"
+    def __init__(self,
+        runs,                 # Ids of train runs
+        rows,                 # The table that is asked about
+        views:int=2,          # 1: rows as they are; 2: also swapped
+        pack_tokens:int=4096, # Tokens in a pack
+        engine:str='packs',   # `packs`, `vllm` or `auto`
+        folder='.',           # For `engine.json`: which engine predicts, and what the gate measured
+        **options,            # For `Engine`
+    ):
+        engine_input(engine)
+        super().__init__(runs, rows, views, pack_tokens)
+        self.engine, self.options, self.server = engine if vllm_version() else 'packs', options, None
+        self.file, self.facts = Path(folder)/'engine.json', {}
+        if self.engine == 'auto' and self.file.exists(): self.facts = read_json(self.file)
+        for run, rec in self.recs.items():
+            if self.engine == 'vllm' and (why := why_not_served(rec)): raise Refusal(why, run, fix='Take engine=auto')
+
     def load(self, run):
         self.run, began, before = run, time.perf_counter(), self.server
         if self.choose(run) == 'packs': return super().load(run)
@@ -575,9 +588,7 @@ class EngineAsker(_Served):
         if self.server is None: return super().ask(at, view)
         try: return self._ask_server(self.run, at, view)
         except EngineDied as e:
-            if self.engine == 'vllm': raise
-            self.server = None
-            self._note(dict(engine='packs', why=str(e)))
+            self._died(e)
             super().load(self.run)
             return super().ask(at, view)
 
@@ -589,6 +600,24 @@ def release(
     asker.close()
     asker.model = asker.base = None
     free_gpu()
+
+# %% ../nbs/lib/03m_engine.ipynb #d9c65830
+def _served_key(asker, run): return hash_obj([prediction_key(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
+
+def _copy_served(asker, run, file): # the same predictions from another vote
+    if asker.engine == 'vllm' and kept_probs(file, asker.rows, asker.views) is None:
+        copy_earlier(file, asker.rows, asker.views, _served_key(asker, run))
+
+def _write_served(asker, run, file): # predict by vLLM and write the table; False if the engine has died
+    asker.load(run)
+    at, rec = np.arange(len(asker.rows)), asker.recs[run]
+    try: p = sum(asker._ask_server(run, at, view) for view in range(asker.views))/asker.views
+    except EngineDied as e:
+        asker._died(e)
+        return False
+    write_probs(file, asker.rows, p, asker.task, asker.views, trained_on(rec, asker.rows), run=run,
+                tokenizer=rec['tokenizer'], engine=f'vllm {vllm_version()}', made_of=_served_key(asker, run))
+    return True
 
 # %% ../nbs/lib/03m_engine.ipynb #8153f160
 def ask_engine(
@@ -608,9 +637,11 @@ def ask_engine(
             _copy_served(asker, r, files[r])
             if kept_probs(files[r], rows, views) is not None: continue
             if asker.choose(r) == 'packs' or not _write_served(asker, r, files[r]): packs.append(r)
+    release(asker)
     tables = predict_runs(packs, rows, folder, views, pack_tokens, progress)
     return tables | {r: kept_probs(f, rows, views) for r, f in files.items() if r not in tables}
 
+# %% ../nbs/lib/03m_engine.ipynb #2fe57c68
 def engine_facts(
     folder, # As for `ask_engine`
 ) -> dict: # Run ids → `engine`, `parity` and `why`; by process where there were several; empty with packs alone
@@ -618,18 +649,3 @@ def engine_facts(
     own, file = {}, Path(folder)/'engine.json'
     if file.exists(): own = read_json(file)
     return own | {f'process {f.parent.name}': read_json(f) for f in sorted(Path(folder).glob('parts/*/engine.json'))}
-
-def _served_key(asker, run): return hash_obj([prediction_key(asker.recs[run], asker.rows), f'vllm {vllm_version()}'])
-
-def _copy_served(asker, run, file): # the same predictions from another vote
-    if asker.engine == 'vllm' and kept_probs(file, asker.rows, asker.views) is None:
-        copy_earlier(file, asker.rows, asker.views, _served_key(asker, run))
-
-def _write_served(asker, run, file): # predict by vLLM and write the table; False if the engine has died
-    asker.load(run)
-    at, rec = np.arange(len(asker.rows)), asker.recs[run]
-    p = asker.ask_views(at, range(asker.views))/asker.views
-    if asker.server is None: return False
-    write_probs(file, asker.rows, p, asker.task, asker.views, trained_on(rec, asker.rows), run=run,
-                tokenizer=rec['tokenizer'], engine=f'vllm {vllm_version()}', made_of=_served_key(asker, run))
-    return True

@@ -222,3 +222,30 @@ def test_a_part_ends_when_the_vote_does(asker, tmp_path, monkeypatch):
     monkeypatch.setattr(P, 'Clock', lambda minutes, safety: clocks.append(Clock(minutes, safety=safety)) or clocks[0])
     P.answer_part(tmp_path / '0.part')
     assert 9 < 60 * clocks[0].minutes <= 10
+
+
+def test_packs_take_over_from_an_engine_that_dies(runs, vllm, monkeypatch, tmp_path):
+    "the run that it had answered stays its, the other is predicted by packs, and the gate's figures stay in the record"
+    monkeypatch.setattr(E, '_least_seconds', 0.0)
+    monkeypatch.setattr(E, 'faster', lambda packs, vllm, start: ('vllm', 'vLLM is faster'))
+    rows, two, folder, ask = load_rows('sample_arena_test'), runs[:2], tmp_path / 'v', E.EngineAsker._ask_server
+    folder.mkdir()
+
+    def ask_server(self, run, at, view):
+        if run == two[1]: raise E.EngineDied('the vLLM engine died (exit code -9)')
+        monkeypatch.setattr(E.RunAsker, 'ask', None)  # from here on packs predict by `predict_runs` alone
+        return ask(self, run, at, view)
+
+    monkeypatch.setattr(E.EngineAsker, '_ask_server', ask_server)
+    got = E.ask_engine(two, rows, folder, engine='auto', progress=False, tensor_parallel=1)
+    want = E.predict_runs(two, rows, tmp_path / 'packs', progress=False)
+    for r in two: np.testing.assert_allclose(np.stack(got[r].p), np.stack(want[r].p), atol=1e-4)
+    assert [got[r].attrs['meta'].get('engine') for r in two] == ['vllm 1.2.3', None]
+    facts = E.engine_facts(folder)[' '.join(two)]
+    assert facts['engine'] == 'packs' and 'died' in facts['why'] and set(facts['parity']) == set(two)
+
+
+def test_a_limit_below_the_cuda_contexts_is_refused(monkeypatch):
+    monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
+    monkeypatch.setattr(E, '_has_gpu', lambda: True)
+    with pytest.raises(Refusal, match='more than 1.5 GB.*Raise max_memory_gb'): E.ServedModel('smollm2', limit_gb=1.5)
