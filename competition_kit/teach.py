@@ -167,12 +167,13 @@ def _check_part(p, n, label, name, fold):
     if fold is None:
         step = best_shift(p, label)
         rivals = {f'rows shifted by {step}': np.roll(p, step, 0)} | fixed
-    best = max(rivals, key=lambda k: _gain(p, rivals[k], label)[0])
-    gain, errors = _gain(p, rivals[best], label)
-    if errors <= (7 if best not in fixed else 3 if fold is None else 4): return
-    where = '' if fold is None else f' of fold {fold}'
+    def limit(k): return 7 if k not in fixed else 3 if fold is None else 4
+    gains = {k: _gain(p, q, label) for k, q in rivals.items()}
+    better = {k: gain for k, (gain, errors) in gains.items() if errors > limit(k)}
+    if not better: return
+    best, where = max(better, key=better.get), '' if fold is None else f' of fold {fold}'
     raise Refusal(f'its log-loss on {len(label)} labels{where} is {log_loss(p, label):.3f}, '
-                  f'and {log_loss(rivals[best], label):.3f} with {best} ({errors:.0f} standard errors)', name,
+                  f'and {log_loss(rivals[best], label):.3f} with {best} ({gains[best][1]:.0f} standard errors)', name,
                   fix='Check the order of its columns and rows, and that it was trained on this task')
 
 # %% ../nbs/lib/02h_teach.ipynb #f64eb94c
@@ -183,19 +184,19 @@ def signs(
 ) -> list: # Sentences; empty where nothing speaks against the teacher
     "What speaks against a teacher that claims unseen rows: it may have been trained on them, or belong to other rows"
     here = t.has & (t.seen == 0) & (rows.label >= 0).to_numpy()
-    if not here.any(): return []
-    loss = pd.Series(-np.log(np.maximum(t.p[here, rows.label[here]], 1e-3)))
+    if here.sum() < 30: return []  # as in `check_teacher`
+    label, logp = rows.label[here].to_numpy(), np.log(np.maximum(t.p[here], 1e-3))
+    loss = pd.Series(-logp[np.arange(len(label)), label])
     out, by = [], loss.groupby(rows.fold[here].to_numpy()).agg(['mean', 'sem'])
     worst, rest = by['mean'].idxmax(), by['mean'].drop(by['mean'].idxmax())
     alone = by['mean'][worst] - 3*by['sem'][worst]
     if len(rest) > 1 and alone > rest.max() and by['mean'][worst] > 1.5*rest.max():
         out.append(f"{t.name}: log-loss {by['mean'][worst]:.3f} on fold {worst} and {rest.mean():.3f} on the others: "
                    'it was probably trained on the others')
-    label = rows.label[here].to_numpy()
-    gain, errors = _gain(t.p[here], np.random.default_rng(0).permutation(t.p[here]), label)
-    if errors > -2:
+    share = class_prior(label, np.full(len(label), t.p.shape[1]), t.p.shape[1])
+    gain, prior = -(share*logp).sum(1)-loss, log_loss(share, label)  # over the mean of all orders of the labels
+    if gain.mean() <= 2*gain.sem()+1e-6:
         out.append(f'{t.name}: its log-loss is no better than with its rows shuffled: it knows nothing about them')
-    prior = log_loss(class_prior(label, np.full(len(label), t.p.shape[1]), t.p.shape[1]), label)
     if reference is None and loss.mean() < prior/4:
         out.append(f'{t.name}: log-loss {loss.mean():.3f} on rows that it claims not to have seen; the class prior '
                    f'reaches {prior:.3f}. Train a model on these rows with 04_train to see what is possible')
