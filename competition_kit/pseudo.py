@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['margins', 'filter_rows', 'soft_rows', 'near_rows', 'compared_tables', 'PseudoArgs', 'vote_of', 'reasons', 'round_of',
-           'pseudo', 'pseudo_metrics', 'plot_margins']
+           'pseudo_metrics', 'pseudo', 'plot_margins']
 
 # %% ../nbs/06_pseudo.ipynb #6eba154f
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ def margins(
 def _first(keys, margin, open_, limit): # the rows beyond the first `limit` of each key, the largest margins first
     order = np.argsort(-margin, kind='stable')
     order = order[open_[order]]
-    place = pd.Series(np.asarray(keys)[order]).groupby(np.asarray(keys)[order]).cumcount().to_numpy()
+    keys = pd.Series(np.asarray(keys)[order])
+    place = keys.groupby(keys, dropna=False).cumcount().to_numpy()
     over = np.zeros(len(margin), bool)
     over[order[place >= limit]] = True
     return over
@@ -185,6 +186,17 @@ def round_of(
     made_by = [read_meta(table_path(t)).get('run', '') for t in tables]
     return 1 + max([find_run(r)['round'] for r in made_by if r.startswith('pseudo-')], default=0)
 
+# %% ../nbs/06_pseudo.ipynb #9f24c6b8
+def pseudo_metrics(
+    rows, # Table of rows
+    p,    # [rows, options], the vote
+    why,  # [rows], from `reasons`
+) -> dict: # Scores of the vote where there are labels, and rows by what happened to them
+    "Metrics of a table of pseudo-labels"
+    known = np.isfinite(p[:, 0]) & (rows.label >= 0).to_numpy()
+    score = scores(p[known], rows.label[known].to_numpy()) if known.any() else {}
+    return dict(score, **{k: int(n) for k, n in pd.Series(why).value_counts().items()})
+
 # %% ../nbs/06_pseudo.ipynb #6e603bb5
 def pseudo(
     run,             # From `run_stage`
@@ -211,16 +223,6 @@ def _nothing_left(why, teachers):
     known = ', '.join(f'{t.name}: {t.has.sum()}' for t in teachers)
     fix = f'Loosen the filters. Rows with probabilities of a model that has not seen them: {known}'
     return Refusal(f'no row is left: {pd.Series(why).value_counts().to_dict()}', fix=fix)
-
-def pseudo_metrics(
-    rows, # Table of rows
-    p,    # [rows, options], the vote
-    why,  # [rows], from `reasons`
-) -> dict: # Scores of the vote where there are labels, and rows by what happened to them
-    "Metrics of a table of pseudo-labels"
-    known = np.isfinite(p[:, 0]) & (rows.label >= 0).to_numpy()
-    score = scores(p[known], rows.label[known].to_numpy()) if known.any() else {}
-    return dict(score, **{k: int(n) for k, n in pd.Series(why).value_counts().items()})
 
 # %% ../nbs/06_pseudo.ipynb #60c40ec3
 def plot_margins(

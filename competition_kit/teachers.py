@@ -151,6 +151,7 @@ def _mean(name, tables, use): # the mean of the members that may predict a row
     seen = np.max([np.where(u, t.seen, -1) for u, t in zip(use, tables)], 0)
     return Teacher(name, p, seen.astype(np.int8))
 
+# %% ../nbs/lib/03i_teachers.ipynb #5c0a9d17
 def _lacking(recs, tables, use): # [members, rows], bool: what is still to be predicted
     return np.stack([u & ~t.has & (r['stage'] != 'adopt') for r, t, u in zip(recs, tables, use)])
 
