@@ -105,6 +105,7 @@ class TeacherArgs(TrainArgs):
         one_of(self, route=('answer', 'score', 'score2'), missing=('refuse', 'label'),
                form=('seed', 'soft', 'kl'), clean=('neutral', 'teacher'))
         at_least(self, 0, 'temperature', 'clean_below')
+        if self.label_weight != -1: at_least(self, 0, 'label_weight')
         if self.online and self.clean_below:
             raise Refusal('clean_below needs all teacher probabilities before training', fix='Take online=False')
         if not self.teachers.split():
@@ -173,7 +174,7 @@ def cached_teachers(
 ) -> list: # `Teacher`s of the rows to train on
     "Ask the teachers, or read what an earlier run has asked"
     rows, task = args.train_rows, args.prompt.task
-    key = hash_obj([teacher_inputs(args.names), table_hashes(args.mix), args.seed, args.fold, args.in_sample])
+    key = hash_obj([teacher_inputs(args.names), table_hashes(args.mix), list(rows.id), args.fold, args.in_sample])
     file = models_path('.teachers', f'{key}.parquet')
     if not file.exists():
         how = dict(fold=args.fold, in_sample=args.in_sample, pack_tokens=4*args.pack_tokens)
@@ -225,13 +226,17 @@ def check_teachers(
     args, # `DistillArgs`
 ) -> dict: # Facts for the record
     "Refuse teachers that are permuted or incomplete; print their scores and the signs that they have seen rows"
-    rows, teachers = args.train_rows, args.taught
-    for t, lacks in zip(teachers, ~args.targets.use[:, 1:].T):
+    rows, teachers, use = args.train_rows, args.taught, args.targets.use
+    for t, lacks in zip(teachers, ~use[:, 1:].T):
         check_teacher(t, rows, args.prompt.task)
         if args.missing == 'refuse' and lacks.any():
             raise Refusal(f'{t.name} has no probability for {lacks.sum()} of {len(rows)} rows',
                           ids=rows.id[lacks].tolist(),
                           fix='Train its other folds, take missing=label, or in_sample=True')
+    idle = ~(use[:, 1:].any(1) | use[:, 0] & (args.terms.ce > 0))
+    if idle.any():
+        raise Refusal(f'{idle.sum()} of {len(rows)} rows have no teacher, and no label that counts',
+                      ids=rows.id[idle].tolist(), fix='Take form=seed or soft, label_weight > 0, or a mix without them')
     table = teacher_table(teachers, rows)
     found = [s for t in teachers for s in signs(t, rows, best_log_loss(args.mix))]
     print(table.to_string(), *found, f'{args.targets.cleaned.sum()} rows cleaned', sep='\n', flush=True)
@@ -293,11 +298,13 @@ def plot_teachers(
     plt.close(fig)
     return fig
 
-def _plot_agreement(teachers, ax): # how often any two choose the same option
+def _plot_agreement(teachers, ax): # how often any two choose the same option, of the rows that both have
     k = len(teachers)
-    best = np.array([np.nan_to_num(t.p).argmax(1) for t in teachers])
-    ax.imshow((best[:, None] == best).mean(-1), vmin=0, vmax=1, cmap='Blues')
-    for i, j in np.ndindex(k, k): ax.text(j, i, f'{(best[i] == best[j]).mean():.2f}', ha='center', va='center')
+    best = np.stack([np.where(t.has, np.nan_to_num(t.p).argmax(1), np.nan) for t in teachers])
+    shared = np.isfinite(best[:, None]+best).sum(-1)
+    same = (best[:, None] == best).sum(-1)/np.where(shared, shared, np.nan)
+    ax.imshow(same, vmin=0, vmax=1, cmap='Blues')
+    for i, j in np.ndindex(k, k): ax.text(j, i, f'{same[i, j]:.2f}', ha='center', va='center')
     ax.set(title='agreement', xticks=range(k), yticks=range(k))
 
 
@@ -310,7 +317,7 @@ def student_and_teachers(
     table = run_table(run)
     for name in args.names:
         same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
-        if same: table.loc[name] = {k: same[0]['metrics'].get(k) for k in table}
+        if same: table.loc[same[0]['run_id']] = {k: same[0]['metrics'].get(k) for k in table}
     return table.rename(index={'this run': 'the student'}).sort_values('log_loss')
 
 # %% ../nbs/07_distill.ipynb #e2f70e36

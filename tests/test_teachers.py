@@ -6,7 +6,7 @@ import pytest
 from competition_kit.adopt import adopt_files
 from competition_kit.ck import main
 from competition_kit.core import Refusal, data_path, models_path, read_json, read_table
-from competition_kit.distill import DistillArgs, distill_fold
+from competition_kit.distill import DistillArgs, distill_fold, student_and_teachers
 from competition_kit.probs import read_probs
 from competition_kit.pseudo import PseudoArgs, pseudo
 from competition_kit.record import records, run_stage
@@ -71,6 +71,16 @@ def test_missing_rows_are_refused_or_trained_on_their_label(rows, tmp_path, tiny
     use = DistillArgs(**args, missing='label').targets.use
     assert use[:, 0].all()
     assert (~use[:, 1]).sum() == (rows.fold == 3).sum()
+    for silent in (dict(form='kl'), dict(label_weight=0.)):
+        with pytest.raises(Refusal, match='no label that counts'): distill_fold(**args, missing='label', **silent)
+
+
+def test_students_of_the_same_rows_share_what_a_teacher_said(rows, tmp_path, tiny):
+    adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't', seen='no')
+    def taught(mix, **args): return len(DistillArgs(mix=mix, base=tiny, teachers='t', **args).taught[0].p)
+    assert taught('sample_arena:20') < taught('sample_arena:60') < taught('sample_arena')
+    assert taught('sample_arena', seed=1, form='soft') == (rows.fold != 0).sum()
+    assert len(list(models_path('.teachers').glob('*.parquet'))) == 3
 
 
 def test_unknown_rows_are_no_out_of_fold_rows(rows, tmp_path):
@@ -115,6 +125,8 @@ def test_a_student_of_itself_votes_beside_its_teacher(five_runs, tiny):
     args = dict(small, base=tiny, teachers='self', form='soft')
     runs = [distill_fold(fold=k, **args) for k in (0, 1)]
     assert distill_fold(fold=0, **args).id == runs[0].id
+    table = student_and_teachers(runs[1], DistillArgs(fold=1, **args))
+    assert table.log_loss[five_runs[1].id] == five_runs[1].record['metrics']['log_loss']
     ballot = voters('sample_arena')
     assert ballot.voter.nunique() == 2
     assert {r.id for r in runs} < set(ballot.run)
