@@ -75,17 +75,7 @@ class VoteArgs:
         at_least(self, 0, 'budget', 'max_memory_gb', 'retries')
         engine_input(self.engine)
         share(self, 'change')
-        if not 0 <= self.rescore <= 1:
-            raise Refusal(f'rescore={self.rescore!r}', fix='Take a share up to 1, or 0: what fits the budget')
-        if self.change and self.rescore < 1:
-            raise Refusal('change and rescore both choose the rows of later voters', fix='Take one of them')
-        if self.staged and self.rule == 'ranks':
-            raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
-        if self.gpus > 1 and not self.rescore:
-            raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
-        if self.tensor_parallel > 1 and (self.engine != 'vllm' or self.max_memory_gb):
-            raise Refusal(f'tensor_parallel={self.tensor_parallel}: only vLLM shares a model, and it takes whole GPUs',
-                          fix='Take engine vllm and max_memory_gb 0')
+        _check_together(self)
 
     @property
     def staged(self): return bool(self.budget or self.change or self.rescore < 1 or self.gpus > 1)  # else all at once
@@ -97,6 +87,20 @@ class VoteArgs:
         return ballot
 
     def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test) | engine_input(self.engine)
+
+# %% ../nbs/10_vote.ipynb #6ee4633e
+def _check_together(a): # arguments that exclude each other
+    if not 0 <= a.rescore <= 1:
+        raise Refusal(f'rescore={a.rescore!r}', fix='Take a share up to 1, or 0: what fits the budget')
+    if a.change and a.rescore < 1:
+        raise Refusal('change and rescore both choose the rows of later voters', fix='Take one of them')
+    if a.staged and a.rule == 'ranks':
+        raise Refusal('ranks need every voter for every row', fix='Take budget 0, change 0, rescore 1 and gpus 1')
+    if a.gpus > 1 and not a.rescore:
+        raise Refusal('rescore 0 measures the second model on one GPU', fix='Take gpus 1, or a share to re-score')
+    if a.tensor_parallel > 1 and (a.engine != 'vllm' or a.max_memory_gb):
+        raise Refusal(f'tensor_parallel={a.tensor_parallel}: only vLLM shares a model, and it takes whole GPUs',
+                      fix='Take engine vllm and max_memory_gb 0')
 
 # %% ../nbs/10_vote.ipynb #d051eb75
 def check_text_voters(
@@ -139,6 +143,7 @@ def _within_memory(args, ballot, rows): # the plan, for the record; empty withou
 
 def _shared(args): return dict(limit_gb=args.max_memory_gb, tensor_parallel=args.tensor_parallel) # for `Engine`
 
+# %% ../nbs/10_vote.ipynb #ebe0de2c
 def run_vote(
     run,           # From `run_stage`
     args:VoteArgs,
