@@ -85,7 +85,7 @@ def keep_learnable(
     probed,             # From `probe`
     lowest:float=-np.inf, # Smallest log-probability that a token may have, in nats
     share:float=1.,     # Largest share of the rationales that stays, the most learnable ones
-): # The rows, the most learnable first; `rationale` is None where it was left out
+): # The rows, the most learnable first; `rationale` is missing where it was left out
     "Rank rationales by their least probable token, and leave out the worst"
     if 'least_logp' not in probed: raise Refusal('the rows were not probed', fix='Call `probe` first')
     out = probed.sort_values('least_logp', ascending=False, kind='stable', ignore_index=True)

@@ -12,11 +12,11 @@ from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-import gc, json, re, unicodedata
+import json, re, unicodedata
 import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer, local_base
-from .core import Refusal, at_least, data_path, hash_obj, one_of, project_root, sha256, write_table
+from .core import Refusal, at_least, hash_obj, one_of, project_root, sha256, write_table
 from .groups import copied, group_rows, group_text, text_hash
 from .prompt import encode_texts, user_prompt
 from .record import find_run, records
@@ -24,8 +24,8 @@ from .replies import (end_engine, generate as ask, job_table, read_replies, repl
                                      start_engine)
 from .reply_cost import plan_line
 from .rows import file_readers, packed_suffixes, read_columns
-from .tables import check_texts, load_rows, table_hashes, table_name, write_rows
-from .teachers import teacher_inputs
+from .tables import (apart_tables, check_replaced, check_texts, load_rows, table_hashes, table_name,
+                                    write_rows)
 from .text import TextPrompt, repeats
 from .trained import base_of, is_full
 
@@ -34,7 +34,8 @@ def script(
     text:str, # In any language
 ) -> str: # Such as `latin`, `cjk`, `hangul`, `cyrillic`; `none` without a letter
     "The script of most letters of a text"
-    names = Counter(unicodedata.name(c, 'other').split()[0].lower() for c in text if c.isalpha())
+    letters = filter(str.isalpha, unicodedata.normalize('NFKC', text))  # half and full widths are one script
+    names = Counter(unicodedata.name(c, 'other').split()[0].lower() for c in letters)
     return names.most_common(1)[0][0] if names else 'none'
 
 # %% ../nbs/05a_pairs.ipynb #fc7c42b5
@@ -50,14 +51,17 @@ def _pool_file(data): return Path(data) if Path(data).is_absolute() else project
 def read_pool(
     data:str, # Path of a file with a column `prompt`, or name of a table of preference rows
 ): # DataFrame: `id`, `prompt` (text; turns joined by line breaks), `turns` (how many), `language`
-    "Read a pool of prompts; ids and languages that it lacks are made"
+    "Read a pool of prompts, each with an id of its own; ids and languages that it lacks are made"
     columns = read_columns(_pool_file(data)) if _is_file(data) else load_rows(data).to_dict('list')
     if 'prompt' not in columns: raise Refusal(f"no column prompt; there are {', '.join(columns)}", data)
     turns = [_turns(c) for c in columns['prompt']]
     text = ['\n'.join(t or '' for t in v) for v in turns]
     ids = [str(i) for i in columns.get('id', [hash_obj(t, 16) for t in text])]
     language = [v or script(t) for v, t in zip(columns.get('language', ['']*len(text)), text)]
-    return pd.DataFrame(dict(id=ids, prompt=text, turns=[len(t) for t in turns], language=language))
+    pool = pd.DataFrame(dict(id=ids, prompt=text, turns=[len(t) for t in turns], language=language))
+    if 'id' in columns and (twice := pool.id.duplicated()).any():
+        raise Refusal('two prompts with one id', data, pool.id[twice], 'Give each prompt an id of its own')
+    return pool
 
 # %% ../nbs/05a_pairs.ipynb #50d75356
 def pool_reasons(
@@ -105,12 +109,13 @@ def language_counts(
     rest = {k: n for k, n in left.items() if k not in wanted.shares and n}
     exact = {k: s*wanted.n for k, s in wanted.shares.items()}
     open_share = max(0, 1-sum(wanted.shares.values()))
+    if not rest and open_share*wanted.n > 1-1e-9:
+        raise Refusal(f'the shares {wanted.shares} leave prompts without a language', fix='Let them add up to 1')
     exact |= {k: open_share*wanted.n*n/sum(rest.values()) for k, n in rest.items()}
     counts = {k: int(v+1e-9) for k, v in exact.items()}
     for k in sorted(exact, key=lambda k: counts[k]-exact[k])[:wanted.n-sum(counts.values())]: counts[k] += 1
     if short := {k: f'{left.get(k, 0)} of {n}' for k, n in counts.items() if n > left.get(k, 0)}:
         raise Refusal(f'a round of {wanted.n} lacks prompts: {short}', fix='Take smaller rounds, or a larger pool')
-    if sum(counts.values()) < wanted.n: raise Refusal(f'the shares {wanted.shares} leave prompts without a language')
     return counts
 
 # %% ../nbs/05a_pairs.ipynb #c866729a
@@ -142,7 +147,7 @@ def parse_writer(
 ) -> Writer:
     "One model of the argument `models`"
     name, _, sampling = text.partition('@')
-    try: numbers = [float(v) for v in sampling.split(',') if v]
+    try: numbers = [float(v) for v in sampling.split(',')] if sampling else []
     except ValueError: numbers = [np.nan]
     t, p = [*numbers, *(temperature, top_p)[len(numbers):]][:2]
     if len(numbers) > 2 or not t >= 0 or not 0 < p <= 1:
@@ -200,6 +205,9 @@ class PairsArgs:
             raise Refusal('against names no table, so copies of validation and test prompts would stay',
                           fix='Name your tables, or write none')
         names = [w.name for w in self.writers]
+        if self.name in (self.data, *self.against.split()):
+            raise Refusal(f'the table {self.name} would be replaced', fix='Give another name')
+        check_replaced(self.name, 'pairs')
         if len(names) < 2 or len({*names}) < len(names):
             raise Refusal(f'models={self.models!r}: two different models are needed',
                           fix='Name bases and finished runs, each once, separated by blanks')
@@ -213,16 +221,14 @@ class PairsArgs:
     def pool(self): return read_pool(self.data)
     @cached_property
     def others(self): # Tables whose prompts must not occur
-        names = [n for m in self.against.split() if m != 'none' for n in (m, f'{m}_test')]
-        own = [n for n in names if not n.endswith('_test') or data_path(f'{n}.parquet').exists()]
-        return {n: load_rows(n) for n in own}
+        return {n: load_rows(n) for n in apart_tables(' '.join(n for n in self.against.split() if n != 'none'))}
 
     def inputs(self):
         pool = dict(pool=sha256(_pool_file(self.data))) if _is_file(self.data) else table_hashes(self.data)
         tables = table_hashes(' + '.join(self.others)) if self.others else {}
         models = {f'model.{w.name}': base_hash(w.base) for w in self.writers}
-        for engine in self.engines: models |= reply_input(engine)
-        return pool | tables | models | teacher_inputs([w.adapter for w in self.writers if w.adapter])
+        for writer, engine in zip(self.writers, self.engines): models |= reply_input(engine, writer.adapter)
+        return pool | tables | models
 
 # %% ../nbs/05a_pairs.ipynb #8769c418
 def encode_prompts(
@@ -245,11 +251,6 @@ def engine_of(
     prompt = TextPrompt(load_tokenizer(writer.base))
     return start_engine(args.engines[k], writer.base, prompt, args.dtype, args.batch_tokens, adapters)
 
-def _free_memory(): # Of a model without references
-    import torch
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-
 # %% ../nbs/05a_pairs.ipynb #0849802f
 def answers_of(
     run,      # From `run_stage`
@@ -271,10 +272,7 @@ def answers_of(
             if len(answers) and not answers.text.str.strip().any():
                 raise Refusal(f'{writer.name} answers with nothing: {len(answers)} empty texts', run.id,
                               fix='Leave the model out, or mend its chat template')
-    finally:
-        end_engine(engine)
-        engine = None
-        _free_memory()
+    finally: end_engine(engine)
     return answers
 
 # %% ../nbs/05a_pairs.ipynb #f31fc783

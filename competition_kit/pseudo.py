@@ -18,7 +18,8 @@ from .groups import copied, group_text
 from .probs import scores
 from .record import find_run
 from .rows import n_options, read_meta
-from .tables import check_texts, load_rows, parse_mix, table_hashes, table_path, write_rows
+from .tables import (check_replaced, check_texts, load_rows, parse_mix, table_hashes, table_path,
+                                    write_rows)
 from .teach import check_teacher, read_teachers, signs, write_teachers
 from .teachers import ask_teacher, distinct_teachers, members, run_mix, teacher_inputs, validated_table
 
@@ -128,6 +129,7 @@ class PseudoArgs:
         if not self.teachers.split():
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
+        check_replaced(self.name, 'pseudo')
         try: n = len([float(w) for w in self.weights.split()])
         except ValueError: raise Refusal(f'weights={self.weights!r}', fix='Give numbers, such as 3.2 1') from None
         if n not in (0, len(self.names)): raise Refusal(f'{n} weights for {len(self.names)} teachers: {self.names}')

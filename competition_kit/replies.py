@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Request', 'Text', 'reply_engines', 'attempt_seed', 'sample_tokens', 'check_time', 'decode_batch', 'text_dtype',
-           'end_tokens', 'read_text', 'batches', 'run_adapter', 'TransformersEngine', 'next_logprobs', 'served_parity',
-           'VllmServer', 'VllmEngine', 'reply_engine', 'reply_input', 'start_engine', 'end_engine', 'job_table',
-           'read_replies', 'finished_replies', 'generate']
+           'end_tokens', 'read_text', 'batches', 'run_adapter', 'TransformersModel', 'TransformersEngine',
+           'next_logprobs', 'served_parity', 'VllmServer', 'VllmEngine', 'reply_engine', 'reply_input', 'start_engine',
+           'end_engine', 'job_table', 'read_replies', 'finished_replies', 'generate']
 
 # %% ../nbs/lib/03s_replies.ipynb #69d04bc7
 from collections import namedtuple
@@ -23,7 +23,8 @@ from .engine import (Engine, EngineDied, check_parity, free_gpu, letter_probs, p
 from .model import load_classifier
 from .parity import check_length, row_limit
 from .record import find_run
-from .trained import base_of, is_full, load_adapter, model_params, trusted_prompt, weights_path
+from .trained import (base_of, is_full, load_adapter, model_params, model_stages, trusted_prompt,
+                                     weights_path)
 
 # %% ../nbs/lib/03s_replies.ipynb #aa762ee2
 Request = namedtuple('Request', 'ids max_new_tokens temperature top_p seed adapter', defaults=[256, .7, 1., 0, ''])
@@ -61,6 +62,7 @@ def sample_tokens(
     if (top_p < 1).any():
         p = z.softmax(-1)
         z = z.masked_fill(p < _nucleus(p, top_p), -torch.inf)
+    u = u.clamp_min(torch.finfo(u.dtype).tiny)  # the noise of 0 is infinite, like the logit of a token left out
     drawn = (z-(-u.log()).log()).argmax(-1)
     return torch.where(t[:, 0] > 0, drawn, logits.argmax(-1))
 
@@ -175,9 +177,8 @@ def run_adapter(
     return weights_path(rec)
 
 # %% ../nbs/lib/03s_replies.ipynb #3064d819
-class TransformersEngine:
-    "Replies by transformers: batched by length, longest first, with a KV cache"
-    name = 'transformers'
+class TransformersModel:
+    "A base in transformers, with one adapter at a time"
     def __init__(self,
         base:str,               # Name, folder or Hub id
         prompt,                 # A `TextPrompt`
@@ -193,6 +194,21 @@ class TransformersEngine:
         soft = getattr(model.config, 'attn_logit_softcapping', None)
         model.set_attn_implementation('eager' if soft else 'sdpa')
 
+    def load(self, run): # the adapter of a run; '': of none
+        if run == self.adapter: return
+        if run: load_adapter(self.model, run_adapter(run, self.base))
+        else: self.model.model = self.model.model.unload()
+        self.adapter = run
+        self.model.eval()
+
+    def close(self):
+        self.model = None
+        free_gpu()
+
+# %% ../nbs/lib/03s_replies.ipynb #e90a47c2
+class TransformersEngine(TransformersModel):
+    "Replies by transformers: batched by length, longest first, with a KV cache"
+    name = 'transformers'
     def replies(self,
         requests, # `Request`s
     ) -> list: # A `Text` for each
@@ -208,13 +224,6 @@ class TransformersEngine:
             for k, tokens in zip(batch, made):
                 out[k] = read_text(self.tok, tokens, 'stop' if tokens[-1] in self.ends else 'length')
         return out
-
-    def load(self, run): # the adapter of a run; '': of none
-        if run == self.adapter: return
-        if run: load_adapter(self.model, run_adapter(run, self.base))
-        else: self.model.model = self.model.model.unload()
-        self.adapter = run
-        self.model.eval()
 
 # %% ../nbs/lib/03s_replies.ipynb #363c1f0b
 @torch.no_grad()
@@ -241,8 +250,7 @@ def served_parity(
     ids, runs = ids[:16], [run for run in engine.slots if run]
     kit = TransformersEngine(engine.base, engine.prompt, engine.dtype)
     logp = {run: next_logprobs(kit, ids, run) for run in runs}
-    del kit
-    free_gpu()
+    kit.close()
     tokens = np.argsort(-np.mean([np.exp(v).mean(0) for v in logp.values()], 0))[:32]
     server, n, facts = engine.started(new), np.full(len(ids), len(tokens)), {}
     base = server.letters(ids, tokens)
@@ -336,9 +344,15 @@ def reply_engine(
 # %% ../nbs/lib/03s_replies.ipynb #365367e9
 def reply_input(
     engine:str, # From `reply_engine`
-) -> dict: # For a run's identity; empty for transformers
-    "What a run's identity says of its engine"
-    return dict(engine=f'vllm {vllm_version()}') if engine == 'vllm' else {}
+    run:str='', # Finished run with the model that writes; '': a base
+) -> dict: # For a run's identity; empty for a base under transformers
+    "What a run's identity says of the engine and the run that write"
+    found = dict(engine=f'vllm {vllm_version()}') if engine == 'vllm' else {}
+    if not run: return found
+    rec = find_run(run)
+    if rec['stage'] not in model_stages or rec.get('status') != 'done':
+        raise Refusal(f"{rec['run_id']} is no finished run with a model", fix='Name a run of 04_train or 07_distill')
+    return found | {f"teacher.{rec['run_id']}": hash_obj(rec['outputs'])}
 
 def start_engine(
     engine:str,    # From `reply_engine`
@@ -356,7 +370,7 @@ def start_engine(
     return TransformersEngine(base, prompt, dtype, batch_tokens)
 
 def end_engine(engine):
-    "End the process of an engine that has one"
+    "End an engine's process, or drop its model, so that the memory is free"
     if hasattr(engine, 'close'): engine.close()
 
 # %% ../nbs/lib/03s_replies.ipynb #0e4eaf7e
@@ -417,14 +431,16 @@ def generate(
     if jobs.key.duplicated().any(): raise Refusal('the same job twice', ids=jobs.id[jobs.key.duplicated()])
     missing = jobs[~jobs.key.isin(set(read_replies(folder).key))]
     missing = missing.iloc[np.argsort([-len(r.ids) for r in missing.request], kind='stable')]
-    done, left = {}, len(missing)
+    done = {}
     how = dict(desc='generate', unit='reply', disable=not progress, file=sys.stdout, delay=20)
     with tqdm(total=len(missing), **how) as bar:
-        for k, text in finished_replies(engine, list(missing.request), shard):
-            done[k] = text
-            bar.update()
-            left -= 1
-            if len(done) == shard or not left:
+        try:
+            for k, text in finished_replies(engine, list(missing.request), shard):
+                done[k] = text
+                bar.update()
+                if len(done) < shard: continue
                 _write_shard(engine, missing.iloc[[*done]], done.values(), folder)
                 done = {}
+        finally:
+            if done: _write_shard(engine, missing.iloc[[*done]], done.values(), folder)
     return read_replies(folder).drop_duplicates('key').set_index('key').loc[jobs.key].reset_index()

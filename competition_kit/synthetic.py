@@ -15,7 +15,7 @@ import itertools, re
 import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer
-from .core import Refusal, at_least, atomic, data_path, jsonl_text, one_of, write_json, write_table
+from .core import Refusal, at_least, atomic, jsonl_text, one_of, write_json, write_table
 from .groups import copied, group_rows, group_text, text_hash
 from .pairs import encode_prompts
 from .record import find_run
@@ -23,8 +23,7 @@ from .replies import end_engine, generate as ask, job_table, reply_engine, reply
 from .reply_cost import plan_line
 from .rows import read_raw, tasks
 from .sample import logic_problems
-from .tables import check_texts, load_rows, table_hashes, write_rows
-from .teachers import teacher_inputs
+from .tables import apart_tables, check_replaced, check_texts, load_rows, table_hashes, write_rows
 from .text import TextPrompt, parse_replies, row_languages, text_votes
 from .trained import base_of, is_full
 
@@ -95,8 +94,8 @@ def shown_row(
 
 # %% ../nbs/05b_synthetic.ipynb #0ab28a97
 _write_new = dict(
-    en='Here are {} logic problems. Write one new problem of the same kind with other names and other facts, '
-       'in the same layout, and nothing else.',
+    en='Write one new logic problem with other names and other facts than these, in the same layout, '
+       'and nothing else. Examples of logic problems ({}):',
     zh='下面是{}道逻辑题。请用同样的格式写一道同类的新题，换用别的人名和条件，除此之外什么都不要写。')
 
 def draft_prompts(
@@ -139,8 +138,7 @@ def choice_tables(
     names, # Of tables of the task `choice`
 ) -> dict: # Name → table; with the test tables that exist
     "The tables whose near-copies are left out; refuses another task"
-    both = [n for m in names for n in (m, f'{m}_test')]
-    loaded = {n: load_rows(n) for n in both if not n.endswith('_test') or data_path(f'{n}.parquet').exists()}
+    loaded = {n: load_rows(n) for n in apart_tables(' '.join(names))}
     if other := {n for n, t in loaded.items() if t.attrs['meta']['task'] != 'choice'}:
         raise Refusal(f"tables of another task than choice: {', '.join(sorted(other))}")
     return loaded
@@ -182,7 +180,9 @@ class SyntheticArgs:
         object.__setattr__(self, 'name', self.name or f'{self.data}_synthetic')
         object.__setattr__(self, 'base', base_name(base))
         if self.by == 'model': reply_engine(self.engine, self.base, self.dtype)
-        if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
+        if self.name in (self.data, *self.against.split()):
+            raise Refusal(f'the table {self.name} would be replaced', fix='Give another name')
+        check_replaced(self.name, 'synthetic')
 
     @cached_property
     def tables(self): return choice_tables([self.data, *self.against.split()])
@@ -199,8 +199,8 @@ class SyntheticArgs:
     def inputs(self):
         tables = table_hashes(' + '.join(self.tables))
         if self.by == 'code': return tables
-        model = dict(base=base_hash(self.base)) | reply_input(reply_engine(self.engine, self.base, self.dtype))
-        return tables | model | (teacher_inputs([self.run]) if self.run else {})
+        engine = reply_engine(self.engine, self.base, self.dtype)
+        return tables | dict(base=base_hash(self.base)) | reply_input(engine, self.run)
 
 # %% ../nbs/05b_synthetic.ipynb #81008349
 def drafts(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'Part', 'check_texts', 'table_name', 'make_raw', 'sample_files', 'raw_files', 'split', 'write_rows',
-           'publish', 'table_path', 'load_rows', 'apart_tables', 'leave_out_copies', 'parse_mix', 'validated_part',
-           'load_mix', 'table_hashes', 'carry_folds', 'samples']
+           'check_replaced', 'publish', 'table_path', 'load_rows', 'apart_tables', 'leave_out_copies', 'parse_mix',
+           'validated_part', 'load_mix', 'table_hashes', 'carry_folds', 'samples']
 
 # %% ../nbs/lib/01f_tables.ipynb #6a9985c7
 import inspect, json, os, pickle, re, shutil, tempfile
@@ -19,7 +19,7 @@ from .core import Refusal, atomic, content_hash, data_path, project_root, read_t
 from .folds import make_folds
 from .groups import copied, group_rows, group_text, text_hash
 from .rows import (correct, file_readers, float_id, packed_suffixes, read_columns, read_corrections,
-                                  read_raw, refuse, tasks, text_columns, to_text, whole_id)
+                                  read_meta, read_raw, refuse, tasks, text_columns, to_text, whole_id)
 from .sample import make_sample, samples
 _all_ = ['samples']
 
@@ -213,16 +213,33 @@ def write_rows(
     write_table(table, path, _schema(table), **dict(rows.attrs.get('meta', {}), **meta))
 
 # %% ../nbs/lib/01f_tables.ipynb #3395d4cf
+def _maker(path): # The stage that made a table; only `split` makes one without a run; '' for a damaged file
+    try: meta = read_meta(path)
+    except (OSError, ValueError): return ''
+    return meta.get('run', 'split').split('-')[0] if meta else 'another program'
+
+def check_replaced(
+    table:str, # Name of a table that will be written
+    stage:str, # That will write it
+):
+    "Refuse the name of a table that another stage, or another program, has made"
+    file = data_path(f'{table_name(table)}.parquet')
+    if file.exists() and (maker := _maker(file)) not in ('', stage):
+        raise Refusal(f'{maker} made this table, and {stage} would replace it', f'data/{file.name}',
+                      fix='Give another name')
+
 def publish(
     folder,    # Run folder with `rows.parquet` and perhaps `test.parquet`
     data:str,  # As for `raw_files`
     names=('rows', 'test'),  # Tables of the run: `rows` becomes `<name>`, any other `<name>_<other>`
 ):
-    "Copy a run's tables to `data/<name>.parquet` and `data/<name>_test.parquet`, as far as it has them"
-    for name in reversed(names):
-        table = table_name(data) if name == 'rows' else f'{table_name(data)}_{name}'
-        source, target = Path(folder)/f'{name}.parquet', data_path(f'{table}.parquet')
-        if not source.exists(): continue
+    "Copy a run's tables to `data/<name>.parquet` and `data/<name>_test.parquet`; those of other stages stay"
+    tables = {n: table_name(data) if n == 'rows' else f'{table_name(data)}_{n}' for n in reversed(names)}
+    tables = {Path(folder)/f'{n}.parquet': table for n, table in tables.items()}
+    tables = {source: table for source, table in tables.items() if source.exists()}
+    for source, table in tables.items(): check_replaced(table, _maker(source))
+    for source, table in tables.items():
+        target = data_path(f'{table}.parquet')
         if target.exists() and sha256(source) == sha256(target): continue
         with atomic(target) as tmp: shutil.copyfile(source, tmp)
 

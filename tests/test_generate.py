@@ -325,13 +325,13 @@ class Streamed:
             self.given += 1
             yield k, Text(f'reply to {len(requests[k].ids)}', 'stop', 3)
 
-def test_streamed_replies_belong_to_their_rows_and_a_kill_loses_one_shard(enc, tmp_path):
+def test_streamed_replies_belong_to_their_rows_and_an_error_loses_none(enc, tmp_path):
     jobs = job_table(enc, 0, max_new_tokens=3)
     with pytest.raises(KeyboardInterrupt): generate(Streamed(die_at=8), jobs, tmp_path, 3, progress=False)
-    assert len(read_replies(tmp_path)) == 6
+    assert len(read_replies(tmp_path)) == 8
     engine = Streamed()
     done = generate(engine, jobs, tmp_path, 3, progress=False)
-    assert engine.given == 4 and list(done.text) == [f'reply to {len(i)}' for i in enc.ids]
+    assert engine.given == 2 and list(done.text) == [f'reply to {len(i)}' for i in enc.ids]
 
 needs_vllm = pytest.mark.skipif(not vllm_version(), reason='vLLM is not installed')
 
@@ -386,3 +386,79 @@ def test_vllm_writes_with_a_base_that_the_kit_cannot_read(base, served, tmp_path
     start_engine(reply_engine('vllm', fp8), fp8, prompt).started(12)
     assert len(served) == 1
     with pytest.raises(Refusal, match='quantised by fp8'): TransformersEngine(fp8, prompt)
+
+def test_an_ended_engine_gives_its_model_back(base):
+    import weakref
+    engine = start_engine('transformers', base, TextPrompt(load_tokenizer(base)))
+    model = weakref.ref(engine.model.base)
+    R.end_engine(engine)
+    assert model() is None and engine.version
+
+def test_another_fold_of_the_writer_does_not_change_a_run(runs):
+    "a stage that was killed goes on, though a further fold of its writer has finished since"
+    from competition_kit.core import models_path
+    from competition_kit.generate import GenerateArgs
+    from competition_kit.pairs import PairsArgs
+    from competition_kit.synthetic import SyntheticArgs
+    def inputs():
+        return [GenerateArgs(run=runs[0]).inputs(), SyntheticArgs(by='model', run=runs[0]).inputs(),
+                PairsArgs(data='sample_arena', name='p', models=f'{runs[0]} smollm2', against='none').inputs()]
+    models_path(runs[1]).rename(models_path('later'))
+    before = inputs()
+    models_path('later').rename(models_path(runs[1]))
+    assert inputs() == before and all(f'teacher.{runs[0]}' in i for i in before)
+
+def test_a_writer_that_is_no_model_is_refused(runs):
+    from competition_kit.core import models_path
+    from competition_kit.record import read_record, write_record
+    file = models_path(runs[0], 'record.json')
+    write_record(file, read_record(file) | dict(status='failed'))
+    with pytest.raises(Refusal, match='no finished run with a model'): R.reply_input('transformers', runs[0])
+
+def test_a_shard_does_not_limit_a_batch(samples, base, monkeypatch):
+    import competition_kit.generate as G
+    monkeypatch.setattr(G, 'measured_speed', lambda engine: G.gpu_speed(G.writer_shape(base), G.find_gpu('H200'),
+                                                                        'bf16', 'transformers'))
+    how = dict(data='sample_logic:12', base=base, max_new_tokens=40)
+    minutes = {n: G.most_minutes(G.GenerateArgs(**how).teacher, G.GenerateArgs(**how, shard=n), 120, 180.)[0]
+               for n in (1, 64)}
+    assert minutes[1] == minutes[64]
+
+def test_a_mix_has_a_correction_file_for_each_table(planted):
+    from competition_kit.core import data_path
+    from competition_kit.generate import doubt_lines
+    from competition_kit.rows import correct, read_corrections
+    from competition_kit.tables import write_rows
+    for name, part in (('t', planted[planted.id != 'leak']), ('more', planted[planted.id == 'leak'])):
+        write_rows(part, data_path(f'{name}.parquet'))
+    _, run = run_planted(data='t + more')
+    files = {t: run.folder/f'corrections_{t}.csv' for t in ('t', 'more')}
+    fixes = {t: read_corrections(f) for t, f in files.items()}
+    assert {t: [f['id'] for f in found] for t, found in fixes.items()} == dict(t=['wrong'], more=['leak'])
+    assert correct(planted[planted.id == 'leak'], fixes['more'], 'choice').label.tolist() == [0]
+    assert {f.name for f in files.values()} <= set(run.record['outputs'])
+    many = pd.DataFrame(dict(id=list('abc'), old='A', new='B'))
+    more = doubt_lines(many, [f.name for f in files.values()], 2)[-1]
+    assert more == '1 more in corrections_t.csv, corrections_more.csv'
+
+def test_a_table_of_another_stage_is_never_replaced(planted, own_root):
+    "refused before the work, and again when a run publishes; the same stage may replace its own"
+    from competition_kit.core import data_path
+    from competition_kit.generate import GenerateArgs
+    from competition_kit.tables import load_rows, publish, write_rows
+    args, run = run_planted()
+    for _ in range(2): publish(run.folder, args.name)
+    _, again = run_planted(seed=1)
+    publish(again.folder, args.name)
+    assert load_rows(args.name).attrs['meta']['run'] == again.id
+    write_rows(planted, data_path('mine.parquet'))
+    planted.to_parquet(data_path('foreign.parquet'))
+    for name, maker in (('mine', 'split'), ('foreign', 'another program')):
+        before = data_path(f'{name}.parquet').read_bytes()
+        with pytest.raises(Refusal, match=f'{maker} made this table, and generate would replace it'):
+            publish(run.folder, name)
+        with pytest.raises(Refusal, match=f'{name}.parquet'): GenerateArgs(data='t', name=name)
+        assert data_path(f'{name}.parquet').read_bytes() == before
+    data_path('broken.parquet').write_bytes(b'PAR1')
+    publish(run.folder, 'broken')
+    assert len(load_rows('broken')) == 4

@@ -131,3 +131,18 @@ def test_too_few_prompts_are_refused_before_a_model_is_loaded(bases):
     with pytest.raises(Refusal, match='lacks prompts.*6 of 9'): run_stage(pairs, args_of(bases, rounds='9 English:1'))
     (tmp := data_path('odd.jsonl')).write_text('{"text": "x"}\n')
     with pytest.raises(Refusal, match='no column prompt'): read_pool(tmp)
+
+def test_two_prompts_with_one_id_are_refused(tmp_path):
+    def pool(*lines): (tmp_path/'p.jsonl').write_text(jsonl_text(lines), encoding='utf-8')
+    pool(dict(id=7, prompt=TEXTS[0]), dict(id=7, prompt=TEXTS[1]), dict(id=8, prompt=TEXTS[2]))
+    with pytest.raises(Refusal, match=r'one id.*Rows \(1\): 7'): read_pool(tmp_path/'p.jsonl')
+    pool(dict(prompt=TEXTS[0]), dict(prompt=TEXTS[0]))
+    assert len(read_pool(tmp_path/'p.jsonl')) == 2, 'a copy without an id is left out later'
+
+def test_tables_that_are_missing_or_would_be_replaced_are_refused(bases, samples):
+    write_pool(*TEXTS)
+    for missing in ('nosuch', 'nosuch_test', 'sample_arena nosuch_test'):
+        with pytest.raises(Refusal, match='no table called nosuch'): args_of(bases, against=missing).inputs()
+    assert list(args_of(bases, against='sample_arena').others) == ['sample_arena', 'sample_arena_test']
+    with pytest.raises(Refusal, match='would be replaced'): args_of(bases, against='sample_arena', name='sample_arena')
+    with pytest.raises(Refusal, match='pairs would replace it'): args_of(bases, name='sample_logic')

@@ -81,3 +81,10 @@ def test_a_model_that_cannot_write_is_refused(samples, tiny):
 def test_other_tables_are_refused(samples):
     with pytest.raises(Refusal, match='another task than choice: sample_arena'):
         run_stage(synthetic, SyntheticArgs(against='sample_arena'))
+
+def test_tables_that_are_missing_or_would_be_replaced_are_refused(samples):
+    for missing in ('nosuch', 'nosuch_test'):
+        with pytest.raises(Refusal, match='no table called nosuch'): SyntheticArgs(against=missing).inputs()
+    assert list(SyntheticArgs(against='sample_logic_test').tables) == ['sample_logic', 'sample_logic_test']
+    with pytest.raises(Refusal, match='would be replaced'): SyntheticArgs(against='extra', name='extra')
+    with pytest.raises(Refusal, match='synthetic would replace it'): SyntheticArgs(name='sample_logic_test')
