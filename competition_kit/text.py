@@ -40,8 +40,12 @@ answer_given = dict( # language → what is added where the answer is given
        'and do not say that you know the option.',
     zh='正确的选项是 {}。请只根据题目写出得到它的推理，不要提到你事先知道选项。')
 
-def _instruction(language, answer): # of one row; `answer` is a letter, or ''
-    return reasoning[language]+(answer_given[language].format(answer) if answer else '')
+def _instructed(prompt, language, answer): # a copy with the instruction of one row; `answer` is a letter, or ''
+    made, text = copy(prompt), reasoning[language]+(answer_given[language].format(answer) if answer else '')
+    made.before, made.after, _ = prefix_suffix(made.tok, text, tasks['choice'].letters)
+    if made.max_len < len(made.before)+len(made.after)+64:
+        raise Refusal(f'max_len={made.max_len} leaves no room for a row', fix='Give 512 or more')
+    return made
 
 # %% ../nbs/lib/03n_text.ipynb #fae303e6
 class TextPrompt:
@@ -54,13 +58,8 @@ class TextPrompt:
         self.prompt, self._made = Prompt(tok, 'choice', max_len, truncation), {}
         self.hash = hash_obj([self.prompt.hash, reasoning, answer_given])
 
-    def _of(self, language, answer): # the builder of one instruction
-        if (key := (language, answer)) not in self._made:
-            self._made[key] = made = copy(self.prompt)
-            letters = tasks['choice'].letters
-            made.before, made.after, _ = prefix_suffix(made.tok, _instruction(*key), letters)
-            if made.max_len < len(made.before)+len(made.after)+64:
-                raise Refusal(f'max_len={made.max_len} leaves no room for a row', fix='Give 512 or more')
+    def _of(self, key): # the builder of one instruction
+        if key not in self._made: self._made[key] = _instructed(self.prompt, *key)
         return self._made[key]
 
     def encode(self,
@@ -72,7 +71,7 @@ class TextPrompt:
         keys, lines = list(zip(row_languages(rows), answers)), [None]*len(rows)
         for key in dict.fromkeys(keys):
             at = [i for i, k in enumerate(keys) if k == key]
-            enc = self._of(*key).encode(rows.iloc[at], 1)
+            enc = self._of(key).encode(rows.iloc[at], 1)
             for i, ids, n, cut in zip(at, enc.ids, enc.n, enc.cut): lines[i] = ids, n, cut, hash_obj(ids.tolist())
         out = pd.DataFrame(lines, columns=['ids', 'n', 'cut', 'prompt'])
         out.insert(0, 'id', list(rows.id))
@@ -81,7 +80,7 @@ class TextPrompt:
         return out
 
 # %% ../nbs/lib/03n_text.ipynb #b691b89e
-_unit = re.compile('[\u3400-\u9fff]|[^\\W_]+|[^\\w\\s]')
+_unit = re.compile('[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+') # a character or a word; no punctuation
 
 def _longest_run(same): # of True
     ends = np.flatnonzero(~np.append(same, False))
@@ -103,18 +102,21 @@ def repeats(
 # %% ../nbs/lib/03n_text.ipynb #6ed300cb
 Reply = namedtuple('Reply', 'option how') # position in the row's options, or -1; where it was found, or why it was not
 _thought = re.compile(r'<(think|thinking|reflection)>.*?</\1>', re.S | re.I)
-_opened = re.compile('<think(?:ing)?>', re.I)
+_opened, _closed = re.compile('<think(?:ing)?>', re.I), re.compile('</think(?:ing)?>', re.I)
 _tagged = re.compile(r'<(output|answer)>(.*?)(?:</\1>|$)', re.S | re.I)
 _boxed = re.compile(r'\\boxed\{(?:\\text\{)?([^{}]*)\}')
 _markup = ' \t\r\n*_`"\'“”‘’()[]{}<>.。,:;!'
 
 # %% ../nbs/lib/03n_text.ipynb #e8d57edf
-_letter = r'(?-i:(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])(?![A-Za-z0-9]))'  # not the article A
+_ends = '(?![A-Za-z0-9+#]|-[a-z])'
+_letter = ('(?-i:(?<![A-Za-z0-9+])(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])'
+           f'{_ends})')  # a word of its own, and not the article A
 _answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?'
            r'(?: indeed| therefore| thus| clearly)?\s*:?\s*'
            '|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?\\s*:?\\s*|(?<![不非别])选择?\\s*:?\\s*')
 _stated = re.compile(rf'(?:{_answer})(?:option |choice |选项\s*)?[*_("“\[\\]*{_letter}', re.I)
-_stated_too = re.compile(rf'{_letter}[*_)\]"”]*(?: is (?:the )?(?:correct|right|answer)'
+_stated_too = re.compile(rf'{_letter}[*_)\]"”]*(?: is (?:the )?(?:answer|correct(?! about| that)|'
+                         r'right(?!-| (?!answer|option|choice|one|because|since)))\b'
                          r'|\s*(?:选项|项)?\s*[是为]?\s*(?:正确|成立|符合题意)(?!吗|性))', re.I)
 _supposed = re.compile(r'(?:如果|假如|假设|倘若|若)[^,。;]*|\b(?:if|suppose|assume|assuming)\b[^,.;]*', re.I)
 
@@ -122,18 +124,18 @@ _supposed = re.compile(r'(?:如果|假如|假设|倘若|若)[^,。;]*|\b(?:if|su
 _denied = re.compile(r'[*_)\]"]*\s*(?:选项|项)?\s*[是就也都]*\s*(?:不对|错|不正确|不成立|不符合)'
                      r'|[*_)\]"]* (?:is|was|would be) (?:wrong|not|false|incorrect)', re.I)
 _joined = re.compile(r'(?:[*_)\]]*\s*(?:(?i:or|and)\b|[/,、或和])\s*(?:(?i:option|choice) )?'
-                     r'[*_(\[]*[A-Z](?![A-Za-z0-9]))*')
-_stated_text = re.compile(rf'(?:{_answer})(.+)$', re.I)
+                     rf'[*_(\[]*[A-Z]{_ends})*')
+_answered = re.compile(_answer, re.I)
 _refusal = re.compile(r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:can(?:no|')t|cannot|won't)|as an ai)\b"
                       '|抱歉|无法(?:回答|确定|提供|判断)|不能回答|作为.{0,6}(?:人工智能|AI)', re.I)
 
 def _plain(text): return unicodedata.normalize('NFKC', text).replace('’', "'") # full-width forms become ASCII
-def _bare(text): return _plain(text).casefold().strip(_markup)
+def _bare(text): # `[]` has nothing but marks, and stays
+    text = _plain(text).casefold().strip()
+    return text.strip(_markup) or text
 
 # %% ../nbs/lib/03n_text.ipynb #a9854791
-_captioned = re.compile(r'[\s*_`"(\[]*(?:option |选项\s*)?([A-Z])'
-                        r'(?:[\s*_`")\].,。]*|[\s*_`"]*[.):\]、。,]\s*(.*))', re.S | re.I)
-_negation = re.compile(r"\b(?:not|no|never|neither|nor)\b|n't|[不非没未]")
+_filler = {'and', 'or', 'option', 'choice', *'和或与及选项'}
 
 def _position(letter, options): # -1 for a letter past the row's options
     i = ord(letter.upper())-ord('A')
@@ -142,38 +144,66 @@ def _position(letter, options): # -1 for a letter past the row's options
 def _named(text, options): # positions of the options with this text
     return {i for i, o in enumerate(options) if _bare(o) == _bare(text) != ''}
 
-def _captions(text, options): # positions by a letter, alone or before a text; another option's text adds that one
+def _word(name): return rf'(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])'
+
+def _listed(text, options): # positions in a list of letters and texts; none where other words stand in it
+    text, found = _bare(re.sub(r'\b[Aa] (?!or |and )(?=[a-z])', '', text)), set() # without the article A
+    for name in sorted({_bare(o) for o in options}, key=len, reverse=True):
+        if re.fullmatch('[a-z]?', name): continue
+        text, n = re.subn(_word(name), ' ', text)
+        if n: found |= _named(name, options)
+    words = {*_unit.findall(text)}-_filler
+    return found | {_position(w, options) for w in words} if all(re.fullmatch('[a-z]', w) for w in words) else set()
+
+# %% ../nbs/lib/03n_text.ipynb #3e60b8d1
+_captioned = re.compile(r'[\s*_`"(\[]*(?:option |选项\s*)?([A-Z])'
+                        r'(?:[\s*_`")\].,。]*|[\s*_`"]*[.):\]、。,]\s*(.*))', re.S | re.I)
+
+def _captions(text, options): # positions by a letter, alone or before a text; a list behind the letter adds its own
     if not (m := _captioned.fullmatch(text.strip())): return set()
-    named, others = _position(m[1], options), _named(m[2] or '', options)
-    if named < 0 and (own := _named(text, options)): return own # `H` is no letter of the row, and the text of an option
-    return {named} if named in others else {named, *others}
+    named, own, others = _position(m[1], options), _named(text, options), _named(m[2] or '', options)
+    if own and (named < 0 or m[1].islower()): return own # the text of an option, such as `H` or `b`
+    return {named} if named in others else {named, *(others or _listed(m[2] or '', options))}
 
 # %% ../nbs/lib/03n_text.ipynb #1f51694c
+_negation = re.compile(r"\b(?:not?|cannot|never|neither|nor|except)\b|n't|[不非没未除]", re.I)
+
 def _texts_in(text, options): # positions of the options whose text stands in it, as whole words
     names, text = [_bare(o) for o in options], _bare(text)
-    def inside(name): return name and re.search(rf'(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])', text)
+    def inside(name): return name and re.search(_word(name), text)
     found = {name for name in names if inside(name) and bool(_negation.search(name)) == bool(_negation.search(text))}
     longest = [n for n in found if not any(n in other and n != other for other in found)]
     return {i for i, name in enumerate(names) if name in longest}
 
 # %% ../nbs/lib/03n_text.ipynb #4c48bcc6
+def _without(text, options, which): # the text without the options that `which` holds for
+    for option in sorted(map(_plain, options), key=len, reverse=True):
+        if which(option): text = text.replace(option, ' ')
+    return text
+
+def _lettered(option): return len(_bare(option)) > 1 and re.search(_letter, option)
+
 def _states(line, options): # positions that a line calls the answer; not what it only supposes
     line = _supposed.sub('', line)
+    said = [line[m.end():] for m in _answered.finditer(line)]
+    named = set().union(*(_named(t, options) for t in said))
+    if named and len(_bare(said[-1])) > 1: return named
+    line = _without(line, options, _lettered)
     letters = {_position(c, options) for c in _stated_too.findall(line)}
     for m in _stated.finditer(line):
         if _denied.match(line, m.end()): continue
         more = re.findall('[A-Z]', _joined.match(line, m.end())[0])
         letters |= {_position(c, options) for c in (m[1], *more)}
-    if letters-{-1}: return letters
-    return set().union(*(_named(t, options) for t in _stated_text.findall(line))) or letters
+    return letters if letters-{-1} else named or letters
 
 # %% ../nbs/lib/03n_text.ipynb #7931d7ab
 def _in_tag(text, options):
-    letter, named = re.fullmatch('[a-z]', _bare(text)), _named(text, options)
-    if named and not (letter and _position(letter[0], options) >= 0): return named
+    if not re.fullmatch('[a-z]', _bare(text)) and (named := _named(text, options)): return named
     if found := _captions(text, options) or _states(text, options): return found
-    loose = re.findall(rf"(?<![A-Za-z0-9'])(?!I){_letter}", text)
-    return {_position(c, options) for c in loose} or _texts_in(text, options)
+    rest = _without(text, options, _lettered)
+    def denied(m): return _negation.search(rest, 0, m.start()) or _denied.match(rest, m.end())
+    loose = [m[1] for m in re.finditer(rf"(?<!')(?!I){_letter}", rest) if not denied(m)]
+    return {_position(c, options) for c in loose} or _listed(text, options) or _texts_in(text, options)
 
 # %% ../nbs/lib/03n_text.ipynb #11be75eb
 def _is_option(line, options): # a letter alone, or with an option's text
@@ -192,18 +222,16 @@ def _in_lines(text, options): # (answers, where) of a text without tags
     return named, 'option text'
 
 # %% ../nbs/lib/03n_text.ipynb #0e89d599
-def _without_lists(text, options): # no option whose own text repeats itself, such as a list of equal words
-    for option in map(_plain, options):
-        if repeats(option): text = text.replace(option, '')
-    return text
+def _tags(text): # what stands in its tags
+    return [b for b in [b for _, b in _tagged.findall(text)]+_boxed.findall(text) if b.strip()]
 
-def _place(text, options): # (answers, where) of the first place that holds one
-    rest = _thought.sub('', text)
-    for body in (rest, text):
-        tagged = [b for _, b in _tagged.findall(body) if b.strip()]+[b for b in _boxed.findall(body) if b.strip()]
-        if tagged: return set().union(*(_in_tag(b, options) for b in tagged)), 'tag'
-    if _opened.search(rest) or repeats(_without_lists(rest, options)): return set(), ''
-    return _in_lines(rest, options)
+def _place(text, options): # (answers, where) of the first place that holds one; a tag within a thought comes last
+    rest = _closed.split(_thought.sub('', text))[-1]
+    def of_tags(t): return set().union(*(_in_tag(b, options) for b in _tags(t))), 'tag'
+    if _tags(rest): return of_tags(rest)
+    unclear = _opened.search(rest) or repeats(_without(rest, options, repeats))
+    found = (set(), '') if unclear else _in_lines(rest, options)
+    return found if found[0] or not _tags(text) else of_tags(text)
 
 # %% ../nbs/lib/03n_text.ipynb #6d8b368f
 def parse_reply(
@@ -242,7 +270,7 @@ _leak = re.compile(r'\b(?:given|provided|known|stated|supplied) (?:answer|option
 _announced = re.compile(r'(?:\b(as|since|because|given that|know(?:ing)?(?: that)?) )?(?:the )?'
                         r'correct (?:answer|option|letter) (?:is|was|of|says|must)\b', re.I)
 
-def _n_words(text): return sum(u[0].isalnum() for u in _unit.findall(text)) # without punctuation
+def _n_words(text): return len(_unit.findall(text))
 
 def _leaks(text): # *The correct answer is B* is a usual end; before any reasoning, or as a reason, it was known
     text = _plain(text)
@@ -269,7 +297,7 @@ def rationale_fault(
     finish:str='stop', # `stop`, or `length` where the token limit ended the text
 ) -> str: # '' for a text to keep
     "The first reason not to train on a rationale"
-    if repeats(_without_lists(_plain(text), options)): return 'repeats itself'
+    if repeats(_without(_plain(text), options, repeats)): return 'repeats itself'
     if finish == 'length' or _unclosed(text): return 'cut off'
     reply = parse_reply(text, options)
     if reply.option < 0: return reply.how

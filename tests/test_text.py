@@ -34,7 +34,21 @@ PARSED = [ # reply, position, options
     ('The answer is indeed B.', 1, NAMES), ('"B" is the correct answer.', 1, NAMES),
     ('H', 0, ['H', 'J', 'K']), ('So it follows.\n（J）', 1, ['H', 'J', 'K']), ('The answer is K.', 2, ['H', 'J', 'K']),
     ('<output>H</output>', 0, ['H', 'J', 'K']), ('<output>B</output>', 1, ['H', 'J', 'K']),
-    ('O、R', 1, ['J、S', 'O、R', 'O、R、S']), (f'B. {["Cry"]*8}', 1, [str(['Sing']*8), str(['Cry']*8)])]
+    ('O、R', 1, ['J、S', 'O、R', 'O、R、S']), (f'B. {["Cry"]*8}', 1, [str(['Sing']*8), str(['Cry']*8)]),
+    ('<output>B, not A</output>', 1, NAMES), ('<output>B. Ben is older than A</output>', 1, NAMES),
+    ('<output>Anna是骑士，选C</output>', 2, NAMES), ('<output>A. B</output>', 0, ['B', 'C', 'D']),
+    ('The answer is C++.', 0, ['C++', 'Java', 'Python']), ('<output>So C#</output>', 1, ['Java', 'C#', 'C']),
+    ('答案是药物B。', 0, ['药物B', '药物A']), ('<output>所以是药物B</output>', 0, ['药物B', '药物A']),
+    ('A. B是正确的', 0, ['B是正确的', 'A是正确的']), ('The answer is A, C.', 1, ['B, C', 'A, C']),
+    ('A is right of B.\nC', 2, NAMES), ('A is correct that B lies.\nC', 2, NAMES),
+    ('So the right option is B, and B is the right choice.', 1, NAMES), ('C is right because she lies.', 2, NAMES),
+    ('The answer is A. Wait, check.</think>\n\nB', 1, NAMES),
+    ('<output>A</output> No.</think><output>B</output>', 1, NAMES),
+    ('<think>Is it <output>A</output>? No.</think>\n\nThe answer is B.', 1, NAMES),
+    ('<thinking>So it follows. <output>B</output></thinking>', 1, NAMES),
+    ('<output>b</output>', 2, ['a', '1', 'b']), ('b', 2, ['a', '1', 'b']), ('<output>B</output>', 1, ['a', '1', 'b']),
+    ('<output>[b]</output>', 0, ['[b]', '[l, b]']), ('<output>[]</output>', 1, ['[1]', '[]']),
+    ('B. []', 1, ['[1]', '[]'])]
 
 @pytest.mark.parametrize('text, option, options', PARSED)
 def test_parsed(text, option, options): assert parse_reply(text, options).option == option
@@ -56,7 +70,16 @@ UNPARSED = [('', 'no answer'), ('<output></output>', 'no answer'), ('<output>A o
             ('<output>not Ben</output>', 'no answer'), ('Anna is the youngest of them.', 'no answer'),
             ('抱歉，作为人工智能，我不能回答。', 'refusal'), ('所以李四是骑士。'*9, 'repetition'),
             ('So Ben is a knight. Then Anna lies. '*9, 'repetition'), ('<output>Ｅ</output>', 'outside the options'),
-            ('<output>A</output>\nThe answer is B. <output>Ｂ</output>', 'two answers')]
+            ('<output>A</output>\nThe answer is B. <output>Ｂ</output>', 'two answers'),
+            ('<output>A, B</output>', 'two answers'), ('<output>A。B</output>', 'two answers'),
+            (r'\boxed{A, C}', 'two answers'), ('<output>(A)(B)</output>', 'two answers'),
+            ('<output>A, B and C</output>', 'two answers'), ('<output>选项A、选项B</output>', 'two answers'),
+            ('<output>A. Anna\nB. Ben</output>', 'two answers'), ('<output>A. Anna or Ben</output>', 'two answers'),
+            ('<output>A, E</output>', 'two answers'), ('<output>A+B</output>', 'two answers'),
+            *((f'<output>{t}</output>', 'no answer')
+              for t in ('Not A', '不是A', '不选A和B', '除了A', 'A is wrong', 'A不对', 'It cannot be A')),
+            ('A is right of B.\nSo it must be Cleo', 'no answer'), ('So DNA is the answer.', 'no answer'),
+            ('所以DNA正确。', 'no answer'), ('Maybe the answer is A.</think>', 'no answer')]
 
 @pytest.mark.parametrize('text, how', UNPARSED)
 def test_unparsed(text, how): assert parse_reply(text, NAMES) == (-1, how)
@@ -64,6 +87,9 @@ def test_unparsed(text, how): assert parse_reply(text, NAMES) == (-1, how)
 def test_letters_are_those_of_the_row():
     assert parse_reply('Option H', ['H', 'J', 'K']) == parse_reply('I', ['H', 'J', 'K']) == (-1, 'outside the options')
     assert parse_reply('H', ['H', 'h', 'K']) == (-1, 'two answers')
+    assert parse_reply('Vitamin C is the answer.', ['Vitamin A', 'Vitamin C', 'Iron']) == (-1, 'no answer')
+    assert parse_reply('答案是药物A，因为B无效。', ['药物B', '药物A']) == (-1, 'no answer')
+    assert parse_reply('<output>不是A</output>', ['是', '不是']) == (-1, 'no answer')
     assert parse_reply('B', ['H', 'B', 'A']).option == 1 and parse_reply('A', ['H', 'B', 'A']).option == 0
     assert parse_reply('<output>C</output>', NAMES[:2]) == (-1, 'outside the options')
 
@@ -101,6 +127,8 @@ def test_lists_are_no_loops():
     people = 'Abigail Ben Cleo Dora Emil Fay Gus Hanna Ida Jon'.split()
     assert not repeats('\n'.join(f'{k}. If {p} is a knight, then {q} is a knave.'
                                  for k, (p, q) in enumerate(zip(people, people[1:]))))
+    assert not any(map(repeats, ('|---|---|---|---|', '-'*12, '='*12, 'A '+'.'*40+' 3', '| a | b |\n|:---|---:|\n'*2)))
+    assert repeats('所以Ben是骑士。'*4)
     assert repeats('Fine. '+'If Ben lies, Anna lies. '*4) and not repeats('If Ben lies, Anna lies. '*2)
 
 @pytest.fixture(scope='module')
