@@ -21,10 +21,10 @@ FORMS = ['<thinking>{t}</thinking><output>{a}</output>', '<output>{w}</output>',
          '{a}. {o}', '<think>{t}</think>\n\n**{a}**']
 THOUGHT = 'Anna is older than Ben, so Ben is younger.'
 
-def planted(rows): # every option of every row in every form
+def planted(rows): # every option of every row in every form; not `D` as the text of B, which is the letter of D
     out = [dict(id=i, meant=k, form=f, finish='stop', text=form.format(t=THOUGHT, a=c, w=chr(ord(c)+0xfee0), o=o))
            for i, options in zip(rows.id, rows.options) for k, (c, o) in enumerate(zip('ABCDEFG', options))
-           for f, form in enumerate(FORMS)]
+           for f, form in enumerate(FORMS) if form != FORMS[4] or o not in {*'ABCDEFG'[:len(options)]}-{c}]
     return pd.DataFrame(out)
 
 def against(rows, n=10): # attempts that name the option after the label
