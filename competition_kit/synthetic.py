@@ -11,7 +11,7 @@ __all__ = ['zebra_names', 'checked', 'code_problems', 'shown_row', 'draft_prompt
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-import itertools, re
+import itertools, re, string, unicodedata
 import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer
@@ -126,8 +126,10 @@ def parse_draft(
 ): # (`problem`, `question` and `options` as a dict, ''), or (None, its fault)
     "A problem from a model's text"
     problem, question = _inside('problem', text), _inside('question', text)
-    options = [m.strip() for m in re.findall(r'^\s*[A-G][.、:：)）．]\s*(.+)$', _inside('options', text), re.M)]
-    if problem and question and len(options) > 1:
+    lines = re.findall(r'^\s*([A-ZＡ-Ｚ])[.、:：)）．]\s*(.+)$', _inside('options', text), re.M)
+    letters, options = ''.join(c for c, _ in lines), [o.strip() for _, o in lines]
+    in_order = unicodedata.normalize('NFKC', letters) == string.ascii_uppercase[:len(letters)]
+    if problem and question and len(options) > 1 and in_order:
         if len(options) > len(tasks['choice'].letters): return None, 'too many options'
         if len({o.casefold() for o in options}) < len(options): return None, 'equal options'
         return dict(problem=problem, question=question, options=options), ''
