@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from competition_kit import text_voters as T
-from competition_kit.base import tiny_base
+from competition_kit.base import load_tokenizer, tiny_base
 from competition_kit.clock import Clock
+from competition_kit.completions import answer_rows
 from competition_kit.core import Refusal, data_path, models_path, read_table, root_at
 from competition_kit.probs import read_probs
 from competition_kit.predictions import write_sample
@@ -13,6 +14,7 @@ from competition_kit.record import run_stage, start_run
 from competition_kit.replies import Text, generate, read_replies
 from competition_kit.submission import check_submission, find_sample
 from competition_kit.tables import load_rows, write_rows
+from competition_kit.text import TextPrompt
 from competition_kit.vote import VoteArgs, prior_probs, rows_to_predict, run_staged, vote
 
 def write_few(name, rows):
@@ -98,6 +100,17 @@ def test_texts_and_letters_vote_together(both, monkeypatch):
     m = run.record['metrics']
     assert (m['replies'], m['retried'], m['unparsed']) == (24+18, 18, 3+15+15) and m['rows_without_answer'] == 5
     assert len(engine.asked) == 42 and len({*zip(replies.id, replies.seed)}) == 42 and set(replies.run) == {both[1]}
+
+@pytest.mark.parametrize('samples', [1, 3])
+def test_a_score_asks_as_a_vote(tmp_path, samples):
+    rows = pd.DataFrame([dict(id='a', problem='Ann lies.', question='What is Ann?', options=['knight', 'knave'])])
+    prompt, asked = TextPrompt(load_tokenizer()), {}
+    for name in 'score', 'vote':
+        engine = Planted(lambda row, turn: 'A')
+        engine.replies = lambda requests: asked.update({name: requests}) or [Text('A', 'stop', 1) for _ in requests]
+        if name == 'score': answer_rows(engine, prompt, rows, tmp_path/name, 9, samples, progress=False)
+        else: T.sample_texts(engine, prompt.encode(rows), rows, tmp_path/name, samples, max_new_tokens=9)
+    assert [r[1:] for r in asked['score']] == [r[1:] for r in asked['vote']] and len(asked['vote']) == samples
 
 def test_rows_without_an_answer_get_the_prior_when_nobody_else_votes(both, monkeypatch):
     planted(monkeypatch, lambda row, turn: 'A' if row == 0 else '我不知道。')
