@@ -112,8 +112,8 @@ _ends = '(?![A-Za-z0-9+#]|-[a-z])'
 _letter = ('(?-i:(?<![A-Za-z0-9+])(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])'
            f'{_ends})')  # a word of its own, and not the article A
 _answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?'
-           r'(?: indeed| therefore| thus| clearly)?\s*:?\s*'
-           '|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?\\s*:?\\s*|(?<![不非别])选择?\\s*:?\\s*')
+           r'(?: indeed| therefore| thus| clearly)?[\s*]*:?[\s*]*'
+           r'|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?[\s*]*:?[\s*]*|(?<![不非别])选择?\s*:?\s*')
 _stated = re.compile(rf'(?:{_answer})(?:option |choice |选项\s*)?[*_("“\[\\]*{_letter}', re.I)
 _stated_too = re.compile(rf'{_letter}[*_)\]"”]*(?: is (?:the )?(?:answer|correct(?! about| that)|'
                          r'right(?!-| (?!answer|option|choice|one|because|since)))\b'

@@ -31,6 +31,7 @@ PARSED = [ # reply, position, options
     ('如果选A，就会矛盾，所以答案是C。', 2, NAMES),
     ('If the answer is A, Ben lies, so the answer is C.', 2, NAMES),
     ('逐项检查：选A不对，因为她最大；选B对。', 1, NAMES),
+    ('**Final Answer:** B', 1, NAMES), ('**答案**：**B**', 1, NAMES), ('**Answer: Ben**', 1, NAMES),
     ('The answer is indeed B.', 1, NAMES), ('"B" is the correct answer.', 1, NAMES),
     ('H', 0, ['H', 'J', 'K']), ('So it follows.\n（J）', 1, ['H', 'J', 'K']), ('The answer is K.', 2, ['H', 'J', 'K']),
     ('<output>H</output>', 0, ['H', 'J', 'K']), ('<output>B</output>', 1, ['H', 'J', 'K']),
