@@ -214,8 +214,7 @@ if what == 'create':
 elif what == 'pod': pod(*names)
 elif names[0] == 'jobs' and what == 'get': print(json.dumps(dict(items=[shown(id) for id in known()])))
 elif what == 'get':
-    if names[1] not in known(): sys.exit(f'Error from server (NotFound): jobs.batch "{names[1]}" not found')
-    print(json.dumps(shown(names[1])))
+    if names[1] in known(): print(json.dumps(shown(names[1])))
 elif what == 'delete':
     for id in names[1:]:
         note(id, gone=True)
