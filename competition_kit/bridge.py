@@ -119,8 +119,8 @@ class Slurm:
     "Jobs on a Slurm cluster; the methods are those of `Ray`"
     def live(self, name):
         states = 'PENDING,RUNNING,SUSPENDED,CONFIGURING,COMPLETING'
-        out = _slurm('squeue', '--noheader', f'--states={states}', '--format=%i|%j')
-        return [(id, n) for id, n in (line.split('|') for line in out.split()) if n.startswith(name)]
+        out = _slurm('squeue', '--me', '--noheader', f'--states={states}', '--format=%i|%j')
+        return [(id, n) for id, n in (line.split('|', 1) for line in out.splitlines()) if n.startswith(name)]
 
     def submit(self, name, job, script):
         options = dict(slurm_partition='partition', slurm_account='account', runtime='time', mem_mb='mem', gpu='gpus')
@@ -168,10 +168,9 @@ def kubernetes_job(
 # %% ../nbs/lib/12d_bridge.ipynb #a17c0006
 _KUBE_AWAY = re.compile('refused|timed out|timeout|unable to connect|no route|EOF|unavailable|too many requests', re.I)
 
-def _kubectl(*words, text=None): # The output; `Away` when the server does not answer, None for an unknown job
+def _kubectl(*words, text=None): # The output; `Away` when the server does not answer
     p = subprocess.run(['kubectl', *words], input=text, capture_output=True, text=True)
     if p.returncode == 0: return p.stdout
-    if 'NotFound' in p.stderr: return None
     if _KUBE_AWAY.search(p.stderr): raise Away(p.stderr.strip())
     raise Refusal(f'kubectl failed: {p.stderr.strip()}')
 
@@ -193,9 +192,9 @@ class Kubernetes:
         return made['metadata']['name']
 
     def status(self, id):
-        try: found = _kubectl('get', 'job', id, '--output=json')
+        try: found = _kubectl('get', 'job', id, '--ignore-not-found', '--output=json')
         except Away: return 'running'
-        return by_output(id) if found is None else _kube_state(json.loads(found))
+        return _kube_state(json.loads(found)) if found else by_output(id)
 
     def cancel(self, ids): _kubectl('delete', 'jobs', '--ignore-not-found', '--wait=false', *ids)
 

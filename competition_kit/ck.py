@@ -159,10 +159,16 @@ def _ancestors(rec): # Folders in `models/` that a run was made from, and those 
 def _link_inputs(rec, home, copy): # Links in `copy` to everything in `home` that the run needs
     models = copy/'models'
     models.mkdir(parents=True)
-    links = {home/'data': copy/'data', home/'nbs': copy/'nbs'}
-    links |= {models_path(name): models/name for name in {'bases', *_ancestors(rec)}}
+    links = {home/'nbs': copy/'nbs'} | {models_path(name): models/name for name in {'bases', *_ancestors(rec)}}
     for source, link in links.items():
         if source.exists(): link.symlink_to(source.resolve(), target_is_directory=True)
+    if (home/'data').exists(): _link_files(home/'data', copy/'data')
+
+def _link_files(source, copy): # A folder with a link for each file of another one
+    copy.mkdir()
+    for p in source.iterdir():
+        if p.is_dir(): _link_files(p, copy/p.name)
+        else: (copy/p.name).symlink_to(p.resolve())
 
 # %% ../nbs/lib/12a_ck.ipynb #c5368085
 def log_repro(

@@ -102,13 +102,14 @@ def test_check_is_thin(root, tmp_path, monkeypatch, capsys):
 
 # ---- runs that start kernels
 CELLS = ['fold: int = 0\nlr: float = 1e-4\nnote: str = ""', '''import os
-from competition_kit.core import data_path, models_path
+from competition_kit.core import atomic, data_path, models_path
 from competition_kit.record import start_run
 inputs = dict(rows=data_path("rows.txt").read_text(), teacher="teach-0123456789")
 with start_run("demo", dict(lr=lr, note=note), inputs, fold=fold, notebook="90_demo.ipynb") as run:
     if not run.done:
         teacher = models_path("teach-0123456789/w.txt").read_text()
         (run.folder/"w.txt").write_text(note + teacher + os.environ.get("MOOD", ""))
+        with atomic(data_path("more/table.txt")) as tmp: tmp.write_text(os.environ.get("MOOD", "none"))
         run.finish(dict(accuracy=.5), ["w.txt"])''']
 
 @pytest.fixture
@@ -141,6 +142,8 @@ def test_repro(project, capsys, monkeypatch):
     assert 'the inputs have changed' in printed
     assert before == {p: p.read_bytes() for p in (project/'models'/id).iterdir()}
     assert (project/'data/rows.txt').exists() and (project/'models/teach-0123456789/w.txt').exists()
+    assert (project/'data/more/table.txt').read_text() == 'none'  # the repetition has published its own
+    assert (project/'models/.repro'/id/'data/more/table.txt').read_text() == 'grim'
 
 def test_repro_borrows_the_runs_behind_its_inputs(project, capsys):
     with start_run('demo', dict(lr=1.), {}, fold=0) as first: first.finish({})
