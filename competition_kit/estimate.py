@@ -71,7 +71,7 @@ def size_of_job(
     return round(sum(n for n, _ in sizes)*(1-1/folds if folds else 1)), sizes[-1][1]
 
 # %% ../nbs/lib/12f_estimate.ipynb #4241b66f
-_FORWARD, _GPTQ = .89, 7/14e9*48  # Share of the matmul rate; seconds for each parameter of a layer
+_FORWARD, _GPTQ = .89, 5/14e9*48  # Share of the matmul rate; seconds for each parameter of a layer, with 128 rows
 
 @functools.cache
 def _shape(base):
@@ -107,15 +107,25 @@ def _predicting(job, jobs, gpu): # One model after the other
     if not found: return {}  # such as a vote of marked runs
     return dict(memory_gb=max(f['memory_gb'] for f in found), hours=sum(f['hours'] for f in found), disk_gb=0)
 
-def _forward(job, model, jobs, gpu): # Of one model over the rows of a job
+def _forward(job, model, jobs, gpu): # Of one model over the rows of a job; a teacher has the views of its own training
     from competition_kit.cost import Job, find_gpu, mean_context, prediction_memory
     from competition_kit.pack import contest_lengths
-    (rows, lengths), base = size_of_job(job, jobs), _shape(base_of_job(model, jobs))
-    n, kind = contest_lengths(lengths), Job(base, dtype=dtype_of_job(model, jobs), r=0)
-    tokens = float(n.mean())*rows*argument(job, 'views', 2)/max(1, argument(job, 'gpus', 1))
+    (rows, lengths), base, trained = size_of_job(job, jobs), _shape(base_of_job(model, jobs)), _training_of(model, jobs)
+    n = contest_lengths(lengths, max_len=argument(trained, 'max_len', 2048))
+    views = argument(job if job.stage == 'vote' else trained, 'views', 2)
+    tokens = float(n.mean())*rows*views/(argument(job, 'gpus') if job.stage == 'vote' else 1)
     flops = 2*base['linear']+4*base['layers']*base['q']*mean_context(n)
-    peak = prediction_memory(kind, argument(job, 'pack_tokens', 4096))['peak']
+    pack = argument(job, 'pack_tokens')*(4 if job.stage == 'distill' else 1)
+    peak = prediction_memory(Job(base, dtype=dtype_of_job(model, jobs), r=0), pack)['peak']
     return dict(memory_gb=peak/1e9, hours=tokens*flops/(_FORWARD*find_gpu(gpu)['rate'])/3600)
+
+def _distilling(job, jobs, gpu): # A training; before it one process asks the teachers that held out the fold
+    found = _training(job, jobs, gpu)
+    if not argument(job, 'in_sample'): return found
+    asked = [jobs[n] for n in linked(job, 'teachers') if argument(jobs[n], 'fold') in (argument(job, 'fold'), None, -1)]
+    passes = [_forward(job, teacher, jobs, gpu) for teacher in asked]
+    return dict(found, hours=found['hours']+sum(p['hours'] for p in passes),
+                memory_gb=max(p['memory_gb'] for p in [found, *passes]))
 
 def _replies(model, jobs, gpu, rows, attempts, engine): # Texts that a trained model writes on one GPU
     from competition_kit.reply_cost import generation_cost
@@ -124,11 +134,13 @@ def _replies(model, jobs, gpu, rows, attempts, engine): # Texts that a trained m
                         new_tokens=min(400, most), max_new_tokens=most, batch_tokens=16*pack)
     return dict(memory_gb=c['base_gb']+c['kv_gb'], hours=c['hours'])
 
+# %% ../nbs/lib/12f_estimate.ipynb #3ee2b96c
 def _quantising(job, jobs, gpu):
     from competition_kit.cost import base_bytes
     base = _shape(base_of_job(job, jobs))
     memory = 3*base_bytes(base)/base['layers']+16*max(i*o for i, o in base['linears'].values())
-    return dict(memory_gb=memory/1e9, hours=_GPTQ*base['linear']/3600*argument(job, 'draws', 1),
+    seconds = _GPTQ*base['linear']*(1+argument(job, 'rows')/128)/2
+    return dict(memory_gb=memory/1e9, hours=seconds/3600*argument(job, 'draws'),
                 disk_gb=base_bytes(base, f"gptq{argument(job, 'bits')}")/1e9)
 
 def _merging(job, jobs, gpu): # Reading and writing at 1 GB a second
@@ -151,7 +163,7 @@ def _pairing(job, jobs, gpu): # Each writer answers as many prompts
                              max_new_tokens=argument(job, 'max_new_tokens')) for base in writers]
     return dict(memory_gb=max(c['base_gb']+c['kv_gb'] for c in costs), hours=sum(c['hours'] for c in costs), disk_gb=0)
 
-_models = dict(train=_training, distill=_training, pseudo=_predicting, vote=_predicting, gptq=_quantising,
+_models = dict(train=_training, distill=_distilling, pseudo=_predicting, vote=_predicting, gptq=_quantising,
                merge=_merging, generate=_writing, pairs=_pairing)
 
 # %% ../nbs/lib/12f_estimate.ipynb #571d5ad2
@@ -162,7 +174,7 @@ def estimate(
 ) -> dict: # `memory_gb` of a GPU, `hours`, `gpu_hours`, `disk_gb`; `why`: a note, or why there is no number; or nothing
     "The predicted cost of a job"
     if job.stage not in _models or not job.gpus: return {}
-    rows_count = _models[job.stage] in (_training, _predicting, _writing)
+    rows_count = _models[job.stage] in (_training, _distilling, _predicting, _writing)
     if rows_count and size_of_job(job, jobs) is None: return dict(why='no size in the recipe')
     try: found = _models[job.stage](job, jobs, gpu)
     except Refusal as e: return dict(why=str(e).split('. ')[0])
@@ -174,16 +186,20 @@ def wall_hours(
     hours,    # Name → hours; a missing job takes no time
     gpus:int, # How many there are
 ) -> float: # Hours from the first start to the last end
-    "Wall-clock time of all jobs"
+    "Wall-clock time of all jobs; a job that takes more GPUs is refused"
+    most = max(jobs.values(), key=lambda j: j.gpus)
+    if most.gpus > gpus:
+        raise Refusal(f'{most.name} takes {most.gpus} GPUs, and the plan has {gpus}', most.where,
+                      fix=f'Give --gpus {most.gpus}, or fewer GPUs to the jobs with --set')
     waiting, ends, running, free, now = list(jobs), {}, [], gpus, 0.
     while waiting or running:
         for name in list(waiting):
             job = jobs[name]
-            if any(n in jobs and ends.get(n, now+1) > now for n in job.needs) or min(job.gpus, gpus) > free: continue
+            if any(n in jobs and ends.get(n, now+1) > now for n in job.needs) or job.gpus > free: continue
             waiting.remove(name)
-            free -= min(job.gpus, gpus)
+            free -= job.gpus
             ends[name] = now+hours.get(name, 0)
             heapq.heappush(running, (ends[name], name))
         now, name = heapq.heappop(running)
-        free += min(jobs[name].gpus, gpus)
+        free += jobs[name].gpus
     return now

@@ -142,6 +142,7 @@ def _check_recipe(recipe, where): # The shape of a recipe with its scale
 def read_recipe(
     name,           # As for `find_recipe`
     scale:str='',   # One of its scales; '': the recipe as it stands
+    /,
     **values,       # Values that replace those of the file
 ) -> Lined: # `file`, `scale`, `values`, `jobs`
     "Read a recipe with one of its scales"

@@ -18,7 +18,7 @@ from .jobs import accept_code, job_file, job_states, plan_of, recipe_folder
 from .planning import plan_open_runs, write_recipe
 from .report import report_html
 from .run import gpu_ids
-from .workflow import find_profile, follow, score_text, short_path, snakemake
+from .workflow import at_once, follow, score_text, short_path, snakemake
 
 # %% ../nbs/11_recipe.ipynb #1c051f4d
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Opened:
 def open_recipe(
     name:str,       # As for `find_recipe`
     scale:str='',   # One of its scales
-    **values,       # Replace those of the file
+    values=None,    # Name → value; they replace those of the file
 ) -> Opened: # With the state of each job
     "Read and check a recipe, and look at what is done"
-    recipe = read_recipe(name, scale, **values)
+    recipe = read_recipe(name, scale, **(values or {}))
     jobs, folder = expand(recipe), recipe_folder(recipe)
     return Opened(recipe, jobs, folder, job_states(jobs, folder))
 
@@ -73,14 +73,14 @@ def plan(
     name:str,       # As for `open_recipe`
     scale:str='',   # One of its scales
     gpu:str='',     # As for `find_gpu`; '': this machine's, or A100-80
-    gpus:int=0,     # How many there are; 0: as many as here, or 8
-    **values,       # Replace those of the file
+    gpus:int=0,     # How many there are; 0: as many as here, or 8, and as many as the largest job takes
+    values=None,    # As for `open_recipe`
 ) -> int: # Exit code
     "Print the graph of a recipe, what is done, what would run and what it takes; nothing is started"
-    opened = open_recipe(name, scale, **values)
-    here = len(gpu_ids())
-    gpu, gpus = gpu or ('this machine' if here else 'A100-80'), gpus or here or 8
+    opened = open_recipe(name, scale, values)
     left = {n: j for n, j in opened.jobs.items() if opened.states[n].word != 'done'}
+    here, most = len(gpu_ids()), max((j.gpus for j in left.values()), default=0)
+    gpu, gpus = gpu or ('this machine' if here else 'A100-80'), gpus or max(here or 8, most)
     with _offline(): costs = {n: estimate(j, opened.jobs, gpu) for n, j in left.items()}
     print(_title(opened), graph_text(opened.jobs), plan_table(opened, costs), _count_text(opened), sep='\n\n')
     if any(j.gpus for j in left.values()): print(_sum_text(left, costs, gpu, gpus))
@@ -139,12 +139,12 @@ def run_recipe(
     cores:int=0,            # Jobs at once on this machine; 0: one a GPU, or one
     yes:bool=False,         # Repeat runs of older code, however long they took
     as_is:bool=False,       # Use the results of older code
-    **values,               # Replace those of the file
+    values=None,            # As for `open_recipe`
 ) -> int: # 0: all jobs are done, else 1
     "Run what is not done of a recipe"
-    opened = open_recipe(name, scale, **values)
+    opened = open_recipe(name, scale, values)
     print(_title(opened), flush=True)
-    find_profile(profile)
+    here = at_once(profile, cores)  # a wrong profile is refused before anything is locked
     with _alone(opened):
         if as_is: opened = _accept_old_code(opened)
         elif not yes: _refuse_repeats(opened)
@@ -152,8 +152,9 @@ def run_recipe(
         if not left:
             print(f'all {len(opened.jobs)} jobs are done, nothing was run')
             return 0
-        if profile == 'local': _check_gpus(left)
-        _prepare(opened, left, values)
+        if here: _check_gpus(left)
+        if Path(profile).is_file(): profile = str(Path(profile).resolve())
+        _prepare(opened, left, dict(values=values or {}, profile=profile, cores=cores))
         return _work(opened, left, profile, cores)
 
 # %% ../nbs/11_recipe.ipynb #b53708eb
@@ -180,19 +181,19 @@ def _check_gpus(left):
 
 
 # %% ../nbs/11_recipe.ipynb #fa0e9a1d
-def _prepare(opened, left, values): # The plan for the processes of the jobs; outdated results lose their file
+def _prepare(opened, left, start): # The plan for the processes of the jobs; outdated results lose their file
     for name, job in left.items():
         if opened.states[name].word == 'running': continue
         if opened.states[name].word == 'changed code': job_file(opened.folder, job, 'again').touch()
         for end in ('json', 'failed.json'): job_file(opened.folder, job, end).unlink(missing_ok=True)
-    write_json(opened.folder/'plan.json', plan_of(opened.recipe, opened.jobs) | dict(values=values))
+    write_json(opened.folder/'plan.json', plan_of(opened.recipe, opened.jobs) | start)
 
 def _work(opened, left, profile, cores):
-    cores, done = cores or max(1, len(gpu_ids())), len(opened.jobs)-len(left)
-    log = short_path(opened.folder/'snakemake.log')
-    print(f'{len(left)} of {len(opened.jobs)} jobs to run, {cores} at once; log: {log}', flush=True)
+    log, n = short_path(opened.folder/'snakemake.log'), at_once(profile, cores)
+    how = f', {n} at once' if n else ''
+    print(f'{len(left)} of {len(opened.jobs)} jobs to run{how}; log: {log}', flush=True)
     with snakemake(opened.folder, profile=profile, cores=cores) as process:
-        finished, failed = follow(process, left, opened.folder, done)
+        finished, failed = follow(process, left, opened.folder, len(opened.jobs)-len(left))
     waiting = len(left)-len(finished)-len(failed)
     if not failed and not waiting: return 0
     print(f"{len(failed)} jobs failed, {waiting} wait for them" if failed else
@@ -201,24 +202,29 @@ def _work(opened, left, profile, cores):
 
 # %% ../nbs/11_recipe.ipynb #f0fcfc94
 def last_start(
-    name:str='',   # Of a recipe; '': any
+    name:str='',   # Of a recipe, or the path of its file; '': any
     scale:str='',  # '': any
-) -> dict: # `file`, `scale` and `values`
+) -> dict: # `file`, `scale`, `values`, `profile` and `cores`
     "The recipe that was started last"
-    plans = sorted(models_path('.recipes').glob('*/plan.json'), key=os.path.getmtime)
-    kept = [p for p in map(read_json, plans) if name in ('', p['recipe'], p['file']) and scale in ('', p['scale'])]
-    if kept: return {k: kept[-1].get(k, {}) for k in ('file', 'scale', 'values')}
+    plans, file = sorted(models_path('.recipes').glob('*/plan.json'), key=os.path.getmtime), str(Path(name).resolve())
+    kept = [p for p in map(read_json, plans)
+            if (name in ('', p['recipe']) or file == p['file']) and scale in ('', p['scale'])]
+    start = dict(file='', scale='', values={}, profile='local', cores=0)
+    if kept: return {k: kept[-1].get(k, v) for k, v in start.items()}
     raise Refusal(f"{name or 'no recipe'} {scale} was not started yet", fix='Start one with `ck recipe run`')
 
 # %% ../nbs/11_recipe.ipynb #04b05d78
 def resume(
-    name:str='',   # As for `last_start`
-    scale:str='',  # '': any
-    **kw,          # As for `run_recipe`
+    name:str='',    # As for `last_start`
+    scale:str='',   # '': any
+    profile:str='', # As for `run_recipe`; '': that of the last start
+    cores:int=0,    # 0: those of the last start
+    **kw,           # As for `run_recipe`
 ) -> int: # Exit code
-    "Continue a recipe with the values of its last start"
+    "Continue a recipe as it was started last"
     last = last_start(name, scale)
-    return run_recipe(last['file'], last['scale'], **last['values'], **kw)
+    how = dict(profile=profile or last['profile'], cores=cores or last['cores'], values=last['values'])
+    return run_recipe(last['file'], last['scale'], **how, **kw)
 
 # %% ../nbs/11_recipe.ipynb #c1d91e99
 def report(
@@ -227,7 +233,7 @@ def report(
 ) -> int: # Exit code
     "Write the report of a recipe, one HTML file that needs no network, and print its path"
     last = last_start(name, scale)
-    opened = open_recipe(last['file'], last['scale'], **last['values'])
+    opened = open_recipe(last['file'], last['scale'], last['values'])
     file = opened.folder/'report.html'
     with atomic(file) as tmp: tmp.write_text(report_html(opened.recipe, opened.jobs, opened.states), encoding='utf-8')
     print(file)
@@ -237,10 +243,10 @@ def report(
 def to_log(
     name:str,       # As for `open_recipe`
     scale:str='',   # One of its scales
-    **values,       # Replace those of the file
+    values=None,    # As for `open_recipe`
 ) -> int: # Exit code
     "Add the open jobs of a recipe to the workbook as planned rows"
-    opened = open_recipe(name, scale, **values)
+    opened = open_recipe(name, scale, values)
     n = plan_open_runs(opened.jobs, opened.states)
     print(f"{n} planned rows added to experiments_log.xlsx; {_count_text(opened)}")
     return 0
@@ -272,7 +278,7 @@ def add_arguments(
     "The words of `ck recipe`"
     sub = p.add_subparsers(dest='what', metavar='WHAT', required=True)
     helps = dict(plan='show the graph, what is done, what would run and what it takes', run='run what is not done',
-                 resume='go on with the values of the last start',
+                 resume='go on as it was started last',
                  report='write one HTML file: graph, scores, gains, times',
                  **{'from-log': 'make a recipe of the planned rows of the workbook',
                     'to-log': 'add the open jobs of a recipe to the workbook as planned rows'})
@@ -290,25 +296,27 @@ def _add_what(p, what):
                        help='replace a value of the recipe, such as data=mine')
     if what == 'plan':
         p.add_argument('--gpu', default='', help='predict for it: T4, A100-80, H100, H200 … (this machine, or A100-80)')
-        p.add_argument('--gpus', type=int, default=0, metavar='N', help='how many there are (as many as here, or 8)')
+        p.add_argument('--gpus', type=int, default=0, metavar='N',
+                       help='how many there are (all here, or 8; more if a job takes more)')
     if what not in ('run', 'resume'): return
-    p.add_argument('--profile', default='local', help='local (default), slurm, ray, kubernetes, or a YAML file')
-    p.add_argument('--cores', type=int, default=0, metavar='N', help='jobs at once on this machine (one a GPU, or one)')
+    usual = dict(run=('local', 'one a GPU, or one'), resume=('that of the last start', 'as in the last start'))[what]
+    p.add_argument('--profile', default='local' if what == 'run' else '',
+                   help=f'local, slurm, ray, kubernetes, or a YAML file ({usual[0]})')
+    p.add_argument('--cores', type=int, default=0, metavar='N', help=f'jobs at once on this machine ({usual[1]})')
     p.add_argument('--yes', action='store_true', help='repeat runs of older code, however long they took')
     p.add_argument('--as-is', action='store_true', help='use the results of older code')
 
 # %% ../nbs/11_recipe.ipynb #4cfffc14
 _DOES = {'plan': plan, 'run': run_recipe, 'resume': resume, 'report': report, 'from-log': from_log,
          'to-log': to_log}
-_WORDS = 'name', 'scale', 'profile', 'cores', 'yes', 'as_is', 'gpu', 'gpus'
+_WORDS = 'name', 'scale', 'profile', 'cores', 'yes', 'as_is', 'gpu', 'gpus', 'values'
 
 def command(
     args, # Parsed
 ) -> int: # Exit code
     "Do one of the commands of `ck recipe`"
     given = {k: v for k, v in vars(args).items() if k in _WORDS}
-    for text in getattr(args, 'values', []):
-        key, equals, value = text.partition('=')
-        if not equals or key in _WORDS: raise Refusal(f'--set {text}', fix='Write NAME=VALUE')
-        given[key] = value
+    if wrong := [text for text in given.get('values', []) if '=' not in text]:
+        raise Refusal(f'--set {wrong[0]}', fix='Write NAME=VALUE')
+    if 'values' in given: given['values'] = dict(text.split('=', 1) for text in given['values'])
     return _DOES[args.what](**given)

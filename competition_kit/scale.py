@@ -19,7 +19,7 @@ def label_hours(
     base:str,         # The teacher, as for `shape`
     gpu:str='H100',   # As for `find_gpu`
     lengths:str='lmsys', # As for `contest_lengths`
-    used:float=.7,    # Share of the GPU's matmul rate; the kit's packs reach .89 on one GPU
+    used:float=.7,    # Share of the GPU's matmul rate; the kit's packs reached .82 and .95 on one GPU
 ) -> float:
     "GPU-hours of labelling by one teacher"
     teacher, n = shape(base), contest_lengths(lengths)

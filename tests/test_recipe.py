@@ -1,5 +1,5 @@
 "Recipes: strict reading, the graph, running, kills, repetitions. Stages of a second stand in for trainings."
-import os, re, resource, shutil, subprocess, sys, time
+import contextlib, os, re, resource, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from competition_kit.ck import main
@@ -168,6 +168,26 @@ def nothing_to_do(three):
     assert used()-before < 2
     assert log.stat().st_size == size
 
+def test_resume_repeats_the_last_start(three, monkeypatch):
+    started = []
+    def work(opened, left, profile, cores): started.append((profile, cores, opened.recipe['values']['text']))
+    monkeypatch.setattr('competition_kit.recipe._work', work)
+    monkeypatch.chdir(three)
+    Path('mine.yaml').write_text('jobs: 9\nexecutor: cluster-generic\n')
+    main('recipe run three --profile mine.yaml --cores 3 --set text=other'.split())
+    main('recipe resume recipes/three.yaml'.split())
+    main('recipe resume three --profile local --cores 1'.split())
+    assert started == [(str(three/'mine.yaml'), 3, 'other')]*2+[('local', 1, 'other')]
+
+@pytest.mark.parametrize('profile, has', [('executor: local', '3 jobs to run, 2 at once;'),
+                                          ('executor: other', '3 jobs to run;')])
+def test_the_number_of_jobs_at_once_is_that_of_this_machine(three, monkeypatch, capsys, profile, has):
+    monkeypatch.setattr('competition_kit.recipe.follow', lambda *a: ([], []))
+    monkeypatch.setattr('competition_kit.recipe.snakemake', lambda *a, **kw: contextlib.nullcontext())
+    (three/'mine.yaml').write_text(profile)
+    run_recipe('three', profile=three/'mine.yaml', cores=2)
+    assert has in capsys.readouterr().out
+
 def test_a_cluster_needs_the_plugin_of_snakemake(three, monkeypatch):
     from importlib import util
     real, name = util.find_spec, 'snakemake_executor_plugin_cluster_generic'
@@ -180,15 +200,15 @@ NASTY = '$(touch pwned); `touch pwned` "\' & > pwned \\n %s'
 def test_a_failing_job_stops_only_those_after_it(three, capsys):
     "and no value reaches a shell"
     (three/'fail1').touch()
-    assert run_recipe('three', text=NASTY) == 1
-    states = open_recipe('three', text=NASTY).states
+    assert run_recipe('three', values=dict(text=NASTY)) == 1
+    states = open_recipe('three', values=dict(text=NASTY)).states
     assert [s.word for s in states.values()] == ['failed', 'done', 'to run']
     assert find_run(states['first/2'].made['run'])['params']['text'] == NASTY
     assert not list(three.rglob('pwned'))
     out = capsys.readouterr().out
     assert 'no luck' in out and '1 jobs failed, 1 wait' in out
     (three/'fail1').unlink()
-    assert run_recipe('three', text=NASTY) == 0
+    assert run_recipe('three', values=dict(text=NASTY)) == 0
     assert starts(three) == ['1', '1', '2', '3']
 
 def test_a_run_that_was_started_by_hand_is_waited_for(three):
@@ -280,6 +300,15 @@ def test_a_plan_predicts_what_it_can(root, capsys):
     plan('sized', gpu='H200', gpus=1)
     hours = [float(text.split('H200: ')[1].split(' h')[0]) for text in (out, capsys.readouterr().out)]
     assert hours[1] == pytest.approx(2*hours[0], rel=.1)
+
+def test_a_plan_has_the_gpus_of_each_job(root, capsys):
+    write_recipe(root, SIZED.replace('gpus: 1', 'gpus: $gpus').replace('jobs:', 'values: {gpus: 16}\njobs:'), 'sized')
+    assert main('recipe plan sized'.split()) == 0
+    assert 'predicted on 16 x' in capsys.readouterr().out
+    assert main('recipe plan sized --gpus 8'.split()) == 2
+    assert 'train/0 takes 16 GPUs, and the plan has 8. Give --gpus 16' in capsys.readouterr().err
+    assert main('recipe plan sized --gpus 8 --set gpus=2'.split()) == 0
+    assert 'predicted on 8 x' in capsys.readouterr().out
 
 @pytest.mark.parametrize('name', ['logic_reflect', 'arena_pseudo'])  # a mixture of experts; three writers of pairs
 def test_a_plan_at_the_published_size_lacks_nothing(root, capsys, name):
