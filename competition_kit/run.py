@@ -193,9 +193,9 @@ def gpu_ids() -> list: # As text, in order
 # %% ../nbs/lib/12_run.ipynb #8308533e
 _locks = Path('/tmp')/'competition_kit'
 
-def _try_lock(path): # An open file that holds the lock, or None
+def _try_lock(path, make=os.O_CREAT): # An open file that holds the lock, or None; with `make=0` the file must exist
     import fcntl
-    f = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    f = os.open(path, os.O_RDONLY | make, 0o666)
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(f)
@@ -437,7 +437,7 @@ def _sweep_running(day=86400): # Remove what killed `ck run`s left in `models/.r
             elif time.time()-folder.stat().st_mtime > day: shutil.rmtree(folder, ignore_errors=True)
 
 def _remove_unlocked(folder):
-    if (held := _try_lock(folder/'lock')) is None: return
+    if (held := _try_lock(folder/'lock', make=0)) is None: return
     private = Path((folder/'lock').read_text())
     if private.name.startswith('ck-'): shutil.rmtree(private, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -449,8 +449,9 @@ def _running(token, private): # Yields the folder of an execution, locked until 
     try:
         _sweep_running()
         folder.mkdir(parents=True)
-        (folder/'lock').write_text(private)
-        held = _try_lock(folder/'lock')
+        (folder/'new').write_text(private)
+        held = _try_lock(folder/'new')
+        os.rename(folder/'new', folder/'lock')  # held already when others see it
     except OSError as e:
         raise Refusal(f'cannot write there ({e.strerror})', models_path(),
                       fix='Make room, or take a folder that is yours with CK_ROOT') from e

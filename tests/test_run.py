@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import nbformat, pytest
 from competition_kit.core import Refusal, root_at
-from competition_kit.run import check_params, find_notebook, gpu_ids, lease_gpus, run_notebook, sweep
+from competition_kit.run import _running, check_params, find_notebook, gpu_ids, lease_gpus, run_notebook, sweep
 
 CK = [sys.executable, '-m', 'competition_kit.ck']
 START = 'from competition_kit.record import start_run\n'
@@ -239,6 +239,19 @@ def test_kill_9_leaves_nothing(sleepers, name):
     all_gone(token, start)
     p.wait(10)
     if name == 'kernel': assert p.returncode == 1 and record(sleepers.root, id)['status'] == 'failed'
+
+def test_beginners_do_not_sweep_each_other(root):
+    failed = []
+    def begin(name):
+        try:
+            for k in range(50):
+                with _running(f'{name}-{k}', '') as folder: assert (folder/'lock').exists()
+        except Exception as e: failed.append(e)
+    ts = [threading.Thread(target=begin, args=(i,)) for i in range(4)]
+    for t in ts: t.start()
+    for t in ts: t.join(60)
+    assert not failed
+    assert len(list((root/'models/.running').iterdir())) == 200
 
 # ---- GPUs
 @pytest.fixture
