@@ -11,6 +11,7 @@ import os, re, sys, time, traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from .base import base_hash, local_base
 from .core import (Refusal, data_path, file_sums, hash_obj, models_path, now, project_root, read_json,
                                   write_json)
 from .graph import stage_parameters, table_stages
@@ -48,13 +49,14 @@ def _adopted(words): # Records of adopted probabilities, found by their names
 
 def outside(
     job, # `Job`
-) -> dict: # File, or `workbook` → hash
+) -> dict: # File, base or `workbook` → hash
     "The inputs of a job from outside of its recipe"
     words = {w for v in job.args.values() if isinstance(v, str) for w in re.findall(r'[\w./-]+', v)}
     files = sorted({p for w in words for p in _files_named(w)} | set(_adopted(words)))
     root = project_root()
     names = {p: str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in files}
-    return {names[p]: s[:16] for p, s in file_sums(files).items()} | _from_workbook(job)
+    bases = {w: base_hash(w) for w in sorted(words) if local_base(w)}
+    return {names[p]: s[:16] for p, s in file_sums(files).items()} | bases | _from_workbook(job)
 
 # %% ../nbs/lib/12c_jobs.ipynb #e982fc61
 def _from_workbook(job):

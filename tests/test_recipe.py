@@ -278,6 +278,17 @@ def test_what_comes_from_outside_counts_by_content(done):
     assert words() == ['to run', 'to run', 'done']
     assert 'changed: notes.txt' in plan_table(open_recipe('three'))
 
+def test_a_base_in_a_folder_counts_by_content(root):
+    from competition_kit.jobs import outside
+    job = jobs_of('recipe: v\njobs: {train: {stage: train, args: {mix: sample_arena, base: mine}}}', root)['train']
+    before = outside(job)
+    (root/'mine').mkdir()
+    (root/'mine/config.json').write_text('{}')
+    (root/'mine/model.safetensors').write_text('first')
+    first = outside(job)
+    (root/'mine/model.safetensors').write_text('second')
+    assert len({str(x) for x in (before, first, outside(job))}) == 3
+
 def test_a_lost_run_is_made_again(done):
     made = open_recipe('three').states['first/2'].made
     models_path(made['run']).rename(models_path('elsewhere'))
