@@ -1,4 +1,4 @@
-"Everything this package says about itself stands in settings.ini; this file only hands it to setuptools."
+"settings.ini says what this package is, and this file hands it to setuptools. Licence and classifiers are repeated here."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup

@@ -513,7 +513,7 @@ _start = '''import concurrent.futures, contextlib, csv, hashlib, io, json, os, s
 import subprocess, sys, tempfile, time
 from pathlib import Path
 START, faults = time.time(), []
-DEADLINE = START+60*MINUTES-min(60, 6*MINUTES)  # the rest is for leaving
+DEADLINE = START+60*MINUTES-min(60, 6*MINUTES)  # the rest is for the last copy
 
 @contextlib.contextmanager
 def noted(what):

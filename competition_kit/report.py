@@ -52,16 +52,31 @@ def _scored_before(step, graph, scores, metric): # Steps before it that have the
         found += [before] if metric in scores[before] else _scored_before(before, graph, scores, metric)
     return found
 
-def _error(a, b, metric): # Twice the standard error of the difference; None where it is unknown
+def _folds(found, states, metric): # Fold → mean of the metric over the done instances of a step
+    values = {}
+    for j in (j for j in found if 'fold' in j.args):
+        values.setdefault(j.args['fold'], []).extend(_values(_done([j], states), metric))
+    return {fold: mean(v) for fold, v in values.items() if v}
+
+def _quantile(df): # Of the t distribution, for a 95 % interval
+    from scipy.stats import t
+    return float(t.ppf(.975, df))
+
+def _difference(a, b, metric, folds_a, folds_b): # (difference of the means, its error or None)
+    pairs = [folds_a[k]-folds_b[k] for k in folds_a.keys() & folds_b.keys()]
+    if len(pairs) > 1: return mean(pairs), _quantile(len(pairs)-1)*stdev(pairs)/math.sqrt(len(pairs))
+    gain = a[metric][0]-b[metric][0]
     if a[metric][1] is not None and b[metric][1] is not None:
-        return 2*math.sqrt(a[metric][1]**2/a['done']+b[metric][1]**2/b['done'])
-    if metric == 'log_loss' or not (a['held_out'] and b['held_out']): return None
-    return 2*math.sqrt(sum(s[metric][0]*(1-s[metric][0])/s['held_out'] for s in (a, b)))
+        parts = [(s[metric][1]**2/s['done'], s['done']-1) for s in (a, b)]
+        whole = sum(v for v, _ in parts)
+        return gain, _quantile(whole**2/(sum(v*v/df for v, df in parts) or 1) or 1)*math.sqrt(whole)
+    if metric == 'log_loss' or not (a['held_out'] and b['held_out']): return gain, None
+    return gain, 1.96*math.sqrt(sum(s[metric][0]*(1-s[metric][0])/s['held_out'] for s in (a, b)))
 
 def gains(
     jobs,   # From `expand`
     states, # From `job_states`
-) -> dict: # Step → `before` and, for each metric, (gain, twice its standard error or None); positive is better
+) -> dict: # Step → `before` and, for each metric, (gain, its error or None); positive is better
     "What each step gained over the best one before it"
     scores, graph, out = step_scores(jobs, states), steps(jobs), {}
     for step, own in scores.items():
@@ -70,8 +85,9 @@ def gains(
             if not others: continue
             best = max(others, key=lambda s: sign*scores[s][metric][0])
             line = out.setdefault(step, dict(before=best))
-            gain = round(sign*(own[metric][0]-scores[best][metric][0]), 6)+0.  # 1e-9 is rounding, and -0 is 0
-            line[metric] = gain, _error(own, scores[best], metric)
+            folds = [_folds(graph[s][0], states, metric) for s in (step, best)]
+            gain, error = _difference(own, scores[best], metric, *folds)
+            line[metric] = round(sign*gain, 6)+0., error  # 1e-9 is rounding, and -0 is 0
     return out
 
 # %% ../nbs/lib/12g_report.ipynb #fb08a892
@@ -82,8 +98,8 @@ def _verdict(gain, error): # `better`, `worse`, `no gain`, or '' where the error
 
 def gain_text(
     gain:float, # Positive is better
-    error,      # Twice its standard error, or None
-) -> str: # Such as `+0.0633 ± 0.0267: better`
+    error,      # As of `gains`
+) -> str: # Such as `+0.0633 ± 0.0143: better`
     "A gain in words"
     if not gain: return 'no change'
     if error is None: return f'{gain:+.4f}, error unknown'
@@ -319,7 +335,7 @@ def _figures(jobs, states): # Pictures of the first done instance of each step
 
 # %% ../nbs/lib/12g_report.ipynb #892b934f
 _SCORES = '''<p class=dim>Mean ± standard deviation over the instances of a step (best baseline), on each step's own
-held-out rows. The ± behind a gain is twice its standard error.</p>'''
+held-out rows. The ± behind a gain is half the width of its 95 % confidence interval.</p>'''
 
 def report_html(
     recipe, # From `read_recipe`
