@@ -1,4 +1,4 @@
-"settings.ini says what this package is, and this file hands it to setuptools. Licence and classifiers are repeated here."
+"Hands the text of settings.ini to setuptools; licence, status, audience and language are repeated here in its words."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
