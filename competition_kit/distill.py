@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from .adopt import best_log_loss
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json
 from .fit import line_probs
+from .parallel import predict_parallel
 from .probs import plot_reliability
 from .record import records, run_stage
 from .rows import tasks
@@ -178,6 +179,7 @@ def cached_teachers(
     file = models_path('.teachers', f'{key}.parquet')
     if not file.exists():
         how = dict(fold=args.fold, in_sample=args.in_sample, pack_tokens=4*args.pack_tokens)
+        how['predict'] = functools.partial(predict_parallel, gpus=args.gpus)
         teachers = [ask_teacher(name, rows, task, file.with_suffix(''), **how) for name in args.names]
         write_teachers(file, teachers, rows)
     return read_teachers(file, rows)

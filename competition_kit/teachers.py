@@ -127,10 +127,11 @@ def ask_teacher(
     fold=None,       # The student's held-out fold, for `in_sample`
     in_sample=False, # Take the member that held out the student's fold for every row
     pack_tokens:int=4096, # Tokens in a pack
+    predict=predict_runs, # Or `predict_parallel` for several GPUs
 ) -> Teacher:
     "One teacher's probabilities: out-of-fold, or of the member that held out the student's fold"
     recs, tables, use = _allowed(name, rows, task, fold, in_sample)
-    tables = _predicted(recs, tables, use, rows, task, folder, pack_tokens)
+    tables = _predicted(recs, tables, use, rows, task, folder, pack_tokens, predict)
     return _mean(name, tables, use)
 
 # %% ../nbs/lib/03i_teachers.ipynb #888e31db
@@ -155,13 +156,13 @@ def _mean(name, tables, use): # the mean of the members that may predict a row
 def _lacking(recs, tables, use): # [members, rows], bool: what is still to be predicted
     return np.stack([u & ~t.has & (r['stage'] != 'adopt') for r, t, u in zip(recs, tables, use)])
 
-def _predicted(recs, tables, use, rows, task, folder, pack_tokens): # the same tables, with missing predictions
+def _predicted(recs, tables, use, rows, task, folder, pack_tokens, predict): # the same tables, with missing predictions
     lack = _lacking(recs, tables, use)
     runs = [r['run_id'] for r, l in zip(recs, lack) if l.any()]
     if not runs: return tables
     views = model_params(recs[0])['views']  # runs of one teacher differ in nothing but their folds
     some = _some(rows, lack.any(0))
-    new = {r: join_probs(r, t, rows, task) for r, t in predict_runs(runs, some, folder, views, pack_tokens).items()}
+    new = {r: join_probs(r, t, rows, task) for r, t in predict(runs, some, folder, views, pack_tokens).items()}
     def filled(t): return np.where(t.has[:, None], t.p, new[t.name].p) if t.name in new else t.p
     return [Teacher(t.name, filled(t), t.seen) for t in tables]
 

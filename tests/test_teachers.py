@@ -202,6 +202,16 @@ def test_an_online_teacher_of_two_ranks_teaches_as_kept_probabilities_do(tiny):
     assert np.abs(a-b).max() < 1e-4
 
 
+def test_two_processes_ask_a_teacher(tiny):
+    teacher = train_fold(base=tiny, **dict(small, mix='sample_arena:20')).id
+    args = dict(small, mix='sample_arena:20', base=tiny, teachers=teacher, in_sample=True, dtype='fp32')
+    one, file = np.stack([t.p for t in DistillArgs(**args).taught]), next(models_path('.teachers').glob('*.parquet'))
+    shutil.rmtree(file.parent)
+    two = np.stack([t.p for t in DistillArgs(**args, gpus=2, batch=32).taught])
+    assert len(list(models_path('.teachers').glob(f'*/parts-2/*/{teacher}.parquet'))) == 2
+    assert np.abs(one-two).max() < 1e-5
+
+
 def test_a_damaged_cache_is_refused(rows, tmp_path, tiny):
     adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't', seen='no')
     args = dict(small, base=tiny, teachers='t')

@@ -249,3 +249,26 @@ def test_a_limit_below_the_cuda_contexts_is_refused(monkeypatch):
     monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
     monkeypatch.setattr(E, '_has_gpu', lambda: True)
     with pytest.raises(Refusal, match='more than 1.5 GB.*Raise max_memory_gb'): E.ServedModel('smollm2', limit_gb=1.5)
+
+
+def test_predictions_of_parts_are_kept_and_joined(runs, tmp_path, monkeypatch):
+    "a process that fails is an error that names its log; the next call predicts only what is missing"
+    rows, run = load_rows('sample_arena_test'), runs[0]
+    want = P.predict_runs([run], rows, tmp_path / 'one')[run]
+    start, begun = P._start, []
+
+    def fails(path, gpu):
+        begun.append(path.name)
+        if begun == ['0.part', '1.part']: path.write_bytes(b'damaged')
+        return start(path, gpu)
+
+    monkeypatch.setattr(P, '_start', fails)
+    with pytest.raises(RuntimeError, match='process 1 ended with 1'):
+        P.predict_parallel([run], rows, tmp_path / 'two', gpus=2)
+    first = tmp_path / f'two/parts-2/0/{run}.parquet'
+    P.predict_runs([run], P.pickle.loads((tmp_path / 'two/parts-2/0.part').read_bytes()).rows, first.parent)
+    written = first.stat().st_mtime_ns
+    got = P.predict_parallel([run], rows, tmp_path / 'two', gpus=2)[run]
+    assert first.stat().st_mtime_ns == written, 'a part that was finished is not predicted again'
+    assert list(got.id) == list(rows.id) and got.attrs['meta']['made_of'] == want.attrs['meta']['made_of']
+    np.testing.assert_allclose(np.stack(got.p), np.stack(want.p), atol=1e-5)
