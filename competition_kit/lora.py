@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Lora', 'read_lora', 'check_loras', 'mean_weights', 'stack_factors', 'compress', 'energy', 'singular_values',
            'energy_at', 'mean_factors', 'start_drift', 'check_start', 'mean_head', 'write_tensors', 'merged_config',
-           'merge_loras', 'written_error', 'merge_into_base', 'base_weights', 'with_updates']
+           'merge_loras', 'written_error', 'copy_rest', 'merge_into_base', 'base_weights', 'added_error',
+           'with_updates']
 
 # %% ../nbs/lib/03j_lora.ipynb #49635bcf
 import contextlib, functools, json, math, re, shutil
@@ -17,8 +18,8 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from .adapter import check_adapter, lora_scale
-from .base import base_path
-from .core import Refusal, atomic, read_json, seal, write_json
+from .base import base_hash, base_path
+from .core import Refusal, atomic, file_sums, hash_obj, read_json, seal, write_json
 from .quant import quant_kind, tensor_files, text_config
 
 # %% ../nbs/lib/03j_lora.ipynb #850ec4bb
@@ -343,19 +344,27 @@ def _write_shard(path, file, names, loras, w, device): # one file of the base, w
     write_tensors(path, shapes, tensors())
 
 # %% ../nbs/lib/03j_lora.ipynb #5b615567
-def _copy_rest(source, folder, options): # configuration, tokenizer and chat templates
-    for f in [*source.glob('*'), *source.glob('additional_chat_templates/*')]:
+def copy_rest(
+    source, # Folder of a model
+    folder, # To copy to
+):
+    "Copy what is no weight: configuration, tokenizer and chat templates"
+    left = 'manifest.json', 'lineage.json', _made_of
+    for f in [*Path(source).glob('*'), *Path(source).glob('additional_chat_templates/*')]:
         kept = f.suffix in ('.json', '.jinja', '.model', '.tiktoken', '.txt') and not f.name.endswith('.index.json')
-        if not f.is_file() or not kept or f.name in ('manifest.json', 'lineage.json'): continue
-        to = folder/f.relative_to(source)
+        if not f.is_file() or not kept or f.name in left: continue
+        to = Path(folder)/f.relative_to(source)
         to.parent.mkdir(exist_ok=True)
         shutil.copyfile(f, to)
-    if not options: return
-    config = read_json(folder/'config.json')
+
+_made_of = 'merged_from.json'  # beside merged weights
+
+# %% ../nbs/lib/03j_lora.ipynb #f60e7df1
+def _as_classifier(file, options): # `config.json` of a language model
+    config = read_json(file)
     kinds = [k.replace('ForCausalLM', 'ForSequenceClassification') for k in config.get('architectures') or []]
-    config |= dict(architectures=kinds, id2label={str(i): k for i, k in enumerate(options)},
-                   label2id={k: i for i, k in enumerate(options)})
-    write_json(folder/'config.json', config)
+    write_json(file, config | dict(architectures=kinds, id2label={str(i): k for i, k in enumerate(options)},
+                                   label2id={k: i for i, k in enumerate(options)}))
 
 # %% ../nbs/lib/03j_lora.ipynb #5c9c8487
 def merge_into_base(
@@ -374,7 +383,7 @@ def merge_into_base(
     w, folder, shards = mean_weights(weights, len(loras)), Path(folder), list(_names_in_model(base))
     head = {k.removeprefix(_prefix): t for k, t in mean_head(loras, w).items()}
     _check_places(loras, shards, base)
-    folder.mkdir(parents=True, exist_ok=True)
+    _keep_own_shards(folder, base, loras, w)
     n, places = len(shards)+bool(head), {}
     files = ['model.safetensors'] if n == 1 else [f'model-{k+1:05}-of-{n:05}.safetensors' for k in range(n)]
     for (f, names), name in zip(shards, files):
@@ -384,18 +393,45 @@ def merge_into_base(
     if head: write_tensors(folder/files[-1], {k: (t.dtype, t.shape) for k, t in head.items()}, head.items())
     places |= dict.fromkeys(head, files[-1])
     if n > 1: write_json(folder/'model.safetensors.index.json', dict(metadata={}, weight_map=places))
-    _copy_rest(shards[0][0].parent, folder, options if head else ())
+    copy_rest(shards[0][0].parent, folder)
+    if head and options: _as_classifier(folder/'config.json', options)
 
+def _keep_own_shards(folder, base, loras, w): # delete those of another merge
+    files = [l.folder/'adapter_model.safetensors' for l in loras]
+    sums, configs = file_sums(files), [l.config | dict(base_model_name_or_path='') for l in loras]
+    made_of = dict(base=base_hash(base), members=[sums[f] for f in files], configs=hash_obj(configs), weights=w)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (file := folder/_made_of).exists() and read_json(file) == made_of: return
+    for f in folder.glob('model*.safetensors*'): f.unlink()
+    write_json(file, made_of)
 
 # %% ../nbs/lib/03j_lora.ipynb #9a77d714
 def base_weights(
     base:str, # As for `merge_into_base`
     layers,   # Names of linear layers
-): # Pairs of a name and a weight [outputs, inputs], fp32
-    "Some weights of a base, from its files"
+): # Pairs of a name and a weight [outputs, inputs]
+    "Some weights of a model, from its files"
     for f, names in _names_in_model(base):
         wanted = {k: new.removesuffix('.weight') for k, new in names.items() if new.removesuffix('.weight') in layers}
-        with safe_open(f, 'pt') as o: yield from ((layer, o.get_tensor(k).float()) for k, layer in wanted.items())
+        with safe_open(f, 'pt') as o: yield from ((layer, o.get_tensor(k)) for k, layer in wanted.items())
+
+# %% ../nbs/lib/03j_lora.ipynb #ea6286c5
+def added_error(
+    folder,       # Of the merged model
+    base,         # As for `merge_into_base`
+    loras:list,   # `Lora`s that were added
+    weights,      # As for `mean_weights`
+    device='cpu', # To compute on
+) -> float: # About 1e-7 or less for an exact merge
+    "The largest difference of a layer's weights from base and mean update that rounding does not explain"
+    w, layers, worst = mean_weights(weights, len(loras)), check_loras(loras), 0.
+    for (k, old), (_, new) in zip(base_weights(base, layers), base_weights(folder, layers), strict=True):
+        at = torch.randperm(len(old), generator=torch.Generator().manual_seed(0))[:64]
+        each = [v*(b[at.to(device)]@a) for l, v in zip(loras, w) if k in l.layers for a, b in [l.pair(k, device)]]
+        want, kind = old[at].to(device).float()+sum(each), torch.finfo(new.dtype)
+        off = (new[at].to(device).float()-want).abs()-kind.eps/2*(want.abs()+kind.tiny)
+        worst = max(worst, float(off.clamp_min(0).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
+    return worst
 
 # %% ../nbs/lib/03j_lora.ipynb #be21a6a2
 @contextlib.contextmanager
