@@ -8,7 +8,7 @@ __all__ = ['local_folder', 'layer_shapes', 'group_size', 'draw_lines', 'read_tex
            'weight_bytes', 'worth_sentence']
 
 # %% ../nbs/lib/03k_quantise.ipynb #4efd337a
-import contextlib, gc, importlib.util, json, shutil, sys, time
+import contextlib, gc, importlib.util, json, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,10 @@ import torch
 from tqdm import tqdm
 from .base import base_path, pick_dtype
 from .core import Refusal, damage, hash_obj, read_json, seal, versions, write_json
+from .lora import copy_rest
 from .model import collate, dtypes
 from .pack import pack
+from .quant import tensor_files, text_config
 
 # %% ../nbs/lib/03k_quantise.ipynb #ed24aa0d
 def local_folder(
@@ -36,16 +38,17 @@ def local_folder(
 def layer_shapes(
     folder, # Of a model
 ) -> dict: # Name of the matrix without `.weight` → (outputs, inputs)
-    "The weight matrices of a model's layers"
+    "The weight matrices of a language model's layers"
     from safetensors import safe_open
-    found = {}
-    for file in sorted(Path(folder).glob('*.safetensors')):
+    found, (_, prefixes) = {}, text_config(str(folder))  # a multimodal model's language model has a prefix
+    for file in tensor_files(folder):
         with safe_open(file, 'pt') as f:
-            shapes = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys() if n.endswith('.weight')}
-        found |= {n.removesuffix('.weight'): s for n, s in shapes.items() if '.layers.' in n and len(s) == 2}
+            names = [n for n in f.keys() if '.layers.' in n and n.endswith('.weight')]
+            ours = [n for n in names if not prefixes or any(re.match(p, n) for p in prefixes)]
+            shapes = {n.removesuffix('.weight'): tuple(f.get_slice(n).get_shape()) for n in ours}
+        found |= {n: s for n, s in shapes.items() if len(s) == 2}
     if not found: raise Refusal('no weight matrices of layers, or they are quantised already', folder)
     return found
-
 
 # %% ../nbs/lib/03k_quantise.ipynb #0a8c33ee
 def group_size(
@@ -135,14 +138,13 @@ def check_weights(
 ):
     "Refuse weights that are NaN or infinite, by the name of their tensor"
     from safetensors import safe_open
-    for file in sorted(Path(folder).glob('*.safetensors')):
+    for file in tensor_files(folder):
         with safe_open(file, 'pt') as f:
             for name in f.keys():
                 t = f.get_tensor(name)
                 if t.is_floating_point() and not t.isfinite().all():
                     raise Refusal(f'{name} has {int((~t.isfinite()).sum())} values that are NaN or infinite', file,
                                   fix='Train or merge the model again')
-
 
 # %% ../nbs/lib/03k_quantise.ipynb #8efcd796
 @torch.no_grad()
@@ -222,10 +224,7 @@ def layer_table(
 
 # %% ../nbs/lib/03k_quantise.ipynb #102c6f6c
 def _other_files(source, out, index, q): # configuration, tokenizer, and the index of several shards
-    left = {'config.json', 'manifest.json', 'lineage.json', 'model.safetensors.index.json'}
-    for f in source.iterdir():
-        if f.is_file() and f.suffix != '.safetensors' and f.name not in left and not f.name.startswith('.'):
-            shutil.copy(f, out)
+    copy_rest(source, out)
     write_json(out/'config.json', read_json(source/'config.json') | dict(quantization_config=q))
     write_json(out/'quantize_config.json', q)  # where AutoGPTQ looks
     if len(set(index.values())) > 1:
@@ -253,7 +252,7 @@ def graft(
     out.mkdir(parents=True)
     where = {n: f for f in made.glob('*.safetensors') for n in safe_open(f, 'pt').keys()}
     index = {}
-    for file in sorted(source.glob('*.safetensors')):
+    for file in tensor_files(source):
         tensors = {}
         with safe_open(file, 'pt') as f:
             for name in f.keys():
@@ -267,7 +266,6 @@ def graft(
 def _tensor(where, name):
     from safetensors import safe_open
     with safe_open(where[name], 'pt') as f: return f.get_tensor(name)
-
 
 # %% ../nbs/lib/03k_quantise.ipynb #163817a0
 def _codes(result): # GPTQModel's result for a matrix as tensors on the CPU, and numbers for its log
@@ -348,8 +346,12 @@ def _check_positions(source, ids): # GPTQModel would cut longer rows, with a lin
 @contextlib.contextmanager
 def _refusals(work): # GPTQModel's errors as ours
     try: yield
+    except torch.OutOfMemoryError as e:
+        raise Refusal('the GPU has too little memory to quantise this model', work/'gptqmodel.log',
+                      fix='Take fewer or shorter calibration rows, or a larger GPU') from e
     except (RuntimeError, ValueError) as e:
-        raise Refusal(f'GPTQModel could not quantise this model ({str(e).splitlines()[0]})', work/'gptqmodel.log',
+        why = str(e).strip().partition('\n')[0] or type(e).__name__
+        raise Refusal(f'GPTQModel could not quantise this model ({why})', work/'gptqmodel.log',
                       fix='Try more calibration rows, another draw, or damp=.1') from e
 
 # %% ../nbs/lib/03k_quantise.ipynb #9be9ad15
@@ -415,7 +417,7 @@ def weight_bytes(
     folder, # Of a model
 ) -> int: # Bytes
     "The size of a model's tensors"
-    return sum(f.stat().st_size for f in Path(folder).glob('*.safetensors'))
+    return sum(f.stat().st_size for f in tensor_files(folder))
 
 def worth_sentence(
     size,  # Bytes before and after
