@@ -94,6 +94,12 @@ def test_members_of_two_folds_leave_no_new_rows(runs):
     assert comparison_rows(MergeArgs(members=runs[0], folds=True, held='old'))[1].all()
 
 
+def test_a_table_without_labels_is_refused_before_work(runs):
+    with pytest.raises(Refusal, match='sample_arena_test: no row has a label.*held='):
+        merge_runs(members=seeds(runs, 0), held='sample_arena_test')
+    assert not list(models_path().glob('merge-*/adapter'))
+
+
 def test_score_heads_are_averaged(runs, tiny, tmp_path):
     from transformers import AutoModelForSequenceClassification
     second = train_fold(route='score', seed=1, base=tiny, **small).id
