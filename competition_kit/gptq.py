@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer, pick_dtype
-from .core import (Refusal, at_least, damage, hash_obj, models_path, one_of, project_root, read_json,
-                                  seal, sha256, share, write_json)
+from .core import (Refusal, at_least, damage, hash_obj, one_of, project_root, read_json, seal, sha256,
+                                  share, write_json)
 from .folds import fold_rows
 from .gate import Limits, compare, default_limits, gate_table, verdict
 from .model import letter_mass, load_classifier, predict
@@ -82,21 +82,24 @@ class GptqArgs(_Source):
     draws:int=1              # Calibration draws; three show the spread
     max_loss:float=-1.       # Limit: rise of the log-loss; -1: .002 with 8 bits, .010 with 4
     max_flips:float=-1.      # Limit: share of flipped answers; -1: .01 with 8 bits, .04 with 4
-    retry:bool=False         # Beyond the limits, try group 32, then 8 bits, then four times the rows
+    retry:bool=False         # Beyond the limits, try group 32, 8 bits, then 4 times the rows: a choice on held-out rows
     pack_tokens:int=4096     # Tokens in a pack; more need more memory
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
-        if self.start: _take_over(self, find_run(self.start))
-        for name, spell in dict(base=base_name, dtype=pick_dtype).items():
-            object.__setattr__(self, name, spell(getattr(self, name)))
-        one_of(self, bits=(4, 8), group=(0, 32, 64, 128), views=(1, 2), route=('answer', 'text', 'score', 'score2'))
-        at_least(self, 1, 'rows', 'draws', 'pack_tokens')
-        at_least(self, 0, 'draw', 'seed')
-        share(self, 'damp')
-        if not self.damp: raise Refusal('damp=0', fix='Take .05 or .1')
+        _complete(self)
 
 # %% ../nbs/09_gptq.ipynb #3f3df701
+def _complete(args): # take over what a run brings, spell names out, and refuse wrong values
+    if args.start: _take_over(args, find_run(args.start))
+    for name, spell in dict(base=base_name, dtype=pick_dtype).items():
+        object.__setattr__(args, name, spell(getattr(args, name)))
+    one_of(args, bits=(4, 8), group=(0, 32, 64, 128), views=(1, 2), route=('answer', 'text', 'score', 'score2'))
+    at_least(args, 1, 'rows', 'draws', 'pack_tokens')
+    at_least(args, 0, 'draw', 'seed')
+    share(args, 'damp')
+    if not args.damp: raise Refusal('damp=0', fix='Take .05 or .1')
+
 _of_the_run = 'base mix fold seed route max_len truncation views dtype'.split()
 
 def _take_over(args, rec): # the fields that a run brings
@@ -114,7 +117,6 @@ def _take_over(args, rec): # the fields that a run brings
     if args.dtype == 'nf4' or quant_kind(base_of(rec)):
         raise Refusal(f'{run} is quantised already, or a LoRA over a quantised base, which is never merged into it',
                       fix='Merge it into the 16-bit twin of its base first: 08_merge with how=base')
-
 
 # %% ../nbs/09_gptq.ipynb #5df593f4
 def _check_source(a): # can this model be quantised, and can the gate score its rows?
@@ -291,12 +293,12 @@ def attempt(
     source,  # Folder of the 16-bit weights
     p,       # Its probabilities of the held-out rows
     facts,   # From `measure_source`
+    kept,    # Folder of the quantised models
 ) -> tuple: # Folder of the quantised model, its report, its probabilities, a line a layer
     "Quantise once and compare on the held-out rows"
     ids, shapes = calibration_ids(args, t.rows, t.draw), layer_shapes(source)
     if warning := _check_rows(args, ids, shapes): print(warning)
-    made_of = [_weights_hash(args), asdict(t), [i.tolist() for i in ids], args.damp, args.act_order, args.dtype]
-    folder = models_path('.gptq', hash_obj(made_of))
+    folder = Path(kept)/hash_obj([asdict(t), [i.tolist() for i in ids]])
     layers = quantise(source, folder, ids, t.bits, t.group, args.damp, args.act_order, args.dtype)
     model = load_classifier(str(folder), args.prompt, args.route, args.dtype)
     if model.letters is not None: model.letters = facts['letters']
@@ -309,9 +311,6 @@ def attempt(
     report |= dict(bytes=[weight_bytes(source), weight_bytes(folder)], rows_s=[facts['speed'], speed],
                    warning=warning, calibration=[len(i) for i in ids], model=folder.name)
     return folder, report, q, layers
-
-def _weights_hash(args): # of what is quantised
-    return [base_hash(args.base), args.record['outputs'] if args.record else None]
 
 def limits(args, bits): # `Limits` of a run
     by_bits = default_limits(bits)
@@ -334,7 +333,7 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
     metrics = {k: found[k] for k in ('kl', 'd_log_loss', 'd_accuracy', 'flips')}
     if seen.any(): print(f'{seen.sum()} of {len(held)} held-out rows were in the training data: no score is recorded')
     else: metrics |= dict(scores(q, held.label.to_numpy()), baselines=_baselines(args))
-    files = [f'model/{f.name}' for f in sorted(out.glob('*')) if f.name != 'manifest.json']
+    files = [f'model/{f.relative_to(out)}' for f in sorted(out.rglob('*')) if f.is_file() and f.name != 'manifest.json']
     shutil.rmtree(run.folder/'merged', ignore_errors=True)
     run.finish(metrics, ['probs.parquet', 'before.parquet', *files], rows=len(args.table),
                held_out=len(held), task=args.prompt.task, base=base_hash(args.base), **hashes, quantised=asdict(t),
@@ -363,10 +362,9 @@ def gptq(
     source, p, facts = measure_source(args, run.folder)
     print(sentence := fp16_sentence(pd.Series(facts['activations'])))
     group, report = group_size(layer_shapes(source), args.group), dict(fp16=sentence, tries=[], draws=[])
-    made = []
+    kept = run.folder/'tries'
     for t in tries(args, group):
-        folder, found, q, layers = attempt(args, t, source, p, facts)
-        made.append(folder)
+        folder, found, q, layers = attempt(args, t, source, p, facts, kept)
         passed, text = verdict(found, limits(args, t.bits))
         report['tries'].append(dict(found, name=t.name, passed=passed, verdict=text))
         write_json(run.folder/'report.json', report)
@@ -377,14 +375,12 @@ def gptq(
                       fix=advice(args, group))
     for k in range(1, args.draws):
         other = Try(t.bits, t.group, t.rows, args.draw+k)
-        drawn, compared, _, _ = attempt(args, other, source, p, facts)
-        made.append(drawn)
+        _, compared, _, _ = attempt(args, other, source, p, facts, kept)
         report['draws'].append(dict(compared, name=other.name))
         write_json(run.folder/'report.json', report)
     print(worth := worth_sentence(found['bytes'], found['rows_s']))
     _finish(run, args, t, folder, q, dict(report, worth=worth, layers=layers.reset_index().to_dict('records')))
-    for f in made: shutil.rmtree(f, ignore_errors=True)
-
+    shutil.rmtree(kept)
 
 # %% ../nbs/09_gptq.ipynb #812e887d
 def report_table(
@@ -402,8 +398,9 @@ def draw_spread(
     same = [r['tries'][-1], *r['draws']]
     return {k: float(np.std([d[k] for d in same], ddof=1)) for k in ('d_log_loss', 'flips')} if len(same) > 1 else {}
 
+# %% ../nbs/09_gptq.ipynb #34a54408
 def plot_quantised(run): # A matplotlib figure
-    "Error of each layer, lengths of calibration and inference, and both models' log-loss row by row"
+    "Error of each layer, lengths of calibration and inference, and both models' probability of the label row by row"
     import matplotlib.pyplot as plt
     r, args = read_json(run.folder/'report.json'), GptqArgs(**run.record['params'])
     layers, found = pd.DataFrame(r['layers']), r['tries'][-1]

@@ -421,11 +421,12 @@ def _finish(run, args, rows, seen, p, facts):
         metrics = dict(scores(p['merged'], rows.label.to_numpy()), baselines=baselines(past, rows, task, {}))
         if not args.held: facts['held_out'] = len(rows)
     facts |= {k: first[k] for k in ('letters', 'text_prompt') if k in first}
-    files = [f'{k}/{f.name}' for k in ('adapter', 'model') for f in sorted((run.folder/k).glob('*')) if f.is_file()]
+    written = [f for k in ('adapter', 'model') for f in sorted((run.folder/k).rglob('*')) if f.is_file()]
+    files = [str(f.relative_to(run.folder)) for f in written if f.name != 'manifest.json']
     files += [f for f in ('probs.parquet', 'layers.parquet') if (run.folder/f).exists()]
     params = merged_params(run, args)
     if past is not None: facts['rows'] = len(past)
-    run.finish(metrics, [f for f in files if not f.endswith('manifest.json')], task=task,
+    run.finish(metrics, files, task=task,
                base=base_hash(args.base), mix=params['mix'], tokenizer=first['tokenizer'], model=params,
                members=args.members.split(), weights=[round(w, 6) for w in args.w], **facts)
 

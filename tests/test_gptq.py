@@ -56,7 +56,7 @@ def test_chain_from_a_full_run_to_the_vote(made):
     won = run_stage(vote, VoteArgs(data='sample_arena', runs=run.id))
     check_submission(won.folder/'submission.csv', data_path('sample_arena/sample_submission.csv'))
     assert quantised(start=made['full'], draws=2, **wide).done
-    assert not list(models_path('.gptq').iterdir()), 'the models of the other draws are deleted'
+    assert not (run.folder/'tries').exists(), 'the models of the other draws are deleted'
 
 def test_transformers_reads_the_folder(made):
     from transformers import AutoModelForCausalLM
@@ -73,6 +73,15 @@ def test_transformers_reads_the_folder(made):
 def _hidden(model, ids): # without the packed attention
     model.config._attn_implementation = 'eager'
     return model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+def test_templates_beside_the_chat_template_stay(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path/'tools')
+    (base/'additional_chat_templates').mkdir()
+    (base/'additional_chat_templates/tool_use.jinja').write_text('tools')
+    (base/'model.gguf').write_text('weights in another format')
+    run = quantised(base=str(base), mix='sample_arena:40', max_len=160, dtype='fp32', **wide)
+    assert 'model/additional_chat_templates/tool_use.jinja' in run.record['outputs']
+    assert not (run.folder/'model/model.gguf').exists()
 
 def test_score_head_is_grafted(made):
     run = quantised(start=made['score'], **wide)
@@ -148,10 +157,10 @@ def test_an_interrupted_run_continues_and_removes_its_finished_layers(made, monk
         if layer_idx == 0: raise KeyboardInterrupt
     monkeypatch.setattr(Q._Progress, 'layer_complete', stop)
     with pytest.raises(KeyboardInterrupt): quantised(start=made['full'], **wide)
-    assert list(models_path('.gptq').glob('*.work/layers-*/000/manifest.json'))
+    assert list(models_path().glob('gptq-*/tries/*.work/layers-*/000/manifest.json'))
     monkeypatch.undo()
     first = quantised(start=made['full'], **wide)
-    assert not list(models_path('.gptq').iterdir())
+    assert not (first.folder/'tries').exists()
     shutil.rmtree(first.folder)
     again = quantised(start=made['full'], **wide)
     assert again.record['outputs'] == first.record['outputs'], 'a run made again is another input of a vote'
@@ -164,13 +173,16 @@ def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made, monkeypatch):
     assert find_run(run.name)['status'] == 'failed'
     found = read_json(run/'report.json')['tries']
     assert [t['passed'] for t in found] == [False]
-    kept = {f: f.stat().st_mtime_ns for f in models_path('.gptq').glob('*/manifest.json')}
+    kept = {f: f.stat().st_mtime_ns for f in run.glob('tries/*/manifest.json')}
     with pytest.raises(Refusal, match='Failed: the log-loss'): quantised(**strict)
     assert kept and all(f.stat().st_mtime_ns == t for f, t in kept.items()), 'the quantised model is not made again'
     tried = _tries_of(dict(strict, retry=True))
     order = ['4 bits, group 64, 24 rows', '4 bits, group 32, 24 rows', '8 bits, group 64, 24 rows',
              '4 bits, group 64, 96 rows']
     assert tried == order
+    monkeypatch.undo()
+    assert quantised(**strict, **wide).done
+    assert all(f.exists() for f in kept), 'another run leaves the models of a failed one'
 
 def _tries_of(args): # names of the tries in their order
     with pytest.raises(Refusal, match='the gate failed') as e: quantised(**args)
