@@ -113,13 +113,13 @@ def _forward(job, model, jobs, gpu): # Of one model over the rows of a job; a te
     (rows, lengths), base, trained = size_of_job(job, jobs), _shape(base_of_job(model, jobs)), _training_of(model, jobs)
     n = contest_lengths(lengths, max_len=argument(trained, 'max_len', 2048))
     views = argument(job if job.stage == 'vote' else trained, 'views', 2)
-    tokens = float(n.mean())*rows*views/(argument(job, 'gpus') if job.stage == 'vote' else 1)
+    tokens = float(n.mean())*rows*views/(argument(job, 'gpus') if job.stage in ('vote', 'distill') else 1)
     flops = 2*base['linear']+4*base['layers']*base['q']*mean_context(n)
     pack = argument(job, 'pack_tokens')*(4 if job.stage == 'distill' else 1)
     peak = prediction_memory(Job(base, dtype=dtype_of_job(model, jobs), r=0), pack)['peak']
     return dict(memory_gb=peak/1e9, hours=tokens*flops/(_FORWARD*find_gpu(gpu)['rate'])/3600)
 
-def _distilling(job, jobs, gpu): # A training; before it one process asks the teachers that held out the fold
+def _distilling(job, jobs, gpu): # A training; before it all GPUs ask the teachers that held out the fold
     found = _training(job, jobs, gpu)
     if not argument(job, 'in_sample'): return found
     asked = [jobs[n] for n in linked(job, 'teachers') if argument(jobs[n], 'fold') in (argument(job, 'fold'), None, -1)]

@@ -24,6 +24,7 @@ from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_ro
                                   write_json)
 from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
+from .gate import without_nan
 from .parallel import parallel_vote
 from .predictions import (BallotAsker, any_seen, asked_shares, by_strength, cascade_plan, forecast,
                                          prior_probs, rows_to_predict, run_tables, sample_file, save_vote,
@@ -191,18 +192,13 @@ def _facts(args, ballot, score, run, submission): # for the record: who votes an
     weights = run_weights(ballot, score['weights']).round(4).tolist()
     return dict(members=list(ballot.run), weights=weights, rule=args.rule,
                 left_out=left_out(ballot, args.data, args.runs), submission=f'models/{run.id}/{submission.name}',
-                sentence=score['sentence'], table=_without_nan(score['table']), **_worth_facts(score))
+                sentence=score['sentence'], table=without_nan(score['table']), **_worth_facts(score))
 
 def _worth_facts(score): # for the record
     if 'worth' not in score: return {}
     curve = {f'{n} votes': {c: round(float(v), 5) for c, v in line.items()}
              for n, line in score['curve'].iterrows()} if 'curve' in score else {}
     return dict(worth=score['worth'], votes_curve=curve)
-
-def _without_nan(table): # for a record
-    if table is None: return {}
-    return {name: {c: None if pd.isna(v) else round(float(v), 5) for c, v in line.items()}
-            for name, line in table.T.to_dict().items()}
 
 # %% ../nbs/10_vote.ipynb #627bc6ae
 def first_submission(
@@ -269,7 +265,7 @@ def planned_passes(
     plan = {}
     def choose():
         found = cascade_plan(asker, weights, score, args.rule, args.views)
-        curve = _without_nan(found.pop('curve').rename(index=str))
+        curve = without_nan(found.pop('curve').rename(index=str))
         plan.update(share=found['share'], predicted_minutes=found['predicted_minutes'],
                     cascade=dict(metric=found['metric'], curve=curve))
         return found['share']
