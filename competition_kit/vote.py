@@ -15,7 +15,6 @@ __all__ = ['VoteArgs', 'check_text_voters', 'vote_inputs', 'run_vote', 'vote', '
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 import numpy as np
-import pandas as pd
 from .ballot import (candidates, group_by_recipe, is_prob_file, left_out, run_weights, text_runs,
                                     voter_weights, voters)
 from .clock import Clock
