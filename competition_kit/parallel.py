@@ -62,7 +62,7 @@ def answer_part(
             def save(): write_answers(out, a, path.name)
             todo = passes(a, **part.how)
             why = staged_vote(a, todo, asker.load, asker.ask_views, asker.sizes, clock, save, part.first, every=20,
-                              load_seconds=asker.load_seconds)
+                              load_seconds=asker.load_seconds, keeps=asker.keeps)
         write_json(path.with_suffix('.json'), dict(why=why))
     except Refusal as e: write_json(path.with_suffix('.json'), dict(refusal=str(e)))
 

@@ -223,6 +223,7 @@ class BallotRuns:
             self.answers.total[k], self.answers.views[k] = views*align(table, rows), views
 
     def is_text(self, run): return self.texts is not None and run in self.texts.recs
+    def keeps(self, k): return self.is_text(self.names[k]) # its replies, while they are written
 
     @cached_property
     def sizes(self): # [rows], or [runs, rows] where some runs write

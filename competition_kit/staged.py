@@ -208,6 +208,7 @@ def staged_vote(
     first:float=4096, # Tokens of the first piece
     every:float=60,   # Seconds between two saves within a pass
     load_seconds=None,# Function of a run's position: seconds that its load will take; default: the longest so far
+    keeps=lambda run: False, # Does a run keep its answers itself? Without a budget it is asked in one piece
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
     progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
@@ -219,7 +220,8 @@ def staged_vote(
     def pieces(run, views, rows):
         yield 0, lambda: progress.load(run)
         units = tokens[run, rows]*len(views)
-        for at in cut_pieces(units, lambda: piece_size(clock, first, longest=every)):
+        whole = keeps(run) and not clock.minutes
+        for at in cut_pieces(units, lambda: np.inf if whole else piece_size(clock, first, longest=every)):
             yield units[at].sum(), lambda: answer(run, views, rows[at])
     def expected(run):
         if run == progress.run: return 0.
