@@ -1,7 +1,7 @@
 """Does the predicted time of generated texts hold?
 
 usage: python bench/generate.py [--base smollm2 | --shape qwen2.5-7b [--layers N]] [--texts 256] [--new 256]
-           [--engines generate transformers vllm] [--batch-tokens 16384] [--gpus 1] [--cpu-time]
+           [--engines generate transformers vllm] [--batch-tokens 16384] [--gpus 1] [--top-p .95] [--cpu-time]
 Texts for the problems of `sample_logic` by the engines of `03s_replies`: measured, predicted from the GPU's data, and
 predicted from the speed that `measured_speed` finds. `--shape` writes random weights of a known base. `--cpu-time`
 counts the process's own time, for a busy CPU. `generate` is the peer: transformers' own `generate`, padded batches.
@@ -15,6 +15,7 @@ import torch
 from common import report, wait_for_gpu
 from competition_kit.base import load_tokenizer
 from competition_kit.core import sandbox
+from competition_kit.engine import free_gpu
 from competition_kit.cost import find_gpu, known_bases, shape
 from competition_kit.replies import (TransformersEngine, batches, end_engine, generate, job_table, read_text,
                                      start_engine)
@@ -34,6 +35,7 @@ def random_base(folder, name, layers):
     try:
         with torch.device(device): AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     finally: torch.set_default_dtype(torch.float32)
+    free_gpu()
     load_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -56,10 +58,10 @@ class Generate(TransformersEngine):
                 out[k] = read_text(self.tok, tokens[:end or len(tokens)], 'stop' if end else 'length')
         return out
 
-def jobs_of(prompt, texts, new): # as `05_generate` asks
+def jobs_of(prompt, a): # as `05_generate` asks
     enc = prompt.encode(load_rows('sample_logic'))
-    attempts = [job_table(enc, k, 0, new, .8, .95) for k in range(-(-texts//len(enc)))]
-    return pd.concat(attempts, ignore_index=True)[:texts]
+    attempts = [job_table(enc, k, 0, a.new, .8, a.top_p) for k in range(-(-a.texts//len(enc)))]
+    return pd.concat(attempts, ignore_index=True)[:a.texts]
 
 def prompt_length(name, requests, batch_tokens): # mean tokens, with transformers those of padding included
     parts = batches(requests, batch_tokens if name == 'transformers' else 1)
@@ -102,6 +104,7 @@ if __name__ == '__main__':
     p.add_argument('--new', type=int, default=256)
     p.add_argument('--batch-tokens', type=int, default=16384)
     p.add_argument('--gpus', type=int, default=1, help='that vLLM shares one model over')
+    p.add_argument('--top-p', type=float, default=.95, help='below 1 the vocabulary is sorted for every token')
     p.add_argument('--cpu-time', action='store_true')
     a = p.parse_args()
     if a.cpu_time: torch.set_num_threads(1)
@@ -109,4 +112,4 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         base = random_base(Path(folder)/'base', a.shape, a.layers) if a.shape else a.base
         prompt = TextPrompt(load_tokenizer(base))
-        for name in a.engines: measure(name, base, prompt, jobs_of(prompt, a.texts, a.new), a)
+        for name in a.engines: measure(name, base, prompt, jobs_of(prompt, a), a)

@@ -241,7 +241,7 @@ class BallotRuns:
         return pd.array([True if True in row else None if None in row else False for row in zip(*by_run)],
                         dtype='boolean')
 
-# %% ../nbs/lib/03q_predictions.ipynb #4d456e61
+# %% ../nbs/lib/03q_predictions.ipynb #21fad3cb
 def _base_sizes(recs): # base key → numbers that a token's time and a load's time are proportional to
     recs = {base_key(rec): rec for rec in recs}
     if len(recs) < 2: return {}
@@ -251,21 +251,8 @@ def _base_sizes(recs): # base key → numbers that a token's time and a load's t
     def size(job): return np.array([job.base['linear'], base_bytes(job.base, job.dtype, job.route)])
     return {key: size(job) for key, job in jobs.items()}
 
-class BallotAsker(BallotRuns):
-    "Asks the runs of a ballot; a `with` block ends its engines"
-    run, joint = None, False  # position of the run that is loaded; was it asked for several views at once?
-
-    def loaded(self): return self.models.base, self.texts and self.texts.base
-
-    def load(self, k):
-        before, run, self.run = self.loaded(), self.names[k], k
-        if self.is_text(run):
-            release(self.models)
-            self.texts.load(run)
-        else:
-            if self.texts: self.texts.close()
-            self.models.load(run)
-        if self.loaded() != before: self.clock.pieces.clear()
+class _Paced(BallotRuns): # with the time that each run will take
+    run = None  # position of the run that is loaded
 
     @cached_property
     def base_sizes(self): return _base_sizes(self.models.recs.values())
@@ -285,6 +272,23 @@ class BallotAsker(BallotRuns):
     def load_seconds(self, k): # that a run's load is expected to take; of a writer the longest load so far
         if self.is_text(self.names[k]): return max(self.clock.loads, default=0.)
         return float(self.expected()[1][k])
+
+# %% ../nbs/lib/03q_predictions.ipynb #4d456e61
+class BallotAsker(_Paced):
+    "Asks the runs of a ballot; a `with` block ends its engines"
+    joint = False  # was the run asked for several views at once?
+
+    def loaded(self): return self.models.base, self.texts and self.texts.base
+
+    def load(self, k):
+        before, run, self.run = self.loaded(), self.names[k], k
+        if self.is_text(run):
+            release(self.models)
+            self.texts.load(run)
+        else:
+            if self.texts: self.texts.close()
+            self.models.load(run)
+        if self.loaded() != before: self.clock.pieces.clear()
 
     def ask(self, k, at, view): # [those rows, options], un-swapped; a text has one view
         return self.ask_views(k, at, [view])
