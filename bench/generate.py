@@ -89,7 +89,7 @@ def measure(name, base, prompt, jobs, a):
         report(what='generation', base=a.shape or a.base, layers=sizes['layers'], engine=engine.name,
                version=engine.version, gpu=gpu['name'], gpus=a.gpus, texts=len(jobs),
                prompt_tokens=length, new_tokens=new, sequences=n, seconds=seconds,
-               new_tokens_s=new*len(jobs)/seconds, cpu_time=a.cpu_time,
+               new_tokens_s=new*len(jobs)/seconds, top_p=a.top_p, cpu_time=a.cpu_time,
                predicted_seconds=predicted, predicted_to_measured={k: v/seconds for k, v in predicted.items()},
                speeds={k: s._asdict() for k, s in speeds.items()})
     finally: end_engine(engine)
