@@ -95,16 +95,19 @@ def _end(k, path, process, stalled): # why a part stopped; '' when it is complet
     return end['why']
 
 # %% ../nbs/lib/03r_parallel.ipynb #809b587b
+def _part_of(rows, at): # a table of its own
+    some = rows.iloc[at].reset_index(drop=True)
+    some.attrs = rows.attrs
+    return some
+
 def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of each part, written for its process
     folder.mkdir(parents=True, exist_ok=True)
     for f in folder.glob('*.*'): f.unlink()  # of an interrupted vote; its choices of engines stay
     a, clock, out = asker.answers, asker.clock, []
     for k, at in enumerate(row_parts(np.atleast_2d(asker.sizes).sum(0), n)):
-        rows = asker.rows.iloc[at].reset_index(drop=True)
-        rows.attrs = asker.rows.attrs
         mine = Answers(a.voter, a.total[:, at], a.views[:, at])
         end = time.monotonic()+clock.left()
-        part = Part(make, rows, mine, how | dict(prior=how['prior'][at]), end, limit_gb, first)
+        part = Part(make, _part_of(asker.rows, at), mine, how | dict(prior=how['prior'][at]), end, limit_gb, first)
         out.append((folder/f'{k}.part', at))
         out[-1][0].write_bytes(pickle.dumps(part))
     return out
@@ -159,11 +162,6 @@ class Predictions:
     pack_tokens:int
 
     def work(self, path): predict_runs(self.runs, self.rows, Path(path).with_suffix(''), self.views, self.pack_tokens)
-
-def _part_of(rows, at): # a table of its own
-    some = rows.iloc[at].reset_index(drop=True)
-    some.attrs = rows.attrs
-    return some
 
 def _finish(paths, processes, runs): # wait; an error if one has failed
     files = [p.with_suffix('')/f'{r}.parquet' for p in paths for r in runs]
