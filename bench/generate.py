@@ -77,7 +77,7 @@ def measure(name, base, prompt, jobs, a):
         sizes, length = shape(base), prompt_length(name, list(jobs.request), a.batch_tokens)
         engine.replies([r._replace(max_new_tokens=a.new) for r in jobs.request[:2]]) # warm
         n = min(len(jobs), sequences_at_once(sizes, gpu, dtype, name, length, a.new, a.new, a.batch_tokens))
-        speeds = dict(from_gpu_data=gpu_speed(sizes, gpu, dtype, name))
+        speeds = dict(from_gpu_data=gpu_speed(sizes, gpu, dtype, name, n, a.top_p))
         if name == 'transformers': speeds['from_measured_speed'] = measured_speed(engine, clock=clock)
         with tempfile.TemporaryDirectory() as folder:
             wait_for_gpu()

@@ -390,6 +390,7 @@ def _add_cost(commands):
     text('--new-tokens', type=float, metavar='N', help='mean tokens of a text (400)')
     text('--max-new-tokens', type=int, metavar='N', help='token limit of a text (1024)')
     text('--batch-tokens', type=int, metavar='N', help='tokens of a batch of transformers (16384)')
+    text('--top-p', type=float, metavar='P', help='share of the probability that is sampled from (0.95)')
 
 def _cost(args):
     from competition_kit import cost, reply_cost

@@ -96,7 +96,7 @@ def shape(base) -> dict: # Sizes of a layer, `linears` (name → inputs, outputs
     return dict(name=_base_label(base, config), layers=len(layers), hidden=config.hidden_size,
                 ffn=linears['down_proj'][0], q=linears['o_proj'][0], kv=linears['k_proj'][1], norms=norms,
                 qk_norm=hasattr(layers[0].self_attn, 'q_norm'), linears=linears, linear=linear,
-                params=_parameters(model), head=0 if tied else _parameters(head))
+                params=_parameters(model), head=0 if tied else _parameters(head), vocab=config.vocab_size)
 
 def _parameters(module): return sum(p.numel() for p in module.parameters())
 

@@ -204,9 +204,9 @@ def most_minutes(
     config, spec = base_config(args.base), shared_gpu(find_gpu('this machine', args.dtype), args.gpus)
     size, dtype = writer_shape(config), text_format(config, spec, args.dtype)
     timed, most = isinstance(engine, TransformersEngine), args.max_new_tokens
-    speed = measured_speed(engine) if timed else gpu_speed(size, spec, dtype, engine.name)
-    at_once = sequences_at_once(size, spec, dtype, engine.name, prompt, most, most, args.batch_tokens)
-    seconds = generation_seconds(speed, texts, prompt, most, most, min(at_once, len(args.rows)), engine.name)
+    n = min(len(args.rows), sequences_at_once(size, spec, dtype, engine.name, prompt, most, most, args.batch_tokens))
+    speed = measured_speed(engine) if timed else gpu_speed(size, spec, dtype, engine.name, n, args.top_p)
+    seconds = generation_seconds(speed, texts, prompt, most, most, n, engine.name)
     return seconds/60, speed.source
 
 # %% ../nbs/05_generate.ipynb #c94d27ae

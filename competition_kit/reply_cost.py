@@ -34,7 +34,7 @@ def _mixture_shape(
     tied = head is model.get_input_embeddings().weight
     return dict(name=config.model_type, layers=config.num_hidden_layers, kv=kv, params=sum(sizes.values()),
                 linear=sum(n for name, n in sizes.items() if '.layers.' in name), head=0 if tied else head.numel(),
-                idle=round(routed*(1-config.num_experts_per_tok/experts)))
+                vocab=config.vocab_size, idle=round(routed*(1-config.num_experts_per_tok/experts)))
 
 _experts = 'n_routed_experts', 'num_experts', 'num_local_experts' # their number, as families of models call it
 
@@ -101,21 +101,26 @@ def sequences_at_once(
 # %% ../nbs/lib/03v_reply_cost.ipynb #2473edcb
 # Seconds of a prompt token, of a step, of a sequence in a step, and of a token of its context; their source
 Speed = namedtuple('Speed', 'token step row context source')
-_engines = dict(transformers=(.6, 4, 3.3e-3, 1e-4), vllm=(.6, 1, 2e-5, 9e-5)) # the constants of the table
+_engines = dict(transformers=(.6, 4, 3.3e-3, 1e-4), vllm=(.6, 1, 2e-5, 2.7e-5)) # the constants of the table
+_sort = 4e-10 # seconds for each entry of the vocabulary and sequence, in vLLM
 
 def gpu_speed(
-    base,       # From `shape`
-    gpu,        # From `find_gpu`
+    base,           # From `shape`
+    gpu,            # From `find_gpu`
     dtype:str,
-    engine:str, # `transformers` or `vllm`
+    engine:str,     # `transformers` or `vllm`
+    sequences:int,  # From `sequences_at_once`
+    top_p:float=.95,# Share of the probability that is sampled from
 ) -> Speed:
     "Speed of generation from the data of a GPU"
     if engine not in _engines: raise Refusal(f'no engine named {engine!r}', fix='Take transformers or vllm')
     share, reads, layer, sequence = _engines[engine]
-    flops = 2*(base['params']-base['head']-base.get('idle', 0))
+    idle, source = base.get('idle', 0), f"computed from data of {gpu['name']}"
+    token, context = 2*(base['linear']-idle)/(gpu['rate']*share), reads*kv_bytes(base, dtype)/gpu['bandwidth']
     step = base_bytes(base, dtype)/gpu['bandwidth']+layer*base['layers']
-    return Speed(2*(base['linear']-base.get('idle', 0))/(gpu['rate']*share), step, flops/gpu['rate']+sequence,
-                 reads*kv_bytes(base, dtype)/gpu['bandwidth'], f"computed from data of {gpu['name']}")
+    product = 2*(base['params']-base['head']-idle)/gpu['rate']
+    if engine == 'transformers': return Speed(token, step, product+sequence, context, source)
+    return Speed(token, max(step, sequences*max(product, sequence)), (top_p < 1)*_sort*base['vocab'], context, source)
 
 # %% ../nbs/lib/03v_reply_cost.ipynb #2a7222d1
 def step_seconds(
@@ -192,9 +197,10 @@ def _check_memory(needed, spec): # Bytes of weights and KV cache
     raise Refusal(f"{needed/1e9:.1f} GB are needed, and there are {spec['free']/1e9:.1f} GB",
                   fix='Take a smaller batch_tokens, a quantised base, or a larger GPU')
 
-def _speed(base, gpu, sizes, spec, dtype, engine, batch_tokens): # Measured where that is possible
+def _speed(base, gpu, sizes, spec, dtype, engine, batch_tokens, n, top_p): # Measured where that is possible
     measurable = gpu == 'this machine' and engine == 'transformers' and isinstance(base, str)
-    if not measurable or not (base == 'smollm2' or local_base(base)): return gpu_speed(sizes, spec, dtype, engine)
+    if not measurable or not (base == 'smollm2' or local_base(base)):
+        return gpu_speed(sizes, spec, dtype, engine, n, top_p)
     from competition_kit.base import load_tokenizer
     from competition_kit.text import TextPrompt
     return measured_speed(TransformersEngine(base, TextPrompt(load_tokenizer(base)), dtype, batch_tokens))
@@ -212,6 +218,7 @@ def generation_cost(
     new_tokens:float=400,     # Mean tokens of a text
     max_new_tokens:int=1024,  # Token limit of a text
     batch_tokens:int=16384,   # Of transformers
+    top_p:float=.95,          # Share of the probability that is sampled from
 ) -> dict: # Sizes in GB (1e9 bytes); `generation_table` shows it
     "The cost of generated texts"
     _check_numbers(new_tokens, max_new_tokens, generate=generate, attempts=attempts, gpus=gpus,
@@ -226,7 +233,7 @@ def generation_cost(
     n = min(n, texts)
     kv = n*kv_bytes(sizes, dtype)*(prompt_tokens+(max_new_tokens if engine == 'transformers' else new_tokens))
     _check_memory(weights+kv, spec)
-    speed = _speed(base, gpu, sizes, spec, dtype, engine, batch_tokens)
+    speed = _speed(base, gpu, sizes, spec, dtype, engine, batch_tokens, n, top_p)
     seconds = generation_seconds(speed, texts, prompt_tokens, new_tokens, max_new_tokens, n, engine)
     return dict(base=str(base), gpu=spec['name'], gpus=gpus, engine=engine, dtype=dtype, texts=texts, sequences=n,
                 read=round(texts*prompt_tokens), written=round(texts*new_tokens), hours=seconds/3600,

@@ -418,7 +418,7 @@ def test_a_writer_that_is_no_model_is_refused(runs):
 def test_a_shard_does_not_limit_a_batch(samples, base, monkeypatch):
     import competition_kit.generate as G
     monkeypatch.setattr(G, 'measured_speed', lambda engine: G.gpu_speed(G.writer_shape(base), G.find_gpu('H200'),
-                                                                        'bf16', 'transformers'))
+                                                                        'bf16', 'transformers', 8))
     how = dict(data='sample_logic:12', base=base, max_new_tokens=40)
     minutes = {n: G.most_minutes(G.GenerateArgs(**how).teacher, G.GenerateArgs(**how, shard=n), 120, 180.)[0]
                for n in (1, 64)}
