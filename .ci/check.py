@@ -74,11 +74,12 @@ def notebook(path):
     flags = get_config().tst_flags.split()
     yield in_process(f'nbdev_test {path.name}', lambda: test_nb(path, skip_flags=flags, basepath=root)[0])
 
-def tests(path):
-    "A file of tests; its counts are pytest's own"
+def tests(path, *only):
+    "A file of tests, or some of it; its counts are pytest's own"
     import pytest
-    how = ['-q', '-p', 'no:cacheprovider', '--durations=5', *(['-x'] if '--fast' in sys.argv else [])]
-    r = in_process(f'pytest {path.name}', lambda: pytest.main([*how, str(path)]) in (0, 5))  # 5: all deselected
+    how = ['-q', '-p', 'no:cacheprovider', '--durations=5', *(['-x'] if '--fast' in sys.argv else []), *only]
+    what = ' '.join(['pytest', path.name, *only])
+    r = in_process(what, lambda: pytest.main([*how, str(path)]) in (0, 5))  # 5: all deselected
     found = re.findall(r'(\d+) (passed|skipped|failed|error)', r.output.rstrip().rpartition('\n')[2])
     counts = {k: int(n) for n, k in found}
     r.passed = counts.get('passed', 0)
@@ -145,7 +146,8 @@ def all_tasks():
     "The long ones first: the commands, the site, the tests by the size of their file, the notebooks"
     files = sorted((root/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size)
     books = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name != '04_train.ipynb')  # papermill executes it
-    return [(command_line,), (site,), *((tests, p) for p in files), *((notebook, p) for p in books)]
+    package = tests, root/'tests/test_bundle.py', '-m', 'offline', '-k', 'none'  # where that can be
+    return [(command_line,), (site,), package, *((tests, p) for p in files), *((notebook, p) for p in books)]
 
 def main():
     os.chdir(root)

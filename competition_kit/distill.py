@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from .adopt import best_log_loss
 from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json
 from .fit import line_probs
+from .folds import rows_at
 from .parallel import predict_parallel
 from .probs import plot_reliability
 from .record import records, run_stage
@@ -26,7 +27,7 @@ from .tables import table_hashes
 from .teach import (check_teacher, label_support, read_teachers, signs, student_targets,
                                    teacher_table, write_teachers)
 from .teachers import OnlineTeacher, ask_teacher, distinct_teachers, members, teacher_inputs
-from .train import TrainArgs, held_out, rows_at, run_table, train
+from .train import TrainArgs, held_out, run_table, train
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
 @dataclass(frozen=True)

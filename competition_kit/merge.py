@@ -18,6 +18,7 @@ from .base import base_hash, base_name, load_tokenizer, pick_dtype
 from .combine import combine
 from .core import (Refusal, at_least, hash_obj, models_path, one_of, read_json, read_table, seal,
                                   write_json, write_table)
+from .folds import rows_at
 from .gate import paired_difference, without_nan
 from .lora import (added_error, base_weights, check_loras, check_start, energy_at, mean_head,
                                   mean_weights, merge_into_base, merge_loras, read_lora, singular_values, start_drift,
@@ -30,7 +31,6 @@ from .quant import dense_weight, quant_kind
 from .record import find_run, records, run_stage
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, table_hashes
-from .train import rows_at
 from .trained import (ancestors, has_seen, is_full, lineage_of, load_adapter, load_run,
                                      model_params, model_stages, predict_runs, recipe_key, same_tables, training_rows,
                                      trusted_prompt, weights_path)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from .clock import Clock
 from .core import Refusal, die_with_parent, read_json, write_json
+from .folds import rows_at
 from .probs import align, write_probs
 from .record import find_run
 from .rows import text_columns
@@ -95,11 +96,6 @@ def _end(k, path, process, stalled): # why a part stopped; '' when it is complet
     return end['why']
 
 # %% ../nbs/lib/03r_parallel.ipynb #809b587b
-def _part_of(rows, at): # a table of its own
-    some = rows.iloc[at].reset_index(drop=True)
-    some.attrs = rows.attrs
-    return some
-
 def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of each part, written for its process
     folder.mkdir(parents=True, exist_ok=True)
     for f in folder.glob('*.*'): f.unlink()  # of an interrupted vote; its choices of engines stay
@@ -107,7 +103,7 @@ def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of
     for k, at in enumerate(row_parts(np.atleast_2d(asker.sizes).sum(0), n)):
         mine = Answers(a.voter, a.total[:, at], a.views[:, at])
         end = time.monotonic()+clock.left()
-        part = Part(make, _part_of(asker.rows, at), mine, how | dict(prior=how['prior'][at]), end, limit_gb, first)
+        part = Part(make, rows_at(asker.rows, at), mine, how | dict(prior=how['prior'][at]), end, limit_gb, first)
         out.append((folder/f'{k}.part', at))
         out[-1][0].write_bytes(pickle.dumps(part))
     return out
@@ -189,7 +185,7 @@ def predict_parallel(
     parts.mkdir(parents=True, exist_ok=True)
     texts = [c for columns in text_columns.values() for c in columns if c in rows]
     length = sum(rows[c].map(lambda t: len(''.join(t))) for c in texts)
-    work = {parts/f'{k}.part': _part_of(rows, at) for k, at in enumerate(row_parts(length, gpus))}
+    work = {parts/f'{k}.part': rows_at(rows, at) for k, at in enumerate(row_parts(length, gpus))}
     for path, some in work.items(): path.write_bytes(pickle.dumps(Predictions(list(runs), some, views, pack_tokens)))
     processes = [_start(path, gpu) for path, gpu in zip(work, _gpus(gpus, 1))]
     try: _finish(list(work), processes, runs)

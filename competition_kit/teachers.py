@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from .core import Refusal, hash_obj, models_path
+from .folds import rows_at
 from .probs import read_probs
 from .record import check_outputs, find_run, records
 from .rows import text_columns
@@ -161,15 +162,10 @@ def _predicted(recs, tables, use, rows, task, folder, pack_tokens, predict): # t
     runs = [r['run_id'] for r, l in zip(recs, lack) if l.any()]
     if not runs: return tables
     views = model_params(recs[0])['views']  # runs of one teacher differ in nothing but their folds
-    some = _some(rows, lack.any(0))
+    some = rows_at(rows, lack.any(0))
     new = {r: join_probs(r, t, rows, task) for r, t in predict(runs, some, folder, views, pack_tokens).items()}
     def filled(t): return np.where(t.has[:, None], t.p, new[t.name].p) if t.name in new else t.p
     return [Teacher(t.name, filled(t), t.seen) for t in tables]
-
-def _some(rows, at): # a table of its own
-    some = rows.iloc[at].reset_index(drop=True)
-    some.attrs['meta'] = rows.attrs['meta']
-    return some
 
 # %% ../nbs/lib/03i_teachers.ipynb #456a5afb
 class OnlineTeacher:
@@ -195,5 +191,5 @@ class OnlineTeacher:
         if not lack.any(): return p
         model, prompt = self.models[self.recs[k]['run_id']]
         views = model_params(self.recs[k])['views']
-        p[lack] = predict(model, prompt, _some(self.rows, at[lack]), views, self.pack_tokens, progress=False)
+        p[lack] = predict(model, prompt, rows_at(self.rows, at[lack]), views, self.pack_tokens, progress=False)
         return p
