@@ -188,21 +188,26 @@ def load_source(
 def measure(
     model,          # From `load_classifier`
     args:GptqArgs,
-) -> tuple: # Probabilities of the held-out rows, and the letter mass (None on the score routes)
+) -> tuple: # Probabilities of the held-out rows; letter mass (None on the score routes); seconds of the prediction
     "Predict the held-out rows"
-    held = args.parts[1]
-    enc = args.encoded[1]
+    held, enc = args.parts[1], args.encoded[1]
+    start = time.perf_counter()
     p = predict(model, args.prompt, held, args.views, args.pack_tokens, enc=enc)
-    return p, letter_mass(model, args.prompt, held.iloc[:16])['letters'] if model.letters is not None else None
+    took = time.perf_counter()-start
+    mass = letter_mass(model, args.prompt, held.iloc[:16])['letters'] if model.letters is not None else None
+    return p, mass, took
 
 
 # %% ../nbs/09_gptq.ipynb #2d395821
 def rows_a_second(
     model,          # From `load_classifier`, without an adapter
     args:GptqArgs,
-) -> float: # Best of three; of one where that takes more than a second
+    seconds=None,   # Of its prediction of all held-out rows: enough on a CPU
+) -> float: # Else the best of three rounds; of one where that takes more than a second
     "Speed of prediction on at most 64 held-out rows, on a CPU 16"
-    held, took = args.parts[1].iloc[:64 if model.device.type == 'cuda' else 16], []
+    on_gpu = model.device.type == 'cuda'
+    if seconds and not on_gpu: return len(args.parts[1])/seconds
+    held, took = args.parts[1].iloc[:64 if on_gpu else 16], []
     held.attrs = args.parts[1].attrs
     enc = args.prompt.encode(held, args.views)
     while len(took) < 3 and sum(took) < 1:
@@ -242,12 +247,12 @@ def measure_source(
         return merged_folder(None, args, folder), align(read_probs(table), held), read_json(facts)
     check_weights(local_folder(base_of(args.record) if args.start else args.base))
     model = load_source(args)
-    p, mass = measure(model, args)
+    p, mass, took = measure(model, args)
     largest = activations(model, calibration_ids(args, args.rows, args.draw), args.pack_tokens)
     source = merged_folder(model, args, folder)
     letters = None if model.letters is None else list(map(int, model.letters))
     write_probs(table, held, p, args.prompt.task, args.views)
-    speed = rows_a_second(model, args)
+    speed = rows_a_second(model, args, None if merged else took)
     write_json(facts, dict(speed=speed, mass=mass, letters=letters, activations=largest.to_dict()))
     del model
     gc.collect()  # GPTQModel needs the memory
@@ -302,8 +307,8 @@ def attempt(
     layers = quantise(source, folder, ids, t.bits, t.group, args.damp, args.act_order, args.dtype)
     model = load_classifier(str(folder), args.prompt, args.route, args.dtype)
     if model.letters is not None: model.letters = facts['letters']
-    q, mass = measure(model, args)
-    speed = rows_a_second(model, args)
+    q, mass, took = measure(model, args)
+    speed = rows_a_second(model, args, took)
     del model
     gc.collect()
     held = args.parts[1]

@@ -393,12 +393,11 @@ def letter_mass(
     rows,       # A few rows of the task; the whole vocabulary is computed for each
 ) -> dict: # `letters`: mean probability of all letters together; `others`: of their other spelling
     "The share of the vocabulary's probability that the model gives to the answer's letters"
-    own = classifier.letters
-    if own is None: raise Refusal('a score head has no letters')
+    if classifier.letters is None: raise Refusal('a score head has no letters')
+    own, enc = classifier.letters, prompt.encode(rows, 1)
+    packs = pack(enc.n, 4096, enc.ids)
     classifier.letters = slice(None)
-    try:
-        logits = [classifier(**collate([ids], classifier.device)) for ids in prompt.encode(rows, 1).ids]
-        p = torch.cat([x.softmax(-1).cpu() for x in logits])
+    try: p = torch.cat([classifier(**collate(enc.ids.iloc[k], classifier.device)).softmax(-1).cpu() for k in packs])
     finally: classifier.letters = own
     spellings = dict(letters=prompt.letters, others=prompt.others)
     return {name: float(p[:, ids].sum(1).mean()) for name, ids in spellings.items()}

@@ -159,14 +159,14 @@ def activations(
         def hook(module, args, out):
             values = [x.detach() for x in (*args, out) if torch.is_tensor(x) and x.is_floating_point()]
             if not values: return
-            most = torch.stack([x.abs().amax().float() for x in values]).amax()
+            most = torch.stack([end.float() for x in values for end in x.aminmax()]).abs().amax()
             top[name] = torch.maximum(top.get(name, most), most)
         return hook
     for name, m in classifier.backbone.named_modules():
         if not any(True for _ in m.children()) and 'lora_' not in name:
             hooks.append(m.register_forward_hook(watch(name.replace('.base_layer', ''))))
     try:
-        for p in pack(ids.map(len).to_numpy(), budget): classifier(**collate(ids.iloc[p], classifier.device))
+        for p in pack(ids.map(len).to_numpy(), budget, ids): classifier(**collate(ids.iloc[p], classifier.device))
     finally:
         for h in hooks: h.remove()
     found = pd.Series({name: float(t) for name, t in top.items()})
@@ -374,7 +374,8 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
         model = GPTQModel.load(str(source), config, dtype=dtypes[dtype])
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)  # `quantize` loses it
         model.layer_callback, bar.last = bar, time.perf_counter()
-        with _refusals(work), _keeping(kept):
+        no_bars = patch('gptqmodel.utils.logger._suppress_live_renderables', lambda: True)  # a log shows none
+        with _refusals(work), _keeping(kept), no_bars:
             log = model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
         if left := model.quantize_config.dynamic:
             raise Refusal(f'{len(left)} matrices were left as they are: no calibration token reached them',
