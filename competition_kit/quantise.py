@@ -374,8 +374,7 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
         model = GPTQModel.load(str(source), config, dtype=dtypes[dtype])
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)  # `quantize` loses it
         model.layer_callback, bar.last = bar, time.perf_counter()
-        no_bars = patch('gptqmodel.utils.logger._suppress_live_renderables', lambda: True)  # a log shows none
-        with _refusals(work), _keeping(kept), no_bars:
+        with _refusals(work), _keeping(kept):
             log = model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
         if left := model.quantize_config.dynamic:
             raise Refusal(f'{len(left)} matrices were left as they are: no calibration token reached them',
