@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 from .base import load_tokenizer
 from .completions import completion_tokens, encode_completions
-from .core import Refusal, data_path
+from .core import Refusal
 from .model import collate, load_classifier
 from .pack import pack
-from .tables import load_rows, write_rows
+from .parity import check_length
+from .tables import load_rows, table_path, write_rows
 from .text import TextPrompt
 
 # %% ../nbs/lib/03u_learnability.ipynb #5ecae0d9
@@ -38,16 +39,20 @@ def probe(
 ): # The rows with `mean_logp`, `least_logp` (nats), `least_at` (0 to 1) and `weakest` (text, the token in brackets)
     "Log-probabilities that a student gives to the rationales; NaN for rows without one"
     enc, found, tok = encode_completions(prompt, rows, max_new_tokens), {}, prompt.prompt.tok
+    check_length(model.base.config, int(enc.n.max()), model.base.name_or_path)
     model.eval()
     for lines in tqdm(pack(enc.n, budget, enc.ids), desc='probe', disable=not progress, file=sys.stdout):
         sequences = enc.iloc[lines]
         packed = collate(sequences.ids, model.device)
         learned = completion_tokens(list(sequences.ids), sequences.start, packed['bounds'])
         logps = model(**packed, at=learned['at'].to(model.device), after=learned['after'].to(model.device)).cpu()
+        if not logps.isfinite().all():
+            raise Refusal('the student gives NaN', model.base.name_or_path, fix='Take dtype=bf16 or fp32')
         for k, row in enumerate(sequences.row):
             own = learned['of'] == k
-            found[rows.index[row]] = _weakest(tok, learned['after'][own], logps[own])
-    out = rows.join(pd.DataFrame.from_dict(found, 'index', columns=_columns))
+            found[row] = _weakest(tok, learned['after'][own], logps[own])
+    facts = pd.DataFrame.from_dict(found, 'index', columns=_columns).reindex(range(len(rows)))
+    out = rows.assign(**{c: facts[c].to_numpy() for c in _columns})
     out.attrs['meta'] = rows.attrs.get('meta', {})
     return out
 
@@ -96,15 +101,15 @@ def keep_learnable(
 
 # %% ../nbs/lib/03u_learnability.ipynb #f45ec069
 def probe_table(
-    name:str,                # Table in `data/` with a column `rationale`
+    name:str,                # Table in `data/` with a column `rationale`; a mix is refused
     base:str='smollm2',      # The student: name, folder or Hub id
     dtype:str='auto',        # Of its weights
     max_len:int=2048,        # Tokens of a prompt, as in the training
     max_new_tokens:int=1024, # Tokens a rationale may have
 ): # The probed rows
     "Probe a table with a base, and write the columns into it"
-    rows, prompt = load_rows(name), TextPrompt(load_tokenizer(base), max_len)
+    file, rows, prompt = table_path(name), load_rows(name), TextPrompt(load_tokenizer(base), max_len)
     model = load_classifier(base, prompt.prompt, 'text', dtype)
-    probed = probe(model, prompt, rows.drop(columns=_columns, errors='ignore'), max_new_tokens)
-    write_rows(probed, data_path(f'{name}.parquet'))
+    probed = probe(model, prompt, rows, max_new_tokens)
+    write_rows(probed, file)
     return probed
