@@ -42,8 +42,8 @@ def random_base(folder, name, layers):
 class Generate(TransformersEngine):
     "transformers' own `generate`; requests of one call have one temperature and one limit"
     name = 'generate'
-    def replies(self, requests):
-        out, how = [None]*len(requests), requests[0]
+    def stream(self, requests):
+        how = requests[0]
         for batch in batches(requests, self.batch_tokens):
             longest = max(len(requests[k].ids) for k in batch)
             pad = [longest-len(requests[k].ids) for k in batch]
@@ -55,8 +55,7 @@ class Generate(TransformersEngine):
                                             eos_token_id=[*self.ends])
             for k, tokens in zip(batch, made[:, longest:].tolist()):
                 end = next((i for i, t in enumerate(tokens, 1) if t in self.ends), 0)
-                out[k] = read_text(self.tok, tokens[:end or len(tokens)], 'stop' if end else 'length')
-        return out
+                yield k, read_text(self.tok, tokens[:end or len(tokens)], 'stop' if end else 'length')
 
 def jobs_of(prompt, a): # as `05_generate` asks
     enc = prompt.encode(load_rows('sample_logic'))

@@ -59,9 +59,9 @@ def sample_tokens(
     "One token for each sequence, by its own random numbers: the Gumbel-max trick"
     t, top_p = (torch.as_tensor(x, dtype=torch.float32, device=logits.device)[:, None] for x in (temperature, top_p))
     z = logits.float()/t.clamp_min(1e-6)
-    if (top_p < 1).any():
+    if (some := top_p < 1).any():
         p = z.softmax(-1)
-        z = z.masked_fill(p < _nucleus(p, top_p), -torch.inf)
+        z = z.masked_fill(some & (p < _nucleus(p, top_p)), -torch.inf)
     u = u.clamp_min(torch.finfo(u.dtype).tiny)  # the noise of 0 is infinite, like the logit of a token left out
     drawn = (z-(-u.log()).log()).argmax(-1)
     return torch.where(t[:, 0] > 0, drawn, logits.argmax(-1))
@@ -101,7 +101,7 @@ def decode_batch(
     pad:int,  # Id of any token
     clock=None, # A `Clock`; a `TimeoutError` when its time is up
 ) -> list: # For each a list of token ids; the last one is in `ends` where the reply ended itself
-    "Generate one batch with a KV cache"
+    "Generate one batch with a KV cache; a model that gives NaN is refused"
     from transformers import DynamicCache
     ids, mask, at = _padded(requests, pad, model.device)
     cache, drawn, step = DynamicCache(config=model.config), _generators(requests, model.device), 0
@@ -111,6 +111,8 @@ def decode_batch(
         logits = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True,
                        logits_to_keep=1).logits[:, -1].float()
         new = _next_tokens(logits, [requests[k] for k in alive], [drawn[k] for k in alive])
+        if not logits.gather(1, new[:, None]).isfinite().all():
+            raise Refusal('the model gives NaN', model.name_or_path, fix='Take dtype=bf16 or fp32')
         for k, token in zip(alive, new.tolist()): out[k].append(token)
         step += 1
         stay = [i for i, k in enumerate(alive) if out[k][-1] not in ends and step < requests[k].max_new_tokens]
@@ -206,24 +208,30 @@ class TransformersModel:
         free_gpu()
 
 # %% ../nbs/lib/03s_replies.ipynb #e90a47c2
-class TransformersEngine(TransformersModel):
-    "Replies by transformers: batched by length, longest first, with a KV cache"
-    name = 'transformers'
+class _Streaming: # all replies of an engine that has `stream`
     def replies(self,
         requests, # `Request`s
     ) -> list: # A `Text` for each
         "Generate the reply of each request"
-        if not requests: return []
+        found = dict(self.stream(requests))
+        return [found[k] for k in range(len(requests))]
+
+class TransformersEngine(_Streaming, TransformersModel):
+    "Replies by transformers: batched by length, longest first, with a KV cache"
+    name = 'transformers'
+    def stream(self,
+        requests, # `Request`s
+    ): # Pairs of a position and a `Text`, as batches are finished
+        "Generate the reply of each request"
+        if not requests: return
         longest = max(len(r.ids)+r.max_new_tokens for r in requests)
         check_length(self.model.base.config, longest, self.base)
-        out = [None]*len(requests)
         for batch in batches(requests, self.batch_tokens):
             self.load(requests[batch[0]].adapter)
             some = [requests[k] for k in batch]
             made = decode_batch(self.model.base, some, self.ends, min(self.ends), self.clock)
             for k, tokens in zip(batch, made):
-                out[k] = read_text(self.tok, tokens, 'stop' if tokens[-1] in self.ends else 'length')
-        return out
+                yield k, read_text(self.tok, tokens, 'stop' if tokens[-1] in self.ends else 'length')
 
 # %% ../nbs/lib/03s_replies.ipynb #363c1f0b
 @torch.no_grad()
@@ -247,12 +255,12 @@ def served_parity(
     limit:float=.1, # Of the median, for 16 bits: rare tokens differ by more than letters
 ) -> dict: # Run → facts of `parity`
     "Compare every adapter with transformers on the 32 most probable next tokens; refuse one that was not read"
-    ids, runs = ids[:16], [run for run in engine.slots if run]
+    longest, ids, runs = max(map(len, ids)), ids[:16], [run for run in engine.slots if run]
     kit = TransformersEngine(engine.base, engine.prompt, engine.dtype)
     logp = {run: next_logprobs(kit, ids, run) for run in runs}
     kit.close()
     tokens = np.argsort(-np.mean([np.exp(v).mean(0) for v in logp.values()], 0))[:32]
-    server, n, facts = engine.started(new), np.full(len(ids), len(tokens)), {}
+    server, n, facts = engine.started(new, longest), np.full(len(ids), len(tokens)), {}
     base = server.letters(ids, tokens)
     for run in runs:
         own = server.letters(ids, tokens, engine.slots[run])
@@ -279,8 +287,9 @@ class VllmServer:
         self.slots = {'': 0} | {run: k for k, run in enumerate(adapters, 1)}
         self.folders = [run_adapter(run, base) for run in adapters]
 
-    def started(self, new): # the process, for prompts with so many new tokens
-        longest = min(self.max_len+new, row_limit(self.config) or self.max_len+new)
+    def started(self, new, prompt=0): # the process, for prompts of so many tokens with so many new ones
+        longest = max(self.max_len, prompt)+new
+        longest = min(longest, row_limit(self.config) or longest)
         if self.server and self.longest >= longest: return self.server
         self.close()
         self.server, self.longest = Engine(self.base, self.folders, self.dtype, longest, **self.options), longest
@@ -294,7 +303,7 @@ class VllmServer:
     def __exit__(self, *error): self.close()
 
 # %% ../nbs/lib/03s_replies.ipynb #899c015f
-class VllmEngine(VllmServer):
+class VllmEngine(_Streaming, VllmServer):
     "Replies by vLLM; use it in a `with` block, which ends its process"
     name = 'vllm'
     def stream(self,
@@ -302,10 +311,10 @@ class VllmEngine(VllmServer):
     ): # Pairs of a position and a `Text`, as replies are finished
         "Generate the reply of each request"
         if not requests: return
-        new = max(r.max_new_tokens for r in requests)
+        new, prompt = max(r.max_new_tokens for r in requests), max(len(r.ids) for r in requests)
         check_length(self.config, max(len(r.ids)+r.max_new_tokens for r in requests), self.base)
         if self.folders and not self.parity: self.parity = served_parity(self, [r.ids for r in requests], new)
-        server, ends = self.started(new), end_tokens(self.tok, self.config)
+        server, ends = self.started(new, prompt), end_tokens(self.tok, self.config)
         if self.clock: server.limit = min(server.limit, max(self.clock.left(), 1.))
         ids, how = [r.ids for r in requests], pd.DataFrame(requests)
         made = server.stream(ids, how.seed, how.max_new_tokens, how.temperature, how.top_p, stop_token_ids=[*ends],
@@ -317,10 +326,6 @@ class VllmEngine(VllmServer):
         except EngineDied:
             check_time(self.clock)  # then it was stopped
             raise
-
-    def replies(self, requests): # a `Text` for each
-        found = dict(self.stream(requests))
-        return [found[k] for k in range(len(requests))]
 
 # %% ../nbs/lib/03s_replies.ipynb #7b6c8a00
 reply_engines = 'transformers', 'vllm', 'auto'
@@ -410,21 +415,24 @@ def read_replies(
 def finished_replies(
     engine,   # With `replies`, or with `stream`
     requests, # `Request`s
-    shard:int,# Requests of one call of `replies`, or more where one batch holds them
+    shard:int,# Requests of one call of `replies`
 ): # Pairs of a position and a `Text`
     "Replies, as soon as the engine gives them"
     if hasattr(engine, 'stream'): yield from engine.stream(requests)
     else:
-        longest = max((len(r.ids)+r.max_new_tokens for r in requests), default=1)
-        size = max(shard, getattr(engine, 'batch_tokens', 0)//longest)  # a GPU takes as long for a small batch
-        for k in range(0, len(requests), size): yield from enumerate(engine.replies(requests[k:k+size]), k)
+        for k in range(0, len(requests), shard):
+            some = requests[k:k+shard]
+            texts = engine.replies(some)
+            if len(texts) != len(some):
+                raise Refusal(f'the engine {engine.name} gave {len(texts)} replies to {len(some)} requests')
+            yield from enumerate(texts, k)
 
 # %% ../nbs/lib/03s_replies.ipynb #96a87acb
 def generate(
     engine,        # With `name`, `version`, and `replies` or `stream`
     jobs,          # From `job_table`; several may be joined
     folder,        # Of the shards
-    shard:int=64,  # Replies in a shard; a kill loses one, or one batch of transformers
+    shard:int=64,  # Replies in a shard; a kill loses one, and the batch at work
     progress=True, # Show a bar
 ): # DataFrame, a line a job, in their order
     "The replies of all jobs; those in the folder are not asked for again"
