@@ -23,7 +23,7 @@ from .reply_cost import (generation_seconds, gpu_speed, measured_speed, sequence
 from .rows import n_options, tasks
 from .tables import check_replaced, check_texts, load_rows, parse_mix, table_hashes, write_rows
 from .teachers import distinct_teachers, member, members, teacher_inputs
-from .text import TextPrompt, parse_replies, rationale_fault, text_votes
+from .text import TextPrompt, agreed_options, parse_replies, rationale_fault, text_votes
 from .trained import base_of, is_full
 
 # %% ../nbs/05_generate.ipynb #403871db
@@ -33,7 +33,8 @@ def judge_replies(
 ): # The replies with `option` (-1: unparsed), `how`, and `fault` ('' for an accepted text)
     "Parse replies and name their faults"
     facts = {i: (list(o), int(gold)) for i, o, gold in zip(rows.id, rows.options, rows.label)}
-    out = replies.join(parse_replies(replies, rows))
+    out = replies.reset_index(drop=True)
+    out = out.join(parse_replies(out, rows))
     faults = [rationale_fault(t, *facts[i], finish) for i, t, finish in zip(out.id, out.text, out.finish)]
     return out.assign(fault=faults)
 
@@ -67,8 +68,9 @@ def doubtful_labels(
     votes, letters = text_votes(free, rows)[0], tasks['choice'].letters
     also = np.zeros_like(votes) if held_out is None else text_votes(held_out, rows)[0]
     every = votes+also
-    best, total = every.argmax(1), every.sum(1)
-    found = (total >= least) & (best != rows.label) & (every.max(1) >= agree*total)
+    total = every.sum(1)
+    best = agreed_options(every, total, agree)
+    found = (total >= least) & (best >= 0) & (best != rows.label)
     lines = [dict(id=rows.id.iloc[i], field='answer', old=letters[rows.label.iloc[i]], new=letters[best[i]],
                   why=_why(votes[i], also[i], best[i])) for i in np.flatnonzero(found)]
     return pd.DataFrame(lines, columns=['id', 'field', 'old', 'new', 'why'])
@@ -152,7 +154,7 @@ class GenerateArgs:
     held_out:str=''          # Finished runs, separated by blanks, whose held-out answers count as such attempts
     dtype:str='auto'         # Of the weights: auto, bf16, fp16, fp32 or nf4
     batch_tokens:int=16384   # Tokens of a batch
-    shard:int=64             # Replies in a shard: a kill loses one, or one batch
+    shard:int=64             # Replies in a shard: a kill loses one, and the batch at work
     seed:int=0               # Of the attempts
     engine:str='auto'        # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
     gpus:int=1               # That share the model through vLLM, for one that does not fit on a single GPU

@@ -106,6 +106,8 @@ def language_counts(
     left:dict,    # Language → prompts of the pool that are left
 ) -> dict: # Language → prompts; their sum is `wanted.n`
     "How many prompts of each language a round takes"
+    if not sum(left.values()):
+        raise Refusal(f'no prompt is left for a round of {wanted.n}', fix='Take smaller rounds, or a larger pool')
     rest = {k: n for k, n in left.items() if k not in wanted.shares and n}
     exact = {k: s*wanted.n for k, s in wanted.shares.items()}
     open_share = max(0, 1-sum(wanted.shares.values()))
@@ -154,7 +156,7 @@ def parse_writer(
         raise Refusal(f'the model {text!r} cannot be read', fix='Write name@temperature,top_p, such as smollm2@.7,.9')
     if not _is_run(name): return Writer(base_name(name), base_name(name), '', t, p)
     rec = find_run(name)
-    return Writer(rec['run_id'], base_of(rec), '' if is_full(rec) else rec['run_id'], t, p)
+    return Writer(rec['run_id'], base_name(base_of(rec)), '' if is_full(rec) else rec['run_id'], t, p)
 
 # %% ../nbs/05a_pairs.ipynb #5f3819d3
 def draw_pairs(
@@ -188,7 +190,7 @@ class PairsArgs:
     max_new_tokens:int=1024        # Tokens of an answer
     dtype:str='auto'               # Of the weights: auto, bf16, fp16, fp32 or nf4
     batch_tokens:int=16384         # Tokens of a batch
-    shard:int=64                   # Answers in a shard: a kill loses one, or one batch
+    shard:int=64                   # Answers in a shard: a kill loses one, and the batch at work
     seed:int=0                     # Of prompts, pairs and answers
     engine:str='auto'              # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
 

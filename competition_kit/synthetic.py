@@ -24,7 +24,7 @@ from .reply_cost import plan_line
 from .rows import read_raw, tasks
 from .sample import logic_problems
 from .tables import apart_tables, check_replaced, check_texts, load_rows, table_hashes, write_rows
-from .text import TextPrompt, parse_replies, row_languages, text_votes
+from .text import TextPrompt, agreed_options, parse_replies, row_languages, text_votes
 from .trained import base_of, is_full
 
 # %% ../nbs/05b_synthetic.ipynb #27b77d48
@@ -116,6 +116,8 @@ def draft_prompts(
     return pd.DataFrame(out)
 
 # %% ../nbs/05b_synthetic.ipynb #5f5ccde1
+_option = re.compile(r'([A-ZＡ-Ｚ])[.、:：)）．]\s*(.+)')
+
 def _inside(tag, text):
     found = re.findall(rf'<{tag}>(.*?)</{tag}>', text, re.S | re.I)
     return found[0].strip() if len(found) == 1 else ''
@@ -126,9 +128,9 @@ def parse_draft(
 ): # (`problem`, `question` and `options` as a dict, ''), or (None, its fault)
     "A problem from a model's text"
     problem, question = _inside('problem', text), _inside('question', text)
-    lines = re.findall(r'^\s*([A-ZＡ-Ｚ])[.、:：)）．]\s*(.+)$', _inside('options', text), re.M)
-    letters, options = ''.join(c for c, _ in lines), [o.strip() for _, o in lines]
-    in_order = unicodedata.normalize('NFKC', letters) == string.ascii_uppercase[:len(letters)]
+    lines = [_option.fullmatch(line.strip()) for line in _inside('options', text).splitlines() if line.strip()]
+    letters, options = ''.join(m[1] for m in lines if m), [m[2] for m in lines if m]
+    in_order = None not in lines and unicodedata.normalize('NFKC', letters) == string.ascii_uppercase[:len(letters)]
     if problem and question and len(options) > 1 and in_order:
         if len(options) > len(tasks['choice'].letters): return None, 'too many options'
         if len({o.casefold() for o in options}) < len(options): return None, 'equal options'
@@ -166,7 +168,7 @@ class SyntheticArgs:
     max_len:int=2048          # Tokens of a prompt
     dtype:str='auto'          # Of the weights: auto, bf16, fp16, fp32 or nf4
     batch_tokens:int=16384    # Tokens of a batch
-    shard:int=64              # Replies in a shard: a kill loses one, or one batch
+    shard:int=64              # Replies in a shard: a kill loses one, and the batch at work
     seed:int=1                # Of problems and attempts; 0 makes the problems of sample_logic again
     engine:str='auto'         # transformers, vllm, or auto: vLLM where it is installed and a GPU is there
 
@@ -235,8 +237,7 @@ def agreed_labels(
     made = ask(args.writer, pd.concat(jobs, ignore_index=True), run.folder/'attempts', args.shard)
     made = made.join(parse_replies(made, rows))
     write_table(made, run.folder/'attempts.parquet', run=run.id)
-    votes, _ = text_votes(made, rows)
-    return np.where(votes.max(1) >= args.agree*args.attempts-1e-9, votes.argmax(1), -1)
+    return agreed_options(text_votes(made, rows)[0], args.attempts, args.agree)
 
 # %% ../nbs/05b_synthetic.ipynb #68e4aa0d
 def new_rows(
@@ -286,7 +287,8 @@ def made_rows(
     left = np.flatnonzero(why == 'kept')
     label = agreed_labels(run, args, rows.iloc[left].reset_index(drop=True))
     rows.loc[left, 'label'], why[left[label < 0]] = label, 'attempts disagree'
-    return rows.assign(source=f'model {args.run or args.base}'), why, faults
+    writer = find_run(args.run)['run_id'] if args.run else args.base
+    return rows.assign(source=f'model {writer}'), why, faults
 
 # %% ../nbs/05b_synthetic.ipynb #a78376c4
 def synthetic(

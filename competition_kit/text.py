@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reasoning', 'answer_given', 'Reply', 'row_languages', 'TextPrompt', 'repeats', 'parse_reply', 'parse_replies',
-           'rationale_fault', 'text_votes', 'text_probs', 'join_votes']
+           'rationale_fault', 'text_votes', 'agreed_options', 'text_probs', 'join_votes']
 
 # %% ../nbs/lib/03n_text.ipynb #f0a9bf5a
 from collections import namedtuple
@@ -278,6 +278,10 @@ def _leaks(text): # *The correct answer is B* is a usual end; before any reasoni
     return bool(_leak.search(text)) or any(why or _n_words(before) < 8 for why, before in said)
 
 # %% ../nbs/lib/03n_text.ipynb #20100079
+def _with_start(text): # and with the `<think>` that some chat templates open in the prompt
+    before, end, _ = text.partition('</think>')
+    return f'<think>{text}' if end and '<think>' not in before else text
+
 def _unclosed(text): # is a tag opened and not closed?
     tags = 'thinking', 'reflection', 'output', 'think', 'answer'
     return any(len(re.findall(f'<{t}>', text, re.I)) != len(re.findall(f'</{t}>', text, re.I)) for t in tags)
@@ -297,6 +301,7 @@ def rationale_fault(
     finish:str='stop', # `stop`, or `length` where the token limit ended the text
 ) -> str: # '' for a text to keep
     "The first reason not to train on a rationale"
+    text = _with_start(text)
     if repeats(_without(_plain(text), options, repeats)): return 'repeats itself'
     if finish == 'length' or _unclosed(text): return 'cut off'
     reply = parse_reply(text, options)
@@ -321,6 +326,17 @@ def text_votes(
     votes, parsed = np.zeros((len(rows), len(tasks['choice'].options)), int), option >= 0
     np.add.at(votes, (at[parsed], option[parsed]), 1)
     return votes, np.bincount(at[~parsed], minlength=len(rows))
+
+# %% ../nbs/lib/03n_text.ipynb #8e42b9d6
+def agreed_options(
+    votes,  # [rows, options], counts
+    total,  # [rows] or one number, the votes that the share is of
+    agree,  # Share that must be for one option, above 0
+) -> np.ndarray: # [rows], option; -1 where none has the share, or two have it
+    "The options that enough votes agree on"
+    most = np.max(votes, 1)
+    alone = (votes == most[:, None]).sum(1) == 1
+    return np.where(alone & (most/np.maximum(total, 1) >= agree), np.argmax(votes, 1), -1)
 
 # %% ../nbs/lib/03n_text.ipynb #e25cbc61
 def text_probs(

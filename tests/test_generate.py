@@ -18,9 +18,9 @@ ROWS = pd.DataFrame([dict(id=f'r{k}', problem='Anna is older than Ben. '*(1+k % 
 class Counted(TransformersEngine):
     "A real engine that counts what it is asked"
     asked = 0
-    def replies(self, requests):
+    def stream(self, requests):
         self.asked += len(requests)
-        return super().replies(requests)
+        yield from super().stream(requests)
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory): return tiny_base(tmp_path_factory.mktemp('tiny'))
@@ -72,6 +72,20 @@ def test_sampling():
     drawn = draw(torch.cat([falling, one]), 1., .5, 1000).reshape(1000, 2)
     assert 900 < drawn[:, 0].max() < 1000 and set(drawn[:, 1].tolist()) == {7}, 'more than 512 tokens may stay'
 
+def test_a_neighbour_with_top_p_changes_nothing():
+    "with `top_p=1` every token may come, also where the sum of those before it rounds to 1"
+    for seed in range(6):
+        logits = 2.*torch.randn(1, 49152, generator=torch.Generator().manual_seed(seed)).repeat(2, 1)
+        rare, u = logits[0].argmin(), torch.full_like(logits, 1e-30)
+        u[0, rare] = 1-6e-8
+        assert sample_tokens(logits, [1., 1.], [1., .9], u)[0] == rare
+
+def test_a_model_that_gives_nan_is_refused(base, enc):
+    engine = TransformersEngine(base, TextPrompt(load_tokenizer(base)))
+    engine.model.base.model.norm.weight.data.fill_(torch.nan)
+    for how in ((0., 1.), (.7, 1.), (.7, .9)):
+        with pytest.raises(Refusal, match='gives NaN.*bf16'): engine.replies([Request(enc.ids[0], 3, *how)])
+
 def test_rounding_does_not_change_a_token():
     "Logits of another batch differ in their last digits, half of the vocabulary alike"
     rng = torch.Generator().manual_seed(0)
@@ -104,6 +118,22 @@ def test_a_restart_asks_for_what_is_missing(engine, enc, tmp_path):
     kept = read_replies(tmp_path)
     assert set(kept.version) == {engine.version} and set(kept.engine) == {'transformers'} and (kept.tokens == 3).all()
     with pytest.raises(Refusal, match='twice'): generate(engine, pd.concat([first, first]), tmp_path)
+
+def test_the_end_of_the_time_loses_no_finished_batch(engine, enc, tmp_path, monkeypatch):
+    class Steps: # a clock of eight steps, of which each batch needs three
+        n = 8
+        def left(self):
+            self.n -= 1
+            return self.n
+    jobs, engine.asked = job_table(enc, 0, max_new_tokens=3), 0
+    monkeypatch.setattr(engine, 'batch_tokens', 400)
+    first, second, *others = batches(list(jobs.request), 400)
+    monkeypatch.setattr(engine, 'clock', Steps())
+    with pytest.raises(TimeoutError): generate(engine, jobs, tmp_path, progress=False)
+    assert others and set(read_replies(tmp_path).id) == {enc.id[k] for k in first+second}
+    monkeypatch.setattr(engine, 'clock', None)
+    generate(engine, jobs, tmp_path, progress=False)
+    assert engine.asked == 10+10-len(first+second)
 
 KILLED = '''
 import sys
@@ -300,6 +330,15 @@ def test_held_out_answers_count_as_attempts(planted, tmp_path):
     with pytest.raises(Refusal, match='no held-out answer.*four|four.*no held-out answer'):
         GenerateArgs(data='t', held_out='one four').inputs()
 
+def test_a_tie_is_no_doubt_and_every_reply_counts_once():
+    from competition_kit.generate import doubtful_labels, judge_replies
+    rows = pd.DataFrame([dict(id='a', label=2, options=['Anna', 'Ben', 'Cleo'])])
+    def doubts(n_a, n_b, agree): # letters of attempts against C
+        return list(doubtful_labels(pd.DataFrame(dict(id='a', option=[0]*n_a+[1]*n_b)), rows, 2, agree).new)
+    assert doubts(2, 2, .5) == doubts(13, 12, .56) == [] and doubts(2, 1, .5) == doubts(14, 11, .56) == ['A']
+    one = pd.DataFrame(dict(id=['a'], text=['<output>A</output>'], finish='stop'))
+    assert judge_replies(pd.concat([one, one.replace('A', 'B', regex=True)]), rows).option.tolist() == [0, 1]
+
 # ---- engines
 def test_which_engine_generates(monkeypatch):
     from competition_kit import replies as R
@@ -332,6 +371,14 @@ def test_streamed_replies_belong_to_their_rows_and_an_error_loses_none(enc, tmp_
     engine = Streamed()
     done = generate(engine, jobs, tmp_path, 3, progress=False)
     assert engine.given == 2 and list(done.text) == [f'reply to {len(i)}' for i in enc.ids]
+
+def test_an_engine_gives_one_reply_to_each_request(enc, tmp_path):
+    class Twice:
+        name, version = 'twice', '1'
+        def replies(self, requests): return [Text('x', 'stop', 1)]*2*len(requests)
+    with pytest.raises(Refusal, match='twice gave 6 replies to 3 requests'):
+        generate(Twice(), job_table(enc, 0), tmp_path, 3, progress=False)
+    assert not len(read_replies(tmp_path))
 
 needs_vllm = pytest.mark.skipif(not vllm_version(), reason='vLLM is not installed')
 
@@ -377,6 +424,22 @@ def test_a_model_too_large_for_one_gpu_is_shared(base, served):
     start_engine('vllm', base, TextPrompt(load_tokenizer(base)), gpus=4).started(12)
     assert served[0]['tensor_parallel'] == 4
     with pytest.raises(Refusal, match='gpus=4: transformers writes on one GPU'): reply_engine('auto', base, gpus=4)
+
+def test_vllm_has_room_for_prompts_longer_than_those_of_the_kit(base, served, monkeypatch):
+    "`05a_pairs` asks for whole prompts; vLLM would end their replies early, or refuse them"
+    class Room:
+        limit = 9.
+        def __init__(self, base, folders, dtype, max_len, **how): self.max_len = max_len
+        def close(self): pass
+        def stream(self, ids, seed, new, *how, **more):
+            assert max(len(i)+n for i, n in zip(ids, new)) <= self.max_len
+            for k in range(len(ids)): yield k, dict(tokens=[5], finish='stop')
+    monkeypatch.setattr(R, 'Engine', Room)
+    engine = start_engine('vllm', base, TextPrompt(load_tokenizer(base), 512))
+    short, long = Request(np.arange(40), 12), Request(np.arange(700), 12)
+    assert len(engine.replies([short])) == 1 and engine.longest == 524
+    assert len(engine.replies([short, long])) == 2 and engine.longest == 712
+    with pytest.raises(Refusal, match='2048'): engine.replies([Request(np.arange(2040), 12)])
 
 def test_vllm_writes_with_a_base_that_the_kit_cannot_read(base, served, tmp_path):
     shutil.copytree(base, tmp_path/'fp8')

@@ -116,6 +116,14 @@ def test_pairs_with_faults_are_left_out_and_counted():
     kept = [len(pair_rows(joined, writers, 'preference', d)) for d in ('', 'cut same', 'empty cut repeats same')]
     assert kept == [4, 2, 1]
 
+def test_a_run_of_all_weights_is_named_as_the_root_sees_it(runs, monkeypatch):
+    from competition_kit import pairs as P
+    (folder := models_path(runs[0], 'model')).mkdir()
+    (folder/'config.json').write_text('{}')
+    monkeypatch.setattr(P, 'is_full', lambda rec: True)
+    monkeypatch.setattr(P, 'base_of', lambda rec: str(folder))
+    assert parse_writer(runs[0], .7, .9)[:3] == (runs[0], f'models/{runs[0]}/model', '')
+
 def test_pools(tmp_path, samples):
     import csv
     rows = load_rows('sample_arena')

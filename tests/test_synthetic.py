@@ -1,7 +1,7 @@
 "Synthetic rows: answers checked by code or by agreement, near-copies left out, faults counted"
 import pandas as pd
 import pytest
-from competition_kit.core import Refusal, models_path, read_json
+from competition_kit.core import Refusal, models_path, read_json, read_table
 from competition_kit.record import run_stage
 from competition_kit.replies import Text, read_replies
 from competition_kit.sample import logic_problems
@@ -69,6 +69,12 @@ def test_by_a_model(samples):
     assert (rows.label >= 0).all()
     assert 'near sample_logic' in read_json(run.folder/'reasons.json').values()
     assert len(read_replies(run.folder/'drafts')) == 6
+
+def test_rows_name_the_run_that_wrote_them(runs, samples):
+    args = SyntheticArgs(by='model', run=runs[0][:-1], problems=1, attempts=1, examples=1, max_new_tokens=9)
+    vars(args)['writer'] = Writer(args.prompt.prompt.tok, [as_draft('Zed is older than Yan, who always lies.')],
+                                  dict(Zed=['<output>A</output>']))
+    assert set(read_table(run_stage(synthetic, args).folder/'rows.parquet').source) == {f'model {runs[0]}'}
 
 def test_a_model_that_cannot_write_is_refused(samples, tiny):
     args = dict(by='model', problems=3, base=tiny, examples=1, max_new_tokens=4)

@@ -119,6 +119,10 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'),
           ('A. Anna\nB. Ben\nThe others are older than she is, so it follows. The answer is C.', '', 'stop'),
           (REASON*9+'<output>C</output>', 'repeats itself', 'length'), ('<output>C</output>', 'no reasoning', 'stop'),
           ('A. Ann.\n\nThe answer is: C. Cleo.', 'no reasoning', 'stop'),
+          ('Is it A? The answer is A.\nNo, Anna is older than Ben, so the answer is C.\n</think>\nC', '', 'stop'),
+          ('Anna is older than Ben, and he is older than Cleo. So the answer is B.</think><output>C</output>',
+           'contradicts its answer', 'stop'),
+          ('Anna is older than Ben, and he is older than Cleo.</thinking><output>C</output>', 'cut off', 'stop'),
           (REASON, 'no answer', 'stop'), (REASON+'<output>F</output>', 'outside the options', 'stop')]
 
 @pytest.mark.parametrize('text, fault, finish', FAULTS)
