@@ -217,12 +217,14 @@ def writing_plan(
     args:GenerateArgs,
     known:int=0,# Replies that an earlier try has left
 ) -> str:
-    "Rows, attempts, tokens, and the minutes that they take at most"
-    n, prompt = len(args.rows), float(args.prompt.encode(args.rows).n.mean())
+    "Rows, how many of them are truncated, attempts, tokens, and the minutes that they take at most"
+    enc = args.prompt.encode(args.rows)
+    n, prompt, cut = len(enc), float(enc.n.mean()), int((enc.cut > 0).sum())
     tries, most = args.retries+args.given, args.max_new_tokens
     texts = n*tries-known
     there = f', {known:,} replies are there' if known else ''
-    line = (f"{n:,} rows x at most {tries} attempt{'s'*(tries > 1)}{there}: at most {texts:,} texts, "
+    short = f' ({cut:,} truncated to max_len={args.max_len})' if cut else ''
+    line = (f"{n:,} rows{short} x at most {tries} attempt{'s'*(tries > 1)}{there}: at most {texts:,} texts, "
             f'{texts*prompt:,.0f} tokens read and {texts*most:,} written')
     if engine.name not in ('transformers', 'vllm') or texts < 1: return line
     try: minutes, source = most_minutes(engine, args, texts, prompt)

@@ -267,6 +267,17 @@ def test_a_writer_without_an_accepted_text_is_refused(planted, own_root, capsys)
     said = capsys.readouterr().out
     assert '6 rows x at most 4 attempts: at most 24 texts' in said and '24 replies are there: at most 0 texts' in said
 
+def test_the_plan_tells_of_truncated_rows(planted):
+    from types import SimpleNamespace
+    from competition_kit.core import data_path
+    from competition_kit.generate import GenerateArgs, writing_plan
+    from competition_kit.tables import write_rows
+    write_rows(planted.assign(problem=[p+' Dora sings.'*200*(k < 2) for k, p in enumerate(planted.problem)]),
+               data_path('t.parquet'))
+    def told(max_len): return writing_plan(SimpleNamespace(name='planted'), GenerateArgs(data='t', max_len=max_len))
+    assert told(512).startswith('6 rows (2 truncated to max_len=512) x at most 22 attempts')
+    assert told(2048).startswith('6 rows x at most 22 attempts')
+
 WRONG = dict(temperature=.5), dict(top_p=0.), dict(retries=0), dict(name='t'), dict(agree=2.)
 @pytest.mark.parametrize('wrong', WRONG)
 def test_arguments(planted, wrong):
