@@ -36,9 +36,10 @@ def has_rationale(
     return has
 
 # %% ../nbs/lib/03t_completions.ipynb #59705741
-def _rationale_tokens(tok, rows, limit): # a token array a row, with the end token
+def _rationale_tokens(prompt, rows, limit): # a token array a row, with the end token; without a tag of the prompt
+    tok, texts = prompt.prompt.tok, [t.removeprefix(prompt.opened) for t in rows.rationale]
     if tok.eos_token_id is None: raise Refusal('the tokenizer has no end token', fix='Take another base')
-    ids = [np.append(i, np.int32(tok.eos_token_id)) for i in encode_texts(tok, list(rows.rationale))]
+    ids = [np.append(i, np.int32(tok.eos_token_id)) for i in encode_texts(tok, texts)]
     n = np.array([len(i) for i in ids])
     if (n > limit).any():
         raise Refusal(f'rationales with more than max_new_tokens={limit} tokens', ids=rows.id[n > limit].tolist(),
@@ -54,7 +55,7 @@ def encode_completions(
     at = np.flatnonzero(has_rationale(rows))
     if not len(at): raise Refusal('no row has a rationale', fix='Run 05_generate')
     taught = rows.iloc[at]
-    prompts, rationales = prompt.encode(taught), _rationale_tokens(prompt.prompt.tok, taught, max_new_tokens)
+    prompts, rationales = prompt.encode(taught), _rationale_tokens(prompt, taught, max_new_tokens)
     ids = pd.Series([np.append(*pair) for pair in zip(prompts.ids, rationales)], dtype=Tokens.dtype)
     return pd.DataFrame(dict(row=at, view=0, ids=ids, n=ids.map(len), cut=prompts.cut, start=prompts.n))
 

@@ -26,7 +26,7 @@ from .reply_cost import plan_line
 from .rows import file_readers, packed_suffixes, read_columns
 from .tables import (apart_tables, check_replaced, check_texts, load_rows, table_hashes, table_name,
                                     write_rows)
-from .text import TextPrompt, repeats
+from .text import TextPrompt, after_thought, repeats
 from .trained import base_of, is_full
 
 # %% ../nbs/05a_pairs.ipynb #659d0305
@@ -303,8 +303,8 @@ def join_answers(
     out = prompts.copy()
     for side in 'ab':
         keys = list(zip(out[side], out.id))
-        out[f'text_{side}'] = [text[k] for k in keys]
-        out[f'fault_{side}'] = [answer_fault(text[k], finish[k]) for k in keys]
+        out[f'text_{side}'] = [after_thought(text[k]) for k in keys]
+        out[f'fault_{side}'] = [answer_fault(t, finish[k]) for t, k in zip(out[f'text_{side}'], keys)]
     same = np.where(out.text_a.str.strip() == out.text_b.str.strip(), 'same', '')
     out['fault'] = [' '.join(sorted({a, b, s}-{''})) for a, b, s in zip(out.fault_a, out.fault_b, same)]
     return out

@@ -143,9 +143,10 @@ def read_text(
     tok,
     tokens, # Ids
     finish, # `stop` or `length`
+    before='', # The tag of a thought that the prompt opens, as of `TextPrompt`
 ) -> Text:
     "A reply from its tokens"
-    return Text(tok.decode(tokens, skip_special_tokens=True), finish, len(tokens))
+    return Text(before+tok.decode(tokens, skip_special_tokens=True), finish, len(tokens))
 
 # %% ../nbs/lib/03s_replies.ipynb #29a9841f
 def batches(
@@ -190,7 +191,7 @@ class TransformersModel:
         from transformers import __version__
         self.base, self.tok, self.batch_tokens, self.version = base, prompt.prompt.tok, batch_tokens, __version__
         self.model, self.adapter = load_classifier(base, prompt.prompt, 'answer', text_dtype(dtype)), ''
-        self.clock = None  # of a vote
+        self.clock, self.opened = None, prompt.opened  # the clock of a vote
         model = self.model.base
         self.ends = end_tokens(self.tok, model.config, model.generation_config)
         soft = getattr(model.config, 'attn_logit_softcapping', None)
@@ -231,7 +232,7 @@ class TransformersEngine(_Streaming, TransformersModel):
             some = [requests[k] for k in batch]
             made = decode_batch(self.model.base, some, self.ends, min(self.ends), self.clock)
             for k, tokens in zip(batch, made):
-                yield k, read_text(self.tok, tokens, 'stop' if tokens[-1] in self.ends else 'length')
+                yield k, read_text(self.tok, tokens, 'stop' if tokens[-1] in self.ends else 'length', self.opened)
 
 # %% ../nbs/lib/03s_replies.ipynb #363c1f0b
 @torch.no_grad()
@@ -321,7 +322,7 @@ class VllmEngine(_Streaming, VllmServer):
                              adapter=how.adapter.map(self.slots), detokenize=False)
         try:
             for k, found in made:
-                yield k, read_text(self.tok, found['tokens'], found['finish'])
+                yield k, read_text(self.tok, found['tokens'], found['finish'], self.prompt.opened)
                 check_time(self.clock)
         except EngineDied:
             check_time(self.clock)  # then it was stopped

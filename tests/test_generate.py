@@ -161,6 +161,23 @@ def test_a_kill_loses_one_shard(base, enc, tmp_path):
     assert engine.asked == 10-len(kept) and len(done) == 10
     assert all((folder/n).stat().st_mtime_ns == t for n, t in kept.items()), 'a complete shard was written again'
 
+def test_a_thought_that_the_prompt_opens_is_told(base):
+    "a chat template as DeepSeek-R1 has it: a reply begins within a thought, and training repeats no tag"
+    import copy
+    from competition_kit.completions import encode_completions
+    from competition_kit.text import parse_reply
+    tok = copy.deepcopy(load_tokenizer(base))
+    tok.chat_template = tok.chat_template.replace('<|im_start|>assistant\n', '<|im_start|>assistant\n<think>\n')
+    prompt = TextPrompt(tok)
+    assert prompt.opened == '<think>' and TextPrompt(load_tokenizer(base)).opened == ''
+    reply, = TransformersEngine(base, prompt).replies([Request(prompt.encode(ROWS[:1]).ids[0], 3, 0.)])
+    assert reply.text.startswith('<think>') and reply.n_tokens == 3
+    read = [parse_reply(prompt.opened+t, ['Anna', 'Ben']).how for t in ('The answer is B, or', 'Hm.</think>\n\nB')]
+    assert read == ['cut off', 'last line']
+    for text in ('Hm.</think>\n\nB', '<think>Hm.</think>\n\nB'):
+        line, = encode_completions(prompt, ROWS[:1].assign(rationale=text)).itertuples()
+        assert tok.decode(line.ids[:-1]).endswith('assistant\n<think>\nHm.</think>\n\nB')
+
 def test_lengths_are_checked(engine, enc):
     with pytest.raises(Refusal): engine.replies([Request(enc.ids[0], 10**6)])
 

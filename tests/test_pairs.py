@@ -124,6 +124,14 @@ def test_a_run_of_all_weights_is_named_as_the_root_sees_it(runs, monkeypatch):
     monkeypatch.setattr(P, 'base_of', lambda rec: str(folder))
     assert parse_writer(runs[0], .7, .9)[:3] == (runs[0], f'models/{runs[0]}/model', '')
 
+def test_a_thought_is_no_part_of_an_answer():
+    prompts = pd.DataFrame(dict(id=list('ab'), prompt=TEXTS[:2], turns=1, language='English', round=1, a=0, b=1))
+    texts = {0: ['<think>Hm.</think>\n\nA river.', '<think>Hm.'], 1: ['A river.', '<think>Hm.</think>\n']}
+    joined = join_answers(prompts, {k: pd.DataFrame(dict(id=list('ab'), text=t, finish=['stop', 'length'][1-k]))
+                                    for k, t in texts.items()})
+    assert joined.text_a[0] == joined.text_b[0] == 'A river.'
+    assert joined.fault.tolist() == ['cut same', 'cut empty']
+
 def test_pools(tmp_path, samples):
     import csv
     rows = load_rows('sample_arena')
