@@ -24,7 +24,7 @@ from .reply_cost import plan_line
 from .rows import read_raw, tasks
 from .sample import logic_problems
 from .tables import apart_tables, check_replaced, check_texts, load_rows, table_hashes, write_rows
-from .text import TextPrompt, agreed_options, parse_replies, row_languages, text_votes
+from .text import TextPrompt, after_thought, agreed_options, parse_replies, row_languages, text_votes
 from .trained import base_of, is_full
 
 # %% ../nbs/05b_synthetic.ipynb #27b77d48
@@ -126,7 +126,8 @@ def parse_draft(
     text:str,          # Of the model
     finish:str='stop', # `length` where the token limit ended the text
 ): # (`problem`, `question` and `options` as a dict, ''), or (None, its fault)
-    "A problem from a model's text"
+    "A problem from a model's text, without its thought"
+    text = after_thought(text)
     problem, question = _inside('problem', text), _inside('question', text)
     lines = [_option.fullmatch(line.strip()) for line in _inside('options', text).splitlines() if line.strip()]
     letters, options = ''.join(m[1] for m in lines if m), [m[2] for m in lines if m]
