@@ -21,19 +21,20 @@ def _paired(p, weights):
     if len(p) != len(w): raise Refusal(f'{len(p)} voters and {len(w)} weights')
     yield from zip(p, w/w.sum())
 
-def _pool(p, weights, *each): # the weighted mean over voters of each function of [options, rows]
-    out, total = None, 0.
+def _pool(p, weights, *each): # the weighted mean of each function of [options, rows] over the voters with an answer
+    out = total = None
     for v, w in _paired(p, weights):
         v = np.asarray(v, np.float32)
-        if out is None: out = [np.zeros(v.shape[::-1], np.float32) for _ in each]
+        if out is None: out, total = [np.zeros(v.shape[::-1], np.float32) for _ in each], np.zeros(len(v), np.float32)
         if v.shape != out[0].shape[::-1]:
             raise Refusal(f'a voter with {v.shape} probabilities among voters with {out[0].shape[::-1]}')
         for i in range(0, len(v), 2**15):
             t = np.ascontiguousarray(v[i:i+2**15].T)
-            for o, f in zip(out, each): o[:, i:i+2**15] += f(t)*np.float32(w)
-        total += w
+            own = np.float32(w)*(t.max(0) > 0)
+            for o, f in zip(out, each): o[:, i:i+2**15] += f(t)*own
+            total[i:i+2**15] += own
     if out is None: raise Refusal('a vote needs a voter')
-    return [o/np.float32(total) for o in out]
+    return [o/np.where(total == 0, 1, total) for o in out]
 
 # %% ../nbs/lib/02f_combine.ipynb #e8c4c148
 def majority(
@@ -47,7 +48,7 @@ def majority(
         return top if n.max(initial=1) == 1 else top/n
     share, mean = _pool(p, weights, best, lambda t: t)
     tied = share >= share.max(0)-1e-6
-    tie = np.flatnonzero(tied.sum(0) > 1)
+    tie = np.flatnonzero((tied.sum(0) > 1) & (mean.max(0) > 0))
     s, q = share[:, tie], mean[:, tie]*tied[:, tie]
     share[:, tie] = np.where(tied[:, tie], (s*tied[:, tie]).sum(0)*q/q.sum(0), s)
     return np.ascontiguousarray(share.T), np.isin(np.arange(share.shape[1]), tie)
@@ -78,7 +79,7 @@ def combine(
     if rule != 'logits': raise Refusal(f'no rule named {rule!r}', fix='Take mean, logits, majority or ranks')
     log, mean = _pool(p, weights, lambda t: np.log(np.maximum(t, np.float32(1e-15))), lambda t: t)
     e = np.exp(log-log.max(0))*(mean > 0)
-    return np.ascontiguousarray((e/e.sum(0)).T)
+    return np.ascontiguousarray((e/np.maximum(e.sum(0), np.float32(1e-12))).T)
 
 # %% ../nbs/lib/02f_combine.ipynb #9e7a804a
 def agreement(

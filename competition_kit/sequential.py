@@ -66,13 +66,7 @@ def combine_asked(
     rule:str='mean', # As for `combine`
 ) -> np.ndarray: # [rows, options]; zeros for a row that nobody was asked for
     "The vote of each row's own voters"
-    p, has, w = np.asarray(p), np.asarray(has, bool), np.asarray(weights, float)
-    out = np.zeros(p.shape[1:], np.float32)
-    patterns, which = np.unique(has.T, axis=0, return_inverse=True)
-    for k, voters in enumerate(patterns):
-        rows = np.flatnonzero(which.ravel() == k)
-        if voters.any(): out[rows] = combine(p[voters][:, rows], w[voters], rule)
-    return out
+    return combine(np.where(np.asarray(has, bool)[..., None], p, 0), weights, rule)
 
 def sequential_vote(
     ask,         # Function of a voter's position and positions of rows; returns [those rows, options]
