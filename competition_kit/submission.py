@@ -163,7 +163,7 @@ def read_sample(
 
 # %% ../nbs/lib/02g_submission.ipynb #93326d3e
 def make_submission(
-    p,         # [rows, options]
+    p,         # [rows, options], probabilities
     rows,      # The rows predicted
     task:str,  # Name of the task
     sample,    # The host's sample submission
@@ -172,7 +172,12 @@ def make_submission(
     "Write a submission in the sample's layout and check it"
     got, kind, want = read_sample(sample, rows, task)
     at = {i: k for k, i in enumerate(rows['id'])}
-    p = np.asarray(p, np.float64)[[at[i] for i in want]]
+    p = np.asarray(p, np.float64)
+    if p.shape != (len(rows), len(tasks[task].options)):
+        raise Refusal(f'probabilities of shape {list(p.shape)} for {len(rows)} rows of {task}', path)
+    refuse(~np.isfinite(p).all(1) | (p == 0).all(1), 'probabilities that are NaN, or all 0', path, list(rows['id']),
+           'Leave out the voter that gave them')
+    p = p[[at[i] for i in want]]
     text = _answers_text(got, p, tasks[task]) if kind == 'answers' else _values_text(got, p, tasks[task])
     with atomic(path) as tmp:
         tmp.write_text(text, encoding='utf-8')
