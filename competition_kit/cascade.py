@@ -25,23 +25,23 @@ def least_certain(
 # %% ../nbs/lib/02m_cascade.ipynb #73faff00
 def rescore(
     p,              # [rows, options], of the first model
-    second,         # [those rows, options], of the second model
+    second,         # [those rows, options], of the second model; or [models, those rows, options]
     rows,           # Positions of the rows that the second model was asked for
-    weight:float=1, # Of the second model; the first has 1
+    weight=1,       # Of the second model, or one number a model; the first has 1
     rule:str='mean',# As for `combine`
 ) -> np.ndarray: # [rows, options]
-    "The first model's probabilities, and the vote of both where both were asked"
+    "The first model's probabilities, and the vote of all where all were asked"
     out = np.array(p, np.float32)
-    if len(rows): out[rows] = combine([out[rows], second], [1, weight], rule)
+    if len(rows): out[rows] = combine([out[rows], *np.reshape(second, (-1, *out[rows].shape))], np.r_[1, weight], rule)
     return out
 
 # %% ../nbs/lib/02m_cascade.ipynb #61490c51
 def cascade_curve(
     p,       # [rows, options], out of fold, of the first model
-    second,  # [rows, options], out of fold, of the second model
+    second,  # [rows, options], out of fold, of the second model; or [models, rows, options]
     label,   # [rows]
     minutes, # Pair: of the first and of the second model for all rows
-    weight:float=1, # Of the second model; the first has 1
+    weight=1,# Of the second model, or one number a model; the first has 1
     shares=(0, .05, .1, .15, .25, .35, .5, .75, 1),
     rule:str='mean',# As for `combine`
 ): # DataFrame, a line a share: `margin`, `log_loss`, `accuracy`, `minutes`
@@ -49,7 +49,7 @@ def cascade_curve(
     lead, lines = np.sort(margin(p)), {}
     for share in shares:
         rows = least_certain(p, share)
-        vote = rescore(p, np.asarray(second)[rows], rows, weight, rule)
+        vote = rescore(p, np.asarray(second)[..., rows, :], rows, weight, rule)
         limit = lead[len(rows)-1] if len(rows) else 0.
         lines[share] = dict(margin=limit, log_loss=log_loss(vote, label), accuracy=accuracy(vote, label),
                             minutes=minutes[0]+share*minutes[1])

@@ -103,7 +103,7 @@ def vote_curve(
     part,             # [rows] fold of each row
     rule:str='mean',  # As for `combine`
     metric:str='log_loss', # or `accuracy`
-): # DataFrame, a line a number of votes: `score`, `spread`; and `error`, the standard error of its distance to the best
+): # DataFrame, a line a number of votes: `score`, `spread`, `behind` the best, and the standard `error` of `behind`
     "Votes → score ± spread, each fold scored in the order that the other folds chose"
     p, by_fold = np.asarray(p), []
     for here, other in _folds(np.asarray(part)):
@@ -112,9 +112,9 @@ def vote_curve(
         by_fold.append([_loss(combine(q, rule=rule), label[here], metric) for q in firsts])
     loss = np.array(by_fold)
     best = loss[:, loss.mean(0).argmin()][:, None]
-    error = (loss-best).std(0, ddof=1)/len(loss)**.5
+    behind, error = (loss-best).mean(0), (loss-best).std(0, ddof=1)/len(loss)**.5
     score = loss.mean(0) if metric == 'log_loss' else 1-loss.mean(0)
-    return pd.DataFrame(dict(score=score, spread=loss.std(0, ddof=1), error=error),
+    return pd.DataFrame(dict(score=score, spread=loss.std(0, ddof=1), behind=behind, error=error),
                         index=pd.RangeIndex(1, len(p)+1, name='votes'))
 
 # %% ../nbs/lib/02k_choose.ipynb #add4768b
@@ -122,8 +122,7 @@ def enough_votes(
     curve, # From `vote_curve`
 ) -> int:
     "The fewest votes that are as good as the best number, within one standard error of the difference"
-    lag = (curve.score-curve.score[curve.error.idxmin()]).abs()
-    return int(curve.index[lag <= curve.error+1e-12][0])
+    return int(curve.index[curve.behind <= curve.error+1e-12][0])
 
 def plot_votes(
     curve,   # From `vote_curve`

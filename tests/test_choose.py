@@ -1,6 +1,6 @@
 "Choosing voters, sequential votes and cascades: properties on simulated voters"
 
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from competition_kit.cascade import best_share, cascade_curve, least_certain, rescore
 from competition_kit.choose import (
@@ -15,7 +15,8 @@ from competition_kit.choose import (
 )
 from competition_kit.combine import combine
 from competition_kit.core import Refusal
-from competition_kit.probs import log_loss
+from competition_kit.predictions import cascade_scores
+from competition_kit.probs import accuracy, log_loss
 from competition_kit.sequential import calibrated_limits, combine_asked, exact_limits, margin, sequential_vote
 
 
@@ -69,6 +70,14 @@ def test_the_curve_is_scored_on_folds_that_did_not_choose():
         vote_curve(p, y, np.zeros(300))
     with pytest.raises(Refusal, match='no metric'):
         vote_curve(p, y, fold, metric='auc')
+
+
+def test_one_vote_that_is_behind_by_the_same_in_every_fold_is_not_enough():
+    right = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]] * 2).reshape(2, 2, 8)
+    sure = np.where(right, 0.9, 0.4).transpose(1, 0, 2).reshape(2, 16)  # of the label 0; together always right
+    curve = vote_curve(np.stack([sure, 1 - sure], 2), np.zeros(16, int), np.arange(16) // 8, metric='accuracy')
+    assert curve.score.tolist() == [0.625, 1] and curve.error.tolist() == [0, 0]
+    assert enough_votes(curve) == 2
 
 
 def test_weights_of_equal_voters_gain_nothing_new():
@@ -164,6 +173,17 @@ def test_the_share_fits_the_budget():
     assert best_share(cascade_curve(large, small, y, (10, 100), 2), 200) == 0
     with pytest.raises(Refusal, match='needs 10 minutes'):
         best_share(curve, 9)
+
+
+@pytest.mark.parametrize('rule', ['mean', 'logits', 'majority'])
+def test_the_curve_of_several_voters_is_that_of_their_vote(rule):
+    p, label = simulated_voters([1, 1.3, 1.3, 1.3, 1.3], 2000, shared=0.3, options=4)
+    names, w, has = list('abcde'), np.array([2, 1, 1, 1, 1]) / 6, np.ones((5, 2000), bool)
+    score = dict(oof=dict(zip(names, p)), rows=pd.DataFrame(dict(label=label)))
+    curve = cascade_scores(names, w, score, rule, (0, 0.3, 1))
+    for share in curve.index:
+        has[1:] = np.isin(np.arange(2000), least_certain(p[0], share))
+        assert curve.accuracy[share] == pytest.approx(accuracy(combine_asked(p, has, w, rule), label))
 
 
 # ---- ranks
