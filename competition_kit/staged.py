@@ -100,7 +100,7 @@ def read_answers(
         with np.load(path, allow_pickle=False) as old:
             if str(old['key']) != key or old['total'].shape != a.total.shape: return False
             total, views = old['total'], old['views']
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile): return False
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile): return False
     a.total[:], a.views[:] = total, views
     return True
 
@@ -121,7 +121,7 @@ def _open_rows(a, k, order, weights, rule, limits): # [rows] bool: does a row ne
     total = np.tensordot(weights[first], np.stack([option_scores(p[v], rule) for v in first]), 1)/weights.sum()
     return asked & still_open(total, limits[k-1])
 
-def _forget(a, voter, rows): # all answers but a voter's, for all other rows
+def _forget(a, voter, rows): # the other voters' answers to all other rows
     later, others = a.voter != voter, np.setdiff1d(np.arange(a.views.shape[1]), rows)
     for x in (a.total, a.views): x[np.ix_(later, others)] = 0
 
@@ -152,8 +152,8 @@ def passes(
                 if callable(share):
                     yield run, list(range(views)), _first_unanswered(a, run, rows_in_doubt(a, order[0], share=1))
                     share = share()
-                    _forget(a, order[0], rows_in_doubt(a, order[0], share))  # the first rows may be more than the share
                 chosen = rows_in_doubt(a, order[0], share)
+                _forget(a, order[0], chosen)  # of files, and of the rows that measured the pace
             rows = chosen if k else np.argsort(margin(vote_so_far(a, weights, prior, rule)), kind='stable')
             need = a.views[run] == done
             if k: need &= _open_rows(a, k, order, weights, rule, limits)

@@ -129,6 +129,7 @@ def test_limits_and_shares_spare_rows():
     assert 2 <= asked.mean() < 3
     np.testing.assert_array_equal(vote_so_far(m.a, m.weights, m.prior, 'majority').argmax(1), full)
     m = Machine(0, lambda t: 1000)
+    m.a.total[2], m.a.views[2] = 2 * m.plain[2], 2  # a file, which has answered for all rows
     m.vote(share=0.25)
     assert ((m.a.views > 0).sum(1) == [N, N // 4, N // 4]).all()
 
@@ -201,6 +202,20 @@ def test_damaged_answers_are_asked_again(tmp_path, damage):
     fresh = Machine(0, lambda t: 1000)
     assert not read_answers(file, fresh.a, 'key')
     assert fresh.a.views.sum() == 0
+
+
+def test_a_flipped_bit_changes_no_answer(tmp_path):
+    "also one among the flags of the file, which says that it is encrypted, or packed in an unknown way"
+    a, file, rng = no_answers([0, 1], 9, 3), tmp_path / 'answers.npz', np.random.default_rng(0)
+    a.total[:], a.views[:] = rng.random(a.total.shape), 1
+    write_answers(file, a, 'key')
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        damaged, fresh = bytearray(whole), no_answers([0, 1], 9, 3)
+        damaged[at] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        read = read_answers(file, fresh, 'key')
+        np.testing.assert_array_equal(fresh.total, a.total if read else 0)
 
 
 # ---- the forecast of a whole vote
