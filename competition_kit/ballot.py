@@ -81,45 +81,50 @@ def group_by_recipe(
     for rec in recs: groups.setdefault(recipe_key(rec), []).append(rec)
     return [sorted(g, key=lambda r: r['fold'] or 0) for g in groups.values()]
 
-def _names(params): # a name for each of several sets of arguments: its number, and where it differs from the others
+def _differences(params): # where each of several sets of arguments differs from the others
     keys = [k for k in dict.fromkeys(k for p in params for k in p) if k != 'fold']
     differ = [k for k in keys if len({hash_obj(p.get(k)) for p in params}) > 1]
-    texts = [', '.join(f'{k}={p.get(k)}' for k in differ) for p in params]
-    return [f'{i}: {text}' if text else str(i) for i, text in enumerate(texts, 1)]
+    return [', '.join(f'{k}={p.get(k)}' for k in differ) for p in params]
 
 # %% ../nbs/lib/03l_ballot.ipynb #f908f1af
 def voters(
     data:str='sample_arena',  # Name of the table that the runs were trained on
     runs:str='',              # Run ids or their beginnings, adopted names, probability files; separated by spaces
 ): # DataFrame with a line a run: `voter`, `run`, `fold`, its scores, and its weight from the workbook
-    "The runs that vote, by voter; without `runs`, by the column `keep`"
+    "The runs that vote, by voter, in the order in which they are named; without `runs`, by the column `keep`"
     check_texts(voters, locals())
-    asked, marks = [_adopt_folder(n) for n in (runs or '').split()], people()
+    asked, marks = list(dict.fromkeys(map(_full_name, (runs or '').split()))), people()
     files, names = [n for n in asked if is_table(n)], [n for n in asked if not is_table(n)]
     lost = [n for n in files if is_prob_file(n) and not (project_root()/n).is_file()]
     if lost: raise Refusal('no such file', lost[0])
     groups = group_by_recipe(candidates(data, names)) if names or not files else []
-    table = [_ballot_line(voter, rec, marks) for voter, group in zip(_names([g[0]['params'] for g in groups]), groups)
-             for rec in group]
-    for i, file in enumerate(files, len(groups)+1):
-        table.append(dict(voter=f'{i}: {Path(file).name}', run=file, vote_weight=1.))
+    found = [(text, [_ballot_line(rec, marks) for rec in group])
+             for text, group in zip(_differences([g[0]['params'] for g in groups]), groups)]
+    found += [(Path(file).name, [dict(run=file, vote_weight=1.)]) for file in files]
+    if asked: found.sort(key=lambda o: min(asked.index(line['run']) for line in o[1]))
+    table = [dict(voter=f'{i}: {text}' if text else str(i), **line) for i, (text, lines) in enumerate(found, 1)
+             for line in lines]
     return pd.DataFrame(table, columns=['voter', 'run', 'fold', 'log_loss', 'accuracy', 'vote_weight'])
 
-def _adopt_folder(name): # the id of a run whose folder was named; one from elsewhere is linked into `models/`
+def _full_name(name): # the id of a run whose id, its beginning or its folder was named; files and adopted names stay
+    if is_table(name): return name
     folder = project_root()/name
-    if not ('/' in name and folder.is_dir()): return name
+    return _linked(folder) if '/' in name and folder.is_dir() else find_run(name)['run_id']
+
+def _linked(folder): # the id of the run in a folder; one from elsewhere is linked into `models/`
     if not (folder/'record.json').is_file():
         raise Refusal('a model folder without record.json: its prompt and task are unknown', folder,
                       fix='Copy the whole folder of the run')
     run, here = read_json(folder/'record.json')['run_id'], models_path()
     if not (here/run).exists():
         here.mkdir(parents=True, exist_ok=True)
+        (here/run).unlink(missing_ok=True)  # a link whose folder is gone
         (here/run).symlink_to(folder.resolve())
     return run
 
-def _ballot_line(voter, rec, marks): # one run's line of the table
+def _ballot_line(rec, marks): # one run's line of the table, without its voter
     run, weight = rec['run_id'], marks.get(rec['run_id'], {}).get('vote_weight')
-    return dict(voter=voter, run=run, fold=rec['fold'], log_loss=rec['metrics'].get('log_loss'),
+    return dict(run=run, fold=rec['fold'], log_loss=rec['metrics'].get('log_loss'),
                 accuracy=rec['metrics'].get('accuracy'), vote_weight=1. if weight is None else weight)
 
 # %% ../nbs/lib/03l_ballot.ipynb #30bd2e35

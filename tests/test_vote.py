@@ -289,6 +289,18 @@ def test_a_failed_submission_leaves_the_old_one(tmp_path):
     assert not list(tmp_path.glob('.*.tmp'))
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf, 0])
+def test_rows_without_a_probability_get_no_answer(layout, bad):
+    rows, p, task, sample, path = layout
+    p = p.copy()
+    p[3] = bad
+    with pytest.raises(Refusal, match=r'NaN, or all 0. Rows \(1\)'):
+        make_submission(p, rows, task, sample, path)
+    with pytest.raises(Refusal, match='of shape'):
+        make_submission(np.concatenate([p, p]), rows, task, sample, path)
+    assert not path.exists()
+
+
 def edit(path, change):  # change gets the lines as text
     lines = change(path.read_bytes().decode().split('\n')[:-1])
     path.write_bytes(('\n'.join(lines) + '\n').encode())
@@ -809,6 +821,42 @@ def test_a_file_made_elsewhere_votes_too(runs, own_root):
     assert 'log_loss' not in only['metrics']
     with pytest.raises(Refusal, match='no such file'):
         held(runs='other/none.parquet')
+
+
+def test_voters_come_as_they_are_named(runs, own_root):
+    "the first one begins a cascade, and weights follow this order"
+    test = load_rows('sample_arena_test')
+    for name in 'pq':
+        write_probs(own_root / f'{name}.parquet', test, np.full((len(test), 3), 1 / 3), 'preference', seen=False)
+    named = ['q.parquet', runs[2], 'p.parquet', runs[0]]
+    ballot = voters(runs=' '.join([*named, *named[::-1], runs[1]]))
+    assert list(ballot.run) == [*named, runs[1]]
+    assert [v[:2] for v in ballot.voter] == ['1:', '2:', '3:', '4:', '4:']
+    assert run_weights(ballot, voter_weights(ballot, '1 2 3 4')).round(3).tolist() == [0.1, 0.2, 0.3, 0.2, 0.2]
+
+
+def test_a_model_folder_that_moved_is_found_again(runs, own_root, tmp_path_factory):
+    first = tmp_path_factory.mktemp('first') / runs[0]
+    shutil.move(models_path(runs[0]), first)
+    assert list(voters(runs=str(first)).run) == [runs[0]]
+    second = shutil.move(first, tmp_path_factory.mktemp('second') / runs[0])
+    assert list(voters(runs=str(second)).run) == [runs[0]]
+    assert models_path(runs[0]).resolve() == second
+
+
+def test_adopted_probabilities_vote_beside_a_run(runs, own_root):
+    from competition_kit.adopt import adopt_files
+
+    rows, test = load_rows('sample_arena'), load_rows('sample_arena_test')
+    for k, (name, table) in enumerate(dict(sample_arena=rows, sample_arena_test=test).items()):
+        p = np.random.default_rng(k).dirichlet([1] * 3, len(table))
+        frame = pd.DataFrame(p, columns=tasks['preference'].options).assign(id=list(table.id))
+        frame.to_csv(own_root / f'{k}.csv', index=False)
+        adopt_files([str(own_root / f'{k}.csv')], name, 'athene', seen='no')
+    run = held(runs=f'{runs[0]} athene', views=1)
+    assert run.record['members'] == [runs[0], 'athene'] and f'{runs[0]}.parquet' in run.record['outputs']
+    mine = align(read_probs(run.folder / f'{runs[0]}.parquet'), test)
+    np.testing.assert_allclose(np.stack(read_probs(run.folder / 'votes.parquet').p), (mine + p) / 2, atol=1e-5)
 
 
 def test_logic_goes_the_same_way(runs, own_root):
