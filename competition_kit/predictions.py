@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .ballot import ballot_records, is_prob_file, is_table, voter_table
+from .ballot import ballot_records, is_table, voter_table
 from .cascade import best_share, cascade_curve
 from .clock import Clock, cold_seconds
 from .combine import agreement, combine, entropy
@@ -157,7 +157,7 @@ def save_vote(
     task, seen = rows.attrs['meta']['task'], any_seen(tables.values(), rows)
     fewest = min(int(t.views.min()) for t in tables.values())
     write_votes(run.folder/'votes.parquet', rows, p, each, task, fewest, seen, run.id)
-    files = ['votes.parquet', *(f'{r}.parquet' for r in tables if not is_prob_file(r))]
+    files = ['votes.parquet', *(f'{r}.parquet' for r in tables if not is_table(r))]
     if score['vote'] is None: return files
     write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, views, seen=False, run=run.id)
     return [*files, 'oof.parquet']
@@ -177,9 +177,12 @@ def by_strength(
     names = list(dict.fromkeys(ballot.voter))
     weight, oof, label = dict(zip(names, score['weights'])), score['oof'], score['rows'].label.to_numpy()
     loss = {v: log_loss(oof[v], label) if v in oof and len(label) else np.inf for v in names}
+    if as_named and not weight[names[0]]:
+        raise Refusal('the first voter of a cascade has weight 0, and would not be asked', names[0],
+                      fix='Give it a small weight, such as .01')
     names = [v for v in names if weight[v] > 0]
     later, bases = set(ballot.voter[ballot.run.isin(list(last))]), _voter_bases(ballot)
-    best = {base: min(loss[v] for v in names if bases[v] == base) for base in set(bases.values())} # of its voters
+    best = {base: min(loss[v] for v in names if bases[v] == base) for base in {bases[v] for v in names}} # of its voters
     if not as_named: names.sort(key=lambda v: (v in later, -weight[v], best[bases[v]], bases[v], loss[v]))
     lines = pd.concat([ballot[ballot.voter == v] for v in names], ignore_index=True)
     return lines, np.array([weight[v] for v in names])
@@ -274,6 +277,9 @@ class _Paced(BallotRuns): # with the time that each run will take
         return float(self.expected()[1][k])
 
 # %% ../nbs/lib/03q_predictions.ipynb #4d456e61
+class _NotFinite(Refusal):
+    "Probabilities that are NaN"
+
 class BallotAsker(_Paced):
     "Asks the runs of a ballot; a `with` block ends its engines"
     joint = False  # was the run asked for several views at once?
@@ -294,13 +300,21 @@ class BallotAsker(_Paced):
         return self.ask_views(k, at, [view])
 
     def ask_views(self, k, at, views): # [those rows, options], the sum over some views
-        try:
-            if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
-            self.joint = len(views) > 1
-            return self.models.ask_views(at, views)
-        except EngineDied as e:
+        try: return self._finite(k, at, self._answers(k, at, views))
+        except (EngineDied, _NotFinite) as e:
             if not self.clock.minutes: raise
             raise RuntimeError(str(e).split('; its log ends with')[0]) from e  # the vote keeps what it has
+
+    def _answers(self, k, at, views):
+        if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
+        self.joint = len(views) > 1
+        return self.models.ask_views(at, views)
+
+    def _finite(self, k, at, p):
+        bad = ~np.isfinite(p).all(1)
+        if not bad.any(): return p
+        raise _NotFinite('its probabilities are NaN', self.names[k], self.rows.id.iloc[at][bad],
+                         'Leave the run out, or train it in fp32 or bf16')
 
     def __enter__(self): return self
     def __exit__(self, *error):
@@ -329,8 +343,8 @@ def cascade_scores(
     oof, label = score['oof'], score['rows'].label.to_numpy()
     if len(names) < 2 or not len(label) or not set(names) <= set(oof):
         return pd.DataFrame(np.nan, pd.Index(shares, name='share'), ['margin', 'log_loss', 'accuracy'])
-    others = combine([oof[v] for v in names[1:]], weights[1:], rule)
-    curve = cascade_curve(oof[names[0]], others, label, (0, 0), sum(weights[1:])/weights[0], shares, rule)
+    (first, *others), weight = (oof[v] for v in names), np.asarray(weights[1:])/weights[0]
+    curve = cascade_curve(first, others, label, (0, 0), weight, shares, rule)
     return curve.drop(columns='minutes')
 
 def share_in_time(

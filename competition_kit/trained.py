@@ -342,7 +342,7 @@ class RunAsker:
         self.prompts = {r: trusted_prompt(rec) for r, rec in self.recs.items()}
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']
-        self.model = self.base = None  # `base`: as of `base_key`
+        self.model, self.base, self.lines = None, None, []  # `base`: as of `base_key`; `lines` of `enc`, by view
         self.seconds = dict(base=0., adapter=0.)  # of the latest load of each
 
     def tokens(self, run): # [rows] tokens of the plain view
@@ -376,7 +376,7 @@ class RunAsker:
         return sum(swap_probs(q, self.n[at], self.task) if v else q for q, v in zip(np.split(p, len(views)), views))
 
     def together(self): # tokens that all views of a pack's rows take together, as a share of those that they take apart
-        if self.views == 1: return 1.
+        if self.views == 1 or not self.lines: return 1.
         rows = max(1, np.searchsorted(self.enc.n.iloc[self.lines[0]].cumsum(), self.pack_tokens))
         ids = [list(self.enc.ids.iloc[lines[:rows]]) for lines in self.lines]
         return _tree_tokens(sum(ids, []))/sum(map(_tree_tokens, ids))

@@ -19,8 +19,8 @@ from .ballot import (candidates, group_by_recipe, is_prob_file, left_out, run_we
                                     voter_weights, voters)
 from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_root, sha256, share,
-                                  write_json)
+from .core import (Refusal, at_least, content_hash, data_path, hash_obj, one_of, project_root, sha256,
+                                  share, write_json)
 from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
 from .gate import without_nan
@@ -125,8 +125,11 @@ def vote_inputs(
     runs = {r: _sum(r) for r in ballot.run}
     files = {'vote_weight': hash_obj(ballot.vote_weight.tolist())}
     if sample := sample_file(data, sample, test): files['sample'] = sha256(sample)
-    if test: return {**runs, **files, 'test': sha256(test_file(test))}
     name = table_name(data)
+    if test:
+        table = data_path(f'{name}.parquet')  # the score, fitted weights and the prior depend on it, where it is
+        known = {name: content_hash(table)} if table.is_file() else {}
+        return {**runs, **known, **files, 'test': sha256(test_file(test))}
     return {**runs, **{n: content_hash(table_path(n)) for n in (name, f'{name}_test')}, **files}
 
 def _sum(run): # a hash of a voter's run, or of its probabilities

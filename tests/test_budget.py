@@ -2,12 +2,13 @@
 
 import os, random, shutil, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
+from competition_kit.cascade import least_certain, rescore
 from competition_kit.clock import Clock
-from competition_kit.core import Refusal, models_path, read_json, root_at
+from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
 from competition_kit.probs import align, read_probs
 from competition_kit.record import run_stage, start_run
 from competition_kit.submission import check_submission, find_sample, make_submission
-from competition_kit.tables import load_rows
+from competition_kit.tables import load_rows, write_rows
 from competition_kit.vote import (
     VoteArgs,
     by_strength,
@@ -61,6 +62,62 @@ def test_the_share_is_chosen_from_the_budget_and_recorded(runs):
     assert r['share'] == float(best)
     assert asked == round(max(r['share'], 0.05) * r['missing']['rows'])  # a twentieth measured the pace
     assert 0 < r['predicted_minutes'] < 1 and r['stopped'] == ''
+
+
+def test_a_cascade_killed_before_its_record_ends_in_the_next_attempt(runs, monkeypatch):
+    "all rows are answered, so no model is loaded when the share is chosen again"
+    import competition_kit.vote as V
+
+    how = dict(runs=f'{runs[0]} {runs[2]}', weights='1 3', rescore=0)
+    monkeypatch.setattr(V, 'cascade_plan', lambda *a: dict(share=1.0, predicted_minutes=1, metric='', curve=EMPTY))
+    with monkeypatch.context() as m:
+        m.setattr(V, 'finish_staged', lambda *a, **kw: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            held(**how)
+    monkeypatch.undo()
+    r = held(**how).record
+    assert r['status'] == 'done' and len(r['attempts']) == 2
+
+
+EMPTY = pd.DataFrame(dict(minutes=[1.0]), [1.0])
+
+
+def test_files_alone_are_a_cascade(own_root, samples):
+    from competition_kit.probs import write_probs
+
+    test = load_rows('sample_arena_test')
+    p = np.random.default_rng(0).dirichlet([1] * 3, (2, len(test)))
+    for k in 0, 1:
+        write_probs(own_root / f'{k}.parquet', test, p[k], 'preference', seen=False)
+    how = dict(runs='0.parquet 1.parquet')
+    np.testing.assert_allclose(votes_of(held(**how, rescore=0)), p.mean(0), atol=1e-5)  # without scores: all fit
+    few = votes_of(held(**how, rescore=0.25))
+    np.testing.assert_allclose(few, rescore(p[0], p[1][rows := least_certain(p[0], 0.25)], rows), atol=1e-5)
+
+
+def test_a_first_run_without_weight_begins_no_cascade(runs):
+    with pytest.raises(Refusal, match='has weight 0'):
+        held(runs=f'{runs[0]} {runs[2]}', weights='0 1', rescore=0.1)
+
+
+@pytest.mark.parametrize('budget', [0, 60])
+def test_nan_of_a_model_is_no_answer(runs, monkeypatch, budget):
+    import competition_kit.model as model
+
+    real = model.view_probs
+
+    def overflows(classifier, enc, *args, **kw):
+        p = real(classifier, enc, *args, **kw)
+        p[enc.row == 7] = np.nan
+        return p
+
+    monkeypatch.setattr(model, 'view_probs', overflows)
+    if budget:
+        r = held(runs=runs[0], budget=budget).record
+        assert 'its probabilities are NaN' in r['stopped'] and r['missing']['no_model'] > 0
+    else:
+        with pytest.raises(Refusal, match=r'its probabilities are NaN. Rows \(1\)'):
+            held(runs=f'{runs[0]} {runs[2]}', rescore=0.9)
 
 
 def test_a_budget_has_a_forecast(runs, capsys):
@@ -232,6 +289,16 @@ def test_a_model_folder_and_a_test_file_are_enough(runs, own_root, tmp_path_fact
         assert held(**kw).id == run.id
 
 
+def test_a_training_table_beside_a_test_file_is_part_of_the_name(runs, own_root):
+    "its labels make the score, fitted weights and the class prior"
+    rows, args = load_rows('sample_arena'), VoteArgs(runs=runs[0], test='data/sample_arena/test.csv')
+    before = args.inputs()
+    write_rows(rows.assign(label=(rows.label + 1) % 3), data_path('sample_arena.parquet'))
+    assert args.inputs() != before
+    data_path('sample_arena.parquet').unlink()
+    assert set(args.inputs()) == set(before) - {'sample_arena'}
+
+
 def test_whole_models_predict_without_their_base(runs, own_root, tmp_path_factory, monkeypatch):
     "two seeds merged into their base, and quantised; neither the base nor the members are there"
     from competition_kit import trained
@@ -293,3 +360,5 @@ def test_voters_of_one_weight_are_asked_base_after_base(runs):
     assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [first, second, head]
     score['weights'] = [1, 1, 2]
     assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [head, first, second]
+    score['weights'] = [1, 1, 0]  # nobody over the head's base is left
+    assert list(dict.fromkeys(by_strength(ballot, score)[0].voter)) == [first, second]
