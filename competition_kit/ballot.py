@@ -43,7 +43,9 @@ def _keep(run, marks): return marks.get(run, {}).get('keep') # True, False, or N
 
 def _named(names): # the records of runs that were asked for by name
     recs = list({rec['run_id']: rec for rec in map(find_run, names)}.values())
-    if no := [r['run_id'] for r in recs if not _is_done(r)]: raise Refusal(f"not finished train runs: {', '.join(no)}")
+    if no := [r['run_id'] for r in recs if not _is_done(r)]:
+        raise Refusal(f"not finished train runs: {', '.join(no)}",
+                      fix='Name finished runs that have a model; of a vote, its votes.parquet')
     return recs
 
 def _damage(rec): # why a run cannot be trusted, or None

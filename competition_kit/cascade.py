@@ -81,7 +81,8 @@ def plot_cascade(
     for share, line in curve.iterrows():
         ax.annotate(f'{share:.0%}', (line.minutes, line[metric]), (3, 4), textcoords='offset points', fontsize=8)
     if budget is not None:
-        ax.axvline(budget, color='C3', ls=':', label=f'budget: {best_share(curve, budget, metric):.0%}')
+        share = f'{best_share(curve, budget, metric):.0%}' if (curve.minutes <= budget).any() else 'no share fits'
+        ax.axvline(budget, color='C3', ls=':', label=f'budget: {share}')
         ax.legend()
     ax.set(xlabel='minutes', ylabel=metric.replace('_', '-'))
     return ax

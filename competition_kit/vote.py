@@ -158,6 +158,7 @@ def run_vote(
     rows = rows_to_predict(ballot, args.data, args.test)
     sample = sample_file(args.data, args.sample, args.test) or write_sample(rows, run.folder)
     read_sample(sample, rows, rows.attrs['meta']['task'])
+    if (solution := _solution(sample)).is_file(): practice_score(sample, solution)  # refused now, not after hours
     memory = _within_memory(args, ballot, rows)
     if args.staged or text_runs(ballot): return run_staged(run, args, ballot, rows, sample, clock, memory)
     score = score_vote(ballot, args.data, args.weights, args.rule)
@@ -179,10 +180,12 @@ def vote(
     run_vote(run, args, args.ballot)
 
 # %% ../nbs/10_vote.ipynb #326b8e0e
+def _solution(sample): return sample.with_name(f'solution{sample.suffix}') # for practice, where it is known
+
 def _scored(score, rows, seen, submission, sample): # for the record: out of fold, rows seen, and for practice
     seen = rows.id[seen.fillna(False).to_numpy(bool)]
     out = {**(score['metrics'] or {}), 'seen': len(seen)}
-    for solution in sorted(sample.parent.glob('solution.*'))[:1]: out |= practice_score(submission, solution, seen)
+    if (solution := _solution(sample)).is_file(): out |= practice_score(submission, solution, seen)
     return out
 
 def _metrics(args, score, each, tables, rows, submission, sample): # for the record

@@ -753,6 +753,21 @@ def test_the_sample_is_checked_before_a_model_is_loaded(runs, own_root, monkeypa
         held(runs=runs[0], views=1)
 
 
+def test_a_solution_that_does_not_fit_is_refused_before_a_model_is_loaded(runs, own_root, monkeypatch):
+    import competition_kit.model as model
+
+    f = find_sample('sample_arena').with_name('solution.csv')
+    f.with_suffix('.bak').write_text('a note')  # no solution
+    with monkeypatch.context() as m:
+        m.setattr(model, 'load_classifier', lambda *a, **k: pytest.fail('a base was loaded'))
+        whole = f.read_text()
+        f.write_text(whole[: whole.rstrip().rindex('\n') + 1])
+        with pytest.raises(Refusal, match='rows that solution.csv does not have'):
+            held(runs=runs[0], views=1)
+    f.unlink()
+    assert 'practice_accuracy' not in held(runs=runs[0], views=1).record['metrics']
+
+
 def test_a_corrected_sample_does_not_repeat_predictions(runs, own_root, monkeypatch):
     import competition_kit.model as model
 

@@ -58,7 +58,9 @@ def asker(tmp_path, monkeypatch):
 def voted(asker, fate, minutes, folder):
     "(the driver's asker, why it stopped, how often it saved)"
     saves, make = [], partial(asker, fate=fate)
-    driver = make(rows=pd.DataFrame(dict(id=np.arange(N))), clock=Clock(minutes))
+    rows = pd.DataFrame(dict(id=np.arange(N)))
+    rows.attrs['meta'] = {}
+    driver = make(rows=rows, clock=Clock(minutes))
     how = dict(weights=[1, 1], prior=np.full((N, 3), 1 / 3), views=1)
     return driver, saves, lambda: parallel_vote(driver, make, how, 2, folder, lambda: saves.append(1))
 
