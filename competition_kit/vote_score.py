@@ -138,8 +138,12 @@ def _table(ballot, data): # the one table that all runs were trained and held ou
 def _known_baselines(ballot, rows): # fold → baselines of exactly these rows, from the records of the runs
     recs, size = ballot_records(ballot), rows.fold.value_counts()
     if len({_drawn(model_params(rec)) for rec in recs}) != 1: return {}  # then the runs have several tables
-    same = [rec for rec in recs if size.get(rec['fold']) == rec.get('held_out') and same_tables(rec)]
-    return {rec['fold']: rec['metrics']['baselines'] for rec in same}
+    same, out = [rec for rec in recs if size.get(rec['fold']) == rec.get('held_out') and same_tables(rec)], {}
+    for rec in same: # a text run has its own base as a baseline: the best one counts, whoever is named first
+        here = out.setdefault(rec['fold'], {})
+        for name, s in rec['metrics']['baselines'].items():
+            here[name] = min(here.get(name, s), s, key=lambda o: o['log_loss'])
+    return out
 
 def _seed_scores(ballot, oof, rows, metric): # scores of the largest set of voters that differ in their seed only
     by_params = {}
@@ -147,7 +151,7 @@ def _seed_scores(ballot, oof, rows, metric): # scores of the largest set of vote
         if voter not in oof or is_table(runs.iloc[0]): continue
         params = {k: v for k, v in find_run(runs.iloc[0])['params'].items() if k not in ('fold', 'seed')}
         by_params.setdefault(hash_obj(params), []).append(scores(oof[voter], rows.label.to_numpy())[metric])
-    return max(by_params.values(), key=len, default=[])
+    return max(by_params.values(), key=lambda s: (len(s), np.std(s)), default=[])
 
 # %% ../nbs/lib/03o_vote_score.ipynb #e422eb49
 def _has_table(name): return data_path(f'{name}.parquet').is_file()

@@ -15,7 +15,7 @@ from competition_kit.replies import Text, generate, read_replies
 from competition_kit.submission import check_submission, find_sample
 from competition_kit.tables import load_rows, write_rows
 from competition_kit.text import TextPrompt
-from competition_kit.vote import VoteArgs, prior_probs, rows_to_predict, run_staged, vote
+from competition_kit.vote import VoteArgs, prior_probs, rows_to_predict, run_staged, score_vote, vote, voters
 
 def write_few(name, rows):
     "A small table; a letter is a rationale that a small model can learn to write"
@@ -111,6 +111,12 @@ def test_a_score_asks_as_a_vote(tmp_path, samples):
         if name == 'score': answer_rows(engine, prompt, rows, tmp_path/name, 9, samples, progress=False)
         else: T.sample_texts(engine, prompt.encode(rows), rows, tmp_path/name, samples, max_new_tokens=9)
     assert [r[1:] for r in asked['score']] == [r[1:] for r in asked['vote']] and len(asked['vote']) == samples
+
+def test_the_score_does_not_depend_on_the_order_of_the_runs(both):
+    "the text run alone has its untouched base as a baseline"
+    one, other = (score_vote(voters('few', ' '.join(names)), 'few') for names in (both, both[::-1]))
+    assert 'untouched base, text' in one['metrics']['baselines']
+    assert one['metrics'] == other['metrics'] and one['sentence'] == other['sentence']
 
 def test_rows_without_an_answer_get_the_prior_when_nobody_else_votes(both, monkeypatch):
     planted(monkeypatch, lambda row, turn: 'A' if row == 0 else '我不知道。')
