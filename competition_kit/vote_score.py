@@ -92,8 +92,9 @@ def verdict(
     "Is the vote better than the best baseline, by more than the spread?"
     by_name, metric = by_fold.drop(columns='rows').groupby('who', sort=False), tasks[task].metric
     mean, sd, sign = by_name.mean(), by_name.std(), -1 if metric == 'log_loss' else 1
-    vote, best = mean.index[0], (sign*mean.loc[~mean.index.isin(p), metric]).idxmax()
     wide = by_fold[metric].unstack('who')
+    rivals = [name for name in mean.index if name not in p and wide[name].notna().all()]  # scored on every fold
+    vote, best = mean.index[0], (sign*mean.loc[rivals, metric]).idxmax()
     lead = sign*(wide[vote]-wide[best])
     spreads = [lead.std(), np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan]
     spread = max([s for s in spreads if np.isfinite(s)], default=None)
