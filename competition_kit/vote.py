@@ -169,7 +169,8 @@ def run_vote(
     submission = run.folder/f'submission{sample.suffix}'
     print(make_submission(p, rows, rows.attrs['meta']['task'], sample, submission))
     files = save_vote(run, rows, p, each, tables, score, args.views)
-    run.finish(_metrics(args, score, each, tables, rows, submission, sample), [submission.name, *files],
+    metrics = _scored(score, rows, any_seen(tables.values(), rows), submission, sample)
+    run.finish(metrics | _ties(args, list(each.values()), score['weights']), [submission.name, *files],
                **_facts(args, ballot, score, run, submission), memory=memory, engine=engine_facts(run.folder))
 
 def vote(
@@ -188,10 +189,8 @@ def _scored(score, rows, seen, submission, sample): # for the record: out of fol
     if (solution := _solution(sample)).is_file(): out |= practice_score(submission, solution, seen)
     return out
 
-def _metrics(args, score, each, tables, rows, submission, sample): # for the record
-    out = _scored(score, rows, any_seen(tables.values(), rows), submission, sample)
-    if args.rule == 'majority': out['ties'] = int(majority(each.values(), score['weights'])[1].sum())
-    return out
+def _ties(args, each, weights): # for the record: how many rows are tied
+    return dict(ties=int(majority(each, weights)[1].sum())) if args.rule == 'majority' else {}
 
 def _facts(args, ballot, score, run, submission): # for the record: who votes and who does not, with which weights
     weights = run_weights(ballot, score['weights']).round(4).tolist()
@@ -323,7 +322,9 @@ def finish_staged(
     if score['vote'] is not None:
         write_probs(run.folder/'oof.parquet', score['rows'], score['vote'], task, args.views, seen=False, run=run.id)
         files.append('oof.parquet')
-    metrics = _scored(score, rows, seen, submission, sample)
+    weight = dict(zip(dict.fromkeys(ballot.voter), score['weights']))
+    asked = np.where(has[..., None], each, 0)  # zeros do not vote
+    metrics = _scored(score, rows, seen, submission, sample) | _ties(args, asked, [weight[v] for v in asker.voters])
     if asker.texts:
         metrics |= save_texts(asker.texts, run.folder/'replies.parquet', run.id)
         files.append('replies.parquet')

@@ -29,14 +29,15 @@ def votes_of(run):
     return align(read_probs(run.folder / 'votes.parquet'), load_rows('sample_arena_test'))
 
 
-@pytest.mark.parametrize('rule', ['mean', 'logits'])
+@pytest.mark.parametrize('rule', ['mean', 'logits', 'majority'])
 def test_with_time_enough_the_budget_changes_nothing(runs, rule):
     plain, timed = held(rule=rule), held(rule=rule, budget=600)
     np.testing.assert_allclose(votes_of(timed), votes_of(plain), atol=2e-5)
     r = timed.record
     assert r['stopped'] == '' and r['missing']['no_model'] == 0 and r['runs_per_row'] == 5
     assert r['weights'] == plain.record['weights'] and r['sentence'] == plain.record['sentence']
-    for metric in ('log_loss', 'accuracy', 'practice_log_loss'):
+    assert set(r['metrics']) == set(plain.record['metrics'])
+    for metric in {'log_loss', 'accuracy', 'practice_log_loss', 'ties'} & set(r['metrics']):
         assert r['metrics'][metric] == pytest.approx(plain.record['metrics'][metric], abs=1e-4)
 
 
