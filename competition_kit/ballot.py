@@ -111,7 +111,9 @@ def voters(
 def _full_name(name): # the id of a run whose id, its beginning or its folder was named; files and adopted names stay
     if is_table(name): return name
     folder = project_root()/name
-    return _linked(folder) if '/' in name and folder.is_dir() else find_run(name)['run_id']
+    if '/' in name and folder.is_dir(): return _linked(folder)
+    rec = find_run(name)
+    return rec['params']['name'] if rec['stage'] == 'adopt' else rec['run_id']  # as `members` takes a teacher
 
 def _linked(folder): # the id of the run in a folder; one from elsewhere is linked into `models/`
     if not (folder/'record.json').is_file():

@@ -869,6 +869,8 @@ def test_adopted_probabilities_vote_beside_a_run(runs, own_root):
         frame.to_csv(own_root / f'{k}.csv', index=False)
         adopt_files([str(own_root / f'{k}.csv')], name, 'athene', seen='no')
     run = held(runs=f'{runs[0]} athene', views=1)
+    ids = [p.name for p in models_path().glob('adopt-*')]
+    assert list(voters(runs=' '.join(ids)).run) == ['athene']
     assert run.record['members'] == [runs[0], 'athene'] and f'{runs[0]}.parquet' in run.record['outputs']
     mine = align(read_probs(run.folder / f'{runs[0]}.parquet'), test)
     np.testing.assert_allclose(np.stack(read_probs(run.folder / 'votes.parquet').p), (mine + p) / 2, atol=1e-5)
