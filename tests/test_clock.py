@@ -192,6 +192,52 @@ def test_an_interrupted_vote_goes_on(tmp_path):
     np.testing.assert_allclose(again.saves[-1][1], m.p.mean(0), atol=1e-5)
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize('how', ['all', 'limits', 'share', 'chosen'])
+@pytest.mark.parametrize('seed', range(12))
+def test_a_vote_killed_anywhere_ends_as_one_that_was_not(how, seed):
+    "voters of several runs, of which some are files; killed after any number of pieces, again and again"
+    rng, n = np.random.default_rng(seed), 40
+    voter = np.repeat([0, 1, 2], rng.integers(1, 3, 3))
+    p = simulated_voters([1.3] * 2 * len(voter), n, seed=seed)[0].reshape(2, len(voter), n, 3)
+    files, w, prior, share = rng.random(len(voter)) < 0.3, np.array([3.0, 2, 2]), np.full((n, 3), 1 / 3), 0.3
+    order = dict(
+        all={}, limits=dict(limits=exact_limits(w)), share=dict(share=share), chosen=dict(share=lambda: share)
+    )[how]
+
+    def fresh():
+        a = no_answers(voter, n, 3)
+        a.total[files], a.views[files] = p[:, files].sum(0), 2
+        return a
+
+    def go(a, pieces):
+        def ask(run, rows, views):
+            nonlocal pieces
+            pieces -= 1
+            if pieces < 0:
+                raise Killed
+            return p[np.ix_(views, [run], rows)].sum((0, 1))
+
+        todo = passes(a, w, prior, order=range(3), **order)
+        return staged_vote(a, todo, lambda run: None, ask, np.full(n, 100), Clock(0), lambda: None, first=900)
+
+    whole, parts = fresh(), fresh()
+    assert go(whole, 10**6) == ''
+    for attempt in range(99):
+        try:
+            go(parts, attempt % 3)
+            break
+        except Killed:
+            pass
+    np.testing.assert_array_equal(parts.views, whole.views)
+    np.testing.assert_allclose(parts.total, whole.total, atol=1e-6)
+    if how in ('share', 'chosen'):
+        assert ((whole.views[voter > 0] > 0).sum(1) == round(share * n)).all()
+
+
 @pytest.mark.parametrize('damage', [lambda b: b[:-30], lambda b: b'', lambda b: b[:200] + b'\x00' * 50 + b[250:]])
 def test_damaged_answers_are_asked_again(tmp_path, damage):
     m = Machine(0, lambda t: 1000)
