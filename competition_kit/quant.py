@@ -32,9 +32,11 @@ _gptq_fields |= set('''method static_groups true_sequential damp_percent damp_au
 def _unread_rule(rules): # The first rule of `dynamic` that we cannot follow, if there is one
     if not isinstance(rules, dict): return repr(rules)
     for pattern, fields in rules.items():
-        try: re.compile(pattern[2:])
+        try: re.compile(_names(pattern))
         except re.error: return repr(pattern)
         if not _is_readable(fields): return repr({pattern: fields})
+
+def _names(pattern): return pattern[2:] if pattern[:2] in ('-:', '+:') else pattern
 
 def _is_readable(fields): # Of one layer
     own = _gptq_fields-{'quant_method', 'checkpoint_format', 'format', 'pack_dtype', 'dynamic'}
@@ -80,7 +82,7 @@ def layer_kind(
 ): # As from `quant_kind`, or None
     "How one layer is quantised; None where it is not"
     for pattern, fields in (kind['dynamic'] or {}).items():
-        if re.match(pattern[2:] if pattern[:2] in ('-:', '+:') else pattern, name):
+        if re.match(_names(pattern), name):
             return None if pattern[:2] == '-:' else kind | fields
     return kind
 
