@@ -58,7 +58,8 @@ def read_foreign(
     here = rows[rows.id.isin(set(df.id.astype(str)))].reset_index(drop=True)
     df = df.set_index(df.id.astype(str)).loc[list(here.id)]
     names, n = option_columns(df, task, columns), n_options(here, task)
-    values = df[names[0]].tolist() if len(names) == 1 else df[names].to_numpy(float).tolist()
+    if len(names) == 1: values = df[names[0]].map(np.atleast_1d)
+    else: values = df[names].apply(pd.to_numeric, errors='coerce').to_numpy(float)
     z = np.full((len(here), len(tasks[task].options)), -np.inf)
     for i, (v, k) in enumerate(zip(values, n)):
         if len(v) not in (k, z.shape[1]): raise Refusal(f'{len(v)} numbers for {k} options', path, [here.id[i]])
@@ -109,6 +110,9 @@ class AdoptArgs:
         if not Path(self.file).is_file(): raise Refusal('no such file', self.file)
         if (self.seen == 'fold') != (self.fold >= 0):
             raise Refusal('seen=fold needs a fold, and a fold needs seen=fold', self.file)
+        if self.fold >= 0 and self.fold not in (have := sorted(set(self.table.fold))):
+            raise Refusal(f'held out fold {self.fold}, and {self.rows} has the folds {have}', self.file,
+                          fix='Put the fold number into the name of the file, such as fold3_preds.csv')
 
     @cached_property
     def table(self): return load_rows(self.rows)
@@ -151,10 +155,10 @@ def best_log_loss(
 def fold_of(
     path, # Such as `fold3/3_preds.parquet`
 ) -> int: # -1 where neither the file nor its folder has a number
-    "The fold number in a file's name, or in that of its folder"
-    for name in (Path(path).stem, Path(path).parent.name):
-        if m := re.search(r'\d+', name): return int(m[0])
-    return -1
+    "The number after `fold` in a file's name or in that of its folder, else the first number there"
+    names = Path(path).stem.lower(), Path(path).parent.name.lower()
+    found = [m for pattern in (r'fold\W?_?(\d+)', r'(\d+)') for name in names if (m := re.search(pattern, name))]
+    return int(found[0][1]) if found else -1
 
 def adopt_files(
     files,      # Paths; with seen=fold one file a fold, else each file is a teacher of its own member
