@@ -193,7 +193,8 @@ def signs(
     if len(rest) > 1 and alone > rest.max() and by['mean'][worst] > 1.5*rest.max():
         out.append(f"{t.name}: log-loss {by['mean'][worst]:.3f} on fold {worst} and {rest.mean():.3f} on the others: "
                    'it was probably trained on the others')
-    share = class_prior(label, np.full(len(label), t.p.shape[1]), t.p.shape[1])
+    n = rows.options[here].map(len) if 'options' in rows else np.full(len(label), t.p.shape[1])
+    share = class_prior(label, n, t.p.shape[1])
     gain, prior = -(share*logp).sum(1)-loss, log_loss(share, label)  # beside the mean over all orders of the rows
     if gain.mean() <= 2*gain.sem()+1e-6:
         out.append(f'{t.name}: its log-loss is no better than with its rows shuffled: it knows nothing about them')
