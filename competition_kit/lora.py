@@ -76,7 +76,7 @@ def mean_weights(
 ) -> list: # Of floats that sum to one
     "Weights of a mean"
     w = np.ones(n) if weights is None else np.asarray(list(weights), float)
-    if len(w) != n or not np.isfinite(w).all() or (w < 0).any() or not w.sum() > 0:
+    if len(w) != n or not np.isfinite(w.sum()) or (w < 0).any() or not w.sum() > 0:
         raise Refusal(f'the weights {w.tolist()} for {n} adapters', fix='Give one number from 0 for each, not all 0')
     return (w/w.sum()).tolist()
 
@@ -234,7 +234,7 @@ def write_tensors(
         for (name, (dtype, shape)), (own, t) in zip(shapes.items(), tensors, strict=True):
             if (name, dtype, tuple(shape)) != (own, t.dtype, tuple(t.shape)):
                 raise ValueError(f'{own} is {t.dtype} {list(t.shape)}, not {name}, {dtype} {list(shape)}')
-            out.write(t.contiguous().cpu().view(torch.uint8).numpy())
+            out.write(t.contiguous().cpu().flatten().view(torch.uint8).numpy())
 
 # %% ../nbs/lib/03j_lora.ipynb #f0ccb814
 def merged_config(
@@ -429,7 +429,7 @@ def added_error(
         at = torch.randperm(len(old), generator=torch.Generator().manual_seed(0))[:64]
         each = [v*(b[at.to(device)]@a) for l, v in zip(loras, w) if k in l.layers for a, b in [l.pair(k, device)]]
         want, kind = old[at].to(device).float()+sum(each), torch.finfo(new.dtype)
-        off = (new[at].to(device).float()-want).abs()-kind.eps/2*(want.abs()+kind.tiny)
+        off = (new[at].to(device).float()-want).abs()-(kind.eps/2+2**-23)*(want.abs()+kind.tiny)  # sums in fp32
         worst = max(worst, float(off.clamp_min(0).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
     return worst
 
