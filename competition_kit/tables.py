@@ -336,6 +336,7 @@ def _draw(rows, part, seed):
         raise Refusal(f'the mix asks for {part.n} rows of {part.name}, which has {len(rows)}')
     n = part.n or round((part.share or 1)*len(rows))
     if n == len(rows): return rows
+    if not n: raise Refusal(f'the mix takes {part.share:g} of {part.name}, and that is none of its {len(rows)} rows')
     chance = np.array([text_hash(f'{seed} {i}') for i in rows['id']], np.uint64)
     return rows.iloc[np.sort(np.argsort(chance, kind='stable')[:n])]
 
@@ -405,6 +406,10 @@ def _once(rows, mix): # an id stands for one row
     if (both > 1).any():
         raise Refusal(f'the same id has different content in two tables of the mix {mix!r}', data_path(),
                       both.index[both > 1], 'Give the rows of one table ids of their own')
+    phases = rows[twice].groupby('id').phase.nunique()
+    if (phases > 1).any():
+        raise Refusal(f'rows of the mix {mix!r} stand in two phases, and one of these would lose them', data_path(),
+                      phases.index[phases > 1], 'Leave them out of one, or give them ids of their own there')
     return _filled(rows.drop_duplicates('id', ignore_index=True), rows[twice]), int(twice.sum()-len(both))
 
 def _filled(rows, copies): # rows with the further columns of their copies, such as a `rationale`
