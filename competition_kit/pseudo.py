@@ -22,6 +22,7 @@ from .tables import (check_replaced, check_texts, load_rows, parse_mix, table_ha
                                     write_rows)
 from .teach import check_teacher, read_teachers, signs, write_teachers
 from .teachers import ask_teacher, distinct_teachers, members, run_mix, teacher_inputs, validated_table
+from .trained import ancestors
 
 # %% ../nbs/06_pseudo.ipynb #47802634
 def margins(
@@ -130,9 +131,12 @@ class PseudoArgs:
             raise Refusal('no teachers', fix='Name runs, or adopted teachers: -p teachers "train-f0-1a2b llama70b"')
         if self.name == self.data: raise Refusal(f'the table {self.data} would be replaced', fix='Give another name')
         check_replaced(self.name, 'pseudo')
-        try: n = len([float(w) for w in self.weights.split()])
+        try: w = [float(w) for w in self.weights.split()]
         except ValueError: raise Refusal(f'weights={self.weights!r}', fix='Give numbers, such as 3.2 1') from None
-        if n not in (0, len(self.names)): raise Refusal(f'{n} weights for {len(self.names)} teachers: {self.names}')
+        if len(w) not in (0, len(self.names)):
+            raise Refusal(f'{len(w)} weights for {len(self.names)} teachers: {self.names}')
+        if w and not (min(w) >= 0 and 0 < sum(w) < np.inf):
+            raise Refusal(f'weights={self.weights!r}', fix='Give numbers from 0, not all 0')
 
     @cached_property
     def names(self): return distinct_teachers(self.teachers.split())
@@ -182,9 +186,11 @@ def reasons(
 # %% ../nbs/06_pseudo.ipynb #b7178126
 def round_of(
     teachers, # Names of teachers
-) -> int: # 1 where all of them learned from tables that no model labelled
+) -> int: # 1 where they and their ancestors learned from tables that no model labelled
     "How many times models have labelled rows for models"
-    tables = {p.name for name in teachers for r in members(name) for p in parse_mix(run_mix(r))}
+    runs = [r for name in teachers for r in members(name)]
+    past = [a for r in runs for a in ([r] if r['stage'] == 'adopt' else ancestors(r['run_id']))]
+    tables = {p.name for r in past for p in parse_mix(run_mix(r))}
     made_by = [read_meta(table_path(t)).get('run', '') for t in tables]
     return 1 + max([find_run(r)['round'] for r in made_by if r.startswith('pseudo-')], default=0)
 

@@ -15,10 +15,10 @@ from .folds import rows_at
 from .probs import read_probs
 from .record import check_outputs, find_run, records
 from .rows import text_columns
-from .tables import load_rows, validated_part
+from .tables import load_rows, table_hashes, validated_part
 from .teach import Teacher, join_probs
-from .trained import (ancestors, check_letters, has_seen, load_run, model_params, model_stages,
-                                     predict_runs, recipe_key, training_rows, trusted_prompt)
+from .trained import (ancestors, check_letters, folds_of, has_seen, load_run, model_params, model_stages,
+                                     predict_runs, training_rows, trusted_prompt)
 
 # %% ../nbs/lib/03i_teachers.ipynb #f10ff9d3
 def members(
@@ -31,9 +31,7 @@ def members(
     if rec['stage'] not in model_stages:
         raise Refusal(f"{rec['run_id']} has no model", fix='Name a run of 04_train or 07_distill')
     if rec.get('status') != 'done': raise Refusal(f"{rec['run_id']} is {rec.get('status')}", fix='Finish it first')
-    done = [r for r in records() if r['stage'] == rec['stage'] and r.get('status') == 'done']
-    latest = {r['fold']: r for r in done if recipe_key(r) == recipe_key(rec)}  # records come by time
-    return [latest[k] for k in sorted(latest)]
+    return folds_of(rec)
 
 # %% ../nbs/lib/03i_teachers.ipynb #c14f798e
 def adopted(
@@ -83,10 +81,10 @@ def teacher_inputs(
 
 # %% ../nbs/lib/03i_teachers.ipynb #56e5f2bb
 def run_mix(
-    r, # Record of a train run or of adopted probabilities
+    r, # Record of a train run or of adopted probabilities, or an entry of `lineage.json`
 ) -> str: # Name of a table, or a mix
     "The rows that a run's ids belong to"
-    return r['params']['rows'] if r['stage'] == 'adopt' else model_params(r)['mix']
+    return r['params']['rows'] if r.get('stage') == 'adopt' else model_params(r)['mix']
 
 def validated_table(
     r, # As for `run_mix`
@@ -96,6 +94,8 @@ def validated_table(
 
 # %% ../nbs/lib/03i_teachers.ipynb #f86449e8
 def _check_same_rows(r, rows): # an id must stand for the same texts in both tables
+    if r['stage'] == 'adopt' and not table_hashes(run_mix(r)).items() <= r['inputs'].items():
+        raise Refusal(f"the table {run_mix(r)} has changed since {r['run_id']} was adopted", fix='Adopt the file again')
     own = load_rows(run_mix(r), model_params(r).get('seed', 0)).set_index('id')
     shared = rows[rows.id.isin(own.index)].set_index('id')
     own = own.loc[shared.index]

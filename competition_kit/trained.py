@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
-           'ancestors', 'parents', 'lineage_of', 'recipe_key', 'same_tables', 'training_rows', 'rows_seen', 'has_seen',
-           'trained_on', 'trusted_prompt', 'load_adapter', 'load_base', 'load_run', 'kept_probs', 'prediction_key',
-           'copy_earlier', 'base_key', 'check_letters', 'predict_runs', 'RunAsker']
+           'ancestors', 'parents', 'lineage_of', 'recipe_key', 'folds_of', 'same_tables', 'training_rows', 'rows_seen',
+           'has_seen', 'trained_on', 'trusted_prompt', 'load_adapter', 'load_base', 'load_run', 'kept_probs',
+           'prediction_key', 'copy_earlier', 'base_key', 'check_letters', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os, time
@@ -20,7 +20,7 @@ from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_
                                   read_json)
 from .folds import fold_rows
 from .groups import copied, group_text
-from .record import check_outputs, find_run, read_record
+from .record import check_outputs, find_run, read_record, records
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
 from .pack import prefix_tree
@@ -141,6 +141,15 @@ def _merge_key(params, inputs): # the same for merges whose members differ in no
     except Refusal: return hash_obj([params, inputs])
     return hash_obj([params | dict(members=keys), {k: v for k, v in inputs.items() if not k.startswith('member.')}])
 
+# %% ../nbs/lib/03h_trained.ipynb #4cc36d73
+def folds_of(
+    rec:dict, # Record of a run
+) -> list: # Records, by fold; a merge of several folds comes last
+    "The finished runs that differ from a run in nothing but their fold, the newest of each fold"
+    same = [r for r in records() if r['stage'] == rec['stage'] and r.get('status') == 'done']  # by time
+    latest = {r['fold']: r for r in same if recipe_key(r) == recipe_key(rec)}
+    return [latest[k] for k in sorted(latest, key=lambda k: (k is None, k))]
+
 # %% ../nbs/lib/03h_trained.ipynb #944754d3
 def same_tables(
     rec:dict, # Record of a train run, or its entry in `lineage.json`
@@ -152,7 +161,11 @@ def same_tables(
 def training_rows(
     recs:list, # Records, from `ancestors`
 ): # DataFrame with all columns
-    "The rows of today's tables that these runs were trained on"
+    "The rows that these runs were trained on; refused where a table has changed, since then nobody can tell"
+    for r in recs:
+        if same_tables(r): continue
+        raise Refusal(f"the table of {r['run_id']} ({r['params']['mix']}) has changed since: "
+                      'nobody can tell which rows it was trained on', fix='Restore the table, or train the run again')
     params = [r['params'] for r in recs if 'mix' in r['params']]
     return pd.concat([fold_rows(load_rows(p['mix'], p['seed']), p['fold'])[0] for p in params], ignore_index=True)
 
@@ -168,7 +181,8 @@ def has_seen(
     past, # From `training_rows`
 ) -> np.ndarray: # [held rows], bool
     "Was a run trained on these rows, or on exact or near copies of them?"
-    other = past[~past.id.isin(set(rows.id))]  # groups tell the rows of this table apart already
+    def of(table): return pd.MultiIndex.from_frame(table[['id', 'group']])
+    other = past[~of(past).isin(of(rows))]  # an id alone tells nothing; groups tell the rows of this table apart
     same_kind = ('prompt' in past) == ('prompt' in held)
     texts = group_text(held, other) if len(other) and same_kind else group_text(held)
     return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
@@ -178,7 +192,7 @@ def trained_on(
     rec:dict, # Record of a run
     rows,     # Table of rows
 ) -> np.ndarray: # [rows], bool
-    "Was a run trained on these rows? If a table or an ancestor is gone, nobody can tell, and all rows count as seen"
+    "Was a run trained on these rows? If a table or an ancestor is gone or changed, all rows count as seen"
     try: return rows.id.isin(set(rows_seen(rec['run_id']).id)).to_numpy()
     except Refusal: return np.ones(len(rows), bool)
 
@@ -266,9 +280,9 @@ def copy_earlier(
     views:int, # As for `kept_probs`
     key:str,   # From `prediction_key`
 ):
-    "Take the same predictions from the folder of another vote or merge, if there are any"
-    earlier = *models_path().glob(f'vote-*/{path.name}'), *models_path().glob(f'merge-*/members/{path.name}')
-    for f in sorted(earlier):
+    "Take the same predictions from the folder of another vote, merge or asking of teachers, if there are any"
+    folders = 'vote-*', 'merge-*/members', 'pseudo-*/asked', '.teachers/*'
+    for f in sorted(f for folder in folders for f in models_path().glob(f'{folder}/{path.name}')):
         if (probs := kept_probs(f, rows, views)) is None or probs.attrs['meta'].get('made_of') != key: continue
         with atomic(path) as tmp: tmp.write_bytes(f.read_bytes())
         return

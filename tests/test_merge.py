@@ -6,7 +6,7 @@ import torch
 from competition_kit import lora
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at, seal, write_json
 from competition_kit.lora import merge_into_base, merge_loras, read_lora
-from competition_kit.merge import MergeArgs, comparison_rows, merge_runs, row_logits
+from competition_kit.merge import MergeArgs, comparison_rows, merge_runs, past_rows, row_logits
 from competition_kit.probs import read_probs
 from competition_kit.record import find_run, write_record
 from competition_kit.tables import load_rows, write_rows
@@ -47,7 +47,9 @@ def test_a_merge_votes_teaches_and_continues(runs, tiny, tmp_path):
     merged = [merge_runs(members=seeds(runs, k)) for k in (0, 1)]
     assert [r.record['fold'] for r in merged] == [0, 1]
     assert recipe_key(merged[0].record) == recipe_key(merged[1].record)
-    assert [r['run_id'] for r in members(merged[0].id)] == [r.id for r in merged]
+    mixed = merge_runs(members=f'{runs[0]} {runs[3]}')  # two folds, so it held out none
+    assert [r['run_id'] for r in members(merged[0].id)] == [r.id for r in (*merged, mixed)]
+    shutil.rmtree(mixed.folder)
     rows = load_rows('sample_arena')
     assert set(rows_seen(merged[0].id).id) == set(rows.id[rows.fold != 0])
     ballot = voters('sample_arena', ' '.join(r.id for r in merged))
@@ -72,6 +74,7 @@ def test_a_merge_does_not_vote_beside_its_members(runs, own_root):
     assert f not in {r['run_id'] for r in candidates()}, 'a quantised model neither'
     for r in seeds(runs, 0).split(): shutil.rmtree(models_path(r))
     assert f in {r['run_id'] for r in candidates()}, 'the runs that it was made of are gone'
+    assert runs[4] in MergeArgs().members, 'without names the newest trained run, and no quantised model, is merged'
 
 
 def test_members_of_two_folds_leave_no_new_rows(runs):
@@ -91,7 +94,22 @@ def test_members_of_two_folds_leave_no_new_rows(runs):
     assert scored.record['sentence'].startswith('On 12 rows that no member has seen')
     old = load_rows('sample_arena')[:9].drop(columns=['main', 'phase'])
     write_rows(old, data_path('old.parquet'), task='preference')
-    assert comparison_rows(MergeArgs(members=runs[0], folds=True, held='old'))[1].all()
+    args = dict(members=runs[0], folds=True)
+    assert comparison_rows(MergeArgs(**args, held='old'))[1].all()
+    assert comparison_rows(MergeArgs(**args, held='old + new'))[1].all(), 'seen and new rows are not compared together'
+    write_rows(old.assign(label=3), data_path('old.parquet'), task='preference')
+    with pytest.raises(Refusal, match='labels that preference does not have'):
+        comparison_rows(MergeArgs(**args, held='old'))
+
+
+def test_rows_of_all_members_count_where_two_tables_share_ids(runs, tiny):
+    rows = load_rows('sample_arena')
+    train = rows.assign(prompt=[[f'Another prompt {i} about {i*i}'] for i in range(len(rows))],
+                        group=[f'g{i}' for i in range(len(rows))])
+    write_rows(train.drop(columns=['main', 'phase']), data_path('other.parquet'), task='preference')
+    other = train_fold(mix='other', base=tiny, **small).id
+    past = past_rows(MergeArgs(members=f'{runs[0]} {other}'))
+    assert len(past) == 2*(rows.fold != 0).sum()
 
 
 def test_a_table_without_labels_is_refused_before_work(runs):

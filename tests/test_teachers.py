@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from competition_kit.adopt import adopt_files
+from competition_kit import trained
 from competition_kit.ck import main
 from competition_kit.core import Refusal, data_path, models_path, read_json, read_table
 from competition_kit.distill import DistillArgs, distill_fold, student_and_teachers
 from competition_kit.probs import read_probs
-from competition_kit.pseudo import PseudoArgs, pseudo
+from competition_kit.pseudo import PseudoArgs, pseudo, round_of
 from competition_kit.record import records, run_stage
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, publish, write_rows
@@ -107,6 +108,15 @@ def test_the_same_ids_with_other_texts_are_refused(tiny, tmp_path, rows):
         distill_fold(teachers=teacher, base=tiny, **small)
 
 
+def test_a_teacher_whose_table_was_split_again_is_refused(five_runs, rows, tmp_path):
+    adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 'adopted', seen='no')
+    again = rows.assign(fold=(rows.fold+1) % 5).drop(columns=['main', 'phase'])
+    write_rows(again, data_path('sample_arena.parquet'))
+    for name in (five_runs[0].id, 'adopted'):
+        with pytest.raises(Refusal, match='has changed since'):
+            ask_teacher(name, load_rows(small['mix']), 'preference', tmp_path)
+
+
 def test_each_row_is_predicted_by_the_run_that_held_it_out(five_runs, tmp_path):
     rows = load_rows(small['mix'])
     t = ask_teacher(five_runs[2].id[:12], rows, 'preference', tmp_path)
@@ -189,6 +199,16 @@ def test_killed_pseudo_labels_keep_what_was_predicted(tiny, rows):
     found = content(again.folder, 'rows.parquet', 'reasons.json')
     shutil.rmtree(again.folder)
     assert content(run_stage(pseudo, PseudoArgs(**args)).folder, 'rows.parquet', 'reasons.json') == found
+
+
+def test_other_filters_need_no_new_predictions(tiny, rows, monkeypatch):
+    args = dict(data='sample_arena_test', teachers=train_fold(base=tiny, **small).id, margin=0.)
+    first = run_stage(pseudo, PseudoArgs(**args))
+    monkeypatch.setattr(trained, '_predict_run', None)
+    second = run_stage(pseudo, PseudoArgs(**args, weight=2.))
+    assert second.id != first.id
+    p = [read_table(r.folder/'rows.parquet').target.tolist() for r in (first, second)]
+    assert np.array_equal(*map(np.stack, p))
 
 
 def test_an_online_teacher_of_two_ranks_teaches_as_kept_probabilities_do(tiny):
@@ -287,6 +307,8 @@ def test_a_second_round_relabels_with_the_newer_student(rows, tmp_path, tiny):
     second = run_stage(pseudo, PseudoArgs(teachers=student.id, name='second', **args))
     assert (first.record['round'], second.record['round']) == (1, 2)
     assert second.record['rows'] == len(test)
+    child = train_fold(base=tiny, start=student.id, **dict(small, mix='sample_arena:20'))
+    assert round_of([child.id]) == 2, 'its parent learned from labels of a model'
 
 
 def test_denoised_labels_keep_folds_and_labels(rows, tmp_path):
