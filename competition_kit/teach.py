@@ -213,11 +213,12 @@ def teacher_table(
 ) -> pd.DataFrame: # A line a teacher
     "Coverage, seen rows and scores of each teacher, and of their mean, on the rows that all of them have"
     label, out = rows.label.to_numpy(), {}
-    shared = np.logical_and.reduce([t.has for t in teachers]) & (label >= 0)
+    every = np.logical_and.reduce([t.has for t in teachers])
+    shared = every & (label >= 0)
     parts = {t.name: (t.has, t.seen, t.p) for t in teachers}
     if len(teachers) > 1:
-        mean = np.mean([t.p for t in teachers], 0)
-        parts['mean'] = (shared, np.max([t.seen for t in teachers], 0), mean)
+        mean, seen = np.mean([t.p for t in teachers], 0), np.stack([t.seen for t in teachers])
+        parts['mean'] = (every, np.where((seen == 1).any(0), 1, seen.min(0)), mean)
     for name, (has, seen, p) in parts.items():
         score = scores(p[shared], label[shared]) if shared.any() else {}
         out[name] = dict(rows=int(has.sum()), missing=int((~has).sum()), seen=int((has & (seen == 1)).sum()),
