@@ -371,6 +371,7 @@ def compare_logits(
     on = {f"{p['base']} in {p['dtype']}": (p['base'], p['dtype'])}
     if args.twin: on[f'{args.twin} in 16 bits'] = args.twin, pick_dtype('auto')
     for name, (base, dtype) in on.items():
+        model = None  # the quantised base goes before its twin comes
         model, before[name] = members_together(args, base, str(dtype), prompt, rows)
         if args.twin and base != args.twin: check_twin(model, args.twin, check_loras(args.loras))
     without, facts = row_logits(model, prompt, rows), write_merge(run, args)

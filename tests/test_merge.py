@@ -1,9 +1,9 @@
 "Merged runs are models like any other; what cannot be merged is refused; a killed merge ends the same."
-import shutil
+import shutil, weakref
 import numpy as np
 import pytest
 import torch
-from competition_kit import lora
+from competition_kit import lora, merge
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at, seal, write_json
 from competition_kit.lora import merge_into_base, merge_loras, read_lora
 from competition_kit.merge import MergeArgs, comparison_rows, merge_runs, past_rows, row_logits
@@ -196,7 +196,7 @@ def test_other_kinds_of_adapters_are_refused(runs, tmp_path, tiny):
     with pytest.raises(Refusal, match='not in the base'): merge_into_base('smollm2', [good], None, tmp_path/'out')
 
 
-def test_a_quantised_base_needs_its_twin(tiny, tmp_path, own_root):
+def test_a_quantised_base_needs_its_twin(tiny, tmp_path, own_root, monkeypatch):
     from gptq_writer import checkpoint
     checkpoint(tiny, tmp_path/'gptq')
     base = str(tmp_path/'gptq')
@@ -211,9 +211,16 @@ def test_a_quantised_base_needs_its_twin(tiny, tmp_path, own_root):
     wrong.save_pretrained(tmp_path/'wrong')
     with pytest.raises(Refusal, match='not the base that was quantised'):
         merge_runs(members=run, how='base', twin=str(tmp_path/'wrong'))
+    together, loaded = merge.members_together, []
+    def alone(*args):
+        assert not any(m() for m in loaded), 'the quantised base is gone when its twin is loaded'
+        model, logits = together(*args)
+        loaded.append(weakref.ref(model))
+        return model, logits
+    monkeypatch.setattr(merge, 'members_together', alone)
     merged = merge_runs(members=run, how='base', twin=tiny)
     shift = {k: v['mean'] for k, v in merged.record['logits'].items()}
-    assert len(shift) == 3 and shift.pop('no adapter') > .1
+    assert len(loaded) == 2 and len(shift) == 3 and shift.pop('no adapter') > .1
     assert all(0 < v < .01 for v in shift.values())
     assert load_run(merged.record, trusted_prompt(merged.record)).device.type == 'cpu'
 
