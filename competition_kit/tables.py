@@ -288,12 +288,13 @@ def leave_out_copies(
     names:list, # From `apart_tables`
 ): # (rows, name of a table → how many rows it kept out)
     "Leave out the rows that equal or nearly equal rows of other tables"
-    text, counts, found = group_text(rows), {}, np.zeros(len(rows), bool)
+    counts, found = {}, np.zeros(len(rows), bool)
     for name in names:
         other = load_rows(name)
         if ('prompt' in other) != ('prompt' in rows):
             raise Refusal(f'apart={name}: one of both tables has pairs, the other options', table_path(name))
-        near = copied(text, group_text(other))
+        text = group_text(rows, other)  # together: how many rows share a problem decides what tells them apart
+        near = copied(text[:len(rows)], text[len(rows):])
         counts[name], found = int((near & ~found).sum()), found | near
     if names and found.all():
         raise Refusal(f"all {len(rows)} rows are copies of rows in {', '.join(names)}",
