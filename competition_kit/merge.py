@@ -32,7 +32,7 @@ from .record import find_run, records, run_stage
 from .rows import n_options, tasks
 from .tables import check_texts, load_rows, table_hashes
 from .trained import (ancestors, folds_of, has_seen, is_full, lineage_of, load_adapter, load_run,
-                                     model_params, model_stages, predict_runs, training_rows, trusted_prompt,
+                                     model_params, predict_runs, training_rows, trusted_prompt,
                                      weights_path)
 
 # %% ../nbs/08_merge.ipynb #57bce613
@@ -65,7 +65,7 @@ def check_members(
 ) -> list: # Their `Lora`s
     "Refuse members that do not make one model"
     for r in recs:
-        if r['stage'] not in model_stages or r.get('status') != 'done':
+        if r['stage'] not in ('train', 'distill', 'merge') or r.get('status') != 'done':
             raise Refusal(f"{r['run_id']} is {r.get('status')} and of the stage {r['stage']}",
                           fix='Name finished runs of 04_train, 07_distill or 08_merge')
         if is_full(r):
