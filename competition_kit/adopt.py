@@ -171,7 +171,16 @@ def adopt_files(
     if len(set(folds)) < len(files):
         raise Refusal(f'{len(files)} files of one teacher, with the fold numbers {folds}', name,
                       fix='If each held out a fold: --seen fold, and fold numbers in their names; else a name each')
-    return [run_stage(adopt, AdoptArgs(name, str(f), rows, k, **more)) for f, k in zip(files, folds)]
+    runs = [run_stage(adopt, AdoptArgs(name, str(f), rows, k, **more)) for f, k in zip(files, folds)]
+    for run in runs: _check_latest(run)
+    return runs
+
+def _check_latest(run): # of the files adopted under one name for one table and fold, the latest counts
+    def key(r): return r['stage'], r['fold'], r['params'].get('name'), r['params'].get('rows')
+    later = [r['run_id'] for r in records() if key(r) == key(run.record) and r.get('status') == 'done'][-1]
+    if later != run.id:
+        raise Refusal(f'{later} was adopted later under this name, and counts', run.id,
+                      fix=f'Adopt the file under another name, or delete models/{later}')
 
 
 # %% ../nbs/lib/02i_adopt.ipynb #c4c56116

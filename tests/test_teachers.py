@@ -10,7 +10,7 @@ from competition_kit.core import Refusal, data_path, models_path, read_json, rea
 from competition_kit.distill import DistillArgs, distill_fold, student_and_teachers
 from competition_kit.probs import read_probs
 from competition_kit.pseudo import PseudoArgs, pseudo, round_of
-from competition_kit.record import records, run_stage
+from competition_kit.record import read_record, records, run_stage, write_record
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, publish, write_rows
 from competition_kit.teachers import adopted_table, ask_teacher, distinct_teachers, members
@@ -145,7 +145,7 @@ def test_a_student_of_itself_votes_beside_its_teacher(five_runs, tiny):
 kill_after = """
 import json, os, signal, sys
 from importlib import import_module
-from competition_kit.record import records, run_stage
+from competition_kit.record import read_record, records, run_stage, write_record
 module, name, calls, stage, args = json.loads(sys.argv[1])
 module, stage_module = import_module(f'competition_kit.{module}'), import_module(f'competition_kit.{stage}')
 real, done = getattr(module, name), []
@@ -264,6 +264,16 @@ def test_two_files_of_one_row_are_averaged_where_neither_is_out_of_fold(rows, tm
     mean = np.mean([skilled(rows, seed=k) for k in (0, 1)], 0)
     other = (~rows.fold.isin([0, 1])).to_numpy()
     assert np.allclose(np.stack(p.p)[other], mean[other], atol=1e-5)
+
+
+def test_an_older_file_is_no_teacher_in_silence(rows, tmp_path):
+    def adopted_again(seed):
+        file = foreign(tmp_path/'t.csv', rows, skilled(rows, seed=seed))
+        return adopt_files([file], 'sample_arena', 't', seen='no')[0]
+    file = adopted_again(0).folder/'record.json'
+    write_record(file, read_record(file) | dict(started='2026-01-01T00:00:00Z'))
+    adopted_again(1)
+    with pytest.raises(Refusal, match='was adopted later under this name'): adopted_again(0)
 
 
 def test_near_copies_of_test_rows_are_dropped_counted_or_refused(rows, tmp_path):
