@@ -113,7 +113,7 @@ def _forward(job, model, jobs, gpu): # Of one model over the rows of a job; a te
     (rows, lengths), base, trained = size_of_job(job, jobs), _shape(base_of_job(model, jobs)), _training_of(model, jobs)
     n = contest_lengths(lengths, max_len=argument(trained, 'max_len', 2048))
     views = argument(job if job.stage == 'vote' else trained, 'views', 2)
-    tokens = float(n.mean())*rows*views/(argument(job, 'gpus') if job.stage in ('vote', 'distill') else 1)
+    tokens = float(n.mean())*rows*views/(argument(job, 'gpus') if job.stage in ('vote', 'distill', 'pseudo') else 1)
     flops = 2*base['linear']+4*base['layers']*base['q']*mean_context(n)
     pack = argument(job, 'pack_tokens')*(4 if job.stage == 'distill' else 1)
     peak = prediction_memory(Job(base, dtype=dtype_of_job(model, jobs), r=0), pack)['peak']

@@ -123,8 +123,8 @@ def _check_source(a): # can this model be quantised, and can the gate score its 
     check_installed()
     if not a.start and quant_kind(a.base): raise Refusal(f'the base {a.base} is quantised already')
     if not a.start and a.route != 'answer': raise Refusal(f'a base has no head for route={a.route}', fix='Name a run')
-    if a.record and not same_tables(a.record):
-        raise Refusal(f'the table of {a.start} ({a.mix}) has changed since it was trained', fix='Train it again')
+    if old := [r for r in (ancestors(a.start) if a.record else []) if not same_tables(r)]:
+        raise Refusal(f"a table of {a.start} has changed since: {model_params(old[0])['mix']}", fix='Train it again')
     train, held = a.parts
     if len(bad := held.id[held.label < 0]):
         raise Refusal(f'rows of fold {a.fold} have no label, and the gate needs them', ids=bad.tolist())

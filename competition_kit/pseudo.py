@@ -7,6 +7,7 @@ __all__ = ['margins', 'filter_rows', 'soft_rows', 'near_rows', 'compared_tables'
            'pseudo_metrics', 'pseudo', 'plot_margins']
 
 # %% ../nbs/06_pseudo.ipynb #6eba154f
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
@@ -15,6 +16,7 @@ from .adopt import best_log_loss
 from .combine import combine
 from .core import Refusal, at_least, data_path, one_of, share, write_json
 from .groups import copied, group_text
+from .parallel import predict_parallel
 from .probs import scores
 from .record import find_run
 from .rows import n_options, read_meta
@@ -118,11 +120,13 @@ class PseudoArgs:
     near:str='drop'          # Rows near to validation or test rows: drop, refuse or keep
     weight:float=1.          # Weight of a row in training
     pack_tokens:int=4096     # Tokens in a pack; for a small model on a GPU 32,768 or more
+    gpus:int=1               # Processes that ask a teacher, each for a part of the rows on a GPU of its own
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
         one_of(self, rule=('mean', 'logits', 'majority'), near=('drop', 'refuse', 'keep'))
         at_least(self, 0, 'margin', 'agree', 'per_prompt', 'quota', 'own')
+        at_least(self, 1, 'pack_tokens', 'gpus')
         share(self, 'margin')
         for name in ('agree', 'own'):
             if getattr(self, name) > 1: raise Refusal(f'{name}={getattr(self, name)!r}', fix='Take a share from 0 to 1')
@@ -155,7 +159,8 @@ def vote_of(
     "Ask the teachers, or read what an earlier start of this run has asked, and combine them"
     rows, file = args.rows, run.folder/'teachers.parquet'
     if not file.exists():
-        how = dict(folder=run.folder/'asked', pack_tokens=args.pack_tokens)
+        how = dict(folder=run.folder/'asked', pack_tokens=args.pack_tokens,
+                   predict=functools.partial(predict_parallel, gpus=args.gpus))
         write_teachers(file, [ask_teacher(n, rows, rows.attrs['meta']['task'], **how) for n in args.names], rows)
     teachers = read_teachers(file, rows)
     for t in teachers: check_teacher(t, rows, rows.attrs['meta']['task'])

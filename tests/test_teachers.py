@@ -232,6 +232,13 @@ def test_two_processes_ask_a_teacher(tiny):
     assert np.abs(one-two).max() < 1e-5
 
 
+def test_two_processes_ask_the_teachers_of_pseudo_labels(tiny):
+    args = dict(data='sample_arena_test', teachers=train_fold(base=tiny, **small).id, margin=0.)
+    runs = [run_stage(pseudo, PseudoArgs(**args, name=f'by{n}', gpus=n)) for n in (1, 2)]
+    one, two = (np.stack(read_table(r.folder/'rows.parquet').target) for r in runs)
+    assert len(list(runs[1].folder.glob('asked/parts-2/*.part'))) == 2 and np.abs(one-two).max() < 1e-5
+
+
 def test_a_damaged_cache_is_refused(rows, tmp_path, tiny):
     adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't', seen='no')
     args = dict(small, base=tiny, teachers='t')
