@@ -12,7 +12,7 @@ from competition_kit.gptq import GptqArgs, draw_spread, gptq, report_table
 from competition_kit.probs import align, read_probs
 from competition_kit.record import find_run, run_stage
 from competition_kit.sample import write_arena
-from competition_kit.tables import load_rows
+from competition_kit.tables import load_rows, write_rows
 from competition_kit.train import train_fold
 from competition_kit.trained import ancestors, load_run, predict_runs, recipe_key, trusted_prompt
 
@@ -205,6 +205,14 @@ def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
         quantised(start=made['full'], calibration='sample_arena')
     run = quantised(start=made['full'], **wide)
     with pytest.raises(Refusal, match='quantised already'): GptqArgs(start=run.id)
+
+def test_a_changed_table_of_an_ancestor_is_refused_before_work(made, tiny):
+    rows = load_rows('sample_arena').drop(columns=['main', 'phase'])
+    write_rows(rows, data_path('later.parquet'))
+    how = dict(base=tiny, mix='later', method='full', max_len=160, batch=8, dtype='fp32', epochs=.2)
+    child = train_fold(start=made['full'], **how).id
+    write_rows(rows.assign(weight=2.), data_path('sample_arena.parquet'))
+    with pytest.raises(Refusal, match='has changed since'): GptqArgs(start=child, rows=24).inputs()
 
 def test_nan_in_a_weight_is_refused_by_name(tiny, tmp_path):
     base = tmp_path/'nan'
