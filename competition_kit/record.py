@@ -312,9 +312,13 @@ def run_stage(
 ) -> Run:
     "Do a stage's work, or return the run that has done it already; `args.fold` is the held-out fold, if it has one"
     stage = type(args).__name__.removesuffix('Args').lower()
-    with start_run(stage, asdict(args), args.inputs(), getattr(args, 'fold', None), _stage_notebook(stage)) as run:
+    with start_run(stage, _params(args), args.inputs(), getattr(args, 'fold', None), _stage_notebook(stage)) as run:
         if not run.done: work(run, args)
     return run
+
+def _params(args): # as `ck run -p epochs 2` gives them: a whole number of a float argument is a float
+    floats = {f.name for f in fields(args) if f.type is float}
+    return {k: float(v) if k in floats and type(v) is int else v for k, v in asdict(args).items()}
 
 def _stage_notebook(stage): # Its file name, or None
     for nbs in (project_root()/'nbs', Path(core.__file__).resolve().parents[1]/'nbs'):

@@ -156,3 +156,17 @@ def test_a_run_reads_no_other_record(root, monkeypatch):
     monkeypatch.setattr(record, 'read_json', lambda p: read.append(p) or read_json(p))
     run()
     assert read == []
+
+def test_two_and_two_point_zero_are_one_run(root):
+    "papermill and a parameters cell give `epochs=2`, `ck run` gives `2.0`"
+    from dataclasses import dataclass
+    from competition_kit.record import run_stage
+    @dataclass(frozen=True)
+    class CountArgs:
+        epochs:float=1.
+        rows:int=1
+        def inputs(self): return {}
+    def count(run, args): run.finish(dict(rows=args.rows))
+    first, second = (run_stage(count, CountArgs(epochs=n, rows=3)) for n in (2, 2.))
+    assert first.id == second.id and first.record['params'] == dict(epochs=2., rows=3)
+    assert type(first.record['params']['rows']) is int
