@@ -7,7 +7,7 @@ __all__ = ['table_stages', 'Lined', 'read_yaml', 'recipe_folders', 'known_recipe
            'fill', 'Job', 'stage_parameters', 'expand', 'steps', 'graph_text', 'mermaid']
 
 # %% ../nbs/lib/12b_graph.ipynb #0fc84f17
-import difflib, functools, itertools, math, os, re
+import contextlib, difflib, functools, itertools, math, os, re
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -207,6 +207,8 @@ def _as_given(name, text, old): # The text of a command line as the type of the 
     try: value = yaml.safe_load(text)
     except yaml.YAMLError: value = text
     numbers = int, float
+    if type(old) in numbers and isinstance(value, str): # YAML takes 1e-4 for a text
+        with contextlib.suppress(ValueError): value = float(value)
     if type(value) is type(old) or type(value) in numbers and type(old) in numbers: return value
     raise Refusal(f'--set {name}={text}, and the recipe has {old!r}', fix=f'Give a {type(old).__name__}')
 
@@ -332,7 +334,8 @@ def expand(
     "The graph of a recipe: every instance of every job, checked"
     file = recipe['file']
     def where(line): return f'{file}:{line}' if line else file
-    instances = {step: _named(step, _instances(recipe, step, where)) for step in recipe['jobs']}
+    instances = {step: _named(step, _instances(recipe, step, where), where(recipe['jobs'].at.get(step)))
+                 for step in recipe['jobs']}
     jobs, out = {}, {}
     for step, names in instances.items():
         for name in names: jobs[name] = _job(recipe, step, name, instances, where)
@@ -341,8 +344,11 @@ def expand(
     _check_different(out)
     return _by_depth(out, list(jobs))
 
-def _named(step, variables): # Name of an instance → its variables
-    return {'/'.join([step, *map(str, v.values())]): v for v in variables}
+def _named(step, variables, where): # Name of an instance → its variables
+    names = ['/'.join([step, *map(str, v.values())]) for v in variables]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise Refusal(f'two instances have the name {min(twice)}', where, fix='Take values without / in foreach')
+    return dict(zip(names, variables))
 
 def _by_depth(jobs, written): # In the order of the longest way to a job, then of the file
     depth = {}

@@ -113,6 +113,18 @@ def test_scales_and_values(three):
         with pytest.raises(Refusal, match=what): names(scale, **values)
     assert expand(read_recipe('three', text='007'))['first/1'].args['text'] == '007'
 
+@pytest.mark.parametrize('given, rate', [('2e-4', 2e-4), ('1E-3', 1e-3), ('1', 1.), ('5.0e-5', 5e-5)])
+def test_a_set_number_may_be_written_as_usual(three, given, rate):
+    write_recipe(three, THREE.replace('text: none}', 'text: none, rate: 1.0e-4}').replace('seed: 3,', 'seed: 3, rate: $rate,'))
+    assert expand(read_recipe('three', rate=given))['last'].args['rate'] == rate
+    with pytest.raises(Refusal, match='--set rate=high.*Give a float'): read_recipe('three', rate='high')
+
+def test_no_instance_is_lost_because_of_its_name(three):
+    text = THREE.replace('foreach: {seed: $seeds}', "foreach: {a: [x, x/y], b: [y/z, z]}").replace(
+        'seed: $seed, text: $text', 'text: $a $b')
+    write_recipe(three, text)
+    with pytest.raises(Refusal, match='three.yaml:5: two instances have the name first/x/y/z'): expand(read_recipe('three'))
+
 def test_keys_follow_what_a_job_depends_on(three):
     old, new = (expand(read_recipe('three', **v)) for v in ({}, dict(seeds='[1, 5]')))
     assert old['first/1'].key == new['first/1'].key
