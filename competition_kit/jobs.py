@@ -40,8 +40,8 @@ def _files_named(word): # Files that a word of an argument means
     if word.removesuffix('_test') in samples: return []  # the kit makes them
     named = [data_path(f'{word}.parquet'), models_path(word, 'record.json'), project_root()/word]
     folder = data_path(word)
-    inside = [p for p in folder.glob('*') if not p.name.startswith('.')] if folder.is_dir() else []
-    return [p for p in [*named, *inside] if p.is_file()]
+    inside = [p for p in folder.glob('*') if not p.name.startswith('.')] if os.path.isdir(folder) else []
+    return [p for p in [*named, *inside] if os.path.isfile(p)]
 
 def _adopted(words): # Records of adopted probabilities, found by their names
     files = models_path().glob('adopt-*/record.json')
@@ -51,8 +51,9 @@ def outside(
     job, # `Job`
 ) -> dict: # File, base or `workbook` → hash
     "The inputs of a job from outside of its recipe"
-    words = {w for v in job.args.values() if isinstance(v, str) for w in re.findall(r'[\w./-]+', v)}
-    files = sorted({p for w in words for p in _files_named(w)} | set(_adopted(words)))
+    texts = [v for v in job.args.values() if v and isinstance(v, str)]
+    words = {w for v in texts for w in re.findall(r'[\w./-]+', v)}
+    files = sorted({p for w in {*texts, *words} for p in _files_named(w)} | set(_adopted(words)))
     root = project_root()
     names = {p: str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in files}
     bases = {w: base_hash(w) for w in sorted(words) if local_base(w)}
@@ -116,9 +117,10 @@ def run_job(
         if _is_newer(job_file(folder, job), [folder/plan['jobs'][k]['output'] for k in job.needs]): return 0
         job_file(folder, job, 'failed.json').unlink(missing_ok=True)
         params = job.args | {k: _resolved(v, folder, plan) for k, v in job.links.items()}
+        before = dict(defaults=defaults(job), outside=outside(job))
         r = _run(job, params, job_file(folder, job, 'again').exists())
         if r['code']: _write_failure(folder, job, r)
-        else: _write_done(folder, job, r)
+        else: _write_done(folder, job, r, before)
         return r['code']
 
 def _resolved(parts, folder, plan): # The text of a link, now that the jobs before have run
@@ -144,11 +146,13 @@ def _run_or_wait(notebook, params, gpus, again=False):
 
 
 # %% ../nbs/lib/12c_jobs.ipynb #3d152868
-def _write_done(folder, job, r):
+def _write_done(folder, job, r, before): # before: `defaults` and `outside` as the run found them
     if not r['run']: raise Refusal(f"{job.name}: the stage {job.stage} made no run")
     rec = find_run(r['run'])
-    facts = dict(job=job.name, run=r['run'], yields=yielded(rec), code=rec.get('code_hash'), defaults=defaults(job),
-                 outside=outside(job), ended=now())
+    table = f'data/{yielded(rec)}.parquet'  # which the run itself has written
+    found = {k: v for k, v in before['outside'].items() if k != table}
+    facts = dict(before, job=job.name, run=r['run'], yields=yielded(rec), code=rec.get('code_hash'),
+                 outside=outside(job) | found, ended=now())
     write_json(job_file(folder, job), facts)
     job_file(folder, job, 'again').unlink(missing_ok=True)
 

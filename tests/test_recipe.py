@@ -290,6 +290,29 @@ def test_what_comes_from_outside_counts_by_content(done):
     assert words() == ['to run', 'to run', 'done']
     assert 'changed: notes.txt' in plan_table(open_recipe('three'))
 
+@pytest.mark.parametrize('file, old, new, why', [('notes.txt', 'a', 'b', 'changed: notes.txt'),
+    ('nbs/90_work.ipynb', 'rate: float = 0.5', 'rate: float = 0.6', 'default of rate')])
+def test_what_changes_during_a_job_is_newer_than_its_result(three, file, old, new, why):
+    write_recipe(three, THREE.replace('text: none', 'text: notes.txt'))
+    (three/'notes.txt').write_text('a')
+    (three/'hold1').touch()
+    folder, job = planned()
+    p = subprocess.Popen([sys.executable, '-m', 'competition_kit.jobs', folder/'plan.json', job.key])
+    wait_for(lambda: starts(three) == ['1'])
+    (three/file).write_text((three/file).read_text().replace(old, new))
+    (three/'hold1').unlink()
+    assert p.wait(60) == 0
+    assert words()[0] != 'done' and why in plan_table(open_recipe('three'))
+
+def test_a_file_may_have_any_name(root):
+    from competition_kit.jobs import outside
+    args = "{corrections: 'data/my list (2).csv', data: '%s'}" % ('a b '*99)
+    job = jobs_of(f'recipe: v\njobs: {{split: {{stage: split, args: {args}}}}}', root)['split']
+    assert not outside(job)
+    (root/'data').mkdir(exist_ok=True)
+    (root/'data/my list (2).csv').write_text('id')
+    assert list(outside(job)) == ['data/my list (2).csv']
+
 def test_a_base_in_a_folder_counts_by_content(root):
     from competition_kit.jobs import outside
     job = jobs_of('recipe: v\njobs: {train: {stage: train, args: {mix: sample_arena, base: mine}}}', root)['train']
