@@ -64,11 +64,24 @@ def size_of_job(
 ): # (rows, `lmsys`, `wsdm` or `logic`), or None where the recipe does not say
     "The rows that a job reads"
     if (job.size or {}).get('rows'): return job.size['rows'], job.size.get('lengths', 'lmsys')
-    tables = [jobs[n] for name in ('mix', 'data') for n in linked(job, name)]
-    sizes = [size_of_job(t, jobs) for t in tables]
+    name = next((name for name in ('mix', 'data') if linked(job, name)), None)
+    return _size_of_mix(job, jobs, name) if name else None
+
+def _size_of_mix(job, jobs, name): # The same, from the tables of a mix that jobs make
+    from competition_kit.tables import parse_mix, validated_part
+    made = {f'job{k}': jobs[n] for k, n in enumerate(linked(job, name))}
+    left = iter(made)
+    mix = ''.join(' '.join(next(left) for _ in p) if isinstance(p, list) else p for p in job.links[name])
+    parts = [p for p in parse_mix(mix) if p.name in made]
+    sizes = [size_of_job(made[p.name], jobs) for p in parts]
     if not sizes or None in sizes: return None
-    folds = argument(tables[-1], 'folds') if 'mix' in job.links and tables[-1].stage == 'split' else None
-    return round(sum(n for n, _ in sizes)*(1-1/folds if folds else 1)), sizes[-1][1]
+    held = validated_part(mix) if name == 'mix' and argument(job, 'fold') != -1 else None
+    rows = [_taken(p, n, made[p.name] if p == held else None) for p, (n, _) in zip(parts, sizes)]
+    return round(sum(rows)), sizes[-1][1]
+
+def _taken(part, rows, split): # Of a table's rows: what a mix takes, without the fold that is held out
+    folds = argument(split, 'folds') if split and split.stage == 'split' else None
+    return min(part.n or rows, rows)*(part.share or 1)*(1-1/folds if folds else 1)
 
 # %% ../nbs/lib/12f_estimate.ipynb #4241b66f
 _FORWARD, _GPTQ = .89, 5/14e9*48  # Share of the matmul rate; seconds for each parameter of a layer, with 128 rows
@@ -175,8 +188,9 @@ def estimate(
     "The predicted cost of a job"
     if job.stage not in _models or not job.gpus: return {}
     rows_count = _models[job.stage] in (_training, _distilling, _predicting, _writing)
-    if rows_count and size_of_job(job, jobs) is None: return dict(why='no size in the recipe')
-    try: found = _models[job.stage](job, jobs, gpu)
+    try:
+        if rows_count and size_of_job(job, jobs) is None: return dict(why='no size in the recipe')
+        found = _models[job.stage](job, jobs, gpu)
     except Refusal as e: return dict(why=str(e).split('. ')[0])
     return dict(found, gpu_hours=found['hours']*job.gpus)
 
