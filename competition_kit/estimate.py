@@ -9,6 +9,7 @@ __all__ = ['argument', 'linked', 'base_of_job', 'dtype_of_job', 'size_of_job', '
 import ast, functools, heapq
 from .core import Refusal
 from .graph import stage_parameters
+from .record import find_run
 
 # %% ../nbs/lib/12f_estimate.ipynb #80b1ff3a
 def argument(
@@ -39,7 +40,10 @@ def base_of_job(
     if 'base' in job.args: return job.args['base']
     for link in ('base', 'start', 'members', 'runs', 'run'):
         if names := linked(job, link): return base_of_job(jobs[names[0]], jobs)
+    if runs := (job.args.get('start') or job.args.get('members') or '').split(): return _base_of_run(find_run(runs[0]))
     return argument(job, 'base')
+
+def _base_of_run(rec): return (rec.get('model') or rec['params'])['base']
 
 # %% ../nbs/lib/12f_estimate.ipynb #a17f0002
 def _training_of(job, jobs): # The training below a merge or a quantised model; else the job itself
@@ -117,7 +121,7 @@ def _predicting(job, jobs, gpu): # One model after the other
         texts = argument(_training_of(model, jobs), 'route') == 'text'
         if texts: found.append(_replies(model, jobs, gpu, rows, argument(job, 'samples', 1), 'vllm'))
         else: found.append(_forward(job, model, jobs, gpu))
-    if not found: return {}  # such as a vote of marked runs
+    if not found: return dict(why='its runs are not jobs of the recipe')  # such as a vote of marked runs
     return dict(memory_gb=max(f['memory_gb'] for f in found), hours=sum(f['hours'] for f in found), disk_gb=0)
 
 def _forward(job, model, jobs, gpu): # Of one model over the rows of a job; a teacher has the views of its own training
@@ -170,7 +174,8 @@ def _writing(job, jobs, gpu): # Two attempts at a text, on average, through vLLM
 
 def _pairing(job, jobs, gpu): # Each writer answers as many prompts
     from competition_kit.reply_cost import generation_cost
-    writers = [name.partition('@')[0] for name in argument(job, 'models').split()]
+    writers = [name.partition('@')[0] for name in (argument(job, 'models') or '').split()]
+    if not writers: return dict(why='no writers in the recipe')
     texts = 2*sum(int(side.split()[0]) for side in argument(job, 'rounds').split('>'))  # 25000 English:.3 > 24000
     costs = [generation_cost(texts//len(writers), 1, base, gpu, engine='vllm',
                              max_new_tokens=argument(job, 'max_new_tokens')) for base in writers]
@@ -192,7 +197,7 @@ def estimate(
         if rows_count and size_of_job(job, jobs) is None: return dict(why='no size in the recipe')
         found = _models[job.stage](job, jobs, gpu)
     except Refusal as e: return dict(why=str(e).split('. ')[0])
-    return dict(found, gpu_hours=found['hours']*job.gpus)
+    return dict(found, gpu_hours=found['hours']*job.gpus) if 'hours' in found else found
 
 # %% ../nbs/lib/12f_estimate.ipynb #a059c09c
 def wall_hours(

@@ -312,8 +312,9 @@ def _job(recipe, step, name, instances, where): # One instance as a `Job`, witho
     args, links = _args_and_links(job, names, own, instances, where)
     after = [n for text in job.get('after', []) for n in _refer(str(text), own, instances, where(job.at.get('after')))]
     gpus = fill(job.get('gpus', 0), names, where(job.at.get('gpus')))
-    if not isinstance(gpus, int) or gpus < 0: raise Refusal(f'gpus: {gpus!r}', where(job.at.get('gpus')))
+    if type(gpus) is not int or gpus < 0: raise Refusal(f'gpus: {gpus!r}', where(job.at.get('gpus')))
     size = fill(job.get('size', Lined()), names, line)
+    if type(size.get('rows', 1)) is not int: raise Refusal(f"rows: {size['rows']!r}", line, fix='Write a whole number')
     return Job(name, step, job['stage'], args, links, tuple(after), gpus, size, where=line)
 
 # %% ../nbs/lib/12b_graph.ipynb #39952125

@@ -81,6 +81,7 @@ def wait_for(condition, seconds=120):
     ('seed: $seed, text', 'seed: 7, text', 5, 'first/1 and first/2 have the same arguments'),
     ('seeds: [1]', 'sedes: [1]', 11, "no value 'sedes'"),
     ('one: {values', 'one: {valeus', 11, "unknown key 'valeus'"),
+    ('{stage: work, args: {seed: 3', '{stage: work, size: {rows: many}, args: {seed: 3', 9, "rows: 'many'"),
     ('about: Two', 'about: &x Two', 2, 'anchors'),
     ('about: Two', 'about: !!python/object:os.x Two', 2, 'tags'),
     ('[1, 2]', '[1, 2', 3, 'not YAML'),
@@ -115,7 +116,8 @@ def test_scales_and_values(three):
 
 @pytest.mark.parametrize('given, rate', [('2e-4', 2e-4), ('1E-3', 1e-3), ('1', 1.), ('5.0e-5', 5e-5)])
 def test_a_set_number_may_be_written_as_usual(three, given, rate):
-    write_recipe(three, THREE.replace('text: none}', 'text: none, rate: 1.0e-4}').replace('seed: 3,', 'seed: 3, rate: $rate,'))
+    text = THREE.replace('text: none}', 'text: none, rate: 1.0e-4}').replace('seed: 3,', 'seed: 3, rate: $rate,')
+    write_recipe(three, text)
     assert expand(read_recipe('three', rate=given))['last'].args['rate'] == rate
     with pytest.raises(Refusal, match='--set rate=high.*Give a float'): read_recipe('three', rate='high')
 
@@ -123,7 +125,8 @@ def test_no_instance_is_lost_because_of_its_name(three):
     text = THREE.replace('foreach: {seed: $seeds}', "foreach: {a: [x, x/y], b: [y/z, z]}").replace(
         'seed: $seed, text: $text', 'text: $a $b')
     write_recipe(three, text)
-    with pytest.raises(Refusal, match='three.yaml:5: two instances have the name first/x/y/z'): expand(read_recipe('three'))
+    with pytest.raises(Refusal, match='yaml:5: two instances have the name first/x/y/z'):
+        expand(read_recipe('three'))
 
 def test_keys_follow_what_a_job_depends_on(three):
     old, new = (expand(read_recipe('three', **v)) for v in ({}, dict(seeds='[1, 5]')))
@@ -346,6 +349,26 @@ def test_a_plan_predicts_what_it_can(root, capsys):
     plan('sized', gpu='H200', gpus=1)
     hours = [float(text.split('H200: ')[1].split(' h')[0]) for text in (out, capsys.readouterr().out)]
     assert hours[1] == pytest.approx(2*hours[0], rel=.1)
+
+@pytest.mark.parametrize('job, why', [
+    ('{stage: vote, size: {rows: 9}, gpus: 1}', 'its runs are not jobs of the recipe'),
+    ("{stage: vote, size: {rows: 9}, args: {runs: 'train-f0-1'}, gpus: 1}", 'its runs are not jobs of the recipe'),
+    ("{stage: gptq, args: {start: 'train-f0-1'}, gpus: 1}", "no run 'train-f0-1'"),
+    ("{stage: merge, args: {members: 'train-f0-1 train-f1-2'}, gpus: 1}", "no run 'train-f0-1'"),
+    ('{stage: pairs, gpus: 1}', 'no writers in the recipe')])
+def test_a_plan_says_why_it_cannot_predict_a_job(root, capsys, job, why):
+    write_recipe(root, f'recipe: odd\njobs: {{odd: {job}}}', 'odd')
+    assert plan('odd', gpu='H200', gpus=1) == 0
+    out = capsys.readouterr().out
+    assert why in out and 'not in the cost model: odd' in out
+
+def test_the_base_of_a_named_run_is_that_of_its_record(root):
+    from competition_kit.estimate import base_of_job
+    from competition_kit.record import start_run
+    for stage, more in (('train', {}), ('gptq', dict(model=dict(base='qwen2.5-14b')))):
+        with start_run(stage, dict(base='qwen2.5-7b', start=''), {}) as run: run.finish({}, **more)
+        job = jobs_of(f'recipe: v\njobs: {{v: {{stage: gptq, args: {{start: {run.id}}}}}}}', root)['v']
+        assert base_of_job(job, {}) == (more.get('model') or run.record['params'])['base']
 
 def test_a_plan_has_the_gpus_of_each_job(root, capsys):
     write_recipe(root, SIZED.replace('gpus: 1', 'gpus: $gpus').replace('jobs:', 'values: {gpus: 16}\njobs:'), 'sized')
