@@ -46,10 +46,15 @@ def step_scores(
     return out
 
 # %% ../nbs/lib/12g_report.ipynb #01cceb20
-def _scored_before(step, graph, scores, metric): # Steps before it that have the metric; past those that have none
+def _scored_on(rec): # The table whose held-out rows gave its score; '' where it names none
+    from competition_kit.tables import validated_part
+    params = rec.get('params') or {}
+    if mix := (rec.get('model') or params).get('mix'): return validated_part(mix).name
+    return params.get('data', '')
+
+def _scored_before(step, graph, usable): # Steps before it that are usable; past those that are not
     found = []
-    for before in graph[step][1]:
-        found += [before] if metric in scores[before] else _scored_before(before, graph, scores, metric)
+    for before in graph[step][1]: found += [before] if before in usable else _scored_before(before, graph, usable)
     return found
 
 def _folds(found, states, metric): # Fold → mean of the metric over the done instances of a step
@@ -79,9 +84,11 @@ def gains(
 ) -> dict: # Step → `before` and, for each metric, (gain, its error or None); positive is better
     "What each step gained over the best one before it"
     scores, graph, out = step_scores(jobs, states), steps(jobs), {}
+    tables = {step: {_scored_on(rec) for rec in _done(found, states)} for step, (found, _) in graph.items()}
     for step, own in scores.items():
         for metric, sign in dict(log_loss=-1, accuracy=1).items():
-            others = _scored_before(step, graph, scores, metric) if metric in own else []
+            usable = {s for s in scores if metric in scores[s] and tables[s] == tables[step]}
+            others = _scored_before(step, graph, usable) if metric in own else []
             if not others: continue
             best = max(others, key=lambda s: sign*scores[s][metric][0])
             line = out.setdefault(step, dict(before=best))
