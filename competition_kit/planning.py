@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 from .core import Refusal, atomic, project_root
 from .graph import expand, read_recipe
-from .log import plan_runs, planned
+from .log import LOG, plan_runs, planned
+from .run import check_params, find_notebook
 
 # %% ../nbs/lib/12h_planning.ipynb #f725be1d
 def recipe_of_plans(
@@ -40,6 +41,7 @@ def write_recipe(
     file, plans = project_root()/'recipes'/f'{name}.yaml', planned()
     if file.exists(): raise Refusal('there is a recipe of this name', file, fix='Take another name, or delete it')
     if not plans: raise Refusal('no row of the sheet `runs` has the status planned')
+    for plan in plans: _check_row(plan)
     text = yaml.safe_dump(recipe_of_plans(name, plans), sort_keys=False, allow_unicode=True)
     with atomic(file) as tmp: tmp.write_text(text, encoding='utf-8')
     try: expand(read_recipe(name))
@@ -47,6 +49,10 @@ def write_recipe(
         file.unlink()
         raise
     return file
+
+def _check_row(plan): # as `ck run` checks its parameters
+    try: check_params(find_notebook(plan['stage']), plan['params'])
+    except Refusal as e: raise Refusal(e, f"{LOG}, sheet runs, row {plan['row']}") from None
 
 # %% ../nbs/lib/12h_planning.ipynb #a5f00b4d
 def open_runs(

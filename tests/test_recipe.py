@@ -404,6 +404,16 @@ def test_planned_rows_are_a_recipe_and_back(three, capsys):
     assert main(['recipe', 'to-log', 'typed']) == 0
     assert len(planned()) == 4
 
+@pytest.mark.parametrize('plan, what', [(dict(stage='work', params=dict(sed=1)), "unknown parameter 'sed'"),
+    (dict(stage='work', params=dict(seed='x')), "'x' is not int"),
+    (dict(stage='wrok', params={}), "no notebook 'wrok'")])
+def test_a_wrong_planned_row_is_named(three, plan, what):
+    from competition_kit.log import plan_runs
+    from competition_kit.planning import write_recipe
+    plan_runs([dict(stage='work', params=dict(seed=7)), plan])
+    with pytest.raises(Refusal, match=f'sheet runs, row 3: .*{what}'): write_recipe('typed')
+    assert not (three/'recipes/typed.yaml').exists()
+
 def test_marks_in_the_workbook_ask_for_the_vote_again(root, monkeypatch):
     from competition_kit import jobs
     vote = jobs_of("recipe: v\njobs: {vote: {stage: vote, args: {data: sample_logic}}}", root)['vote']
