@@ -212,7 +212,7 @@ def _state(job, jobs, folder, states):
 # %% ../nbs/lib/12c_jobs.ipynb #c390d91f
 def _changed_code(job, made): # In words; an argument that the stage did not have then is no change
     notebook, today = find_notebook(job.stage), defaults(job)
-    if made['code'] != code_hash(notebook.name): return f'code cells of {notebook.stem}'
+    if made['code'] and made['code'] != code_hash(notebook.name): return f'code cells of {notebook.stem}'
     names = [k for k, v in made.get('defaults', {}).items() if today.get(k, v) != v]
     return f"default of {', '.join(names)} in {notebook.stem}" if names else ''
 

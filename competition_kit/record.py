@@ -47,14 +47,17 @@ def _leaves(obj, name=''): # Pairs of a dotted name and a value, from nested dic
 
 # %% ../nbs/lib/01_record.ipynb #6ec0ea08
 def code_hash(
-    notebook, # Name of a notebook in `nbs/`, with or without `.ipynb`
+    notebook, # Name of a notebook in `nbs/` of the project or of the kit, with or without `.ipynb`
 ) -> str: # 16 hex digits, or None when there is no such notebook
     "Hash of the code cells of `nbs/<notebook>`, without the parameters cell"
-    path = project_root()/'nbs'/f"{str(notebook).removesuffix('.ipynb')}.ipynb"
-    if not notebook or not path.is_file(): return None
+    name = f"{str(notebook).removesuffix('.ipynb')}.ipynb"
+    path = next((nbs/name for nbs in _stage_folders() if notebook and (nbs/name).is_file()), None)
+    if path is None: return None
     code = [c for c in read_json(path)['cells'] if c['cell_type'] == 'code']
     hashed = [c for c in code if 'parameters' not in c['metadata'].get('tags', [])]
     return hash_obj([''.join(c['source']) for c in hashed], 16)
+
+def _stage_folders(): return project_root()/'nbs', Path(core.__file__).resolve().parents[1]/'nbs'
 
 # %% ../nbs/lib/01_record.ipynb #dab08b50
 def module_hashes() -> dict: # Module of the kit → 10 hex digits, for those that are loaded
@@ -321,5 +324,5 @@ def _params(args): # as `ck run -p epochs 2` gives them: a whole number of a flo
     return {k: float(v) if k in floats and type(v) is int else v for k, v in asdict(args).items()}
 
 def _stage_notebook(stage): # Its file name, or None
-    for nbs in (project_root()/'nbs', Path(core.__file__).resolve().parents[1]/'nbs'):
+    for nbs in _stage_folders():
         if found := sorted(nbs.glob(f'[0-9]*_{stage}.ipynb')): return found[0].name

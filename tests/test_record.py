@@ -170,3 +170,11 @@ def test_two_and_two_point_zero_are_one_run(root):
     first, second = (run_stage(count, CountArgs(epochs=n, rows=3)) for n in (2, 2.))
     assert first.id == second.id and first.record['params'] == dict(epochs=2., rows=3)
     assert type(first.record['params']['rows']) is int
+
+def test_the_kits_own_notebooks_have_a_hash_in_every_project(root):
+    "a recipe of another project must see that the code of a stage has changed"
+    from competition_kit.record import code_hash
+    kits = code_hash('02_split')
+    assert kits and code_hash('02_split.ipynb') == kits and code_hash('') is code_hash('99_none') is None
+    write_json(root/'nbs/02_split.ipynb', dict(cells=[dict(cell_type='code', source=['x'], metadata={})]))
+    assert code_hash('02_split') not in (None, kits), "the project's own notebook comes first"
