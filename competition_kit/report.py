@@ -228,7 +228,7 @@ def gains_svg(
     return _svg(zero+360, height, f'gains in {metric}', parts)
 
 # %% ../nbs/lib/12g_report.ipynb #fcedca86
-def _seconds(text): return datetime.strptime(text, '%Y-%m-%dT%H:%M:%SZ').timestamp()
+def _seconds(text): return datetime.fromisoformat(text).timestamp() # whatever this machine's time zone is
 
 def _spans(jobs, states): # (name, start, end) of finished runs, in seconds
     recs = [(n, states[n].rec) for n in jobs if states[n].word == 'done' and states[n].rec]
