@@ -43,7 +43,8 @@ def write_profile(
 ) -> Path: # A folder, as Snakemake takes it
     "Write a profile; `PYTHON` in it becomes the Python that runs now"
     file = Path(folder)/'profile'/'config.yaml'
-    text = find_profile(name).read_text(encoding='utf-8').replace('PYTHON', shlex.quote(sys.executable))
+    python = shlex.quote(sys.executable)
+    text = re.sub(r'\bPYTHON\b', lambda m: python, find_profile(name).read_text(encoding='utf-8'))
     with atomic(file) as tmp: tmp.write_text(text, encoding='utf-8')
     return file.parent
 

@@ -211,6 +211,19 @@ def test_a_cluster_needs_the_plugin_of_snakemake(three, monkeypatch):
         with pytest.raises(Refusal, match=f'{name} is not installed'): run_recipe('three', profile=profile)
     assert not starts(three)
 
+def test_slurm_is_asked_for_no_memory_but_that_of_the_profile(three, monkeypatch):
+    "Snakemake would ask for 1,000 MB, and Slurm would kill a training at them"
+    pytest.importorskip('snakemake_executor_plugin_cluster_generic')
+    write_recipe(three, THREE.replace('text: $text}', 'text: $text}\n    gpus: 2'))
+    (three/'bin').mkdir()
+    for name, line in dict(sbatch=f'echo "$*" >>{three}/options; exit 1', squeue='').items():
+        (three/'bin'/name).write_text(f'#!/bin/sh\n{line}\n')
+        (three/'bin'/name).chmod(0o755)
+    monkeypatch.setenv('PATH', f"{three/'bin'}:{os.environ['PATH']}")
+    assert run_recipe('three', profile='slurm') == 1
+    first, *_ = (three/'options').read_text().splitlines()
+    assert '--gpus=2' in first and '--cpus-per-task=2' in first and '--mem' not in first
+
 NASTY = '$(touch pwned); `touch pwned` "\' & > pwned \\n %s'
 def test_a_failing_job_stops_only_those_after_it(three, capsys):
     "and no value reaches a shell"
