@@ -6,11 +6,11 @@
 __all__ = ['targets', 'Target', 'find_target', 'each', 'package_runs', 'largest_activation', 'check_fp16', 'base_folder',
            'package_bases', 'folder_bytes', 'check_model', 'needed_packages', 'pip_options', 'run_pip',
            'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file', 'prior_csv', 'prior_lines',
-           'prior_submission', 'file_fault', 'file_faults', 'machine_faults', 'clean_environment', 'install',
-           'whole_runs', 'vote_arguments', 'link_bases', 'ids_of', 'take_submission', 'guarded_vote',
-           'submission_cells', 'write_notebook', 'copy_run', 'copy_bases', 'class_shares', 'needed_files', 'file_list',
-           'package_sizes', 'check_size', 'package_facts', 'package_folder', 'bundle', 'adapter_config',
-           'adapter_package']
+           'host_test', 'prior_submission', 'file_fault', 'file_faults', 'found_gpus', 'machine_faults',
+           'clean_environment', 'install', 'whole_runs', 'vote_arguments', 'link_bases', 'ids_of', 'take_submission',
+           'guarded_vote', 'submission_cells', 'write_notebook', 'copy_run', 'copy_bases', 'class_shares',
+           'needed_files', 'file_list', 'package_sizes', 'check_size', 'package_facts', 'package_folder', 'bundle',
+           'adapter_config', 'adapter_package']
 
 # %% ../nbs/lib/11_bundle.ipynb #df8842bc
 import concurrent.futures, contextlib, csv, hashlib, importlib.metadata, inspect, io, json, os, re, shutil, signal
@@ -75,7 +75,7 @@ def each(
 # %% ../nbs/lib/11_bundle.ipynb #f724f28a
 def package_runs(
     names, # Run ids or their beginnings
-) -> tuple: # (records of models, dict: `rule`, `views`, `rescore`, `runs` with `run`, `voter` and `weight`)
+) -> tuple: # (records of models, dict: arguments of the vote, and `runs` with `run`, `voter` and `weight`)
     "The models to pack, and how they vote"
     recs = each(find_run, names)
     if not recs: raise Refusal('no run is named', fix='Name a finished vote, or train, distill, merge or gptq runs')
@@ -88,6 +88,8 @@ def package_runs(
     weights = [1. if w is None else float(w) for w in weights]
     return recs, dict(rule='mean', views=2, rescore=1., runs=_with_voters(recs, weights, 'mean'))
 
+_brought = 'rule', 'views', 'change', 'rescore', 'pack_tokens', 'max_memory_gb', 'samples', 'retries'  # of a vote
+
 def _of_vote(vote):
     if vote['status'] != 'done': raise Refusal(f"the vote is {vote['status']}", vote['run_id'], fix='Run it again')
     if other := [m for m in vote['members'] if '.' in m or not models_path(m, 'record.json').exists()]:
@@ -96,7 +98,7 @@ def _of_vote(vote):
     weights = dict(zip(vote['members'], vote['weights']))
     recs = [find_run(m) for m, w in weights.items() if w]
     each(_refuse_other, recs)
-    how = {k: vote['params'].get(k, default) for k, default in dict(rule='mean', views=2, rescore=1.).items()}
+    how = {k: vote['params'][k] for k in _brought if k in vote['params']}
     return recs, dict(how, runs=_with_voters(recs, [weights[r['run_id']] for r in recs], 'sum'))
 
 def _refuse_other(rec): # a run that is no finished model
@@ -257,14 +259,13 @@ def resolve(
     wheels='',     # As for `pip_options`
 ) -> list: # Dicts of `name`, `version`, `sha256`
     "The wheels that a target needs, with their hashes, before anything is downloaded"
-    requirements = list(requirements)
-    for _ in range(4):
+    requirements, more = list(requirements), True
+    while more:
         with tempfile.TemporaryDirectory() as tmp:
             run_pip('install', '--dry-run', '--ignore-installed', '--target', tmp, '--report', f'{tmp}/report.json',
                     *pip_options(target, wheels), *requirements)
             found = read_json(f'{tmp}/report.json')['install']
         more = missing_on_target(found, target) if target.python else []
-        if not more: break
         requirements += more
     return [dict(name=o['metadata']['name'], version=o['metadata']['version'],
                  sha256=o['download_info']['archive_info']['hashes']['sha256']) for o in found]
@@ -337,6 +338,17 @@ def prior_lines(
         if question.get('answer') not in tuple('ABCDEFG'): question['answer'] = 'A'
     return ''.join(json.dumps(line, ensure_ascii=False)+'\n' for line in lines).encode()
 
+def host_test(
+    sample, # The host's sample submission
+) -> Path: # None where there is none
+    "The host's test file: in the folder of the sample, or below it"
+    def is_test(p):
+        name = p.name.lower()
+        if 'sample' in name and 'submi' in name or not re.search('(?<![a-z])test', name): return False
+        return p.suffix.lower() in ('.csv', '.json', '.jsonl', '.parquet', '.zip', '.gz') and p.is_file()
+    found = filter(is_test, Path(sample).parent.rglob('*'))
+    return min(found, key=lambda p: (len(p.parts), str(p)), default=None)
+
 def prior_submission(
     sample,     # The host's sample submission
     out,        # Where to
@@ -367,6 +379,11 @@ def file_faults(
         found = dict(zip(files, pool.map(lambda name: file_fault(Path(package)/name, *files[name]), files)))
     return {name: fault for name, fault in found.items() if fault}
 
+def found_gpus() -> list: # Texts, such as `Tesla T4, 15360 MiB, 550.54.15`
+    "The GPUs of this machine"
+    ask = ['nvidia-smi', '--query-gpu=name,memory.total,driver_version', '--format=csv,noheader']
+    return subprocess.run(ask, capture_output=True, text=True).stdout.splitlines() if shutil.which('nvidia-smi') else []
+
 def machine_faults(
     target:dict, # Fields of a `Target`
 ) -> list: # Sentences
@@ -374,8 +391,7 @@ def machine_faults(
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/1e9
     disk = shutil.disk_usage(tempfile.gettempdir()).free/1e9
     print(f'Python {sys.version.split()[0]}, {memory:.0f} GB memory, {disk:.0f} GB free in {tempfile.gettempdir()}')
-    ask, gpus = ['nvidia-smi', '--query-gpu=name,memory.total,driver_version', '--format=csv,noheader'], []
-    if shutil.which('nvidia-smi'): gpus = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+    gpus = found_gpus()
     print(*(gpus or ['no GPU']), sep='\n')
     faults, version = [], '.'.join(map(str, sys.version_info[:2]))
     if version != target['python']: faults.append(f"Python {version}; the wheels are for {target['python']}")
@@ -415,16 +431,19 @@ def whole_runs(
 
 def vote_arguments(
     runs:list,     # From `whole_runs`
-    how:dict,      # `rule`, `views` and `rescore`
+    how:dict,      # `rule`, `views` and other arguments of a vote
     minutes:float, # For the vote
     test,          # The host's test file
     sample,        # The host's sample submission
+    gpus:int=1,    # How many there are; each takes a part of the rows, except for the rule `ranks`
 ) -> dict: # Of `VoteArgs`
     "The arguments of `10_vote`"
     by_voter = {r['voter']: r['weight'] for r in runs}
     budget = 0. if how['rule'] == 'ranks' else minutes  # ranks need every voter for every row
+    alone = how['rule'] == 'ranks' or how.get('rescore') == 0  # in one process
     return dict(how, runs=' '.join(r['run'] for r in runs), weights=' '.join(map(str, by_voter.values())),
-                budget=budget, test=str(Path(test).resolve()), sample=str(Path(sample).resolve()))
+                budget=budget, gpus=1 if alone else max(gpus, 1), test=str(Path(test).resolve()),
+                sample=str(Path(sample).resolve()))
 
 # %% ../nbs/lib/11_bundle.ipynb #8f797ab0
 def link_bases(
@@ -462,7 +481,8 @@ def take_submission(
     out,    # Where to
 ) -> dict: # What the vote says that it lacks; None while no model has seen a row
     "Copy the vote's newest submission, if it has the sample's columns and ids in order"
-    for file in Path(root).glob(f'models/vote-*/submission{Path(sample).suffix}'):
+    found = Path(root).glob(f'models/vote-*/submission{Path(sample).suffix}')
+    for file in sorted(found, key=os.path.getmtime, reverse=True):
         missing, record = file.parent/'missing.json', file.parent/'record.json'
         done = record.exists() and json.loads(record.read_text())['status'] == 'done'
         lacks = json.loads(missing.read_text()) if missing.exists() else {}
@@ -505,11 +525,11 @@ run_stage(vote, VoteArgs(**json.loads(sys.argv[1])))'''
 _settings = '''PACKAGE = ''  # folder of this package; empty: found by its bundle.json
 TEST = ''     # the host's test file; empty: beside the sample
 SAMPLE = ''   # the host's sample submission; empty: found by its name
-OUT = 'submission.csv'
+OUT = '{out}'
 MINUTES = {minutes}  # until the deadline, counted from the next cell
 WORK = ''     # scratch folder; empty: a temporary one'''
 
-_start = '''import concurrent.futures, contextlib, csv, hashlib, io, json, os, shutil, signal
+_start = '''import concurrent.futures, contextlib, csv, hashlib, io, json, os, re, shutil, signal
 import subprocess, sys, tempfile, time
 from pathlib import Path
 START, faults = time.time(), []
@@ -533,11 +553,12 @@ facts = dict(prior={}, files={}, runs=[], target={})
 with noted('package'):
     package = Path(PACKAGE) if PACKAGE else first_file('bundle.json', *places).parent
     facts = json.loads((package/'bundle.json').read_text())
+    print(f'package: {package}')
 with noted('first submission'):
     sample = Path(SAMPLE) if SAMPLE else first_file('*sample*submi*', *places)
-    test = Path(TEST) if TEST else first_file('*test*', sample.parent)
+    test = Path(TEST) if TEST else host_test(sample)
     prior_submission(sample, OUT, facts['prior'])
-    print(f'{OUT}: the class prior')
+    print(f'{OUT}: the class prior, for {sample}; test file: {test}')
 damaged = {}
 with noted('files'): damaged = file_faults(package, facts['files'])
 with noted('machine'): faults += machine_faults(facts['target'])
@@ -564,7 +585,8 @@ with noted('vote'):
     elif python:
         link_bases(package, facts['bases'], facts['files'], root)
         environment = clean_environment(CK_ROOT=str(root.resolve()), CK_BASES=str((root/'bases').resolve()))
-        arguments = vote_arguments(runs, facts['how'], minutes, test, sample)
+        gpus = min(len(found_gpus()), facts['target']['gpus'])
+        arguments = vote_arguments(runs, facts['how'], minutes, test, sample, gpus)
         lacks, why = guarded_vote(python, root, environment, arguments, sample, OUT, DEADLINE)
 report = dict(submission='the class prior' if lacks is None else 'the vote', lacks=lacks, ended_early=why,
               left_out=broken, faults=faults, minutes=round((time.time()-START)/60, 2))
@@ -574,12 +596,14 @@ print(json.dumps(report, indent=1))'''
 # %% ../nbs/lib/11_bundle.ipynb #c5513015
 def submission_cells(
     target:Target,
+    out:str='submission.csv', # Name of the submission
 ) -> list: # Source of the code cells: settings, checks, installation, vote
     "The cells of the submission notebook"
     def source(*functions): return '\n\n'.join(inspect.getsource(f).rstrip() for f in functions)
-    checks = source(replace_file, prior_csv, prior_lines, prior_submission, file_fault, file_faults, machine_faults)
+    checks = source(replace_file, prior_csv, prior_lines, host_test, prior_submission, file_fault, file_faults,
+                    found_gpus, machine_faults)
     votes = source(whole_runs, link_bases, vote_arguments, ids_of, take_submission, guarded_vote)
-    return [_settings.format(minutes=int(target.hours*60*.95)), '\n\n'.join([_start, checks, _first]),
+    return [_settings.format(out=out, minutes=int(target.hours*60*.95)), '\n\n'.join([_start, checks, _first]),
             '\n\n'.join([source(clean_environment, install), _second]), '\n\n'.join([votes, _third])]
 
 # %% ../nbs/lib/11_bundle.ipynb #c68bb0a3
@@ -587,11 +611,12 @@ def write_notebook(
     path,
     target:Target,
     title:str, # Heading
+    out:str='submission.csv', # As for `submission_cells`
 ):
     "Write the submission notebook; papermill can set its parameters"
     text = ('The first cell writes a submission and checks files and machine, the second installs, the third votes. '
             'Whatever fails, a valid submission stays, and `missing.json` says what it lacks.')
-    sources = [('markdown', f'# {title}\n\n{text}'), *(('code', s) for s in submission_cells(target))]
+    sources = [('markdown', f'# {title}\n\n{text}'), *(('code', s) for s in submission_cells(target, out))]
     cells = [dict(cell_type=kind, id=f'cell-{k}', metadata={}, source=s.splitlines(keepends=True))
              for k, (kind, s) in enumerate(sources)]
     for c in cells[1:]: c |= dict(execution_count=None, outputs=[])
@@ -740,7 +765,8 @@ def bundle(
     for rec in recs: copy_run(rec, tmp/'models')
     names = copy_bases(bases, tmp/'bases')
     write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
-    write_notebook(tmp/'submit.ipynb', t, f"Submission of {', '.join(runs)}")
+    submission = 'submission.csv' if tasks[recs[0]['task']].pair else 'submission.jsonl'
+    write_notebook(tmp/'submit.ipynb', t, f"Submission of {', '.join(runs)}", submission)
     tmp.rename(out)
     return out
 

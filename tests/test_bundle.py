@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
-                                    guarded_vote, install, link_bases, missing_on_target, package_bases, package_facts,
-                                    package_runs, prior_submission, submission_cells, take_submission, targets,
-                                    whole_runs)
+                                    guarded_vote, host_test, install, link_bases, missing_on_target, package_bases,
+                                    package_facts, package_runs, prior_submission, resolve, submission_cells,
+                                    take_submission, targets, vote_arguments, whole_runs)
 from competition_kit.ck import main
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
 from competition_kit.record import find_run, run_stage, start_run
@@ -27,6 +27,21 @@ def test_a_vote_brings_its_voters_and_weights(runs):
     assert [r['run_id'] for r in recs] == held.record['members'][:4], 'a voter of weight 0 stays at home'
     packed = voter_weights(ballot, ' '.join(str(w) for w in {r['voter']: r['weight'] for r in how['runs']}.values()))
     np.testing.assert_allclose(run_weights(ballot, packed), held.record['weights'][:4])
+
+def test_a_vote_brings_its_arguments(runs):
+    "else a package would ask five times for each reply, or leave the memory limit at home"
+    given = dict(weights='3 1 1', views=1, rescore=.5, pack_tokens=1024, max_memory_gb=8., samples=1, retries=0)
+    how = package_runs([run_stage(vote, VoteArgs(**given)).id])[1]
+    packed = vote_arguments(how.pop('runs'), how, 30, 'test.csv', 'sample.csv')
+    kept = {k: v for k, v in vars(VoteArgs(**packed)).items() if k in given and k != 'weights'}
+    assert kept == {k: v for k, v in given.items() if k != 'weights'}
+
+def test_all_gpus_vote_where_rows_can_be_cut():
+    one = dict(run='train-f0-1', voter=0, weight=1.)
+    def gpus(n, **how): return vote_arguments([one], dict(rule='mean') | how, 9, 'test.csv', 's.csv', n)['gpus']
+    assert [gpus(n) for n in (0, 1, 4)] == [1, 1, 4]
+    assert gpus(4, rescore=.5) == 4 and gpus(4, rescore=0.) == gpus(4, rule='ranks') == 1
+    VoteArgs(**vote_arguments([one], dict(rule='ranks', rescore=1.), 9, 'test.csv', 's.csv', 4))
 
 def test_faults_come_together_and_before_any_file(runs, own_root):
     for run in runs[:2]:
@@ -149,6 +164,28 @@ def test_only_a_valid_submission_of_a_model_replaces_the_prior(samples, own_root
     assert take_submission(own_root/'root', sample, out)['no_model'] == 3
     assert out.read_bytes() == sample.read_bytes()
 
+def test_the_newest_submission_is_taken(samples, own_root):
+    "the folder of an earlier vote lies there too where WORK is used again"
+    sample, out = find_sample('sample_arena'), own_root/'submission.csv'
+    text = sample.read_text()
+    for k, name in enumerate('bca'):
+        folder = own_root/f'root/models/vote-{name}'
+        folder.mkdir(parents=True)
+        (folder/'submission.csv').write_text(text)
+        os.utime(folder/'submission.csv', (k, k if name != 'c' else 9))
+        write_json(folder/'missing.json', dict(rows=8, no_model=k))
+    assert take_submission(own_root/'root', sample, out)['no_model'] == 1
+
+@pytest.mark.parametrize('files, found', [
+    (['test.csv', 'train.csv'], 'test.csv'), (['Test.parquet', 'latest.csv', 'a/test.csv'], 'Test.parquet'),
+    (['sample_submission_test.csv', 'z/test_rows.jsonl'], 'z/test_rows.jsonl'), (['test.md', 'contest.csv'], None)])
+def test_the_test_file_is_found_beside_the_sample(own_root, files, found):
+    (own_root/'sample_submission.csv').write_text('id')
+    for f in files:
+        (own_root/f).parent.mkdir(exist_ok=True)
+        (own_root/f).write_text('id')
+    assert host_test(own_root/'sample_submission.csv') == (found and own_root/found)
+
 def test_a_vote_that_hangs_ends_at_the_deadline(samples, own_root):
     sample, out = find_sample('sample_arena'), own_root/'submission.csv'
     prior_submission(sample, out, {})
@@ -167,6 +204,7 @@ def test_the_notebook_needs_nothing_but_python_and_leaves_the_prior(samples, own
     given = settings.replace("PACKAGE = ''", "PACKAGE = 'nowhere'").replace("SAMPLE = ''", f'SAMPLE = {str(sample)!r}')
     script = own_root/'cells.py'
     script.write_text('\n\n'.join([given, *cells]))
+    assert "OUT = 'submission.jsonl'" in submission_cells(targets['cpu'], 'submission.jsonl')[0]
     p = subprocess.run([sys.executable, '-I', '-S', script], cwd=own_root, capture_output=True, text=True)
     assert not p.returncode, p.stderr
     assert check_submission(own_root/'submission.csv', sample, 'preference')
@@ -188,6 +226,11 @@ def test_markers_of_the_target_count():
              'e; extra == "x"']
     found = [dict(metadata=dict(name='A.b', requires_dist=lines))]
     assert missing_on_target(found, targets['l4x4']) == ['c']
+
+def test_what_only_the_target_needs_is_followed_to_the_end(own_root):
+    for k in range(7): wheel(own_root/'wheels', f'w{k}', '1.0', [f'w{k+1}; python_version >= "3.12"']*(k < 6))
+    found = resolve(['w0'], targets['l4x4'], own_root/'wheels')
+    assert sorted(o['name'] for o in found) == [f'w{k}' for k in range(7)]
 
 def test_wheels_that_are_not_there_are_named(runs, own_root):
     wheel(own_root/'wheels', 'torch', '2.13.0')
