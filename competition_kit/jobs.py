@@ -183,10 +183,13 @@ def _fault(job, made, rec): # Why a result is outdated; '' where it is valid
     return f"changed: {', '.join(changed)}" if changed else ''
 
 def _table_fault(name, rec):
-    table, wrote = data_path(f'{name}.parquet'), (rec.get('outputs') or {}).get('rows.parquet')
-    if wrote is None: return ''
-    if not table.exists(): return f'the table {name} is gone'
-    return '' if file_sums([table])[table] == wrote else f'the table {name} is not the one that the run wrote'
+    tables = {name: 'rows.parquet', f'{name}_test': 'test.parquet'}
+    for table, output in tables.items():
+        file, wrote = data_path(f'{table}.parquet'), (rec.get('outputs') or {}).get(output)
+        if wrote is None: continue
+        if not file.exists(): return f'the table {table} is gone'
+        if file_sums([file])[file] != wrote: return f'the table {table} is not the one that the run wrote'
+    return ''
 
 # %% ../nbs/lib/12c_jobs.ipynb #291bc311
 def job_states(

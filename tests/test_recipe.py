@@ -3,7 +3,7 @@ import contextlib, os, re, resource, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from competition_kit.ck import main
-from competition_kit.core import Refusal, models_path, root_at, write_json
+from competition_kit.core import Refusal, models_path, root_at, sha256, write_json
 from competition_kit.graph import expand, find_recipe, known_recipes, read_recipe
 from competition_kit.jobs import _is_held, plan_of, recipe_folder, run_job
 from competition_kit.record import find_run
@@ -339,6 +339,21 @@ def test_a_base_in_a_folder_counts_by_content(root):
     first = outside(job)
     (root/'mine/model.safetensors').write_text('second')
     assert len({str(x) for x in (before, first, outside(job))}) == 3
+
+def test_both_tables_of_a_split_count(root):
+    "by hand, somebody has split the same training file with another test file"
+    from competition_kit.jobs import _table_fault
+    (root/'data').mkdir()
+    outputs = {}
+    for end, file in (('', 'rows.parquet'), ('_test', 'test.parquet')):
+        (root/f'data/mine{end}.parquet').write_text(file)
+        outputs[file] = sha256(root/f'data/mine{end}.parquet')
+    assert _table_fault('mine', dict(outputs=outputs)) == ''
+    (root/'data/mine_test.parquet').write_text('other')
+    assert _table_fault('mine', dict(outputs=outputs)) == 'the table mine_test is not the one that the run wrote'
+    (root/'data/mine_test.parquet').unlink()
+    assert _table_fault('mine', dict(outputs=outputs)) == 'the table mine_test is gone'
+    assert _table_fault('mine', dict(outputs={'rows.parquet': outputs['rows.parquet']})) == ''
 
 def test_a_lost_run_is_made_again(done):
     made = open_recipe('three').states['first/2'].made
