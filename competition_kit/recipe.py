@@ -117,18 +117,22 @@ LIMIT = 1.  # GPU-hours that are repeated without a question
 
 def repeated(
     opened, # From `open_recipe`
-): # (names of jobs, GPU-hours that they took)
-    "The done jobs that an edited code cell makes us repeat"
+): # (names of jobs, GPU-hours that they and the jobs after them took)
+    "The done jobs that an edited code cell makes us repeat; where their results differ, the jobs after them run again"
     names = [n for n, s in opened.states.items() if s.word == 'changed code']
-    recs = [(opened.jobs[n], opened.states[n].rec) for n in names]
-    return names, sum(max(j.gpus, 0)*(r.get('minutes') or 0)/60 for j, r in recs)
+    every = set(names)
+    for n, job in opened.jobs.items():
+        if every & set(job.needs): every.add(n)
+    recs = [(opened.jobs[n], opened.states[n].rec or {}) for n in every]
+    return names, sum(job.gpus*(rec.get('minutes') or 0)/60 for job, rec in recs)
 
 def _refuse_repeats(opened):
     names, hours = repeated(opened)
     if not names: return
-    print(f"code cells have changed since: {', '.join(names)} ({hours:.1f} GPU-hours)", flush=True)
+    text = f"code cells have changed since: {', '.join(names)}"
+    print(f'{text} (with the jobs after them {hours:.1f} GPU-hours)', flush=True)
     if hours <= LIMIT: return
-    raise Refusal(f'{hours:.1f} GPU-hours would be repeated, and the limit is {LIMIT:g}',
+    raise Refusal(f'up to {hours:.1f} GPU-hours would be repeated, and the limit is {LIMIT:g}',
                   fix='Repeat them with --yes, or use the results of the older code with --as-is')
 
 # %% ../nbs/11_recipe.ipynb #3d5e3c4d

@@ -4,10 +4,10 @@ from pathlib import Path
 import nbformat, pytest
 from competition_kit.ck import main
 from competition_kit.core import Refusal, models_path, root_at, sha256, write_json
-from competition_kit.graph import expand, find_recipe, known_recipes, read_recipe
-from competition_kit.jobs import _is_held, plan_of, recipe_folder, run_job
+from competition_kit.graph import Job, expand, find_recipe, known_recipes, read_recipe
+from competition_kit.jobs import State, _is_held, plan_of, recipe_folder, run_job
 from competition_kit.record import find_run
-from competition_kit.recipe import open_recipe, plan, plan_table, report, run_recipe
+from competition_kit.recipe import Opened, open_recipe, plan, plan_table, repeated, report, run_recipe
 
 CK = [sys.executable, '-m', 'competition_kit.ck', 'recipe']
 WORK = '''import time
@@ -285,6 +285,15 @@ def test_prose_repeats_nothing_and_code_asks(done, monkeypatch):
     monkeypatch.setattr('competition_kit.recipe.repeated', lambda opened: (list(opened.jobs), 2.))
     with pytest.raises(Refusal, match='2.0 GPU-hours would be repeated.*--yes'): run_recipe('three')
     assert starts(done) == ['1', '2', '3']
+
+def test_the_hours_after_changed_code_count(root):
+    "a split of another result repeats the trainings after it"
+    jobs = {n: Job(n, n, 'work', {}, {}, needs, gpus) for n, needs, gpus in
+            [('split', (), 0), ('train', ('split',), 8), ('vote', ('train',), 1), ('other', (), 8)]}
+    recs = {n: dict(minutes=m) for n, m in dict(split=1, train=600, other=60).items()}
+    words = dict(split='changed code', train='to run', vote='to run', other='done')
+    opened = Opened({}, jobs, root, {n: State(word, '', {}, recs.get(n)) for n, word in words.items()})
+    assert repeated(opened) == (['split'], 80)
 
 def test_a_changed_default_asks_and_a_new_argument_does_not(done):
     book = (done/'nbs/90_work.ipynb').read_text()
