@@ -59,9 +59,9 @@ def open_runs(
     jobs,   # From `expand`
     states, # From `job_states`
 ) -> list: # Dicts of `stage` and `params`
-    "The jobs that have not run, and whose arguments are known"
+    "The jobs that have not run and do not run now, and whose arguments are known"
     yields = {n: s.made['yields'] for n, s in states.items() if s.word == 'done'}
-    left = [j for n, j in jobs.items() if n not in yields and all(need in yields for need in j.needs)]
+    left = [j for n, j in jobs.items() if states[n].word not in ('done', 'running') and yields.keys() >= set(j.needs)]
     return [dict(stage=j.stage, params=j.args | {k: _text(v, yields) for k, v in j.links.items()}) for j in left]
 
 def _text(parts, yields): # The text of a link, from the results of the jobs that it names
