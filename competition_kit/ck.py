@@ -11,7 +11,7 @@ from pathlib import Path
 from time import monotonic
 from .core import Refusal, content_hash, models_path, project_root, root_at, to_json, versions
 from .record import BEST, best_baselines, code_hash, find_run, records
-from .log import planned, refuse_plan, show_run, sync_log
+from .log import LOG, planned, refuse_plan, show_run, sync_log
 from .run import declared, find_notebook, gpu_ids, nvidia_smi, read_notebook, run_notebook
 
 # %% ../nbs/lib/12a_ck.ipynb #d7c5225e
@@ -159,10 +159,13 @@ def _ancestors(rec): # Folders in `models/` that a run was made from, and those 
 def _link_inputs(rec, home, copy): # Links in `copy` to everything in `home` that the run needs
     models = copy/'models'
     models.mkdir(parents=True)
-    links = {home/'nbs': copy/'nbs'} | {models_path(name): models/name for name in {'bases', *_ancestors(rec)}}
+    others = [p for p in home.iterdir() if p.name not in ('data', 'models') and not p.name.startswith(('.', LOG))]
+    links = {p: copy/p.name for p in others} | {models_path(k): models/k for k in {'bases', *_ancestors(rec)}}
     for source, link in links.items():
         if source.exists(): link.symlink_to(source.resolve(), target_is_directory=True)
     if (home/'data').exists(): _link_files(home/'data', copy/'data')
+    for name in (LOG, 'models/people.json'):
+        if (home/name).exists(): shutil.copyfile(home/name, copy/name)
 
 def _link_files(source, copy): # A folder with a link for each file of another one
     copy.mkdir()

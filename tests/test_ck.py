@@ -145,6 +145,32 @@ def test_repro(project, capsys, monkeypatch):
     assert (project/'data/more/table.txt').read_text() == 'none'  # the repetition has published its own
     assert (project/'models/.repro'/id/'data/more/table.txt').read_text() == 'grim'
 
+WEIGH = ['of: str = ""\nfile: str = ""', '''from competition_kit.core import project_root
+from competition_kit.log import people
+from competition_kit.record import start_run
+inputs = dict(weight=str(people(of)['vote_weight']), file=(project_root()/file).read_text())
+with start_run("weigh", dict(of=of, file=file), inputs, notebook="91_weigh.ipynb") as run:
+    if not run.done: run.finish({})''']
+
+def test_repro_sees_what_people_wrote_and_files_of_the_root(project, capsys):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in WEIGH])
+    nb.cells[0].metadata.tags = ['parameters']
+    nbformat.write(nb, project/'nbs/91_weigh.ipynb')
+    (project/'mine').mkdir()
+    (project/'mine/test.csv').write_text('id')
+    with start_run('demo', {}, {}) as first: first.finish({})
+    book = openpyxl.load_workbook(project/'experiments_log.xlsx')
+    at = {c.value: c.column for c in book['runs'][1]}
+    book['runs'].cell(2, at['vote_weight'], .5)
+    book.save(project/'experiments_log.xlsx')
+    assert main(['run', 'weigh', '-p', 'of', first.id, '-p', 'file', 'mine/test.csv']) == 0
+    run = find_run('weigh')
+    assert run['inputs'] == dict(weight='0.5', file='id')
+    before = (project/'experiments_log.xlsx').read_bytes()
+    assert main(['log', 'repro', run['run_id'], '--go']) == 0
+    assert 'came out equal' in capsys.readouterr().out
+    assert (project/'experiments_log.xlsx').read_bytes() == before
+
 def test_repro_borrows_the_runs_behind_its_inputs(project, capsys):
     with start_run('demo', dict(lr=1.), {}, fold=0) as first: first.finish({})
     with start_run('demo', dict(lr=2.), dict(start=first.id), fold=0) as second: second.finish({})
