@@ -319,7 +319,7 @@ def prior_csv(
     prior:dict, # Label → probability; empty keeps the values of the sample
 ) -> bytes:
     "The sample with the class prior: probabilities, or the most frequent label"
-    header, *rows = csv.reader(io.StringIO(Path(sample).read_text(encoding='utf-8')))
+    header, *rows = filter(None, csv.reader(io.StringIO(Path(sample).read_text(encoding='utf-8-sig'))))
     if prior and set(header) == {'id', *(f'winner_{k}' for k in prior)}:
         rows = [[o if c == 'id' else f'{prior[c[7:]]:.9g}' for c, o in zip(header, row)] for row in rows]
     if prior and 'winner' in header:
@@ -333,7 +333,7 @@ def prior_lines(
     sample, # The host's sample submission, JSON lines
 ) -> bytes:
     "The sample with an A where it has no letter"
-    lines = [json.loads(line) for line in Path(sample).read_text(encoding='utf-8').split('\n') if line.strip()]
+    lines = [json.loads(line) for line in Path(sample).read_text(encoding='utf-8-sig').split('\n') if line.strip()]
     for question in (q for line in lines for q in line['questions']):
         if question.get('answer') not in tuple('ABCDEFG'): question['answer'] = 'A'
     return ''.join(json.dumps(line, ensure_ascii=False)+'\n' for line in lines).encode()
@@ -469,11 +469,11 @@ def ids_of(
     path, # A submission or a sample
 ) -> list: # Its columns or kind, and its ids in order
     "What a submission must have in common with the sample"
-    text = Path(path).read_text(encoding='utf-8')
+    text = Path(path).read_text(encoding='utf-8-sig')
     if Path(path).suffix == '.jsonl': return [json.loads(line)['id'] for line in text.split('\n') if line.strip()]
-    header, *rows = csv.reader(io.StringIO(text))
+    header, *rows = filter(None, csv.reader(io.StringIO(text)))
     at = header.index('id')
-    return [header, *(row[at:at+1] for row in rows)]
+    return [header, *([row[at]] for row in rows)]
 
 def take_submission(
     root,   # Project root of the vote

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
-                                    guarded_vote, host_test, install, link_bases, missing_on_target, package_bases,
-                                    package_facts, package_runs, prior_submission, resolve, submission_cells,
-                                    take_submission, targets, vote_arguments, whole_runs)
+                                    guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
+                                    package_bases, package_facts, package_runs, prior_submission, resolve,
+                                    submission_cells, take_submission, targets, vote_arguments, whole_runs)
 from competition_kit.ck import main
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
 from competition_kit.record import find_run, run_stage, start_run
@@ -163,6 +163,20 @@ def test_only_a_valid_submission_of_a_model_replaces_the_prior(samples, own_root
     one_vote(own_root, 3, text)
     assert take_submission(own_root/'root', sample, out)['no_model'] == 3
     assert out.read_bytes() == sample.read_bytes()
+
+@pytest.mark.parametrize('data', [
+    b'\xef\xbb\xbfid,winner_model_a,winner_model_b,winner_tie\r\n1,.3,.3,.4\r\n2,.3,.3,.4\r\n',
+    b'id,winner_model_a,winner_model_b,winner_tie\n1,.3,.3,.4\n2,.3,.3,.4\n\n',
+    b'\xef\xbb\xbf{"id": "x", "questions": [{"answer": ""}]}\n\n'])
+def test_a_sample_with_a_byte_order_mark_or_an_empty_line(own_root, data):
+    sample = own_root/f"sample_submission.{'csv' if b',winner' in data else 'jsonl'}"
+    sample.write_bytes(data)
+    out = own_root/f'submission{sample.suffix}'
+    prior_submission(sample, out, dict(model_a=.5, model_b=.3, tie=.2))
+    assert check_submission(out, sample, 'preference' if sample.suffix == '.csv' else 'choice')
+    clean = own_root/f'clean{sample.suffix}'
+    clean.write_bytes(data.removeprefix(b'\xef\xbb\xbf').rstrip()+b'\n')
+    assert ids_of(clean) == ids_of(sample) == ids_of(out), 'else no submission of the vote would be taken'
 
 def test_the_newest_submission_is_taken(samples, own_root):
     "the folder of an earlier vote lies there too where WORK is used again"
