@@ -111,7 +111,8 @@ def _held_out_hours(job, jobs, gpu): # Of the replies that score the route text
     tables = linked(job, 'mix')
     if argument(job, 'route') != 'text' or not tables: return 0.
     split = jobs[tables[0]]
-    rows = size_of_job(split, jobs)[0]/argument(split, 'folds', 5)/argument(job, 'score_every', 1)
+    if (size := size_of_job(split, jobs)) is None: raise Refusal(f'no size of {split.name} in the recipe')
+    rows = size[0]/argument(split, 'folds', 5)/argument(job, 'score_every', 1)
     return _replies(job, jobs, gpu, round(rows), 2*argument(job, 'samples', 1), 'transformers')['hours']
 
 # %% ../nbs/lib/12f_estimate.ipynb #3ee2b96b

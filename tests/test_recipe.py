@@ -392,9 +392,10 @@ def test_a_plan_predicts_what_it_can(root, capsys):
     ("{stage: vote, size: {rows: 9}, args: {runs: 'train-f0-1'}, gpus: 1}", 'its runs are not jobs of the recipe'),
     ("{stage: gptq, args: {start: 'train-f0-1'}, gpus: 1}", "no run 'train-f0-1'"),
     ("{stage: merge, args: {members: 'train-f0-1 train-f1-2'}, gpus: 1}", "no run 'train-f0-1'"),
-    ('{stage: pairs, gpus: 1}', 'no writers in the recipe')])
+    ('{stage: pairs, gpus: 1}', 'no writers in the recipe'),
+    ("{stage: train, size: {rows: 9}, args: {mix: '{cut}', route: text}, gpus: 1}", 'no size of cut in the recipe')])
 def test_a_plan_says_why_it_cannot_predict_a_job(root, capsys, job, why):
-    write_recipe(root, f'recipe: odd\njobs: {{odd: {job}}}', 'odd')
+    write_recipe(root, f'recipe: odd\njobs: {{cut: {{stage: split}}, odd: {job}}}', 'odd')
     assert plan('odd', gpu='H200', gpus=1) == 0
     out = capsys.readouterr().out
     assert why in out and 'not in the cost model: odd' in out
