@@ -171,6 +171,8 @@ def package_bases(
     known = {*bases, *(b['hash'] for b in bases.values())}
     if unknown := sorted(set(there)-known):
         raise Refusal(f"no run has the base {', '.join(unknown)}", fix=f"The bases are: {', '.join(sorted(known))}")
+    if near := [f for f in there.values() if not f.startswith('/')]:
+        raise Refusal(f'the folder {near[0]} on the platform is no full path', fix='Write /kaggle/input/…')
     return bases
 
 def _base_files(folder): # of a base: what transformers and `base_hash` read
