@@ -208,7 +208,10 @@ def _lock_gpu(gpu): # An open file that holds the lock, or None
         _locks.chmod(0o777)
     names = nvidia_smi('gpu=index,uuid')
     name = next((u for i, u in names if gpu == i or gpu.startswith('GPU-') and u.startswith(gpu)), gpu)
-    return _try_lock(_locks/f"gpu{re.sub('[^A-Za-z0-9-]', '_', name)}.lock")
+    f = _try_lock(_locks/f"gpu{re.sub('[^A-Za-z0-9-]', '_', name)}.lock")
+    if f is not None:
+        with contextlib.suppress(OSError): os.fchmod(f, 0o666)  # other people lock it too, whatever our umask is
+    return f
 
 # %% ../nbs/lib/12_run.ipynb #63c76b5b
 def _take(n, ids): # {gpu: lock} of `n` GPUs, or {}

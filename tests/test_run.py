@@ -280,6 +280,13 @@ def test_lease(tmp_path, monkeypatch, locks):
     with lease_gpus(2) as ids: assert ids == ['../x', 'GPU-1a']
     assert {p.name for p in tmp_path.rglob('*.lock')} == {'gpu0.lock', 'gpu3.lock', 'gpu___x.lock', 'gpuGPU-1a.lock'}
 
+def test_other_people_can_read_the_locks(tmp_path, monkeypatch, locks):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    old = os.umask(0o077)
+    try:
+        with lease_gpus(1): assert (tmp_path/'gpu0.lock').stat().st_mode & 0o777 == 0o666
+    finally: os.umask(old)
+
 def test_two_pairs_do_not_wait_for_each_other(tmp_path, monkeypatch, locks):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2')
     done = []
