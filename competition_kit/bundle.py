@@ -660,11 +660,12 @@ def copy_bases(
 def class_shares(
     recs, # Records of model runs
 ) -> dict: # Label → share; empty where the training table is not here
-    "The class prior of the training table"
+    "The class prior of the training table; other tables of its mix do not count"
     task, mix = recs[0]['task'], model_params(recs[0]).get('mix')
     if not tasks[task].pair: return {}
-    try: label = load_rows(mix).label
+    try: rows = load_rows(mix)
     except Refusal: return {}
+    label = rows.label[rows.main]
     count = {o: int((label == k).sum())+1 for k, o in enumerate(tasks[task].options)}
     return {o: round(n/sum(count.values()), 6) for o, n in count.items()}
 
