@@ -116,6 +116,7 @@ def run_job(
     with FileLock(job_file(folder, job, 'lock')):
         if _is_newer(job_file(folder, job), [folder/plan['jobs'][k]['output'] for k in job.needs]): return 0
         job_file(folder, job, 'failed.json').unlink(missing_ok=True)
+        _check_tables(job, folder, plan)
         params = job.args | {k: _resolved(v, folder, plan) for k, v in job.links.items()}
         before = dict(defaults=defaults(job), outside=outside(job))
         r = _run(job, params, job_file(folder, job, 'again').exists())
@@ -126,6 +127,14 @@ def run_job(
 def _resolved(parts, folder, plan): # The text of a link, now that the jobs before have run
     def of(key): return read_json(folder/plan['jobs'][key]['output'])['yields']
     return ''.join(' '.join(map(of, p)) if isinstance(p, list) else p for p in parts)
+
+def _check_tables(job, folder, plan): # A link is the name of a table, which another recipe may have replaced
+    for before in (plan['jobs'][k] for k in job.needs):
+        made = read_json(folder/before['output'])
+        fault = _table_fault(made['yields'], find_run(made['run'])) if before['stage'] in table_stages else ''
+        if not fault: continue
+        raise Refusal(fault, f"{plan['recipe']}, {before['name']}",
+                      fix='Resume this recipe when the other one is done, or give one of them another name of its data')
 
 def _is_newer(file, others):
     return file.exists() and all(o.exists() and o.stat().st_mtime <= file.stat().st_mtime for o in others)

@@ -5,8 +5,8 @@ import nbformat, pytest
 from competition_kit.ck import main
 from competition_kit.core import Refusal, models_path, root_at, sha256, write_json
 from competition_kit.graph import Job, expand, find_recipe, known_recipes, read_recipe
-from competition_kit.jobs import State, _is_held, plan_of, recipe_folder, run_job
-from competition_kit.record import find_run
+from competition_kit.jobs import State, _is_held, job_file, plan_of, recipe_folder, run_job
+from competition_kit.record import find_run, start_run
 from competition_kit.recipe import Opened, open_recipe, plan, plan_table, repeated, report, run_recipe
 
 CK = [sys.executable, '-m', 'competition_kit.ck', 'recipe']
@@ -348,6 +348,27 @@ def test_a_base_in_a_folder_counts_by_content(root):
     first = outside(job)
     (root/'mine/model.safetensors').write_text('second')
     assert len({str(x) for x in (before, first, outside(job))}) == 3
+
+def test_a_job_refuses_the_table_of_another_recipe(three):
+    "two recipes write one table under one name, at the same time"
+    write_recipe(three, '''recipe: three
+jobs:
+  table: {stage: pseudo, args: {name: x, data: y}}
+  last: {stage: work, args: {seed: 3, text: '{table}:9'}}''')
+    folder, jobs = recipe_folder(recipe := read_recipe('three')), expand(read_recipe('three'))
+    write_json(folder/'plan.json', plan_of(recipe, jobs))
+    with start_run('pseudo', dict(name='x', data='y'), {}) as run:
+        (run.folder/'rows.parquet').write_text('ours')
+        run.finish({}, ['rows.parquet'])
+    write_json(job_file(folder, jobs['table']), dict(run=run.id, yields='x'))
+    (three/'data').mkdir()
+    (three/'data/x.parquet').write_text('theirs')
+    with pytest.raises(Refusal, match='three, table: the table x is not the one that the run wrote. Resume'):
+        run_job(folder/'plan.json', jobs['last'].key)
+    assert not starts(three)
+    (three/'data/x.parquet').write_text('ours')
+    assert run_job(folder/'plan.json', jobs['last'].key) == 0
+    assert find_run('work')['params']['text'] == 'x:9'
 
 def test_both_tables_of_a_split_count(root):
     "by hand, somebody has split the same training file with another test file"
