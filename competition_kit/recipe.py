@@ -77,6 +77,7 @@ def plan(
     values=None,    # As for `open_recipe`
 ) -> int: # Exit code
     "Print the graph of a recipe, what is done, what would run and what it takes; nothing is started"
+    if gpu: _check_gpu(gpu)
     opened = open_recipe(name, scale, values)
     left = {n: j for n, j in opened.jobs.items() if opened.states[n].word != 'done'}
     here, most = len(gpu_ids()), max((j.gpus for j in left.values()), default=0)
@@ -85,6 +86,10 @@ def plan(
     print(_title(opened), graph_text(opened.jobs), plan_table(opened, costs), _count_text(opened), sep='\n\n')
     if any(j.gpus for j in left.values()): print(_sum_text(left, costs, gpu, gpus))
     return 0
+
+def _check_gpu(name): # else each job would have no time, and the sum would be small
+    from competition_kit.cost import find_gpu
+    find_gpu(name)
 
 @contextlib.contextmanager
 def _offline(): # The model libraries read it when they are loaded, which is in `estimate`

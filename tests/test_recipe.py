@@ -408,6 +408,11 @@ def test_a_plan_predicts_what_it_can(root, capsys):
     hours = [float(text.split('H200: ')[1].split(' h')[0]) for text in (out, capsys.readouterr().out)]
     assert hours[1] == pytest.approx(2*hours[0], rel=.1)
 
+def test_a_wrong_gpu_is_no_cheap_plan(root, capsys):
+    write_recipe(root, SIZED, 'sized')
+    assert main('recipe plan sized --gpu H2000'.split()) == 2
+    assert "no GPU named 'H2000'. Take one of" in capsys.readouterr().err
+
 @pytest.mark.parametrize('job, why', [
     ('{stage: vote, size: {rows: 9}, gpus: 1}', 'its runs are not jobs of the recipe'),
     ("{stage: vote, size: {rows: 9}, args: {runs: 'train-f0-1'}, gpus: 1}", 'its runs are not jobs of the recipe'),
