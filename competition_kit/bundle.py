@@ -384,7 +384,9 @@ def file_faults(
 def found_gpus() -> list: # Texts, such as `Tesla T4, 15360 MiB, 550.54.15`
     "The GPUs of this machine"
     ask = ['nvidia-smi', '--query-gpu=name,memory.total,driver_version', '--format=csv,noheader']
-    return subprocess.run(ask, capture_output=True, text=True).stdout.splitlines() if shutil.which('nvidia-smi') else []
+    if not shutil.which('nvidia-smi'): return []
+    p = subprocess.run(ask, capture_output=True, text=True)
+    return [] if p.returncode else p.stdout.splitlines()  # it prints its own failure, too
 
 def machine_faults(
     target:dict, # Fields of a `Target`

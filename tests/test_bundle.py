@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
-                                    guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
+                                    found_gpus, guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
                                     package_bases, package_facts, package_runs, prior_submission, resolve,
                                     submission_cells, take_submission, targets, vote_arguments, whole_runs)
 from competition_kit.ck import main
@@ -42,6 +42,14 @@ def test_all_gpus_vote_where_rows_can_be_cut():
     assert [gpus(n) for n in (0, 1, 4)] == [1, 1, 4]
     assert gpus(4, rescore=.5) == 4 and gpus(4, rescore=0.) == gpus(4, rule='ranks') == 1
     VoteArgs(**vote_arguments([one], dict(rule='ranks', rescore=1.), 9, 'test.csv', 's.csv', 4))
+
+def test_a_failing_nvidia_smi_shows_no_gpu(own_root, monkeypatch):
+    (own_root/'nvidia-smi').write_text('#!/bin/sh\necho "Tesla T4, 15360 MiB, 550"\nexit $FAILS\n')
+    (own_root/'nvidia-smi').chmod(0o755)
+    monkeypatch.setenv('PATH', f"{own_root}:{os.environ['PATH']}")
+    for code, n in (('0', 1), ('9', 0)):
+        monkeypatch.setenv('FAILS', code)
+        assert len(found_gpus()) == n
 
 def test_faults_come_together_and_before_any_file(runs, own_root):
     for run in runs[:2]:
