@@ -16,7 +16,7 @@ from .core import (Refusal, data_path, file_sums, hash_obj, models_path, now, pr
                                   write_json)
 from .graph import stage_parameters, table_stages
 from .log import people
-from .record import code_hash, find_run, read_record, records
+from .record import code_hash, find_run, is_locked, read_record, records
 from .run import find_notebook, run_notebook
 from .sample import samples
 
@@ -212,7 +212,7 @@ def job_states(
 
 def _state(job, jobs, folder, states):
     made, rec = _found(folder, job)
-    if _is_held(job_file(folder, job, 'lock')): return State('running', '', made, rec)
+    if is_locked(job_file(folder, job, 'lock')): return State('running', '', made, rec)
     if made is None: return _unmade(job, folder)
     if fault := _fault(job, made, rec): return State('to run', fault, made, rec)
     file = job_file(folder, job)
@@ -232,13 +232,6 @@ def _unmade(job, folder):
     failed = job_file(folder, job, 'failed.json')
     if failed.exists(): return State('failed', str(read_json(failed)['error']).splitlines()[0][:120])
     return State('to run', 'repeated: its code has changed' if job_file(folder, job, 'again').exists() else '')
-
-def _is_held(path):
-    from filelock import FileLock, Timeout
-    if not path.exists(): return False
-    try:
-        with FileLock(path, timeout=0): return False
-    except Timeout: return True
 
 # %% ../nbs/lib/12c_jobs.ipynb #3ac8e0db
 def accept_code(

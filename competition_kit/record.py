@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_NAME', 'after_run', 'BEST', 'run_id', 'code_hash', 'module_hashes', 'write_record', 'read_record', 'Run',
-           'finish', 'check_outputs', 'start_run', 'planned_row', 'records', 'find_run', 'best_baselines',
+           'finish', 'check_outputs', 'start_run', 'planned_row', 'records', 'is_locked', 'find_run', 'best_baselines',
            'from_notebook', 'run_stage']
 
 # %% ../nbs/lib/01_record.ipynb #d20629c4
@@ -264,10 +264,13 @@ def records() -> list: # Dicts, by time of the first start
     return sorted(out, key=lambda r: (str(r.get('started')), r['run_id']))
 
 def _with_status(rec):
-    stopped = rec.get('status') == 'running' and not _is_locked(models_path(rec['run_id'], '.lock'))
+    stopped = rec.get('status') == 'running' and not is_locked(models_path(rec['run_id'], '.lock'))
     return {**rec, 'status': 'interrupted'} if stopped else rec
 
-def _is_locked(path): # A new process can get an old process id, so we ask the lock
+def is_locked(
+    path, # Of a lock file
+) -> bool:
+    "Does a process hold this lock? A process id would not say, since a new process can get an old one"
     import fcntl
     try: f = os.open(path, os.O_RDONLY)
     except OSError: return False

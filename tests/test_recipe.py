@@ -1,12 +1,12 @@
 "Recipes: strict reading, the graph, running, kills, repetitions. Stages of a second stand in for trainings."
-import contextlib, os, re, resource, shutil, subprocess, sys, time
+import contextlib, os, re, resource, shutil, subprocess, sys, threading, time
 from pathlib import Path
 import nbformat, pytest
 from competition_kit.ck import main
 from competition_kit.core import Refusal, models_path, root_at, sha256, write_json
 from competition_kit.graph import Job, expand, find_recipe, known_recipes, read_recipe
-from competition_kit.jobs import State, _is_held, job_file, plan_of, recipe_folder, run_job
-from competition_kit.record import find_run, start_run
+from competition_kit.jobs import State, job_file, job_states, plan_of, recipe_folder, run_job
+from competition_kit.record import find_run, is_locked, start_run
 from competition_kit.recipe import Opened, open_recipe, plan, plan_table, repeated, report, run_recipe
 
 CK = [sys.executable, '-m', 'competition_kit.ck', 'recipe']
@@ -162,7 +162,7 @@ def test_kill_the_engine_and_resume(three):
     p.wait()
     assert words() == ['running', 'done', 'to run']
     resumed = subprocess.Popen([*CK, 'resume'], stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: _is_held(recipe_folder(read_recipe('three'))/'engine.lock'))
+    wait_for(lambda: is_locked(recipe_folder(read_recipe('three'))/'engine.lock'))
     with pytest.raises(Refusal, match='another ck recipe'): run_recipe('three')
     (three/'hold1').unlink()
     out = resumed.communicate(timeout=60)[0]
@@ -369,6 +369,18 @@ jobs:
     (three/'data/x.parquet').write_text('ours')
     assert run_job(folder/'plan.json', jobs['last'].key) == 0
     assert find_run('work')['params']['text'] == 'x:9'
+
+def test_two_who_look_do_not_take_each_other_for_a_job(done):
+    "`ck recipe plan` beside `ck recipe run`: a lock that one only looks at must not be held for the other"
+    opened, looking = open_recipe('three'), threading.Event()
+    def look():
+        while not looking.is_set(): job_states(opened.jobs, opened.folder)
+    other = threading.Thread(target=look)
+    other.start()
+    try: seen = {w for _ in range(100) for w in words()}
+    finally: looking.set()
+    other.join()
+    assert seen == {'done'}
 
 def test_both_tables_of_a_split_count(root):
     "by hand, somebody has split the same training file with another test file"
