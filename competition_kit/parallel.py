@@ -18,7 +18,7 @@ from .probs import align, write_probs
 from .record import find_run
 from .rows import text_columns
 from .staged import Answers, no_answers, passes, read_answers, staged_vote, write_answers
-from .trained import kept_probs, predict_runs, prediction_key, trained_on
+from .trained import kept_probs, not_predicted, predict_runs, prediction_key, trained_on
 
 # %% ../nbs/lib/03r_parallel.ipynb #c125fb0a
 def row_parts(
@@ -179,8 +179,9 @@ def predict_parallel(
     gpus:int=1,            # Processes; each takes a GPU where there are any
 ): # Dict: run id → probability table
     "`predict_runs` by several processes, each for a part of the rows"
-    if gpus == 1: return predict_runs(runs, rows, folder, views, pack_tokens)
-    folder, task = Path(folder), rows.attrs['meta']['task']
+    folder, task, every = Path(folder), rows.attrs['meta']['task'], runs
+    runs = not_predicted(runs, rows, folder, views) if gpus > 1 else []
+    if not runs: return predict_runs(every, rows, folder, views, pack_tokens)
     parts = folder/f'parts-{gpus}'
     parts.mkdir(parents=True, exist_ok=True)
     texts = [c for columns in text_columns.values() for c in columns if c in rows]
@@ -193,7 +194,7 @@ def predict_parallel(
         for p in processes: p.kill()
         for p in processes: p.wait()
     for r in runs: _join(r, rows, work, folder/f'{r}.parquet', task, views)
-    return predict_runs(runs, rows, folder, views, pack_tokens)  # all are there
+    return predict_runs(every, rows, folder, views, pack_tokens)  # all are there
 
 def _join(run, rows, work, file, task, views): # the table of a run, from those of the parts
     rec = find_run(run)

@@ -6,7 +6,7 @@
 __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of', 'check_run', 'read_lineage', 'parent_run',
            'ancestors', 'parents', 'lineage_of', 'recipe_key', 'folds_of', 'same_tables', 'training_rows', 'rows_seen',
            'has_seen', 'trained_on', 'trusted_prompt', 'load_adapter', 'load_base', 'load_run', 'kept_probs',
-           'prediction_key', 'copy_earlier', 'base_key', 'check_letters', 'predict_runs', 'RunAsker']
+           'prediction_key', 'copy_earlier', 'base_key', 'check_letters', 'not_predicted', 'predict_runs', 'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os, time
@@ -317,6 +317,18 @@ def check_letters(
     raise Refusal(f'{rec["run_id"]} answers by text, and letters are asked for', fix='Vote with it in 10_vote')
 
 # %% ../nbs/lib/03h_trained.ipynb #9484eb39
+def not_predicted(
+    runs,      # Ids of train runs
+    rows,      # As for `kept_probs`
+    folder,    # Where `<run id>.parquet` is kept
+    views:int, # As for `kept_probs`
+) -> list: # Ids
+    "The runs whose predictions are neither there nor in an earlier folder, from which they are copied"
+    files = {r: Path(folder)/f'{r}.parquet' for r in runs}
+    for r, f in files.items():
+        if kept_probs(f, rows, views) is None: copy_earlier(f, rows, views, prediction_key(find_run(r), rows))
+    return [r for r, f in files.items() if kept_probs(f, rows, views) is None]
+
 def predict_runs(
     runs,                  # Ids of train runs
     rows,                  # Rows to predict
@@ -332,11 +344,8 @@ def predict_runs(
     task = rows.attrs['meta']['task']
     if other := [r for r in runs if prompts[r].task != task]:
         raise Refusal(f"runs of another task than {task}: {', '.join(other)}")
-    for r, f in files.items():
-        if kept_probs(f, rows, views) is None: copy_earlier(f, rows, views, prediction_key(recs[r], rows))
     def key(r): return base_key(recs[r])
-    todo = sorted([r for r in runs if kept_probs(files[r], rows, views) is None], key=key)
-    for _, same in groupby(todo, key):
+    for _, same in groupby(sorted(not_predicted(runs, rows, folder, views), key=key), key):
         model = None  # the old base goes before the new one comes
         for r in same:
             model = load_run(recs[r], prompts[r], over=model)

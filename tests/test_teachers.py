@@ -234,9 +234,14 @@ def test_two_processes_ask_a_teacher(tiny):
 
 def test_two_processes_ask_the_teachers_of_pseudo_labels(tiny):
     args = dict(data='sample_arena_test', teachers=train_fold(base=tiny, **small).id, margin=0.)
-    runs = [run_stage(pseudo, PseudoArgs(**args, name=f'by{n}', gpus=n)) for n in (1, 2)]
+    runs = []
+    for n in (1, 2):
+        runs.append(run_stage(pseudo, PseudoArgs(**args, name=f'by{n}', gpus=n)))
+        if n == 1: shutil.rmtree(runs[0].folder/'asked')  # the second run would take its predictions
     one, two = (np.stack(read_table(r.folder/'rows.parquet').target) for r in runs)
     assert len(list(runs[1].folder.glob('asked/parts-2/*.part'))) == 2 and np.abs(one-two).max() < 1e-5
+    other = run_stage(pseudo, PseudoArgs(**args, name='other', gpus=2, weight=2.))
+    assert not list(other.folder.glob('asked/parts-*')), 'another weight asks no teacher again'
 
 
 def test_a_damaged_cache_is_refused(rows, tmp_path, tiny):
