@@ -168,7 +168,8 @@ def vote_lines(name, a): # replies of every run and of the untouched base, and t
     from competition_kit.tables import load_rows
     from competition_kit.text import TextPrompt
     here = Path(a.base).name, name
-    trained = {(l['line'], l['seed']): l['run'] for l in lines_in(a) if 'run' in l and (l['base'], l['table']) == here}
+    trained = {(l['line'], l['seed']): l['run'] for l in lines_in(a)
+               if 'run' in l and (l['base'], l['table']) == here and l['line'] in a.lines}
     asked = {('untouched base', seed): '' for _, seed in trained} | trained
     done = {found[2:] for found in made(a, 'replies') if found[:2] == here}
     asked = {k: asked[k] for k in sorted(asked, key=lambda k: k[1]) if k not in done}  # a whole seed first

@@ -487,6 +487,9 @@ class Prompt:
 
     def fields(self, rows): return fields(rows, self.task, self.model_names)
 
+    @functools.cached_property
+    def tok_hash(self): return tokenizer_hash(self.tok)  # SmolLM2's takes .2 seconds
+
     def show(self, row, view=0): # A row (Series)
         "The prompt of one row as text"
         return self.tok.decode(self.encode(pd.DataFrame([row]), views=2).ids[view])
@@ -551,7 +554,7 @@ def load_encoded(folder): # As from `Prompt.encode`
 def _tokens_path(prompt, rows, views):
     h = hashlib.blake2b(digest_size=16)
     for texts in prompt.fields(rows): h.update(json.dumps(texts).encode())
-    parts = [prompt.hash, prompt.task, tokenizer_hash(prompt.tok), views, h.hexdigest()]
+    parts = [prompt.hash, prompt.task, prompt.tok_hash, views, h.hexdigest()]
     return models_path('.tokens', hash_obj(parts, 20))
 
 def encode_cached(

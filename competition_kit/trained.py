@@ -24,7 +24,7 @@ from .record import check_outputs, find_run, read_record, records
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
 from .pack import prefix_tree
-from .prompt import Prompt, encode_cached, tokenizer_hash
+from .prompt import Prompt, encode_cached
 from .tables import load_rows, table_hashes
 
 # %% ../nbs/lib/03h_trained.ipynb #1971883f
@@ -203,9 +203,8 @@ def _is_here(base): # a base that has been fetched; a model with weights of its 
     except Refusal: return False
 
 @functools.lru_cache(8)
-def _prompt(base, base_sum, task, *how): # a prompt and its tokenizer's hash; made once for many runs
-    tok = load_tokenizer(base)
-    return Prompt(tok, task, *how), tokenizer_hash(tok)
+def _prompt(base, base_sum, task, *how): # made once for many runs
+    return Prompt(load_tokenizer(base), task, *how)
 
 def trusted_prompt(
     rec:dict, # Record of a train run
@@ -218,8 +217,8 @@ def trusted_prompt(
     base = base_of(rec) if is_full(rec) and not _is_here(p['base']) else p['base']
     if base == p['base']: same(base_hash(base), rec['base'], f"the base {base} is not the one it was trained on")
     how = p['max_len'], p['truncation'], p.get('model_names', False)
-    prompt, tokenizer = _prompt(base, rec['base'], rec['task'], *how)
-    same(tokenizer, rec['tokenizer'], 'the tokenizer is not the one it was trained with')
+    prompt = _prompt(base, rec['base'], rec['task'], *how)
+    same(prompt.tok_hash, rec['tokenizer'], 'the tokenizer is not the one it was trained with')
     same(prompt.hash, rec['prompt'], 'prompts are not built as when it was trained')
     return prompt
 
