@@ -406,10 +406,10 @@ def _write_shard(engine, jobs, texts, folder): # the replies of some jobs
     write_table(both, Path(folder)/f'{hash_obj(list(jobs.key), 16)}.parquet')
 
 def read_replies(
-    folder, # Of shards
+    *folders, # Of shards
 ): # DataFrame, a line a reply, in the order of the shards' names
     "All replies that were written so far"
-    shards = [read_table(f) for f in sorted(Path(folder).glob('*.parquet'))]
+    shards = [read_table(f) for folder in folders for f in sorted(Path(folder).glob('*.parquet'))]
     return pd.concat(shards, ignore_index=True) if shards else pd.DataFrame(columns=_columns)
 
 # %% ../nbs/lib/03s_replies.ipynb #efdf784d

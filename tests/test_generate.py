@@ -284,6 +284,25 @@ def test_a_writer_without_an_accepted_text_is_refused(planted, own_root, capsys)
     said = capsys.readouterr().out
     assert '6 rows x at most 4 attempts: at most 24 texts' in said and '24 replies are there: at most 0 texts' in said
 
+def test_a_run_takes_over_what_an_earlier_one_has_written(planted, capsys):
+    "more retries, or another shard: only what is missing is asked for; another model or engine shares nothing"
+    only, tok = {k: [RIGHT.format('B')]*3+[RIGHT.format('C')] for k in TEXTS}, load_tokenizer()
+    with pytest.raises(Refusal, match='18 wrong'): run_planted(Planted(only, tok), retries=3, given=0)
+    capsys.readouterr()
+    more = Planted({k: [RIGHT.format('C')] for k in TEXTS}, tok)
+    _, run = run_planted(more, retries=4, given=0)
+    assert len(more.asked) == 6 and run.record['metrics']['replies'] == 24 == len(read_replies(run.folder/'replies'))
+    assert capsys.readouterr().out.count('6 replies are from an earlier run') == 3
+    same = Planted(only, tok)
+    _, again = run_planted(same, retries=4, given=0, shard=5)
+    assert not same.asked and again.id != run.id and again.record['metrics'] == run.record['metrics']
+    other, hotter, dtype = (Planted(only, tok) for _ in range(3))
+    other.version = '2'
+    run_planted(other, retries=4, given=0, shard=7)
+    run_planted(hotter, retries=4, given=0, temperature=.9)
+    run_planted(dtype, retries=4, given=0, dtype='fp32')
+    assert len(other.asked) == len(hotter.asked) == len(dtype.asked) == 24
+
 def test_the_plan_tells_of_truncated_rows(planted):
     from types import SimpleNamespace
     from competition_kit.core import data_path
