@@ -122,8 +122,8 @@ def more_rows(n, seed, like): # one question about each of n problems, as rows l
 def zebra_solution(problem): # ([(clue, [things])], thing → house), or None
     kinds = [[v.strip() for v in line.split(':')[1].split(',')] for line in re.findall(r'^ - (.+)$', problem, re.M)]
     clues, houses = re.findall(r'^\d+\. (.+)$', problem, re.M), 'first second third fourth fifth sixth'.split()
-    if not kinds: return None
     values = [v for kind in kinds for v in kind]
+    if not kinds or len(set(values)) < len(values): return None  # a clue does not say which of two things it names
     def things(clue): # in their order
         found = sorted((clue.lower().find(v), v) for v in values if v in clue.lower())
         return [v for k, v in found if not any(v != w and v in w for _, w in found)]
