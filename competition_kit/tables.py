@@ -261,18 +261,33 @@ def table_path(
     return path
 
 # %% ../nbs/lib/01f_tables.ipynb #9e943d44
-def load_rows(
-    data:str='sample_arena',  # Name of a table, or a mix of tables
-    seed:int=0,               # Which rows a mix draws
-): # Rows, with a column `main`: may be validated on; `.attrs['meta']` has the task's name and the origin
-    "Load a table of rows, or a mix"
-    check_texts(load_rows, locals())
-    if re.search('[+:@>]', data): return load_mix(data, seed)
-    rows = read_table(table_path(data))
+_made = {}  # key → pickled table; the last four
+
+def _file_key(path): return content_hash(path), path.stat().st_mtime_ns, str(path)
+
+def _once_made(key, make): # a copy of what `make` returned for this key
+    if key not in _made:
+        made = pickle.dumps(make())
+        if len(_made) > 3: del _made[next(iter(_made))]
+        _made[key] = made
+    return pickle.loads(_made[key])
+
+def _rows_of(path): # of a table's file
+    rows = read_table(path)
     for c in rows:
         if any(isinstance(v, np.ndarray) for v in rows[c]):
             rows[c] = pd.Series([v if v is None else v.tolist() for v in rows[c]], index=rows.index, dtype=object)
     return rows.assign(main=True, phase=0)
+
+def load_rows(
+    data:str='sample_arena',  # Name of a table, or a mix of tables
+    seed:int=0,               # Which rows a mix draws
+): # Rows, with a column `main`: may be validated on; `.attrs['meta']` has the task's name and the origin
+    "Load a table of rows, or a mix; a file is read and verified once a process"
+    check_texts(load_rows, locals())
+    if re.search('[+:@>]', data): return load_mix(data, seed)
+    path = table_path(data)
+    return _once_made(_file_key(path), lambda: _rows_of(path))
 
 # %% ../nbs/lib/01f_tables.ipynb #59a6b724
 def apart_tables(
@@ -359,7 +374,7 @@ def _joined(parts, tables): # one table; a column that only some of them have is
     return rows
 
 def _make_mix(mix, parts, seed):
-    tables = [_draw(load_rows(p.name), p, seed) for p in parts]
+    tables = [_draw(_rows_of(table_path(p.name)), p, seed) for p in parts]
     names = {p.name: t.attrs['meta']['task'] for p, t in zip(parts, tables)}
     if len(set(names.values())) > 1: raise Refusal(f'the tables of the mix {mix!r} are of different tasks: {names}')
     rows, same = _once(_joined(parts, tables), mix)
@@ -372,10 +387,6 @@ def _make_mix(mix, parts, seed):
     return rows
 
 # %% ../nbs/lib/01f_tables.ipynb #d89bf7fc
-_mixes = {}  # key → pickled table; the last four
-
-def _file_key(path): return content_hash(path), path.stat().st_mtime_ns, str(path)
-
 def load_mix(
     mix:str,     # As for `parse_mix`; the first table of the last phase is the one that is validated on
     seed:int=0,  # Which rows are drawn
@@ -384,11 +395,7 @@ def load_mix(
     parts = _mix_parts(mix)
     files, test = [table_path(p.name) for p in parts], data_path(f'{parts[0].name}_test.parquet')
     key = mix, seed, *map(_file_key, files), *(_file_key(test) if test.exists() else ())
-    if key not in _mixes:
-        made = pickle.dumps(_make_mix(mix, parts, seed))
-        if len(_mixes) > 3: del _mixes[next(iter(_mixes))]
-        _mixes[key] = made
-    return pickle.loads(_mixes[key])
+    return _once_made(key, lambda: _make_mix(mix, parts, seed))
 
 # %% ../nbs/lib/01f_tables.ipynb #dafe2c1a
 def table_hashes(

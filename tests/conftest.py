@@ -78,6 +78,14 @@ def tiny(tmp_path_factory, full_tok):
     small.save_pretrained(folder)
     return folder
 
+def in_order(ids): # records tell the time to the second, and these runs may take less
+    from competition_kit.core import models_path
+    from competition_kit.record import read_record, write_record
+    for k, id in enumerate(ids):
+        file = models_path(id, 'record.json')
+        write_record(file, read_record(file) | dict(started=f'2026-01-01T00:00:{k:02}Z'))
+    return ids
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory, tiny):
     "A root with five finished runs and their ids: two seeds with two folds each, and one with a score head"
@@ -90,7 +98,7 @@ def trained(tmp_path_factory, tiny):
         kw = dict(base=tiny, max_len=160, lr=1e-2, lora_r=2, dtype='fp32')
         ids = [train_fold(fold=f, seed=s, **kw).id for s in (0, 1) for f in (0, 1)]
         ids.append(train_fold(route='score', **kw).id)
-    return root, ids
+        return root, in_order(ids)
 
 @pytest.fixture
 def runs(trained, own_root):
@@ -120,7 +128,7 @@ def trained_folds(tmp_path_factory, tiny, sample_tables):
     kw = dict(mix='sample_arena:60', base=tiny, lora_r=4, max_len=192, epochs=.5)
     with root_at(tmp_path_factory.mktemp('folds')) as root:
         shutil.copytree(sample_tables, root, dirs_exist_ok=True)
-        return root, [train_fold(fold=k, **kw).id for k in range(5)]
+        return root, in_order([train_fold(fold=k, **kw).id for k in range(5)])
 
 @pytest.fixture
 def five_runs(trained_folds, own_root):
