@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['judge_replies', 'pass_rates', 'doubtful_labels', 'held_out_answers', 'correction_files', 'doubt_lines',
-           'labelled_choices', 'rationale_table', 'GenerateArgs', 'most_minutes', 'writing_plan', 'earlier_replies',
-           'take_over', 'one_round', 'all_rounds', 'rationale_rows', 'generate_metrics', 'check_kept', 'generate',
-           'plot_replies']
+           'labelled_choices', 'rationale_table', 'GenerateArgs', 'most_minutes', 'writing_plan', 'same_writer',
+           'one_round', 'all_rounds', 'rationale_rows', 'generate_metrics', 'check_kept', 'generate', 'plot_replies']
 
 # %% ../nbs/05_generate.ipynb #498b2670
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer
-from .core import Refusal, at_least, csv_text, hash_obj, models_path, write_table
+from .core import Refusal, at_least, csv_text, models_path, write_table
 from .cost import base_config, find_gpu
 from .record import find_run, records
-from .replies import (TransformersEngine, end_engine, generate as ask, job_table, read_replies,
-                                     reply_engine, reply_input, start_engine)
+from .replies import (TransformersEngine, earlier_replies, end_engine, generate as ask, job_table,
+                                     read_replies, reply_engine, reply_input, start_engine)
 from .reply_cost import (generation_seconds, gpu_speed, measured_speed, sequences_at_once, shared_gpu,
                                         text_format, writer_shape)
 from .rows import n_options, tasks
@@ -233,27 +232,15 @@ def writing_plan(
     return f'{line}; at most {minutes:,.1f} minutes, {source}'
 
 # %% ../nbs/05_generate.ipynb #5d0c1e7b
-def earlier_replies(
+def same_writer(
     run,
     args:GenerateArgs,
-): # DataFrame, as from `read_replies`
-    "What other runs have written with the same model, dtype and engine"
+) -> list: # Folders of replies
+    "Where other runs keep what the same model has written in the same dtype"
     writer = dict(base=base_hash(args.base)) | reply_input(args.writes_with, args.run)
-    same = [r['run_id'] for r in records() if r['stage'] == 'generate' and r['run_id'] != run.folder.name
+    return [models_path(r['run_id'], 'replies') for r in records()
+            if r['stage'] == 'generate' and r['run_id'] != run.folder.name
             and r['params']['dtype'] == args.dtype and writer.items() <= r['inputs'].items()]
-    found = read_replies(*(models_path(r, 'replies') for r in same))
-    by_engine = (found.engine == args.teacher.name) & (found.version == args.teacher.version)
-    return found[by_engine].drop_duplicates('key')
-
-def take_over(
-    earlier, # From `earlier_replies`
-    jobs,    # From `job_table`
-    folder,  # Of this run's shards
-) -> int:    # Replies that were copied
-    "Copy replies to the same requests"
-    new = earlier[earlier.key.isin(set(jobs.key)-set(read_replies(folder).key))]
-    if len(new): write_table(new, folder/f'{hash_obj(list(new.key), 16)}.parquet')
-    return len(new)
 
 # %% ../nbs/05_generate.ipynb #6093ef03
 def one_round(
@@ -268,8 +255,7 @@ def one_round(
     answers = [tasks['choice'].letters[k] for k in rows.label] if given else ''
     jobs = job_table(args.prompt.encode(rows, answers), attempt, args.seed, args.max_new_tokens, args.temperature,
                      args.top_p, args.adapter)
-    if taken := take_over(earlier, jobs, run.folder/'replies'): print(f'{taken:,} replies are from an earlier run')
-    replies = ask(args.teacher, jobs, run.folder/'replies', args.shard)
+    replies = ask(args.teacher, jobs, run.folder/'replies', args.shard, earlier=earlier)
     return judge_replies(replies, rows).assign(given=given)
 
 def all_rounds(
@@ -277,7 +263,8 @@ def all_rounds(
     args:GenerateArgs,
 ): # DataFrame, a line a reply: `id`, `attempt`, `text`, `option`, `how`, `fault`, `given`, …
     "Ask until each row has an accepted text, or the attempts are over"
-    left, out, earlier = args.rows, [], earlier_replies(run, args)
+    left, out = args.rows, []
+    earlier = earlier_replies(args.teacher, same_writer(run, args))
     print(writing_plan(args.teacher, args, len(read_replies(run.folder/'replies'))), flush=True)
     for attempt in range(args.retries+args.given):
         if left.empty: break

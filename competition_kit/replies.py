@@ -6,7 +6,7 @@
 __all__ = ['Request', 'Text', 'reply_engines', 'attempt_seed', 'sample_tokens', 'check_time', 'decode_batch', 'text_dtype',
            'end_tokens', 'read_text', 'batches', 'run_adapter', 'TransformersModel', 'TransformersEngine',
            'next_logprobs', 'served_parity', 'VllmServer', 'VllmEngine', 'reply_engine', 'reply_input', 'start_engine',
-           'end_engine', 'job_table', 'read_replies', 'finished_replies', 'generate']
+           'end_engine', 'job_table', 'read_replies', 'earlier_replies', 'take_over', 'finished_replies', 'generate']
 
 # %% ../nbs/lib/03s_replies.ipynb #69d04bc7
 from collections import namedtuple
@@ -412,6 +412,27 @@ def read_replies(
     shards = [read_table(f) for folder in folders for f in sorted(Path(folder).glob('*.parquet'))]
     return pd.concat(shards, ignore_index=True) if shards else pd.DataFrame(columns=_columns)
 
+# %% ../nbs/lib/03s_replies.ipynb #5d0c1e81
+def earlier_replies(
+    engine,  # That would be asked
+    folders, # Of shards, of other runs of the same model
+): # DataFrame, as from `read_replies`
+    "What the same engine has written for other runs"
+    found = read_replies(*folders)
+    return found[(found.engine == engine.name) & (found.version == engine.version)].drop_duplicates('key')
+
+def take_over(
+    earlier, # From `earlier_replies`, or None
+    jobs,    # From `job_table`
+    folder,  # Of shards
+):
+    "Copy the replies to these jobs that the folder does not have"
+    if earlier is None or earlier.empty: return
+    new = earlier[earlier.key.isin(set(jobs.key)-set(read_replies(folder).key))]
+    if new.empty: return
+    write_table(new, Path(folder)/f'{hash_obj(list(new.key), 16)}.parquet')
+    print(f'{len(new):,} replies are from an earlier run', flush=True)
+
 # %% ../nbs/lib/03s_replies.ipynb #efdf784d
 def finished_replies(
     engine,   # With `replies`, or with `stream`
@@ -435,9 +456,11 @@ def generate(
     folder,        # Of the shards
     shard:int=64,  # Replies in a shard; a kill loses one, and the batch at work
     progress=True, # Show a bar
+    earlier=None,  # From `earlier_replies`
 ): # DataFrame, a line a job, in their order
     "The replies of all jobs; those in the folder are not asked for again"
     if jobs.key.duplicated().any(): raise Refusal('the same job twice', ids=jobs.id[jobs.key.duplicated()])
+    take_over(earlier, jobs, folder)
     missing = jobs[~jobs.key.isin(set(read_replies(folder).key))]
     missing = missing.iloc[np.argsort([-len(r.ids) for r in missing.request], kind='stable')]
     done = {}

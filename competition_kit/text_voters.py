@@ -14,12 +14,12 @@ import pandas as pd
 from .ballot import text_runs
 from .base import pick_dtype
 from .completions import sampling, trusted_text_prompt
-from .core import Refusal, write_table
+from .core import Refusal, hash_obj, models_path, write_table
 from .memory import prediction_job
 from .predictions import BallotAsker
-from .record import find_run
-from .replies import (end_engine, generate, job_table, read_replies, reply_engine, start_engine,
-                                     text_dtype)
+from .record import find_run, records
+from .replies import (earlier_replies, end_engine, generate, job_table, read_replies, reply_engine,
+                                     start_engine, text_dtype)
 from .reply_cost import kv_bytes
 from .text import parse_replies, text_votes
 from .trained import base_of, is_full, model_params
@@ -48,13 +48,14 @@ def sample_texts(
     samples:int=5, # Parsed replies that a row needs
     retries:int=2, # Rounds after the first
     progress=False, # Show a bar
+    earlier=None,   # As for `generate`
     **how,    # For `attempts`
 ): # DataFrame, a line a reply: as of `generate`, with `option` (-1: unparsed) and `how`
     "Sample replies to each row until enough are parsed, or the rounds are over"
     asked, missing, found = np.zeros(len(rows), int), np.full(len(rows), samples), []
     for _ in range(1+retries):
         jobs = attempts(enc, asked, missing, greedy=samples == 1, **how)
-        try: replies = generate(engine, jobs, folder, progress=progress)
+        try: replies = generate(engine, jobs, folder, progress=progress, earlier=earlier)
         except TimeoutError:
             if not found: raise
             break  # each row has its first replies
@@ -105,7 +106,7 @@ class TextRuns:
         for rec in self.recs.values(): reply_engine(engine, base_of(rec), self._dtype(rec), gpus)
         self.enc = {r: prompt.encode(rows) for r, prompt in self.prompts.items()}
         self.rows, self.folder, self.clock, self.kind = rows, Path(folder), clock, engine
-        self.samples, self.retries, self.engine, self.base = samples, retries, None, None
+        self.samples, self.retries, self.engine, self.base, self.known = samples, retries, None, None, {}
 
     def _dtype(self, rec): return str(model_params(rec)['dtype'])
 
@@ -133,8 +134,15 @@ class TextAsker(TextRuns):
         rec, rows = self.recs[run], self.rows.iloc[at]
         how = dict(max_new_tokens=model_params(rec)['max_new_tokens'], adapter='' if is_full(rec) else run)
         replies = sample_texts(self.engine, self.enc[run].iloc[at], rows, self.folder/run, self.samples, self.retries,
-                               progress=not self.clock.minutes, **how)
+                               progress=not self.clock.minutes, earlier=self.earlier(run), **how)
         return answer_shares(replies, rows)
+
+    def earlier(self, run): # what it has written for other votes
+        if run not in self.known:
+            same = hash_obj([self.recs[run]['outputs']])  # as `vote_inputs` has it
+            votes = [r['run_id'] for r in records() if r['stage'] == 'vote' and r['inputs'].get(run) == same]
+            self.known[run] = earlier_replies(self.engine, [models_path(v, 'replies', run) for v in votes])
+        return self.known[run]
 
     def close(self):
         "End the engine, and free its memory"

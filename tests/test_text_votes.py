@@ -10,7 +10,7 @@ from competition_kit.completions import answer_rows
 from competition_kit.core import Refusal, data_path, models_path, read_table, root_at
 from competition_kit.probs import read_probs
 from competition_kit.predictions import write_sample
-from competition_kit.record import run_stage, start_run
+from competition_kit.record import read_record, run_stage, start_run, write_record
 from competition_kit.replies import Text, generate, read_replies
 from competition_kit.submission import check_submission, find_sample
 from competition_kit.tables import load_rows, write_rows
@@ -139,6 +139,20 @@ def test_a_killed_vote_asks_for_what_is_missing(both, monkeypatch):
     assert len(engine.asked) == 4 and run.record['metrics']['replies'] == 24
     assert len(read_table(run.folder/'replies.parquet')) == 24
 
+def test_a_vote_with_more_samples_takes_over_those_of_an_earlier_vote(both, monkeypatch):
+    "of the same engine, and of a run that is the same file by file"
+    def asked(version='1', **kw):
+        engine = planted(monkeypatch, lambda row, turn: 'A')
+        engine.version = version
+        assert held(*both, retries=0, **kw).record['metrics']['replies'] == 8*kw['samples']
+        return len(engine.asked)
+    assert asked(samples=2) == 16 and asked(samples=3) == 8
+    assert asked(samples=3, weights='1 2') == 0 and asked(samples=3, rule='majority', version='2') == 24
+    for vote in models_path().glob('vote-*/record.json'):
+        rec = read_record(vote)
+        write_record(vote, rec | dict(inputs=rec['inputs'] | {both[1]: 'another'}))
+    assert asked(samples=2, weights='1 3') == 16
+
 def test_a_cascade_asks_texts_for_the_rows_in_doubt(both, monkeypatch):
     engine = planted(monkeypatch, lambda row, turn: 'A')
     run = held(*both, rescore=.5, retries=0, samples=2, weights='1 9')
@@ -179,6 +193,7 @@ def test_several_gpus_share_the_texts(both, parts_here, monkeypatch):
     engine = planted(monkeypatch, answer)
     alone, asked = held(*both, retries=0), len(engine.asked)
     engine = planted(monkeypatch, answer)
+    engine.version = '2'  # else it takes over the replies of the vote before
     run = held(*both, retries=0, gpus=2, budget=60)
     for a, b in zip(tables(run), tables(alone)): np.testing.assert_allclose(a, b, atol=2e-5)
     assert len(engine.asked) == asked == 24 and run.record['stopped'] == ''
