@@ -57,6 +57,7 @@ def _check_tensor(name, tensor, names, c, no): # one tensor of an adapter with t
     import torch
     part = name.split('.')[-2:]
     lora = part in (['lora_A', 'weight'], ['lora_B', 'weight'])
+    if not name.startswith('base_model.model.'): no(f'a name that peft does not give: {name}')
     if 'lm_head' in name or 'embed' in name:
         no(f'a part on the output matrix or the embeddings ({name}), which the kit does not compute')
     if not lora and '.score.' not in name: no(f'a tensor that is neither LoRA nor score head: {name}')
@@ -79,6 +80,7 @@ def _check_tensors(f, c):
         raise Refusal(f'the adapter cannot be read ({e})', f, fix='Fetch the adapter again') from e
     with tensors as o:
         names = set(o.keys())
+        if not any('.lora_A.' in name for name in names): no('no LoRA in it')
         for name in sorted(names): _check_tensor(name, o.get_tensor(name), names, c, no)
 
 # %% ../nbs/lib/02d_adapter.ipynb #23d7eb7a

@@ -31,7 +31,7 @@ class Lora:
     folder:Path
     config:dict   # Of `adapter_config.json`
     layers:dict   # Name of a linear layer → (outputs, rank, inputs)
-    head:tuple    # Names of the score head's tensors
+    head:dict     # Name of a tensor of the score head → its shape
 
     def pair(self,
         layer,        # Name
@@ -52,7 +52,7 @@ def read_lora(
     found = [k.removeprefix(_prefix).removesuffix('.lora_A.weight') for k in shapes if k.endswith('.lora_A.weight')]
     def shape(layer): return shapes[f'{_prefix}{layer}.lora_B.weight'][0], *shapes[f'{_prefix}{layer}.lora_A.weight']
     return Lora(Path(folder), read_json(f.with_name('adapter_config.json')), {l: shape(l) for l in sorted(found)},
-                tuple(sorted(k for k in shapes if '.lora_' not in k)))
+                {k: shapes[k] for k in sorted(shapes) if '.lora_' not in k})
 
 # %% ../nbs/lib/03j_lora.ipynb #79d8c04a
 def check_loras(
@@ -60,15 +60,16 @@ def check_loras(
 ) -> list: # Names of all layers that any of them has
     "Refuse LoRAs that cannot have been trained over one base and one route"
     if not loras: raise Refusal('no adapters to merge')
-    first, layers = loras[0], sorted({k for l in loras for k in l.layers})
+    def no(a, b, what): raise Refusal(what, f'{a.folder}, {b.folder}', fix='Merge LoRAs of one base and one route')
+    first, first_with = loras[0], {k: l for l in reversed(loras) for k in l.layers}
     for l in loras[1:]:
-        def no(what): raise Refusal(what, f'{first.folder}, {l.folder}', fix='Merge LoRAs of one base and one route')
-        if not set(l.layers) & set(first.layers): no('the adapters have no layer in common')
-        for k in set(l.layers) & set(first.layers):
-            (out, _, n), (out_, _, n_) = l.layers[k], first.layers[k]
-            if (out, n) != (out_, n_): no(f'{k} is {n_} → {out_} in the first, and {n} → {out} in the second')
-        if l.head != first.head: no(f'the score heads differ: {list(first.head)}, {list(l.head)}')
-    return layers
+        if not set(l.layers) & set(first.layers): no(first, l, 'the adapters have no layer in common')
+        if l.head != first.head: no(first, l, f'the score heads differ: {first.head}, {l.head}')
+        for k, (out, _, n) in l.layers.items():
+            out_, _, n_ = first_with[k].layers[k]
+            if (out, n) == (out_, n_): continue
+            no(first_with[k], l, f'{k} is {n_} → {out_} in the first, and {n} → {out} in the second')
+    return sorted(first_with)
 
 def mean_weights(
     weights, # One number an adapter, from 0; None: equal
