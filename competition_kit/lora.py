@@ -9,7 +9,7 @@ __all__ = ['Lora', 'read_lora', 'check_loras', 'mean_weights', 'stack_factors', 
            'with_updates']
 
 # %% ../nbs/lib/03j_lora.ipynb #49635bcf
-import contextlib, functools, json, math, re, shutil
+import contextlib, json, math, shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from .adapter import check_adapter, lora_scale
 from .base import base_hash, base_path
 from .core import Refusal, atomic, file_sums, hash_obj, read_json, seal, write_json
-from .quant import quant_kind, tensor_files, text_config
+from .quant import name_in_model, quant_kind, tensor_files, text_config
 
 # %% ../nbs/lib/03j_lora.ipynb #850ec4bb
 _prefix = 'base_model.model.'  # of every tensor's name in peft's files
@@ -316,9 +316,8 @@ def written_error(
 # %% ../nbs/lib/03j_lora.ipynb #53188010
 def _names_in_model(base): # pairs of a file of the base, and its names → names in the model
     _, renamed = text_config(base)
-    def new(name): return functools.reduce(lambda k, pattern: re.sub(*pattern, k), renamed.items(), name)
     for f in tensor_files(base_path(base)):
-        with safe_open(f, 'pt') as o: yield f, {k: new(k) for k in o.keys()}
+        with safe_open(f, 'pt') as o: yield f, {k: name_in_model(k, renamed) for k in o.keys()}
 
 def _check_places(loras, shards, base): # every layer of the LoRAs must be in the files, with its shape
     shapes = {}

@@ -23,7 +23,7 @@ from .core import Refusal, damage, hash_obj, read_json, seal, versions, write_js
 from .lora import copy_rest
 from .model import collate, dtypes
 from .pack import pack
-from .quant import tensor_files, text_config
+from .quant import name_in_model, tensor_files, text_config
 
 # %% ../nbs/lib/03k_quantise.ipynb #ed24aa0d
 def local_folder(
@@ -250,22 +250,27 @@ def graft(
     made, source, out = Path(made), Path(source), Path(out)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    where = {n: f for f in made.glob('*.safetensors') for n in safe_open(f, 'pt').keys()}
-    index = {}
+    (_, renamed), index = text_config(str(source)), {}
+    packed = {name_in_model(n, renamed): (f, n) for f in made.glob('*.safetensors') for n in safe_open(f, 'pt').keys()
+              if n.endswith('.qweight')}
     for file in tensor_files(source):
         tensors = {}
         with safe_open(file, 'pt') as f:
             for name in f.keys():
                 layer = name.removesuffix('.weight')
-                if f'{layer}.qweight' not in where: tensors[name] = f.get_tensor(name)
-                else: tensors |= {f'{layer}.{k}': _tensor(where, f'{layer}.{k}') for k in _packed}
+                found = packed.pop(f'{name_in_model(layer, renamed)}.qweight', None)
+                tensors |= _matrix(layer, *found) if found else {name: f.get_tensor(name)}
         save_file(tensors, out/file.name, metadata=dict(format='pt'))
         index |= dict.fromkeys(tensors, file.name)
+    if packed:
+        raise Refusal(f'{len(packed)} quantised matrices have no place among the tensors of the source', source,
+                      list(packed), 'Take this model in 16 bits')
     _other_files(source, out, index, q)
 
-def _tensor(where, name):
+def _matrix(layer, file, name): # the tensors of a quantised matrix, by the layer's name in the source
     from safetensors import safe_open
-    with safe_open(where[name], 'pt') as f: return f.get_tensor(name)
+    begin = name.removesuffix('qweight')
+    with safe_open(file, 'pt') as f: return {f'{layer}.{k}': f.get_tensor(begin+k) for k in _packed}
 
 # %% ../nbs/lib/03k_quantise.ipynb #163817a0
 def _codes(result): # GPTQModel's result for a matrix as tensors on the CPU, and numbers for its log

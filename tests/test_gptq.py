@@ -132,6 +132,34 @@ Q.quantise({str(base)!r}, {str(out)!r}, list(np.load({str(out.with_suffix('.npy'
 """
     return subprocess.run([sys.executable, '-c', code], timeout=300).returncode
 
+def test_the_layers_of_a_multimodal_model_are_quantised(small_tok, tmp_path):
+    "GPTQModel gives them other names than the files do; its vision tower stays as it is"
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+    from competition_kit.quant import dense_weight, load_mapped
+    text = dict(vocab_size=len(small_tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
+                num_attention_heads=4, num_key_value_heads=2)
+    sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                 patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).float().save_pretrained(tmp_path/'sees')
+    small_tok.save_pretrained(tmp_path/'sees')
+    ids = list(np.random.default_rng(0).integers(3, 400, (32, 40)))
+    Q.quantise(tmp_path/'sees', tmp_path/'out', ids, 8, 32, dtype='fp32', progress=False)
+    before, after = (load_file(tmp_path/n/'model.safetensors') for n in ('sees', 'out'))
+    assert all(torch.equal(before[k], after[k]) for k in before if 'vision' in k)
+    plain, packed = (load_mapped(str(tmp_path/n), AutoModelForCausalLM, torch.float32, 'cpu') for n in ('sees', 'out'))
+    layers = [n for n, m in packed.named_modules() if hasattr(m, 'qweight')]
+    weights = [[dense_weight(m.get_submodule(n), torch.float32) for m in (plain, packed)] for n in layers]
+    assert len(layers) == 14 and all(0 < (a-b).norm() < .02*a.norm() for a, b in weights)
+
+def test_matrices_without_a_place_are_refused(tiny, tmp_path, monkeypatch):
+    (tmp_path/'made').mkdir()
+    name = 'model.layers.0.mlp.{}_proj.qweight'
+    save_file({name.format(k): torch.zeros(1) for k in ('up', 'fused')}, tmp_path/'made/model.safetensors')
+    monkeypatch.setattr(Q, '_packed', ('qweight',))
+    with pytest.raises(Refusal, match='1 quantised matrices have no place.*fused_proj'):
+        Q.graft(tmp_path/'made', tiny, tmp_path/'out', {})
+
 def test_every_calibration_token_counts(tiny, tmp_path, monkeypatch):
     "Those of short rows too, and no padding"
     from gptqmodel.quantization.gptq import GPTQ
