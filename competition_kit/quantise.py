@@ -93,9 +93,11 @@ def read_texts(
     texts = []
     for k, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n'), 1):
         if not line.strip(): continue
-        try: texts.append(str(json.loads(line)['text']))
+        try: texts.append(json.loads(line)['text'])
         except (ValueError, KeyError, TypeError) as e:
             raise Refusal(f'line {k} is no JSON object with a field `text`', path) from e
+        if not isinstance(texts[-1], str) or not texts[-1]:
+            raise Refusal(f'line {k} has no text in its field `text`', path, fix='Give whole prompts as text')
     return [np.array(i[:max_len], np.int32) for i in tok(texts, add_special_tokens=False)['input_ids']] if texts else []
 
 
