@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .base import base_hash, base_name, load_tokenizer, pick_dtype
+from .completions import encode_completions, has_rationale
 from .core import (Refusal, at_least, damage, hash_obj, one_of, project_root, read_json, seal, sha256,
                                   share, write_json)
 from .folds import fold_rows
@@ -27,8 +28,9 @@ from .quantise import (activations, check_calibration, check_installed, check_we
                                       quantise, read_texts, weight_bytes, worth_sentence)
 from .record import find_run
 from .tables import check_texts, load_rows, table_hashes
-from .trained import (ancestors, base_of, has_seen, is_full, lineage_of, load_run, model_params,
-                                     model_stages, same_tables, training_rows, trusted_prompt)
+from .text import TextPrompt
+from .trained import (base_of, has_seen, is_full, lineage_of, load_run, model_params, model_stages,
+                                     parents, same_tables, training_rows, trusted_prompt)
 
 # %% ../nbs/09_gptq.ipynb #1c3e24ed
 class _Source:
@@ -50,12 +52,20 @@ class _Source:
     @cached_property
     def encoded(self): return [encode_cached(self.prompt, rows, self.views) for rows in self.parts]
 
+    @cached_property
+    def text(self): # the prompt of the text route, which asks for reasoning
+        return TextPrompt(self.prompt.tok, self.max_len, self.truncation) if self.route == 'text' else None
+
+    @cached_property
+    def sequences(self): return _sequences(self) # token arrays that can be drawn
+
     def inputs(self) -> dict: # For the run id: name → hash
         "Hashes of what the run is made from; what cannot be quantised or scored is refused"
         _check_source(self)
         start = dict(start=hash_obj(self.record['outputs'])) if self.start else {}
         own = {'calibration': _calibration_hash(self.calibration)} if self.calibration else {}
         hashes = {'base': base_hash(self.base), 'prompt.hash': self.prompt.hash}
+        if self.text: hashes['text_prompt.hash'] = self.text.hash
         return table_hashes(self.mix) | hashes | start | own
 
 # %% ../nbs/09_gptq.ipynb #4fdd4bf4
@@ -123,14 +133,18 @@ def _check_source(a): # can this model be quantised, and can the gate score its 
     check_installed()
     if not a.start and quant_kind(a.base): raise Refusal(f'the base {a.base} is quantised already')
     if not a.start and a.route != 'answer': raise Refusal(f'a base has no head for route={a.route}', fix='Name a run')
-    if old := [r for r in (ancestors(a.start) if a.record else []) if not same_tables(r)]:
-        raise Refusal(f"a table of {a.start} has changed since: {model_params(old[0])['mix']}", fix='Train it again')
+    if old := [r for r in parents(asdict(a)) if not same_tables(r)]:
+        raise Refusal(f"the table of {old[0]['run_id']} has changed since: {old[0]['params']['mix']}",
+                      fix='Train it again')
     train, held = a.parts
     if len(bad := held.id[held.label < 0]):
         raise Refusal(f'rows of fold {a.fold} have no label, and the gate needs them', ids=bad.tolist())
     if not len(held) or not len(train): raise Refusal(f'fold {a.fold} of {a.mix} leaves no rows')
     group_size(shapes := layer_shapes(local_folder(base_of(a.record) if a.start else a.base)), a.group)
     _check_rows(a, calibration_ids(a, a.rows, a.draw), shapes)
+    if a.draws > 1 and a.rows >= len(a.sequences):
+        raise Refusal(f'draws={a.draws}, and each takes all {len(a.sequences)} calibration sequences',
+                      fix=f'Take rows={len(a.sequences)//2} or fewer, or draws=1')
 
 def _check_rows(a, ids, shapes): # a warning, or ''
     return check_calibration(list(map(len, ids)), _inference_lengths(a), shapes, a.calibration or a.mix)
@@ -152,21 +166,35 @@ def calibration_ids(
     draw:int,  # Seed of the draw
 ) -> list: # Token arrays
     "The sequences to calibrate on"
-    inference = _inference_lengths(args)
-    if file := _calibration_file(args.calibration): ids = _own_texts(args, file)
-    else:
-        enc = encode_cached(args.prompt, _own_rows(args), args.views) if args.calibration else args.encoded[0]
-        ids = list(enc.ids)
-    at = draw_lines([len(i) for i in ids], inference, rows, draw) if ids else []
+    ids = args.sequences
+    at = draw_lines([len(i) for i in ids], _inference_lengths(args), rows, draw) if ids else []
     return [ids[k] for k in at]
+
+def _sequences(args): # all that there is
+    if file := _calibration_file(args.calibration): return _own_texts(args, file)
+    rows = _own_rows(args) if args.calibration else args.parts[0]
+    if args.text: return _with_rationales(args, rows)
+    return list((encode_cached(args.prompt, rows, args.views) if args.calibration else args.encoded[0]).ids)
+
+def _with_rationales(args, rows): # prompts that ask for reasoning, with the rationales that the rows have
+    ids, told = list(args.text.encode(rows).ids), _told(args, rows)
+    for k, i in zip(told.row, told.ids): ids[k] = i
+    return ids
+
+def _told(args, rows): # as of `encode_completions`; no line without a rationale
+    if 'rationale' not in rows or not has_rationale(rows).any(): return args.encoded[1].iloc[:0]
+    return encode_completions(args.text, rows, model_params(args.record)['max_new_tokens'])
 
 def _own_texts(args, file): # token arrays of a calibration file
     tok = args.prompt.tok
-    ids, held = read_texts(file, tok, args.max_len), set(tok.batch_decode(args.encoded[1].ids.tolist()))
-    if lines := [k for k, text in enumerate(tok.batch_decode(ids), 1) if text in held]:
-        raise Refusal(f'{len(lines)} texts are prompts of held-out rows, the first of them text {lines[0]}', file,
-                      fix='Calibrate on training rows')
+    prompts = args.text.encode(args.parts[1]) if args.text else args.encoded[1]
+    ids, held = read_texts(file, tok, _longest(args)), tuple(tok.batch_decode(prompts.ids.tolist()))
+    if lines := [k for k, text in enumerate(tok.batch_decode(ids), 1) if text.startswith(held)]:
+        raise Refusal(f'{len(lines)} texts begin with prompts of held-out rows, the first of them text {lines[0]}',
+                      file, fix='Calibrate on training rows')
     return ids
+
+def _longest(args): return args.max_len+(model_params(args.record)['max_new_tokens'] if args.text else 0)
 
 def _own_rows(args): # a calibration table
     rows, held = load_rows(args.calibration, args.seed), args.parts[1]
@@ -175,7 +203,10 @@ def _own_rows(args): # a calibration table
                       held.id[bad].tolist(), 'Calibrate on training rows')
     return rows
 
-def _inference_lengths(args): return args.encoded[1].n.to_numpy()
+def _inference_lengths(args): # with a reply that is as long as the rationales
+    if not args.text: return args.encoded[1].n.to_numpy()
+    told = _told(args, args.parts[0])
+    return (told if len(told) else args.text.encode(args.parts[1])).n.to_numpy()
 
 # %% ../nbs/09_gptq.ipynb #a8a80f48
 def load_source(
@@ -274,22 +305,25 @@ def tries(
     args:GptqArgs,
     group:int, # Group size that fits the model
 ) -> list: # `Try`s, those asked for first
-    "The tries of a run in their order"
-    first, steps = dict(bits=args.bits, group=group, rows=args.rows), []
-    if group > 32: steps.append(dict(first, group=32))
-    if args.bits == 4: steps.append(dict(first, bits=8))
-    steps.append(dict(first, rows=4*args.rows))
-    return [Try(draw=args.draw, **s) for s in (first, *(steps if args.retry else []))]
+    "The tries of a run in their order; no more rows than there are"
+    first = dict(bits=args.bits, group=group, rows=min(args.rows, len(args.sequences)), draw=args.draw)
+    return [Try(**first | s) for s in ({}, *(_steps(args, group) if args.retry else []))]
+
+def _steps(args, group): # what a further try changes
+    most, steps = len(args.sequences), []
+    if group > 32: steps.append(dict(group=32))
+    if args.bits == 4: steps.append(dict(bits=8))
+    if args.rows < most: steps.append(dict(rows=min(4*args.rows, most)))
+    return steps
 
 def advice(
     args:GptqArgs,
     group:int,
 ) -> str:
     "What to try after a gate that failed"
-    if args.retry: return 'Take 16 bits, longer rows with calibration=FILE, or other limits'
-    steps = ['group=32'] if group > 32 else []
-    steps += ['bits=8'] if args.bits == 4 else []
-    return f"Try {', '.join([*steps, f'rows={4*args.rows}'])}; retry=True tries them in this order"
+    steps = [f'{k}={v}' for step in _steps(args, group) for k, v in step.items()]
+    if args.retry or not steps: return 'Take 16 bits, longer rows with calibration=FILE, or other limits'
+    return f"Try {', '.join(steps)}; retry=True tries them in this order"
 
 # %% ../nbs/09_gptq.ipynb #0a823e2f
 def attempt(
@@ -343,7 +377,8 @@ def _finish(run, args, t, folder, q, report): # the model, its probabilities and
     run.finish(metrics, ['probs.parquet', 'before.parquet', *files], rows=len(args.table),
                held_out=len(held), task=args.prompt.task, base=base_hash(args.base), **hashes, quantised=asdict(t),
                verdict=found['verdict'], worth=report['worth'], bytes=found['bytes'],
-               model=dict(asdict(args), method='full', **_text_facts(args.record, 'max_new_tokens')),
+               model=dict(asdict(args), method='full', model_names=args.prompt.model_names,
+                          **_text_facts(args.record, 'max_new_tokens')),
                **(dict(letters=letters) if letters else {}), **_text_facts(args.record, 'text_prompt'))
 
 def _text_facts(rec, name): # of a run that answers by text, for its quantised model
@@ -355,8 +390,8 @@ def _baselines(args): # of the held-out rows: the run's own, or fitted now
     return known or baselines(*args.parts, args.prompt.task)
 
 def _seen(args, held): # [held rows], bool: was a row in the training data of the model?
-    if not args.start: return np.zeros(len(held), bool)
-    return has_seen(held, args.table, training_rows(ancestors(args.start)))
+    if not (past := parents(asdict(args))): return np.zeros(len(held), bool)
+    return has_seen(held, args.table, training_rows(past))
 
 # %% ../nbs/09_gptq.ipynb #5a35d46a
 def gptq(

@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 from competition_kit import quantise as Q
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
 from competition_kit.gate import Limits
-from competition_kit.gptq import GptqArgs, draw_spread, gptq, report_table
+from competition_kit.gptq import GptqArgs, calibration_ids, draw_spread, gptq, report_table
 from competition_kit.probs import align, read_probs
 from competition_kit.record import find_run, run_stage
 from competition_kit.sample import write_arena
 from competition_kit.tables import load_rows, write_rows
+from competition_kit.text import reasoning
 from competition_kit.train import train_fold
 from competition_kit.trained import ancestors, load_run, predict_runs, recipe_key, trusted_prompt
 
@@ -226,7 +227,7 @@ def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
     with pytest.raises(Refusal, match='2 calibration rows'): quantised(start=made['full'], calibration=str(two))
     args = GptqArgs(start=made['full'])
     two.write_text(json.dumps(dict(text='one'))+'\n'+json.dumps(dict(text=args.prompt.tok.decode(args.encoded[1].ids.iloc[0]))))
-    with pytest.raises(Refusal, match='1 texts are prompts of held-out rows, the first of them text 2'):
+    with pytest.raises(Refusal, match='1 texts begin with prompts of held-out rows, the first of them text 2'):
         quantised(start=made['full'], calibration=str(two))
     with pytest.raises(Refusal, match='no such calibration'): quantised(start=made['full'], calibration='lost.jsonl')
     with pytest.raises(Refusal, match='held-out rows stand in'):
@@ -241,6 +242,42 @@ def test_a_changed_table_of_an_ancestor_is_refused_before_work(made, tiny):
     child = train_fold(start=made['full'], **how).id
     write_rows(rows.assign(weight=2.), data_path('sample_arena.parquet'))
     with pytest.raises(Refusal, match='has changed since'): GptqArgs(start=child, rows=24).inputs()
+
+def test_a_base_that_is_a_run_has_seen_its_rows(made):
+    "by its folder, with `start` or as a copy: the rows of the fold are no held-out rows"
+    copy = shutil.copytree(models_path(made['full'], 'model'), data_path('copied'))
+    for base in (f"models/{made['full']}/model", str(copy)):
+        run = quantised(base=base, mix='sample_arena', fold=1, max_len=160, dtype='fp32', **wide)
+        assert read_probs(run.folder/'probs.parquet').seen.all() and 'log_loss' not in run.record['metrics']
+    run = quantised(base=str(copy), mix='sample_arena', fold=0, max_len=160, dtype='fp32', **wide)
+    assert not read_probs(run.folder/'probs.parquet').seen.any() and 'log_loss' in run.record['metrics']
+
+def test_a_teacher_that_sees_the_names_of_models_can_be_used(tiny, made):
+    teacher = train_fold(model_names=True, base=tiny, max_len=160, lr=1e-3, dtype='fp32', lora_r=2, epochs=.2)
+    run = quantised(start=teacher.id, bits=8, **wide)
+    rows = load_rows('sample_arena')[:6]
+    p = predict_runs([teacher.id, run.id], rows, models_path('p'), progress=False)
+    assert np.abs(np.subtract(*(align(p[k], rows) for k in (teacher.id, run.id)))).max() < .01
+
+def test_text_is_calibrated_with_its_prompt_and_rationales(tiny, own_root):
+    rows = load_rows('sample_logic')
+    meta, rows = rows.attrs['meta'], rows.iloc[:60].reset_index(drop=True)
+    rows['rationale'] = [f'<output>{"ABCDEFG"[k]}</output>' if i % 2 else None for i, k in enumerate(rows.label)]
+    rows.attrs['meta'] = meta
+    write_rows(rows, data_path('told.parquet'))
+    run = train_fold(mix='told', route='text', method='full', base=tiny, max_len=448, max_new_tokens=32, dtype='fp32',
+                     epochs=.1, score_every=8, batch=4)
+    args = GptqArgs(start=run.id, rows=16)
+    texts = args.prompt.tok.batch_decode(calibration_ids(args, 16, 0))
+    assert all(any(r in t for r in reasoning.values()) for t in texts), 'the prompt asks for reasoning'
+    assert np.mean(['</output>' in t.rpartition('assistant')[2] for t in texts]) > .6, 'at the length of inference'
+    assert len(args.sequences) == len(args.parts[0])
+    assert quantised(start=run.id, **wide).done
+    own = own_root/'own.jsonl'
+    prompt = args.prompt.tok.decode(args.text.encode(args.parts[1]).ids[0])
+    own.write_text(json.dumps(dict(text=prompt+'<output>A</output>')))
+    with pytest.raises(Refusal, match='begin with prompts of held-out rows'):
+        quantised(start=run.id, calibration=str(own))
 
 def test_nan_in_a_weight_is_refused_by_name(tiny, tmp_path):
     base = tmp_path/'nan'
