@@ -53,7 +53,7 @@ def named_members(
     w = _numbers(weights)
     if len(w) == len(groups) != len(runs): w = [x/len(g) for x, g in zip(w, groups) for _ in g]
     if w: mean_weights(w, len(runs))
-    return runs, ' '.join(f'{x:.10g}' for x in w)
+    return runs, ' '.join(f'{x:.10g}' for x in w) if len(set(w)) > 1 else ''
 
 def _numbers(text): # floats
     try: return [float(x) for x in text.split()]

@@ -154,6 +154,7 @@ def test_members_that_make_no_model_are_refused(runs, tiny, tmp_path):
     with pytest.raises(Refusal, match='differ in their prompt'): merge_runs(members=f'{runs[0]} {other}')
     with pytest.raises(Refusal, match='differ in their route'): merge_runs(members=f'{runs[0]} {runs[4]}')
     with pytest.raises(Refusal, match='merged twice'): merge_runs(members=f'{runs[0]} {runs[0][:16]}')
+    assert MergeArgs(members=seeds(runs, 0), weights='2 2') == MergeArgs(members=seeds(runs, 0)), 'the same run'
     with pytest.raises(Refusal, match='for 2 adapters'): merge_runs(members=f'{runs[0]} {runs[2]}', weights='1 2 3')
     with pytest.raises(Refusal, match='no shared start'): merge_runs(members=seeds(runs, 0), how='factors')
     for what, field in {'task': 'task', 'base': 'base', 'tokenizer': 'tokenizer', 'letters': 'letters'}.items():
