@@ -296,6 +296,9 @@ def _packed_layer(name, linear, have, kind, device, where): # One `GPTQLinear`
     if (bits, group) != (rule['bits'], group if want == -1 else want):
         raise Refusal(f"{name} is in {bits} bits, in groups of {group}, "
                       f"and the configuration says {rule['bits']} bits and group size {want}", where)
+    if (g := t.get('g_idx')) is not None and (g.shape != (n,) or g.min() < 0 or g.max() >= groups):
+        raise Refusal(f'g_idx of {name} does not name one of its {groups} groups for each of {n} inputs', where,
+                      fix='Fetch the base again')
     return GPTQLinear(**t, bits=bits, v1=kind['checkpoint_format'] == 'gptq')
 
 # %% ../nbs/lib/02c_quant.ipynb #d4a53cb3

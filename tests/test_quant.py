@@ -463,6 +463,10 @@ def test_rules_and_file_disagree(tiny, tmp_path, rules, says):
             dict(add={'model.layers.0.mlp.up_proj.qzeros': torch.zeros(1, 15, dtype=torch.int32)}),
             'shapes of model.layers.0.mlp.up_proj',
         ),
+        *(  # a GPU would read beside the scales, a CPU take the last group for −1
+            (dict(add={'model.layers.0.mlp.up_proj.g_idx': g.int()}), 'g_idx of model.layers.0.mlp.up_proj')
+            for g in (torch.full((64,), 2), torch.arange(64) // 32 - 1, torch.zeros(1))
+        ),
         (dict(config=dict(group_size=48)), '48 does not divide the 64'),
         (dict(config=dict(bits=2)), '2 bits'),
         (dict(config=dict(quant_method='awq')), 'quantised by awq'),
