@@ -403,7 +403,11 @@ def quantise(
 ) -> pd.DataFrame: # From `layer_table`
     "Quantise a model's layers; nothing is rounded without calibration"
     source, out = Path(source).resolve(), Path(out).resolve()
-    if not damage(out): return pd.read_json(out/'layers.json', orient='table')
+    q = _config(bits, group, damp, act_order, versions().get('gptqmodel'))
+    if not damage(out):
+        if read_json(out/'config.json')['quantization_config'] | dict(meta=q['meta']) != q:
+            raise Refusal('this model was quantised with other arguments', out, fix='Name another folder')
+        return pd.read_json(out/'layers.json', orient='table')
     check_installed()
     _check_positions(source, ids)
     work = out.with_name(f'{out.name}.work')
@@ -413,7 +417,7 @@ def quantise(
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     table = layer_table(log, seconds)
-    graft(work/'made', source, out, _config(bits, group, damp, act_order, versions()['gptqmodel']))
+    graft(work/'made', source, out, q)
     table.to_json(out/'layers.json', orient='table')
     seal(out)
     shutil.rmtree(work)
