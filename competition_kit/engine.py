@@ -217,7 +217,7 @@ class EngineProcess:
                 yield value
         except (EOFError, OSError):
             raise self._dead(f'the vLLM engine died (exit code {self.process.wait()})') from None
-        except GeneratorExit:  # nobody reads the rest
+        except (GeneratorExit, KeyboardInterrupt):  # nobody reads the rest, and the next request would get it
             self.close()
             raise
 
@@ -314,6 +314,7 @@ class Engine(ServedModel):
         "The probabilities of the letters as the next token; all of them, or a refusal"
         (ids, slots), order = self._requests(ids, adapter)
         logp = np.empty((len(ids), len(letters)), np.float32)
+        if not ids: return logp
         logp[order] = self._ask('letters', ids=ids, slots=slots, letters=[int(t) for t in letters], fresh=fresh)
         if np.isnan(logp).any(): raise Refusal(f'vLLM gave no probability for {int(np.isnan(logp).sum())} letters')
         return logp

@@ -60,6 +60,20 @@ def test_an_engine_that_hangs_is_ended():
     with pytest.raises(E.EngineDied, match='no answer in 0.5 seconds'): e._ask('start', **start)
     assert gone(e.process.pid)
 
+def test_an_answer_that_was_interrupted_is_no_answer_to_the_next_request(monkeypatch):
+    e, wait = begun(), E.wait
+    def interrupted(*args):
+        wait(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(E, 'wait', interrupted)
+    with pytest.raises(KeyboardInterrupt): e._ask('letters', ids=[], slots=[], letters=[], fresh=False)
+    monkeypatch.undo()
+    with pytest.raises(E.EngineDied, match='died'): e._ask('start', **start)
+    assert gone(e.process.pid)
+
+def test_no_rows_have_no_letters():
+    with begun() as e: assert e.letters([], [5, 6, 7]).shape == (0, 3)
+
 def test_an_engine_ends_with_its_driver():
     code = ('import time; from test_engine import begun; e = begun(); print(e.process.pid, flush=True); time.sleep(60)')
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)]))
