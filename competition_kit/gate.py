@@ -62,11 +62,13 @@ _close = .05  # of two probabilities; bf16 rounds SmolLM2's logits by .11, and s
 def _check(before, after, label):
     if before.shape != after.shape or len(label) != len(before) or not len(label):
         raise Refusal(f'probabilities of shapes {before.shape} and {after.shape} for {len(label)} labels')
-    if (bad := ~np.isfinite(after).all(1)).any():
-        raise Refusal(f'the changed model predicts NaN for {bad.sum()} of {len(label)} rows',
-                      fix='Take 8 bits, another calibration draw, or bf16 instead of fp16')
-    if (label < 0).any():
-        raise Refusal(f'{(label < 0).sum()} rows have no label', fix='Compare on rows with labels')
+    for model, p in dict(changed=after, first=before).items():
+        if (bad := ~np.isfinite(p).all(1)).any():
+            raise Refusal(f'the {model} model predicts NaN for {bad.sum()} of {len(label)} rows',
+                          fix='Take 8 bits, another calibration draw, or bf16 instead of fp16')
+    if (bad := (label < 0) | (label >= before.shape[1])).any():
+        raise Refusal(f'{bad.sum()} rows have no label among the {before.shape[1]} options',
+                      fix='Compare on rows with labels')
 
 # %% ../nbs/lib/02j_gate.ipynb #be595743
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class GptqArgs(_Source):
     group:int=0              # Group size: 128, 64 or 32; 0: the largest that fits the model
     damp:float=.05           # Damping; .1 where calibration is unstable
     act_order:bool=False     # Quantise inputs by descending activation
-    rows:int=128             # Calibration sequences
+    rows:int=128             # Calibration sequences, or all that there are
     calibration:str=''       # Your calibration set: a table of rows, or a .jsonl file with the field text
     draw:int=0               # Seed of the calibration draw
     draws:int=1              # Calibration draws; three show the spread
