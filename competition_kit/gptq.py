@@ -413,7 +413,7 @@ def gptq(
     else:
         raise Refusal(f'the gate failed. {text} The report is kept', run.folder/'report.json',
                       fix=advice(args, group))
-    for k in range(1, args.draws):
+    for k in range(1, args.draws if t.rows < len(args.sequences) else 1):  # draws of all rows are one
         other = Try(t.bits, t.group, t.rows, args.draw+k)
         _, compared, _, _ = attempt(args, other, source, p, facts, kept)
         report['draws'].append(dict(compared, name=other.name))

@@ -209,6 +209,9 @@ def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made, monkeypatch):
     order = ['4 bits, group 64, 24 rows', '4 bits, group 32, 24 rows', '8 bits, group 64, 24 rows',
              '4 bits, group 64, 96 rows']
     assert tried == order
+    monkeypatch.setattr('competition_kit.gptq.verdict', lambda found, limits: (len(found['calibration']) > 90, ''))
+    run = quantised(**strict, retry=True, draws=2)
+    assert run.record['quantised']['rows'] == 96 and len(report_table(run)) == 4, 'no other draw of all rows'
     monkeypatch.undo()
     assert quantised(**strict, **wide).done
     assert all(f.exists() for f in kept), 'another run leaves the models of a failed one'
