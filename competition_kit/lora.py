@@ -305,13 +305,13 @@ def written_error(
     device='cpu', # To compute on
 ) -> float: # About 1e-7 for an exact merge
     "The largest difference of a layer's update from the members' mean, beside the members' own updates"
-    w, worst, g = mean_weights(weights, len(loras)), 0., torch.Generator().manual_seed(0)
+    w, errors, g = mean_weights(weights, len(loras)), [], torch.Generator().manual_seed(0)
     for k in check_loras(loras):
         own = [(v, *l.pair(k, device)) for l, v in zip(loras, w) if k in l.layers]
         x = torch.randn(own[0][1].shape[1], generator=g).to(device)
         each, (a, b) = [v*(b@(a@x)) for v, a, b in own], merged.pair(k, device)
-        worst = max(worst, float((b@(a@x)-sum(each)).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
-    return worst
+        errors.append(float((b@(a@x)-sum(each)).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
+    return float(np.max(errors))  # NaN stays NaN
 
 # %% ../nbs/lib/03j_lora.ipynb #53188010
 def _names_in_model(base): # pairs of a file of the base, and its names → names in the model
@@ -424,14 +424,14 @@ def added_error(
     device='cpu', # To compute on
 ) -> float: # About 1e-7 or less for an exact merge
     "The largest difference of a layer's weights from base and mean update that rounding does not explain"
-    w, layers, worst = mean_weights(weights, len(loras)), check_loras(loras), 0.
+    w, layers, errors = mean_weights(weights, len(loras)), check_loras(loras), []
     for (k, old), (_, new) in zip(base_weights(base, layers), base_weights(folder, layers), strict=True):
         at = torch.randperm(len(old), generator=torch.Generator().manual_seed(0))[:64]
         each = [v*(b[at.to(device)]@a) for l, v in zip(loras, w) if k in l.layers for a, b in [l.pair(k, device)]]
         want, kind = old[at].to(device).float()+sum(each), torch.finfo(new.dtype)
         off = (new[at].to(device).float()-want).abs()-(kind.eps/2+2**-23)*(want.abs()+kind.tiny)  # sums in fp32
-        worst = max(worst, float(off.clamp_min(0).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
-    return worst
+        errors.append(float(off.clamp_min(0).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
+    return float(np.max(errors))  # NaN stays NaN
 
 # %% ../nbs/lib/03j_lora.ipynb #be21a6a2
 @contextlib.contextmanager

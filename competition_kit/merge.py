@@ -259,6 +259,9 @@ def row_logits(
     enc, n = prompt.encode(rows, 1), n_options(rows, tasks[prompt.task])
     out = np.zeros((len(rows), len(prompt.letters)), np.float32)
     for at in pack(enc.n, 4096): out[at] = classifier(**collate(enc.ids.iloc[at], classifier.device)).cpu()
+    if (bad := ~np.isfinite(out).all(1)).any():
+        raise Refusal(f'the model gives NaN for {bad.sum()} of {len(rows)} rows', ids=rows.id[bad].tolist(),
+                      fix='Train and merge in bf16 instead of fp16')
     return np.where(option_mask(n, out.shape[1]).numpy(), np.nan, out)
 
 def logit_shift(
