@@ -253,7 +253,7 @@ def llm_options(
     "What vLLM is started with; too few LoRA slots are refused, and LoRAs in fp32 on a GPU"
     if len(adapters) and pick_dtype(dtype) == 'fp32' and _has_gpu():
         raise Refusal('vLLM computes LoRAs in 16 bits only on a GPU', adapters[0], fix='Take engine=packs')
-    if options.get('max_loras', 99) <= len(adapters):
+    if options.get('max_loras', len(adapters)+1) <= len(adapters):
         raise Refusal(f"max_loras={options['max_loras']}: vLLM answers wrongly without a word when adapters and "
                       'the base outnumber its slots', fix=f'Leave it out, or take {len(adapters)+1} or more')
     return dict(model=base_path(base), dtype=_dtypes[pick_dtype(dtype)], max_model_len=max_len, seed=0,

@@ -109,6 +109,9 @@ def _complete(args): # take over what a run brings, spell names out, and refuse 
     at_least(args, 0, 'draw', 'seed')
     share(args, 'damp')
     if not args.damp: raise Refusal('damp=0', fix='Take .05 or .1')
+    for name in ('max_loss', 'max_flips'):
+        if (limit := getattr(args, name)) != -1 and not limit >= 0:
+            raise Refusal(f'{name}={limit!r}', fix='Take a number from 0, or -1 for the default')
 
 _of_the_run = 'base mix fold seed route max_len truncation views dtype'.split()
 

@@ -115,6 +115,7 @@ def test_slots_count_the_base_and_the_largest_rank(tmp_path):
     small, large = adapter(tmp_path/'a'), adapter(tmp_path/'b', rank_pattern={'k_proj': 33})
     assert E.lora_slots([small, large]) == dict(enable_lora=True, max_loras=3, max_cpu_loras=3, max_lora_rank=64)
     assert E.lora_slots([]) == {}
+    assert E.llm_options('smollm2', [small]*120, 'bf16', 64, 1, {})['max_loras'] == 121
 
 @pytest.mark.parametrize('config, why', [(dict(r=513), 'rank 513'), (dict(modules_to_save=['score']), 'score head'),
                                          (dict(use_dora=True), 'use_dora')])

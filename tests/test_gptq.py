@@ -224,6 +224,9 @@ def _tries_of(args): # names of the tries in their order
 def test_bad_input_is_refused_before_work(made, tmp_path, tiny):
     with pytest.raises(Refusal, match='does not divide'): quantised(start=made['full'], group=128)
     with pytest.raises(Refusal, match='Leave out max_len'): GptqArgs(start=made['full'], max_len=100)
+    for limit in (-.5, float('nan')):
+        with pytest.raises(Refusal, match='-1 for the default'): GptqArgs(max_loss=limit)
+        with pytest.raises(Refusal, match='-1 for the default'): GptqArgs(max_flips=limit)
     with pytest.raises(Refusal, match='no head'): quantised(base=tiny, route='score')
     two = tmp_path/'two.jsonl'
     two.write_text('{"text": "one two"}\n{"text": "three"}\n')
