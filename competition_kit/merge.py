@@ -46,7 +46,7 @@ def named_members(
     if not names.split() and not trained:
         raise Refusal('there is no finished run to merge', fix='Train some: ck run 04_train -p fold 0')
     recs = [find_run(n) for n in names.split()] or [trained[-1]]
-    groups = [folds_of(r) if folds or not names.split() else [r] for r in recs]
+    groups = [_with_folds(r) if folds or not names.split() else [r] for r in recs]
     runs = [r['run_id'] for group in groups for r in group]
     if twice := sorted({r for r in runs if runs.count(r) > 1}):
         raise Refusal(f'{twice[0]} would be merged twice', fix='Name each run once; with folds=True one of its folds')
@@ -54,6 +54,9 @@ def named_members(
     if len(w) == len(groups) != len(runs): w = [x/len(g) for x, g in zip(w, groups) for _ in g]
     if w: mean_weights(w, len(runs))
     return runs, ' '.join(f'{x:.10g}' for x in w) if len(set(w)) > 1 else ''
+
+def _with_folds(rec): # records; a merge of several folds is no further fold
+    return [r for r in folds_of(rec) if r['fold'] is not None] if rec['fold'] is not None else [rec]
 
 def _numbers(text): # floats
     try: return [float(x) for x in text.split()]

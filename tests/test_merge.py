@@ -49,6 +49,8 @@ def test_a_merge_votes_teaches_and_continues(runs, tiny, tmp_path):
     assert recipe_key(merged[0].record) == recipe_key(merged[1].record)
     mixed = merge_runs(members=f'{runs[0]} {runs[3]}')  # two folds, so it held out none
     assert [r['run_id'] for r in members(merged[0].id)] == [r.id for r in (*merged, mixed)]
+    assert MergeArgs(members=merged[0].id, folds=True).members.split() == [r.id for r in merged]
+    assert MergeArgs(members=mixed.id, folds=True).members == mixed.id
     shutil.rmtree(mixed.folder)
     rows = load_rows('sample_arena')
     assert set(rows_seen(merged[0].id).id) == set(rows.id[rows.fold != 0])
