@@ -262,6 +262,7 @@ def table_path(
 
 # %% ../nbs/lib/01f_tables.ipynb #9e943d44
 _made = {}  # key → pickled table; the last four
+_largest = 3e8 # bytes of a file whose table is kept in memory; a larger one is read again
 
 def _file_key(path): return content_hash(path), path.stat().st_mtime_ns, str(path)
 
@@ -287,6 +288,7 @@ def load_rows(
     check_texts(load_rows, locals())
     if re.search('[+:@>]', data): return load_mix(data, seed)
     path = table_path(data)
+    if path.stat().st_size > _largest: return _rows_of(path)
     return _once_made(_file_key(path), lambda: _rows_of(path))
 
 # %% ../nbs/lib/01f_tables.ipynb #59a6b724

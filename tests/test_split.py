@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
-from competition_kit.core import Refusal, data_path, models_path, sha256
+from competition_kit.core import Refusal, data_path, models_path, read_table, sha256
 from competition_kit import rows as R, split as S
 from competition_kit.folds import check_fold, make_folds
 from competition_kit.groups import group_rows, group_text
@@ -1250,6 +1250,33 @@ def test_a_mix_is_grouped_once(root, monkeypatch):
     table('extra', 5, 1000, weight=0.5)
     assert load_rows('train + extra').weight[20] == 0.5
     assert grouped == [25, 25, 25]
+
+
+def test_a_table_is_read_once(root, monkeypatch):
+    "callers get copies; a changed, a damaged and a large file is read again"
+    read = []
+
+    def counting(path):
+        read.append(path)
+        return read_table(path)
+
+    monkeypatch.setattr(tables, 'read_table', counting)
+    table('train')
+    rows = load_rows('train')
+    rows.loc[0, 'label'] = 2
+    rows.prompt[0].append('changed by the caller')
+    again = load_rows('train')
+    assert (len(read), again.label[0], again.prompt[0]) == (1, 0, [words(0)])
+    table('train', weight=0.5)
+    assert load_rows('train').weight[0] == 0.5
+    assert len(read) == 2
+    monkeypatch.setattr(tables, '_largest', 10)
+    load_rows('train')
+    assert len(read) == 3
+    file = data_path('train.parquet')
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(Refusal, match='not a whole parquet file'):
+        load_rows('train')
 
 
 def test_files_are_hashed_once(root, monkeypatch):
