@@ -148,9 +148,9 @@ def test_a_vote_with_more_samples_takes_over_those_of_an_earlier_vote(both, monk
         return len(engine.asked)
     assert asked(samples=2) == 16 and asked(samples=3) == 8
     assert asked(samples=3, weights='1 2') == 0 and asked(samples=3, rule='majority', version='2') == 24
-    for vote in models_path().glob('vote-*/record.json'):
-        rec = read_record(vote)
-        write_record(vote, rec | dict(inputs=rec['inputs'] | {both[1]: 'another'}))
+    for file in models_path().glob('vote-*/record.json'):
+        rec = read_record(file)
+        write_record(file, rec | dict(inputs=rec['inputs'] | {both[1]: 'another'}))
     assert asked(samples=2, weights='1 3') == 16
 
 def test_a_cascade_asks_texts_for_the_rows_in_doubt(both, monkeypatch):
