@@ -10,7 +10,7 @@ __all__ = ['is_embedded', 'local_base', 'base_path', 'fetched_base', 'base_name'
 from .core import (Refusal, bases_path, damage_cached, file_sums, hash_obj, project_root,
                                   read_json, seal, sha256)
 from pathlib import Path
-import importlib.util, os, re, shutil
+import functools, importlib.util, os, re, shutil
 
 # %% ../nbs/lib/02b_base.ipynb #8f5ae3c9
 _smollm2_sha = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
@@ -105,13 +105,28 @@ def base_path(
 # %% ../nbs/lib/02b_base.ipynb #233f0052
 def fetched_base(
     base:str='smollm2', # As for `base_path`
-): # Path; None for a Hub id that has not been fetched
+): # Path; None for a Hub id whose weights have not been fetched
     "The folder with the files of a base, in the project or in the Hub's cache"
-    from huggingface_hub import snapshot_download
     folder = Path(base_path(base))
     if folder.is_dir(): return folder
-    try: return Path(snapshot_download(base, local_files_only=True))
+    try: return _from_hub(base, local_files_only=True)
     except (OSError, ValueError): return None
+
+_hub_files = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.tiktoken', 'merges.txt', 'vocab.txt']
+
+def _from_hub(base, **how): # Path; a folder that lacks files, or has no weights, is refused
+    from huggingface_hub import snapshot_download
+    folder = Path(snapshot_download(base, allow_patterns=_hub_files, **how))
+    if not any(folder.glob('*.safetensors')): raise Refusal(f'the base {base!r} has no weights in safetensors', folder)
+    return folder
+
+@functools.cache # asks the Hub once a process
+def _fetch(base):
+    try: return _from_hub(base)
+    except (OSError, ValueError) as e:
+        if isinstance(e, Refusal): raise
+        raise Refusal(f'the base {base!r} could not be fetched ({(str(e).splitlines() or [""])[0][:200]})',
+                      fix='Check the name and the network, or give a local folder') from e
 
 # %% ../nbs/lib/02b_base.ipynb #4708939b
 def base_name(
@@ -171,10 +186,10 @@ def _is_content(file): # is this a file that predictions depend on?
 
 def base_hash(
     base:str='smollm2', # A name, folder or Hub id
-) -> str: # 10 hex digits; of the id alone for a base on the Hub that has not been fetched
+) -> str: # 10 hex digits
     "The hash of a base's content: weights, configuration, tokenizer and chat template. A second a GB, once"
-    p = fetched_base(base)
-    if p is None: return hash_obj(str(base))
+    p = Path(base_path(base))
+    if not p.is_dir(): p = _fetch(base)
     files = sorted(f for f in [*p.iterdir(), *p.glob('additional_chat_templates/*')] if _is_content(f))
     sums = file_sums(files)
     return hash_obj([[f.relative_to(p).as_posix(), _sum(f, sums)] for f in files])

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma3Config,
                           Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
-from competition_kit.base import base_hash, base_path, load_tokenizer, pick_dtype
+from competition_kit.base import _fetch, base_hash, base_path, fetched_base, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage, models_path
 from competition_kit.model import (Classifier, add_lora, collate, continue_from, load_classifier, option_mask,
                                    pack_loss, packed_attention, predict, view_probs)
@@ -712,7 +712,43 @@ def test_base_hash(tiny, tmp_path):
     weights.rename(b/'model-00001-of-00001.safetensors')
     hashes.append(base_hash(str(b)))
     assert len(set(hashes)) == len(hashes)
-    assert base_hash('a/b') != base_hash('a/c')
+    with pytest.raises(Refusal, match='could not be fetched'): base_hash('nobody/nothing')
+
+@pytest.fixture
+def hub(tiny, tmp_path, monkeypatch):
+    "The Hub's cache with the snapshot of a base `some/base`, still empty, and a Hub that fetches into it"
+    import huggingface_hub
+    cache, real = tmp_path/'hub', huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(cache))
+    snapshot = cache/'models--some--base/snapshots'/('a'*40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1]/'refs').mkdir()
+    (snapshot.parents[1]/'refs/main').write_text('a'*40)
+    def download(base, local_files_only=False, **how):
+        if base == 'some/base' and not local_files_only: shutil.copytree(tiny('llama'), snapshot, dirs_exist_ok=True)
+        return real(base, local_files_only=local_files_only, **how)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    yield snapshot
+    _fetch.cache_clear()
+
+@pytest.mark.parametrize('there', [[], ['config.json'], ['config.json', 'tokenizer.json', 'tokenizer_config.json']])
+def test_a_base_on_the_hub_has_one_hash_before_and_after_it_is_fetched(hub, tiny, there):
+    for name in there: shutil.copy(Path(tiny('llama'))/name, hub)
+    assert fetched_base('some/base') is None
+    assert base_hash('some/base') == base_hash(tiny('llama'))
+    assert fetched_base('some/base') == hub
+    _fetch.cache_clear()
+    assert base_hash('some/base') == base_hash(tiny('llama'))
+
+def test_a_file_that_no_prediction_needs_may_be_missing(hub, tiny):
+    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+    shutil.copytree(tiny('llama'), hub, dirs_exist_ok=True)
+    names = ['README.md', *(f.name for f in hub.iterdir())]
+    files = {n: TreeCacheEntry(size=1, blob_id='b', lfs_sha256=None, lfs_size=None, xet_hash=None) for n in names}
+    write_tree_cache(hub.parents[1], hub.name, files)
+    assert fetched_base('some/base') == hub
+    (hub/'model.safetensors').rename(hub/'other.safetensors')
+    assert fetched_base('some/base') is None
 
 # ---- probabilities
 TEXTS = ['one', 'two three', '', 'the quick brown fox '*30, 'no', '骑士']
