@@ -20,13 +20,13 @@ from .core import Refusal, at_least, hash_obj, models_path, one_of, read_json
 from .fit import line_probs
 from .folds import rows_at
 from .parallel import predict_parallel
-from .probs import plot_reliability
+from .probs import plot_reliability, scores
 from .record import records, run_stage
 from .rows import tasks
 from .tables import table_hashes
 from .teach import (check_teacher, label_support, read_teachers, signs, student_targets,
                                    teacher_table, write_teachers)
-from .teachers import OnlineTeacher, ask_teacher, distinct_teachers, members, teacher_inputs
+from .teachers import OnlineTeacher, ask_teacher, distinct_teachers, member, members, teacher_inputs
 from .train import TrainArgs, held_out, run_table, train
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
@@ -316,11 +316,11 @@ def student_and_teachers(
     run,  # A finished run
     args, # Its `DistillArgs`
 ) -> pd.DataFrame: # A line for the student, each teacher and each baseline, best first
-    "Scores on the student's held-out rows, which the teachers' runs of the same fold have held out too"
-    table = run_table(run)
-    for name in args.names:
-        same = [r for r in members(name) if r['fold'] == args.fold and r['stage'] != 'adopt']
-        if same: table.loc[same[0]['run_id']] = {k: same[0]['metrics'].get(k) for k in table}
+    "Scores on the student's held-out rows, beside those of the teachers' runs that predicted all of them unseen"
+    table, (rows, _) = run_table(run), held_out(run)
+    for r in [r for name in args.names for r in members(name)]:
+        t = member(r, rows, args.prompt.task)
+        if (t.has & (t.seen == 0)).all(): table.loc[r['run_id']] = scores(t.p, rows.label.to_numpy())
     return table.rename(index={'this run': 'the student'}).sort_values('log_loss')
 
 # %% ../nbs/07_distill.ipynb #e2f70e36

@@ -288,7 +288,11 @@ def add_lora(
     kind = dict(task_type='CAUSAL_LM')
     if classifier.letters is None: kind = dict(task_type='SEQ_CLS', modules_to_save=['score'])
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, use_rslora=rslora, **kind)
-    with _no_gptqmodel(): classifier.model = get_peft_model(classifier.model, config)
+    try:
+        with _no_gptqmodel(): classifier.model = get_peft_model(classifier.model, config)
+    except ValueError as e:
+        raise Refusal(f'no LoRA fits the modules {wanted} ({str(e).splitlines()[0]})',
+                      fix=f"Take some of {', '.join(linear_names(classifier.base))}") from e
     for p in classifier.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return classifier

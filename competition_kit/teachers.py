@@ -101,7 +101,7 @@ def _check_same_rows(r, rows): # an id must stand for the same texts in both tab
     own = own.loc[shared.index]
     other = np.zeros(len(shared), bool)
     for c in {*text_columns['pair'], *text_columns['choice']} & set(shared):
-        other |= np.array([list(a) != list(b) for a, b in zip(shared[c], own[c])], bool)
+        other |= np.array([list(a) != list(b) for a, b in zip(shared[c], own[c])], bool) if c in own else True
     if other.any():
         raise Refusal(f"{r['run_id']} knows other texts under these ids", run_mix(r), shared.index[other].tolist(),
                       'Give the rows of one of the tables ids of their own')

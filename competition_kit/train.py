@@ -142,9 +142,10 @@ class TrainArgs(Training):
 # %% ../nbs/04_train.ipynb #1d5acda0
 def _check(a): # what is wrong with arguments, whatever the table is
     one_of(a, method=('lora', 'full'), route=('answer', 'score', 'score2', 'text'), compiled=('auto', 'yes', 'no'),
-           views=(1, 2))
-    at_least(a, 1, 'batch', 'pack_tokens', 'gpus', 'save_every', 'lora_r', 'max_new_tokens', 'score_every', 'samples')
-    at_least(a, 0, 'seed')
+           views=(1, 2), schedule=('cosine', 'linear', 'constant'))
+    at_least(a, 1, 'batch', 'pack_tokens', 'gpus', 'save_every', 'lora_r', 'lora_alpha', 'max_new_tokens',
+             'score_every', 'samples')
+    at_least(a, 0, 'seed', 'lr', 'weight_decay', 'clip')
     share(a, 'warmup', 'lora_dropout')
     if not a.epochs > 0: raise Refusal(f'epochs={a.epochs!r}', fix='Take more than 0')
     if a.batch % a.gpus:
@@ -436,10 +437,9 @@ def train(
     compared = baselines(rows, held, prompt.task, no_baseline) | own.pop('baselines', {})
     metrics = dict(own, baselines=compared, tokens=facts.pop('tokens'), steps=facts.pop('steps'))
     if no_baseline: facts['no_baseline'] = no_baseline
-    shutil.rmtree(run.folder/'checkpoints', ignore_errors=True)
-    for shards in run.folder.glob('replies-*'): shutil.rmtree(shards)
     run.finish(metrics, [*files, *_weights(run.folder)], rows=len(rows), held_out=len(held),
                task=prompt.task, base=base_hash(args.base), **hashes, **facts, **more)
+    for left in [run.folder/'checkpoints', *run.folder.glob('replies-*')]: shutil.rmtree(left, ignore_errors=True)
 
 def _weights(folder): # names of the files of an adapter or a model, below the run's folder
     files = [*sorted((folder/'adapter').glob('*')), *sorted((folder/'model').glob('*'))]
@@ -469,7 +469,8 @@ def held_out(run): # (rows, probabilities)
 
 # %% ../nbs/04_train.ipynb #a92d6c14
 def _plot_loss(run, ax):
-    loss = pd.DataFrame(read_json(run.folder/'loss.json'), columns=['step', 'loss']).set_index('step').loss
+    losses = [step[:2] for step in read_json(run.folder/'loss.json')]  # without the terms of a distillation
+    loss = pd.DataFrame(losses, columns=['step', 'loss']).set_index('step').loss
     m = run.record['metrics']
     ax.plot(loss, color='0.8')
     ax.plot(loss.ewm(span=max(1, 10/loss.index.min())).mean(), color='C0')  # over ten steps: on a GPU, one value

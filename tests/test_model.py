@@ -453,6 +453,11 @@ def test_unknown_modules(tiny, prompt, modules):
     "peft ignores a name that fits nothing as long as another one fits"
     with pytest.raises(Refusal, match='no module'): add_lora(classifier_of(tiny('llama'), prompt), modules=modules)
 
+@pytest.mark.parametrize('modules', ['mlp', 'q_proj,norm'])
+def test_modules_that_no_lora_fits(tiny, prompt, modules):
+    with pytest.raises(Refusal, match='no LoRA fits.*down_proj, gate_proj'):
+        add_lora(classifier_of(tiny('llama'), prompt), modules=modules)
+
 def test_output_matrix_is_refused_or_learns(tiny, prompt):
     "The letters' logits are computed from the bare matrix: a LoRA on it would be trained by nothing"
     try: classifier = add_lora(classifier_of(tiny('llama'), prompt), r=4, modules='q_proj,lm_head')

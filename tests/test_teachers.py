@@ -8,13 +8,13 @@ from competition_kit import trained
 from competition_kit.ck import main
 from competition_kit.core import Refusal, data_path, models_path, read_json, read_table
 from competition_kit.distill import DistillArgs, distill_fold, student_and_teachers
-from competition_kit.probs import read_probs
+from competition_kit.probs import read_probs, scores
 from competition_kit.pseudo import PseudoArgs, pseudo, round_of
 from competition_kit.record import read_record, records, run_stage, write_record
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, publish, write_rows
 from competition_kit.teachers import adopted_table, ask_teacher, distinct_teachers, members
-from competition_kit.train import train_fold
+from competition_kit.train import held_out, plot_run, train_fold
 from competition_kit.vote import score_vote, voters
 
 small = dict(mix='sample_arena:60', lora_r=4, max_len=192, epochs=.5)
@@ -106,6 +106,28 @@ def test_the_same_ids_with_other_texts_are_refused(tiny, tmp_path, rows):
     teacher = train_fold(base=tiny, **dict(small, mix='other')).id
     with pytest.raises(Refusal, match='knows other texts under these ids'):
         distill_fold(teachers=teacher, base=tiny, **small)
+
+
+def test_a_teacher_of_another_task_with_the_same_ids_is_refused(tiny):
+    logic = load_rows('sample_logic')[:60].drop(columns=['main', 'phase'])
+    write_rows(logic.assign(id=[str(i) for i in range(60)]), data_path('logic.parquet'))
+    teacher = train_fold(base=tiny, **dict(small, mix='logic', max_len=256)).id
+    with pytest.raises(Refusal, match='knows other texts under these ids'):
+        distill_fold(teachers=teacher, base=tiny, **small)
+
+
+def test_a_student_is_compared_with_teachers_on_its_own_rows_alone(rows, tmp_path, tiny):
+    kw = dict(small, base=tiny, missing='label')
+    other = train_fold(base=tiny, **dict(small, mix='sample_arena', score_every=2)).id
+    adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't', seen='no')
+    run = distill_fold(**kw, teachers=f'{other} t')
+    table = student_and_teachers(run, DistillArgs(**kw, teachers=f'{other} t'))
+    assert other not in table.index
+    adopted, = members('t')
+    held = rows[rows.id.isin(held_out(run)[0].id)]
+    p = read_probs(models_path(adopted['run_id'], 'probs.parquet')).set_index('id').p[held.id]
+    assert table.log_loss[adopted['run_id']] == scores(np.stack(p), held.label.to_numpy())['log_loss']
+    assert len(plot_run(run).axes) == 3
 
 
 def test_a_teacher_whose_table_was_split_again_is_refused(five_runs, rows, tmp_path):

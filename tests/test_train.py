@@ -178,6 +178,11 @@ def test_choice_rows(tiny):
                 dict(lora_dropout=1.0),
                 dict(save_every=0),
                 dict(compiled='maybe'),
+                dict(lora_alpha=0),
+                dict(lr=-1e-3),
+                dict(clip=-1.0),
+                dict(weight_decay=-1.0),
+                dict(schedule='step'),
             )
         ),
         (dict(sharded=True), 'sharded'),
@@ -225,6 +230,23 @@ def test_losses_are_drawn_at_their_steps(tiny):
         0.9,
         0.7,
     ]
+
+
+def test_what_finishes_a_run_may_fail_and_no_step_is_trained_again(tiny, monkeypatch):
+    from competition_kit.record import Run
+
+    def killed(*args, **kw):
+        raise KeyboardInterrupt
+
+    kw = dict(small, mix='sample_arena:24', epochs=1.0)
+    with monkeypatch.context() as m:
+        m.setattr(Run, 'finish', killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_fold(base=tiny, **kw)
+    monkeypatch.setattr(T.TrainArgs, 'loss', None)  # no step can be trained
+    run = train_fold(base=tiny, **kw)
+    assert run.done
+    assert not (run.folder / 'checkpoints').exists()
 
 
 # ---- stages
