@@ -7,7 +7,7 @@ __all__ = ['Training', 'TrainArgs', 'new_model', 'save_model', 'work', 'train', 
            'hardest', 'chain', 'fold_rows', 'learned']
 
 # %% ../nbs/04_train.ipynb #af5dfd0e
-import gc, os, shutil, sys, time
+import gc, os, re, shutil, sys, time
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ:
     # one of several ranks sees one GPU, which must be said before torch starts CUDA
     if visible := os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(64)))):
@@ -133,7 +133,9 @@ class TrainArgs(Training):
 
     def __post_init__(self):
         check_texts(type(self), vars(self))
-        spelled = dict(base=base_name(self.base), start=find_run(self.start)['run_id'] if self.start else '',
+        spelled = dict(mix=re.sub(r'\s*([+>])\s*', r' \1 ', re.sub(r'\s*([:@])\s*', r'\1', self.mix)).strip(),
+                       lora_modules=','.join(m.strip() for m in self.lora_modules.split(',')),
+                       base=base_name(self.base), start=find_run(self.start)['run_id'] if self.start else '',
                        dtype=self.dtype if self.dtype == 'nf4' else pick_dtype(self.dtype),
                        views=1 if self.route == 'text' else self.views)
         for name, value in spelled.items(): object.__setattr__(self, name, value)
@@ -389,11 +391,16 @@ def _text_metrics(folder, a, held, p): # scores beside the letters and the base;
                 baselines=base)
 
 # %% ../nbs/04_train.ipynb #39eb29ed
-def _config(args): return dict(kind=type(args).__name__, fields=asdict(args))
+def _config(args): return dict(module=type(args).__module__, kind=type(args).__name__, fields=asdict(args))
 
-def _from_config(config): # `DistillArgs` stands in the module `distill`
-    kind = config['kind']
-    return getattr(import_module(f"competition_kit.{kind.removesuffix('Args').lower()}"), kind)(**config['fields'])
+def _from_config(config): # `DistillArgs` of a notebook stands in the module `distill`
+    module, kind = config['module'], config['kind']
+    if module == '__main__': module = f"competition_kit.{kind.removesuffix('Args').lower()}"
+    try: found = import_module(module)
+    except ModuleNotFoundError as e:
+        raise Refusal(f'other processes cannot import {kind} ({e})',
+                      fix='Write the class into a .py file in this folder and import it, or take gpus=1') from e
+    return getattr(found, kind)(**config['fields'])
 
 def _one_rank(folder, config): # `work` of one of several processes
     args = _from_config(config)

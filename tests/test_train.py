@@ -104,6 +104,10 @@ def test_ranks_rebuild_the_arguments(tiny):
     args = TrainArgs(**small, base=tiny)
     again = T._from_config(json.loads(json.dumps(T._config(args))))
     assert asdict(again) == asdict(args)
+    soft = T._from_config(json.loads(json.dumps(T._config(SoftArgs(**small, base=tiny)))))
+    assert isinstance(soft, SoftArgs)
+    with pytest.raises(Refusal, match='cannot import NewArgs'):
+        T._from_config(dict(T._config(args), module='__main__', kind='NewArgs'))
 
 
 @pytest.mark.parametrize(
@@ -363,6 +367,16 @@ def test_one_base_has_one_name(tiny, monkeypatch):
     run.folder.symlink_to(elsewhere)
     with pytest.raises(Refusal, match='out-of-fold'):
         train_fold(base=f'models/{run.id}/model', **dict(small, fold=1))
+
+
+def test_one_mix_has_one_name(tiny):
+    def spelled(mix, modules):
+        args = TrainArgs(base=tiny, mix=mix, lora_modules=modules)
+        return args.mix, args.lora_modules
+
+    one = 'extra@0.5 > sample_arena:40 + told', 'q_proj,v_proj'
+    assert spelled(*one) == one
+    assert spelled(' extra @ 0.5>sample_arena: 40  +told ', 'q_proj, v_proj ') == one
 
 
 def test_a_copied_model_keeps_its_history(tiny, tmp_path):
