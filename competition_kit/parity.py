@@ -187,7 +187,8 @@ def _first_layers(model, backbone): # For a moment a model has only as many laye
     finally: backbone.layers, config.num_hidden_layers = layers, whole
 
 def _agreement(base, *what): # The file that says that the check has passed
-    code = [sha256(Path(__file__).with_name(f'{name}.py')) for name in ('attention', 'model', 'parity', 'quant')]
+    names = 'attention', 'model', 'pack', 'parity', 'quant'
+    code = [sha256(Path(__file__).with_name(f'{name}.py')) for name in names]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
     key = [base_hash(base), *what, code, device, torch.__version__, transformers.__version__]
     return models_path('.parity', hash_obj(key)+'.json')

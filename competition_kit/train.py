@@ -312,7 +312,7 @@ def _letters(model, a): # letters' token ids (the parent's if there is one) and 
     if a.start: model.letters = find_run(a.start).get('letters', model.letters)
     facts = {}
     if not a.start and not a.sharded:  # a model whose weights are still in their files cannot predict
-        facts = dict(letter_mass=choose_letters(model, a.prompt, a.rows.iloc[a.fold_at[0][:8]]))
+        facts = dict(letter_mass=choose_letters(model, a.prompt, a.rows.iloc[:8]))  # the same rows for every fold
     if model.letters != a.prompt.letters and not rank():
         print('the base prefers the other spelling of the letters (with a blank, or without): we use that one')
     return dict(letters=list(map(int, model.letters)), **facts)

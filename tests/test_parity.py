@@ -141,6 +141,12 @@ def test_an_agreement_is_kept_for_these_weights(base, prompt, monkeypatch):
     other.save_pretrained(b)
     load_classifier(b, prompt, 'answer', 'fp32')
     assert len(asked) == 3
+    for k, name in enumerate(('attention', 'model', 'pack', 'parity', 'quant')): # other code of the packed forward
+        def other_code(f, name=name, was=parity.sha256): return was(f)[::-1] if f.stem == name else was(f)
+        with monkeypatch.context() as m:
+            m.setattr(parity, 'sha256', other_code)
+            load_classifier(b, prompt, 'answer', 'fp32')
+        assert len(asked) == 4+k
 
 LATE = LINEAR | EXPERTS | dict(num_hidden_layers=6, layer_types=['full_attention']*3+['linear_attention']*3)
 

@@ -542,7 +542,10 @@ def test_ranks_find_the_tokens_there(tiny, monkeypatch):
 def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_root, monkeypatch):
     from competition_kit.trained import predict_runs
 
+    asked = []
+
     def other(classifier, prompt, rows):
+        asked.append(list(rows.id))
         classifier.letters = list(prompt.others)
         return dict(letters=0.1, others=0.5)
 
@@ -558,3 +561,5 @@ def test_the_letters_that_the_base_prefers_are_trained_and_predicted(tiny, own_r
     got = predict_runs([run.id], rows, own_root / 'predicted', progress=False)[run.id]
     assert np.allclose(np.stack(got.p), p, atol=1e-4)
     assert train_fold(**kw, epochs=0.5, start=run.id).record['letters'] == prompt.others
+    train_fold(**kw, fold=1)
+    assert asked[0] == asked[1]  # folds with other letters could not be merged
