@@ -118,7 +118,7 @@ def _from_hub(base, **how): # Path; a folder that lacks files, or has no weights
     from huggingface_hub import snapshot_download
     folder = Path(snapshot_download(base, allow_patterns=_hub_files, **how))
     if not any(folder.glob('*.safetensors')): raise Refusal(f'the base {base!r} has no weights in safetensors', folder)
-    return folder
+    return _whole(folder)
 
 @functools.cache # asks the Hub once a process
 def _fetch(base):

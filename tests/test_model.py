@@ -745,6 +745,11 @@ def test_a_base_on_the_hub_has_one_hash_before_and_after_it_is_fetched(hub, tiny
     _fetch.cache_clear()
     assert base_hash('some/base') == base_hash(tiny('llama'))
 
+def test_an_adapter_on_the_hub_is_no_base(hub, tiny):
+    "transformers would load the base that it names, and put it over that"
+    (hub/'adapter_config.json').write_text('{}')
+    with pytest.raises(Refusal, match='holds an adapter'): base_hash('some/base')
+
 def test_a_file_that_no_prediction_needs_may_be_missing(hub, tiny):
     from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
     shutil.copytree(tiny('llama'), hub, dirs_exist_ok=True)
