@@ -23,11 +23,15 @@ def targets(
     rows,  # Table of rows
     task,  # A `Task`
 ) -> np.ndarray: # [rows, options], each summing to one
-    "The probabilities to learn: the soft label where there is one, else 1 for the label"
-    width = len(task.options)
+    "The probabilities to learn: the soft label where there is one, else 1 for the label; others are refused"
+    width, n = len(task.options), n_options(rows, task)
     out = np.eye(width, dtype=np.float32)[rows.label.clip(0)]
     for i, t in enumerate(rows.target):
-        if t is not None: out[i] = np.pad(np.asarray(t, np.float32), (0, width-len(t)))
+        if t is not None: out[i] = np.pad(np.asarray(t, np.float32)[:width], (0, max(0, width-len(t))))
+    own = np.where(option_mask(n, width), 0, out.clip(0))  # what is left for the row's own options
+    if (off := ~(abs(own.sum(1)-1) < .01) | (own != out).any(1)).any():
+        raise Refusal("the label or soft label is no distribution over the row's options", ids=rows.id[off].tolist(),
+                      fix='Give each row one of its own options, or a probability for each of them')
     return out
 
 # %% ../nbs/lib/03g_fit.ipynb #d94f9cad

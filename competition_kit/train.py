@@ -177,6 +177,12 @@ def _check_rows(a): # is there something to train on, and have all held-out rows
         raise Refusal(f'rows of fold {a.fold} have no label, and held-out rows are scored', ids=unlabelled.tolist(),
                       fix='Mix them into a table with labels')
     if a.route == 'text': _check_rationales(a)
+    elif a.loss is pack_loss: _check_labels(rows_at(rows, train))
+
+def _check_labels(rows): # without teachers, a row to train on needs a label or a soft label
+    if len(bare := rows.id[(rows.label < 0) & rows.target.isna()]):
+        raise Refusal('rows to train on have neither label nor soft label', ids=bare.tolist(),
+                      fix='Label them with 06_pseudo, or leave them out')
 
 def _check_rationales(a): # has this table rationales to train on?
     if (task := a.rows.attrs['meta']['task']) != 'choice':

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from competition_kit.core import Refusal, seal
-from competition_kit.fit import KahanAdamW, Steps, last_checkpoint, line_probs
+from competition_kit.fit import KahanAdamW, Steps, last_checkpoint, line_probs, targets
 from competition_kit.pack import plan_steps
 from competition_kit.rows import swap_probs, tasks
 from competition_kit.tables import load_rows
@@ -28,6 +28,18 @@ def test_soft_targets_and_swaps(rows):
     assert np.allclose(y[:2], [[.2, .5, .3], [.5, .2, .3]])
     assert y[2].tolist() == np.eye(3)[rows.label[1]].tolist()
     assert np.allclose(y[3], swap_probs(y[2:3], np.array([3]), task))
+
+@pytest.mark.parametrize('soft', [[2., 1., 0.], [1.5, -.5, 0.], [np.nan, .5, .5], [0., 0., 0.], [.4, .2, .2, .2]])
+def test_soft_labels_that_are_no_distribution_are_refused(rows, soft):
+    rows.at[1, 'target'] = soft
+    with pytest.raises(Refusal, match=f'no distribution.*{rows.id[1]}'): targets(rows, task)
+
+def test_labels_of_options_that_a_row_does_not_have_are_refused():
+    rows = pd.DataFrame(dict(id=['x', 'y', 'z'], label=[1, 2, 0], target=[None, None, [.5, .25, .25]],
+                             options=[['a', 'b'], ['a', 'b', 'c'], ['a', 'b', 'c']]))
+    assert targets(rows, tasks['choice'])[:, :3].tolist() == [[0, 1, 0], [0, 0, 1], [.5, .25, .25]]
+    for wrong in (dict(label=[2, 2, 0]), dict(options=[['a', 'b']]*3)):
+        with pytest.raises(Refusal, match='no distribution'): targets(rows.assign(**wrong), tasks['choice'])
 
 def test_teachers_are_swapped_as_targets_are(rows):
     p = np.random.default_rng(0).dirichlet(np.ones(3), (2, 4)).astype(np.float32)  # [rows, teachers, options]

@@ -345,6 +345,13 @@ def test_rows_with_soft_labels_alone(tiny):
     assert len(list(models_path().glob('train-*'))) == 1
 
 
+def test_rows_that_teach_nothing_are_refused(tiny):
+    rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
+    write_rows(rows.assign(label=rows.label.where(rows.fold != 1, -1)), data_path('part.parquet'), task='preference')
+    with pytest.raises(Refusal, match='neither label nor soft label'):
+        train_fold(base=tiny, **dict(small, mix='part'))
+
+
 def test_one_base_has_one_name(tiny, monkeypatch):
     "a run is the same from wherever its base is seen, also when it is gone on from later"
     small = dict(globals()['small'], mix='sample_arena:24', epochs=1.0, method='full')
