@@ -176,6 +176,10 @@ def _check_rows(a): # is there something to train on, and have all held-out rows
     if len(unlabelled := rows.id.iloc[held][rows.label.iloc[held] < 0]):
         raise Refusal(f'rows of fold {a.fold} have no label, and held-out rows are scored', ids=unlabelled.tolist(),
                       fix='Mix them into a table with labels')
+    weight = rows.weight.iloc[train]
+    if len(odd := rows.id.iloc[train][~((weight >= 0) & (weight < np.inf))]):
+        raise Refusal('rows to train on have a weight that is below 0 or no number', ids=odd.tolist(),
+                      fix='Give each row a weight from 0 on; 1 is usual')
     if a.route == 'text': _check_rationales(a)
     elif a.loss is pack_loss: _check_labels(rows_at(rows, train))
 

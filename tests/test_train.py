@@ -345,6 +345,15 @@ def test_rows_with_soft_labels_alone(tiny):
     assert len(list(models_path().glob('train-*'))) == 1
 
 
+@pytest.mark.parametrize('weight', [-1.0, np.nan, np.inf])
+def test_weights_that_are_none_are_refused(tiny, weight):
+    rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
+    odd = rows.index[rows.fold == 1][0]
+    write_rows(rows.assign(weight=rows.weight.where(rows.index != odd, weight)), data_path('part.parquet'))
+    with pytest.raises(Refusal, match=f'weight.*{rows.id[odd]}'):
+        train_fold(base=tiny, **dict(small, mix='part'))
+
+
 def test_rows_that_teach_nothing_are_refused(tiny):
     rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
     write_rows(rows.assign(label=rows.label.where(rows.fold != 1, -1)), data_path('part.parquet'), task='preference')
