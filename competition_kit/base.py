@@ -116,7 +116,8 @@ _hub_files = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.tiktoken', 'me
 
 def _from_hub(base, **how): # Path; a folder that lacks files, or has no weights, is refused
     from huggingface_hub import snapshot_download
-    folder = Path(snapshot_download(base, allow_patterns=_hub_files, **how))
+    twice = ['consolidated*', '*/*.safetensors']  # the same weights in other layouts
+    folder = Path(snapshot_download(base, allow_patterns=_hub_files, ignore_patterns=twice, **how))
     if not any(folder.glob('*.safetensors')): raise Refusal(f'the base {base!r} has no weights in safetensors', folder)
     return _whole(folder)
 
@@ -180,7 +181,7 @@ def _sum(file, sums):
     return hash_obj({k: v for k, v in content.items() if k not in _made_by}, 64)
 
 def _is_content(file): # is this a file that predictions depend on?
-    if not file.is_file() or file.name in _no_part: return False
+    if not file.is_file() or file.name in _no_part or file.name.startswith('consolidated'): return False
     kinds = '.json', '.safetensors', '.jinja', '.model', '.tiktoken'
     return file.suffix in kinds or file.name in ('merges.txt', 'vocab.txt')
 

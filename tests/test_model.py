@@ -753,10 +753,12 @@ def test_an_adapter_on_the_hub_is_no_base(hub, tiny):
 def test_a_file_that_no_prediction_needs_may_be_missing(hub, tiny):
     from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
     shutil.copytree(tiny('llama'), hub, dirs_exist_ok=True)
-    names = ['README.md', *(f.name for f in hub.iterdir())]
+    names = ['README.md', 'consolidated.safetensors', 'onnx/model.safetensors', *(f.name for f in hub.iterdir())]
     files = {n: TreeCacheEntry(size=1, blob_id='b', lfs_sha256=None, lfs_size=None, xet_hash=None) for n in names}
     write_tree_cache(hub.parents[1], hub.name, files)
     assert fetched_base('some/base') == hub
+    shutil.copy(hub/'model.safetensors', hub/'consolidated.safetensors')
+    assert base_hash('some/base') == base_hash(tiny('llama'))
     (hub/'model.safetensors').rename(hub/'other.safetensors')
     assert fetched_base('some/base') is None
 
