@@ -288,28 +288,25 @@ def add_lora(
     kind = dict(task_type='CAUSAL_LM')
     if classifier.letters is None: kind = dict(task_type='SEQ_CLS', modules_to_save=['score'])
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, use_rslora=rslora, **kind)
-    try:
-        with _no_gptqmodel(): classifier.model = get_peft_model(classifier.model, config)
-    except ValueError as e:
-        raise Refusal(f'no LoRA fits the modules {wanted} ({str(e).splitlines()[0]})',
-                      fix=f"Take some of {', '.join(linear_names(classifier.base))}") from e
+    with _no_gptqmodel(): classifier.model = get_peft_model(classifier.model, config)
     for p in classifier.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return classifier
 
 # %% ../nbs/lib/03c_model.ipynb #4173bf2d
-def _name_ends(base): # what PEFT accepts as a module's name: `q_proj`, `self_attn.q_proj`, …
-    names = [n for n, _ in base.named_modules() if not n.startswith('score')]
-    return {n.split('.', k)[-1] for n in names for k in range(n.count('.')+1)} - {'lm_head', ''}
+def _linear(base): # full names of the backbone's linear layers
+    heads = (base.get_output_embeddings(), getattr(base, 'score', None))
+    keep = {id(m) for h in heads if h is not None for m in h.modules()}
+    return [n for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep]
+
+def _name_ends(base): # what PEFT accepts as the name of one: `q_proj`, `self_attn.q_proj`, …
+    return {n.split('.', k)[-1] for n in _linear(base) for k in range(n.count('.')+1)}
 
 def linear_names(
     base, # A transformers model
 ) -> list: # Such as `q_proj`, sorted
     "Names of the backbone's linear layers, without the output matrix and the score head"
-    heads = (base.get_output_embeddings(), getattr(base, 'score', None))
-    keep = {id(m) for h in heads if h is not None for m in h.modules()}
-    linear = [n for n, m in base.named_modules() if 'Linear' in type(m).__name__ and id(m) not in keep]
-    return sorted({n.split('.')[-1] for n in linear})
+    return sorted({n.split('.')[-1] for n in _linear(base)})
 
 # %% ../nbs/lib/03c_model.ipynb #de28f24d
 def continue_from(
