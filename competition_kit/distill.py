@@ -160,14 +160,14 @@ class DistillArgs(TeacherArgs):
 def own_run(
     args, # `DistillArgs`
 ) -> str: # A run id
-    "A run of `04_train` with the student's own arguments"
-    names = [f.name for f in fields(TrainArgs) if f.name != 'fold']
-    own = {k: getattr(args, k) for k in names}
+    "A run of `04_train` with the student's own arguments, but for those that only change its time and memory"
+    free = 'fold', 'gpus', 'sharded', 'pack_tokens', 'recompute', 'compiled', 'save_every'
+    own = {f.name: getattr(args, f.name) for f in fields(TrainArgs) if f.name not in free}
     done = [r for r in records() if r['stage'] == 'train' and r.get('status') == 'done']
     same = [r for r in done if own.items() <= r['params'].items()]
     if not same:
         raise Refusal('teachers=self, and no run of 04_train has these arguments',
-                      fix='Train the same arguments with 04_train in every fold first')
+                      fix='Train the same arguments with 04_train in every fold first, or name a run with teachers=')
     return same[-1]['run_id']
 
 # %% ../nbs/07_distill.ipynb #6d5e6894

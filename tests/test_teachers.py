@@ -7,7 +7,7 @@ from competition_kit.adopt import adopt_files
 from competition_kit import trained
 from competition_kit.ck import main
 from competition_kit.core import Refusal, data_path, models_path, read_json, read_table
-from competition_kit.distill import DistillArgs, distill_fold, student_and_teachers
+from competition_kit.distill import DistillArgs, distill_fold, own_run, student_and_teachers
 from competition_kit.probs import read_probs, scores
 from competition_kit.pseudo import PseudoArgs, pseudo, round_of
 from competition_kit.record import read_record, records, run_stage, write_record
@@ -162,6 +162,13 @@ def test_a_student_of_itself_votes_beside_its_teacher(five_runs, tiny):
     ballot = voters('sample_arena')
     assert ballot.voter.nunique() == 2
     assert {r.id for r in runs} < set(ballot.run)
+
+
+def test_a_student_of_itself_may_use_other_packs_and_gpus(five_runs, tiny):
+    args = dict(small, base=tiny)
+    same = DistillArgs(**args, pack_tokens=512, save_every=7, gpus=2)
+    assert own_run(same) in [r.id for r in five_runs]
+    with pytest.raises(Refusal, match='no run of 04_train has these arguments'): own_run(DistillArgs(**args, lr=1e-4))
 
 
 kill_after = """
