@@ -359,6 +359,7 @@ def work(
     save_model(model, folder, args.prompt.tok, past)
     mine = args.scored if args.sharded else args.scored[k::n]  # a sharded model predicts together
     if args.route == 'text':
+        if n > 1: torch.distributed.barrier()  # all ranks load what the first has written
         del model
         gc.collect()  # the trained model, before it is loaded anew
         return loss, facts, _replies_and_letters(folder, args, rows_at(args.rows, mine), facts['letters'])

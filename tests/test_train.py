@@ -546,6 +546,31 @@ def test_two_processes_share_a_packed_base(tiny, tmp_path, monkeypatch):
         T.new_model(TrainArgs(**dict(kw, base=tiny, dtype='nf4', gpus=2, sharded=True)))
 
 
+slow_writer = '''
+import sys, time
+from competition_kit import train as T
+from competition_kit.ranks import as_rank, rank
+real = T.save_model
+def save_model(*args):
+    if not rank(): time.sleep(8)
+    real(*args)
+T.save_model = save_model
+as_rank(sys.argv[1], T._one_rank)
+'''
+
+
+def test_ranks_wait_for_the_weights_that_they_load_again(tiny, tmp_path):
+    rows = load_rows('sample_logic')[:20].drop(columns=['main', 'phase'])
+    rows['rationale'] = [f'<output>{"ABCDEFG"[k]}</output>' for k in rows.label]
+    write_rows(rows, data_path('told.parquet'))
+    args = TrainArgs(mix='told', base=tiny, route='text', lora_r=2, dtype='fp32', max_new_tokens=20, epochs=0.2, gpus=2)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'slow.py').write_text(slow_writer)
+    T.launch(tmp_path / 'run', T._config(args), 2, str(tmp_path / 'slow.py'))
+    parts = [np.load(tmp_path / f'run/part-00{k}.npy') for k in (0, 1)]
+    assert sum(map(len, parts)) == len(args.scored)
+
+
 def test_ranks_find_the_tokens_there(tiny, monkeypatch):
     def started(*args):
         raise RuntimeError(f"{len(list(models_path('.tokens').iterdir()))} tables are tokenised")
