@@ -8,6 +8,7 @@ __all__ = ['ranks', 'rank', 'check_gpus', 'launch', 'as_rank', 'is_sharded', 'su
 
 # %% ../nbs/lib/03f_ranks.ipynb #fbfcb2cc
 from collections import deque
+from datetime import timedelta
 from .core import Refusal, die_with_parent, read_json, write_json
 from .speed import layers
 from pathlib import Path
@@ -92,7 +93,8 @@ def as_rank(
     number, n, _ = (int(os.environ.pop(k)) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
     for k in [k for k in os.environ if k.startswith(('LOCAL_', 'GROUP_', 'ROLE_'))]: del os.environ[k]
     try:
-        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=number, world_size=n)
+        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=number, world_size=n,
+                                timeout=timedelta(hours=3))
         work(config.parent, read_json(config))
         dist.barrier()
     except BaseException as e:

@@ -47,6 +47,20 @@ def test_ranks_die_with_their_parent(tmp_path):
     finally:
         for p in filter(is_alive, started): os.kill(p, signal.SIGKILL)
 
+def test_ranks_wait_for_a_rank_that_writes_for_long(tmp_path, monkeypatch):
+    "NCCL's default is ten minutes, in which a model of 70B may not be written"
+    from types import SimpleNamespace
+    from competition_kit import ranks
+    given, nothing = {}, lambda: None
+    group = SimpleNamespace(init_process_group=lambda kind, **kw: given.update(kw), barrier=nothing,
+                            destroy_process_group=nothing)
+    monkeypatch.setattr(ranks, 'dist', group)
+    monkeypatch.setattr(ranks, 'die_with_parent', nothing)
+    for k, v in dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1').items(): monkeypatch.setenv(k, v)
+    (tmp_path/'config.json').write_text('{}')
+    ranks.as_rank(tmp_path/'config.json', lambda folder, config: None)
+    assert given['rank'] == 1 and given['timeout'].total_seconds() >= 3600
+
 def test_a_failure_has_type_and_place(tmp_path):
     "also an `assert`, which has no text"
     line = 'assert not config["on"]'
