@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .base import base_hash, base_name, load_tokenizer, pick_dtype
+from .base import base_folder, base_hash, base_name, load_tokenizer, pick_dtype
 from .completions import encode_completions, has_rationale
 from .core import (Refusal, at_least, damage, hash_obj, one_of, project_root, read_json, seal, sha256,
                                   share, write_json)
@@ -24,7 +24,7 @@ from .probs import align, baselines, read_probs, scores, write_probs
 from .prompt import Prompt, encode_cached, tokenizer_hash
 from .quant import quant_kind
 from .quantise import (activations, check_calibration, check_installed, check_weights, draw_lines,
-                                      fp16_sentence, group_size, layer_shapes, local_folder, plot_calibration,
+                                      fp16_sentence, group_size, layer_shapes, plot_calibration,
                                       quantise, read_texts, weight_bytes, worth_sentence)
 from .record import find_run
 from .tables import check_texts, load_rows, table_hashes
@@ -143,7 +143,7 @@ def _check_source(a): # can this model be quantised, and can the gate score its 
     if len(bad := held.id[held.label < 0]):
         raise Refusal(f'rows of fold {a.fold} have no label, and the gate needs them', ids=bad.tolist())
     if not len(held) or not len(train): raise Refusal(f'fold {a.fold} of {a.mix} leaves no rows')
-    group_size(shapes := layer_shapes(local_folder(base_of(a.record) if a.start else a.base)), a.group)
+    group_size(shapes := layer_shapes(base_folder(base_of(a.record) if a.start else a.base)), a.group)
     _check_rows(a, calibration_ids(a, a.rows, a.draw), shapes)
     if a.draws > 1 and a.rows >= len(a.sequences):
         raise Refusal(f'draws={a.draws}, and each takes all {len(a.sequences)} calibration sequences',
@@ -258,7 +258,7 @@ def merged_folder(
     folder,   # Of the run
 ) -> Path:
     "The folder of the 16-bit weights; an adapter is added into its base and written to `folder/merged`"
-    if not args.record or is_full(args.record): return local_folder(base_of(args.record) if args.start else args.base)
+    if not args.record or is_full(args.record): return base_folder(base_of(args.record) if args.start else args.base)
     out = Path(folder)/'merged'
     if not damage(out): return out
     shutil.rmtree(out, ignore_errors=True)
@@ -279,7 +279,7 @@ def measure_source(
     merged = args.record and not is_full(args.record)
     if facts.exists() and not (merged and damage(folder/'merged')):
         return merged_folder(None, args, folder), align(read_probs(table), held), read_json(facts)
-    check_weights(local_folder(base_of(args.record) if args.start else args.base))
+    check_weights(base_folder(base_of(args.record) if args.start else args.base))
     model = load_source(args)
     p, mass, took = measure(model, args)
     largest = activations(model, calibration_ids(args, args.rows, args.draw), args.pack_tokens)

@@ -7,7 +7,7 @@ __all__ = ['quant_kind', 'layer_kind', 'text_config', 'name_in_model', 'dequanti
            'tensor_files', 'load_mapped', 'complete', 'load_nf4', 'dense_weight']
 
 # %% ../nbs/lib/02c_quant.ipynb #d2d6660d
-from .base import base_path
+from .base import base_folder, base_path
 from .core import Refusal
 from pathlib import Path
 from typing import Optional
@@ -217,8 +217,7 @@ def tensor_files(
     path, # A folder, or a Hub id, which is fetched
 ) -> list: # Paths, sorted by name
     "The safetensors files of a base; an index that names a missing file is refused"
-    from huggingface_hub import snapshot_download
-    folder = Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=['*.safetensors', '*.json']))
+    folder = Path(path) if Path(path).is_dir() else base_folder(path)
     index = folder/'model.safetensors.index.json'
     if index.exists(): names = set(json.loads(index.read_text())['weight_map'].values())
     elif (folder/'model.safetensors').exists(): names = ['model.safetensors']
