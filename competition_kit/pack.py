@@ -214,8 +214,10 @@ def _shuffled(
 ) -> np.ndarray: # [steps, rows_a_step], rows; -1 where the last step of a phase is short
     "The rows of each step: shuffled, one phase after the other"
     rng, steps = np.random.default_rng(seed), [np.empty((0, rows_a_step), int)]
-    for p in np.unique(phase):
+    for p in (phases := np.unique(phase)):
         rows = np.flatnonzero(phase == p)
+        if len(phases) > 1 and round(len(rows)*epochs) < 1:
+            raise Refusal(f'epochs={epochs:g} takes none of the {len(rows)} rows of a phase', fix='Take more epochs')
         passes = [rng.permutation(rows) for _ in range(int(np.ceil(epochs)))]
         order = np.concatenate(passes)[:round(len(rows)*epochs)]
         steps.append(np.append(order, np.full(-len(order) % rows_a_step, -1)).reshape(-1, rows_a_step))

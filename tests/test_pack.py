@@ -130,6 +130,8 @@ def test_phases():
         for p in set(phase): assert (phase[rows] == p).sum() == 2*round((phase == p).sum()*epochs)
     def plan(**kw): return as_lists(of_one_rank(enc, 4, 1, 512, 3, **kw))
     assert plan() == plan(phase=np.zeros(50, int)) == plan(phase=[7]*50)
+    with pytest.raises(Refusal, match='takes none of the 3 rows of a phase'):
+        plan_steps(enc, 4, .1, 512, 3, phase=[0]*47+[1]*3)
 
 # ---- ranks
 @settings(max_examples=60, deadline=None)
