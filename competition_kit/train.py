@@ -299,6 +299,7 @@ def save_model(
     model,   # Trained
     folder,  # Of the run: weights go into `adapter` or `model` below it
     tok,     # Its tokenizer: all weights and a tokenizer are a base of their own
+    base,    # As the run names it
     past=(), # For `lineage.json` beside all weights, from `lineage_of`
 ):
     "Write the adapter, or all weights, as transformers and PEFT read them"
@@ -312,9 +313,14 @@ def save_model(
     for c in getattr(model.model, 'peft_config', {}).values():
         c.target_modules = sorted(c.target_modules)  # a set has another order in each process
     model.model.save_pretrained(out, **state)
+    if not full: _name_base(out/'adapter_config.json', base)
     if full: tok.save_pretrained(out)
     if full and past: write_json(out/'lineage.json', past)
     seal(out)
+
+def _name_base(config, base): # for the place of the base on this machine, which also stands in PEFT's model card
+    write_json(config, read_json(config) | dict(base_model_name_or_path=base))
+    config.with_name('README.md').unlink(missing_ok=True)
 
 # %% ../nbs/04_train.ipynb #440e1c22
 def _letters(model, a): # letters' token ids (the parent's if there is one) and the base's probability of them
@@ -356,7 +362,7 @@ def work(
     enc = encode_cached(args.prompt, args.rows, args.views)
     model, loss, facts = _fit(folder, args, enc)
     past = lineage_of(folder, asdict(args)) if args.method == 'full' and not k else ()
-    save_model(model, folder, args.prompt.tok, past)
+    save_model(model, folder, args.prompt.tok, args.base, past)
     mine = args.scored if args.sharded else args.scored[k::n]  # a sharded model predicts together
     if args.route == 'text':
         if n > 1: torch.distributed.barrier()  # all ranks load what the first has written
