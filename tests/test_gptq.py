@@ -59,6 +59,28 @@ def test_chain_from_a_full_run_to_the_vote(made):
     assert quantised(start=made['full'], draws=2, **wide).done
     assert not (run.folder/'tries').exists(), 'the models of the other draws are deleted'
 
+def a_chain(base): # run id → hashes of its files
+    from competition_kit.distill import distill_fold
+    from competition_kit.merge import merge_runs
+    from competition_kit.vote import VoteArgs, vote
+    how = dict(mix='sample_arena:40', base=base, max_len=160, lora_r=2, dtype='fp32')
+    folds = [train_fold(fold=k, **how) for k in (0, 1)]
+    names = ' '.join(run.id for run in folds)
+    runs = [*folds, distill_fold(teachers=names, missing='label', seed=1, **how), merge_runs(members=names),
+            merge_runs(members=names, how='base')]
+    runs += [quantised(start=runs[-1].id, **wide), run_stage(vote, VoteArgs(runs=names))]
+    return {run.id: run.record['outputs'] for run in runs}
+
+def test_a_chain_has_the_same_bytes_in_every_folder(tiny, tmp_path):
+    chains = []
+    for name in 'here', 'elsewhere':
+        with root_at(tmp_path/name) as root:
+            shutil.copytree(tiny, root/'bases/tiny')
+            chains.append(a_chain('bases/tiny'))
+            config, = root.glob('models/train-f0-*/adapter/adapter_config.json')
+            assert read_json(config)['base_model_name_or_path'] == 'bases/tiny'
+    assert chains[0] == chains[1] and len(chains[0]) == 7
+
 def test_transformers_reads_the_folder(made):
     from transformers import AutoModelForCausalLM
     run = quantised(start=made['full'], bits=8, **wide)
