@@ -307,7 +307,7 @@ def _parser(first=''): # `first`: the first word, since a stage that has command
 # %% ../nbs/lib/12a_ck.ipynb #37fa0f89
 def _add_run(commands):
     p = _add(commands, 'run', lambda args: run(args.notebook, args.params, args.gpus, args.again),
-             'run a notebook headless', 'ck run 04_train -p fold 2 -p note "a first try" --gpus 1')
+             'run a notebook headless', 'ck run 04_train -p fold 2 -p lr 1e-4 --gpus 1')
     p.add_argument('notebook', help='a path, a name in nbs/ such as 04_train, or a stage such as train')
     p.add_argument('-p', nargs=2, action='append', metavar=('NAME', 'VALUE'),
                    help='a parameter, read as the type that the notebook declares')

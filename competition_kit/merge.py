@@ -235,7 +235,7 @@ def merge_verdict(
 ) -> str:
     "In words: did the merge win, lose, or can these rows not tell?"
     if not unseen:
-        return ('Some member was trained on every row, or nobody can tell: no score here says how good the merge is. '
+        return ('Every row was seen by some member, or nobody can tell: no score here says how good the merge is. '
                 'Give a table of new rows with labels: held=…')
     others = table[table.index.str.startswith(('mean', 'best'))].rename(index=lambda name: name.split(':')[0])
     text = ' and '.join(_against(name, line) for name, line in others.iterrows())

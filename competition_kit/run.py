@@ -153,21 +153,21 @@ def check_params(
     params:dict,  # Name → text or value
 ) -> dict: # Name → value of the declared type
     "The parameters as the notebook declares them; unknown names and wrong types are refused"
-    known, faults, checked = declared(read_notebook(path), path), [], {}
+    known, faults, meant, checked = declared(read_notebook(path), path), [], [], {}
     for k, v in params.items():
         if k not in known:
-            faults.append(_unknown(k, known))
+            near = difflib.get_close_matches(k, known, 1)
+            faults.append(f"unknown parameter '{k}'"+(f", did you mean '{near[0]}'?" if near else ''))
+            meant += near or known
             continue
         try: checked[k] = as_declared(v, known[k]['kinds'])
-        except ValueError as e: faults.append(f"parameter '{k}': {e}")
+        except ValueError as e:
+            faults.append(f"parameter '{k}': {e}")
+            meant.append(k)
     if faults:
-        lines = [_param_line(k, o) for k, o in known.items()]
+        lines = [_param_line(k, o) for k, o in known.items() if k in meant]
         raise Refusal('; '.join(faults), path, fix='\n  '.join(['It takes', *(lines or ['no parameters'])]))
     return checked
-
-def _unknown(name, known):
-    near = difflib.get_close_matches(name, known, 1)
-    return f"unknown parameter '{name}'" + (f", did you mean '{near[0]}'?" if near else '')
 
 def _param_line(name, o):
     kinds = ' | '.join(t for t in _types if t in o['kinds'])
@@ -389,7 +389,8 @@ def _execute(path, out, params, env, private): # The kernel's process id, and No
         with contextlib.suppress(Exception): km.shutdown_kernel(now=bool(error))
         for client in clients: client.stop_channels()
         if not arrived: return pid, error
-        stopped = dict(ename='Interrupted', evalue=f'by {signal.Signals(arrived[0]).name}', code=128+arrived[0])
+        why = f'by {signal.Signals(arrived[0]).name}; the same command goes on'
+        stopped = dict(ename='Interrupted', evalue=why, code=128+arrived[0])
         return pid, {**(error or {}), **stopped}
 
 def _papermill(km, path, out, params): # None, or dict of ename, evalue and perhaps traceback

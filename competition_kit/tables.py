@@ -275,6 +275,9 @@ def _once_made(key, make): # a copy of what `make` returned for this key
 
 def _rows_of(path): # of a table's file
     rows = read_table(path)
+    if 'task' not in rows.attrs['meta']:
+        raise Refusal('no table of the kit: it does not name its task', path,
+                      fix="Write it by write_rows(rows, path, task='choice'), or split the raw file with 02_split")
     for c in rows:
         if any(isinstance(v, np.ndarray) for v in rows[c]):
             rows[c] = pd.Series([v if v is None else v.tolist() for v in rows[c]], index=rows.index, dtype=object)

@@ -1279,6 +1279,14 @@ def test_a_table_is_read_once(root, monkeypatch):
         load_rows('train')
 
 
+def test_a_table_that_names_no_task_is_refused(root):
+    table('train')
+    pd.read_parquet(data_path('train.parquet')).to_parquet(data_path('mine.parquet'))
+    for mix in 'mine', 'train + mine':
+        with pytest.raises(Refusal, match='mine.parquet: no table of the kit.*write_rows'):
+            load_rows(mix)
+
+
 def test_files_are_hashed_once(root, monkeypatch):
     hashed = []
 
