@@ -10,9 +10,11 @@ __all__ = ['launch_options', 'mask_mod', 'exact_attention', 'by_sequence', 'Layo
 from .pack import as_tree
 from dataclasses import dataclass
 import functools
+import inspect
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 # %% ../nbs/lib/03b_attention.ipynb #6c191bc6
 def mask_mod(
@@ -128,6 +130,8 @@ class _CopyPaths(torch.autograd.Function): # Keys as each segment sees them: its
         out = g[own].float().index_add(0, source[copies], g[copies].float())
         return out.to(g.dtype), None, None, None
 
+_groups = dict(enable_gqa=True) if 'enable_gqa' in inspect.signature(varlen_attn).parameters else {}  # torch 2.12
+
 def varlen_attention(
     q, k, v,     # [1, heads, tokens, head size], 16 bits, on a GPU
     scaling,     # Factor of the scores
@@ -135,15 +139,13 @@ def varlen_attention(
     window=None, # Tokens that a token sees, itself included
 ) -> torch.Tensor: # [1, tokens, heads, head size]
     "Attention within each sequence of a pack, in one call of torch's varlen kernel"
-    from torch.nn.attention.varlen import varlen_attn
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     keys = layout.ends if layout.key_ends is None else layout.key_ends
     if layout.key_ends is not None:
         k, v = (_CopyPaths.apply(x, layout.source, layout.own, layout.copies) for x in (k, v))
-    k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
     q, k, v = (x.contiguous() for x in (q, k, v))
     longest, seen = layout.longest, ((window or 0)-1, 0)
-    return varlen_attn(q, k, v, layout.ends, keys, longest, longest, scale=scaling, window_size=seen)[None]
+    return varlen_attn(q, k, v, layout.ends, keys, longest, longest, scale=scaling, window_size=seen, **_groups)[None]
 
 # %% ../nbs/lib/03b_attention.ipynb #09da4bfc
 @functools.lru_cache(4)  # all layers of a pack ask for the same
