@@ -831,7 +831,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny, prompt, tmp_path, dtype):
             load_classifier(str(tmp_path/'b'), prompt, route, dtype)
 
 # ---- what a GPU computes for a pack with a shared prefix; its kernel in plain operations
-def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
+def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0), enable_gqa=True):
     "As flash attention computes it: causal to the bottom right where there are more keys than queries"
     n, m = cu_q.diff(), cu_k.diff()
     assert n.max() <= max_q and m.max() <= max_k
@@ -841,7 +841,7 @@ def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1,
     sees = (a[:, None] == b) & (j <= i)
     if window_size[0] >= 0: sees &= i-j <= window_size[0]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 @pytest.mark.parametrize('kind', ['qwen2', 'mistral', 'gemma3', 'gemma2'])
 def test_keys_that_all_sequences_see(kind, monkeypatch):
@@ -861,7 +861,7 @@ def test_keys_that_all_sequences_see(kind, monkeypatch):
         grads = [p.grad.flatten() for p in classifier.parameters() if p.grad is not None]
         return out.detach(), torch.cat([torch.zeros(1), *grads])
     want = [said(p) for p in packs]
-    monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', _varlen_attn)
+    monkeypatch.setattr('competition_kit.attention.varlen_attn', _varlen_attn)
     monkeypatch.setattr(Classifier, 'varlen', True)
     for pack, w in zip(packs, want) if kind != 'gemma2' else [(packs[0], want[0])]:
         for got, same in zip(said(pack), w): assert (got-same).abs().max() <= 1e-5*(1+same.abs().max())

@@ -96,7 +96,7 @@ def test_views_of_a_row_share_a_pack(rows, budget, ranks):
 # ---- attention
 def close(a, b, eps=1e-6): assert (a-b).abs().max() <= eps*b.abs().max().clamp(min=1), (a-b).abs().max()
 
-def varlen_attn(q, k, v, ends, key_ends, longest_q, longest_k, scale, window_size):
+def varlen_attn(q, k, v, ends, key_ends, longest_q, longest_k, scale, window_size, enable_gqa=True):
     "torch's kernel in plain operations: each sequence is causal to its last key"
     assert ends.diff().max() <= longest_q and key_ends.diff().max() <= longest_k
     out = []
@@ -110,7 +110,7 @@ def varlen_attn(q, k, v, ends, key_ends, longest_q, longest_k, scale, window_siz
 def test_attention_of_a_tree(ids, cap, window, monkeypatch):
     "One call a segment, the varlen kernel's copies and gradients, and FlexAttention's mask"
     torch._dynamo.reset()
-    monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', varlen_attn)
+    monkeypatch.setattr('competition_kit.attention.varlen_attn', varlen_attn)
     tree, g = prefix_tree(ids, 4), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, tree.ends[-1], 16, generator=g, requires_grad=True) for h in (4, 2, 2))
     kw = dict(scaling=.3, softcap=cap, sliding_window=window)

@@ -7,7 +7,7 @@ import pytest
 CODE = """
 import sys
 import numpy as np, torch, torch.nn.functional as F
-import torch.nn.attention.flex_attention as flex, torch.nn.attention.varlen
+import torch.nn.attention.flex_attention as flex
 import competition_kit.attention as A
 import competition_kit.model as M
 from competition_kit.speed import checkpoint_activations, compile_layers, fuse
@@ -15,14 +15,14 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # what a GPU does in one call, without a window
-def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0)):
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, 0), enable_gqa=True):
     i, j = torch.arange(q.shape[0])[:, None], torch.arange(k.shape[0])
     a, b = torch.bucketize(i, cu_q[1:].contiguous(), right=True), torch.bucketize(j, cu_k[1:].contiguous(), right=True)
     sees = (a == b) & (j-cu_k[b] <= i-cu_q[a]+(cu_k.diff()-cu_q.diff())[a])
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
-torch.nn.attention.varlen.varlen_attn, flex._validate_device = varlen_attn, lambda *a: None
+A.varlen_attn, flex._validate_device = varlen_attn, lambda *a: None
 flexible = torch.compile(flex.flex_attention, backend='aot_eager')
 def flexible_attention(): return flexible
 A.compiled_flex = flexible_attention
