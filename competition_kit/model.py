@@ -29,6 +29,9 @@ os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 _all_ = ['packed_attention']
 
 # %% ../nbs/lib/03c_model.ipynb #2c1391c4
+def _put(x, device): # pinned, or the processor would wait for the GPU here
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x
+
 def collate(
     ids,            # Token arrays of the sequences in the pack
     device='cpu',   # Where the tensors go
@@ -37,7 +40,7 @@ def collate(
     ids = [np.asarray(i) for i in ids]
     tree = prefix_tree(ids)
     tokens = np.concatenate([ids[k][a:b] for k, a, b in zip(tree.sequence, tree.start, tree.stop)])
-    def put(x): return torch.from_numpy(x).long()[None].to(device)
+    def put(x): return _put(torch.from_numpy(x).long()[None], device)
     prefix = len(tree.parent)-len(ids)  # segments that are no sequence's own
     one_level = not prefix or prefix == 1 and (tree.parent[1:] == 0).all()
     bounds = tree.ends[prefix:].tolist() if one_level else tree
@@ -110,9 +113,7 @@ class Classifier(torch.nn.Module):
     ):
         "Logits [sequences, options] in fp32 at each sequence's last token; or `token_logps` [positions] of `after`"
         base = self.base
-        def put(x): # pinned, or the processor would wait for the GPU here
-            if self.device.type != 'cuda': return torch.from_numpy(x)
-            return torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True)
+        def put(x): return _put(torch.from_numpy(x), self.device)
         within = dict(layout=pack_layout(bounds, put)) if self.varlen else dict(bounds=as_tree(bounds))
         h = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **within).last_hidden_state
         if at is not None: return token_logps(base, h[0, at], after)
@@ -232,24 +233,43 @@ def _no_gptqmodel(): # PEFT for a moment as if neither GPTQModel nor torchao wer
         for module, name, real in found: setattr(module, name, real)
 
 # %% ../nbs/lib/03c_model.ipynb #74d1e951
+def _tensors(model): # saved name → parameter of the adapter
+    own = {n: p for n, p in model.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
+    return {n.replace('.default', '').replace('.modules_to_save', ''): p for n, p in own.items()}
+
+def _kind(config): # what two adapters have in common if the tensors of one fit in the other's place
+    c = dict(config.to_dict(), modules_to_save=set(config.modules_to_save or ()))  # peft lists a head several times
+    return {k: v for k, v in c.items() if k not in ('base_model_name_or_path', 'inference_mode')}
+
+def _refilled(model, adapter, f): # its tensors copied over those of the present adapter, if it is of the same kind
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+    if _kind(PeftConfig.from_pretrained(adapter)) != _kind(model.peft_config['default']): return False
+    own, new = _tensors(model), load_file(f)
+    if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in new.items()}: return False
+    with torch.no_grad():
+        for k, p in own.items(): p.copy_(new[k])
+    return True
+
 def with_adapter(model, adapter):
-    "An adapter over a model; peft leaves out tensors that do not fit, so we compare the names"
+    "An adapter over a model, in place of its last; peft leaves out tensors that do not fit, so we compare the names"
     from peft import PeftModel
     from safetensors import safe_open
     f = check_adapter(adapter)
+    if isinstance(model, PeftModel):
+        if _refilled(model, adapter, f): return model
+        model = model.unload()
     try:
         with _no_gptqmodel(): out = PeftModel.from_pretrained(model, adapter)
     except (AttributeError, RuntimeError, ValueError) as e:
         last = str(e).splitlines()[-1].strip()
         raise Refusal(f'the adapter does not fit this base and route ({last})', adapter) from e
     with safe_open(f, 'pt') as o: have = set(o.keys())
-    want = {_saved_name(n) for n, _ in out.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
+    want = set(_tensors(out))
     if have != want:
         raise Refusal(f'the adapter does not fit this base and route: {len(want-have)} tensors missing, '
                       f'{len(have-want)} too many', adapter)
     return out
-
-def _saved_name(name): return name.replace('.default', '').replace('.modules_to_save', '')  # of a parameter in a file
 
 # %% ../nbs/lib/03c_model.ipynb #c541e8a1
 def load_classifier(
@@ -317,7 +337,7 @@ def continue_from(
     "Start from an earlier adapter's weights; if alpha or `rslora` differ, B is rescaled to give the same logits"
     from safetensors.torch import load_file
     saved = load_file(check_adapter(adapter))
-    new = {_saved_name(n): p for n, p in classifier.model.named_parameters() if p.requires_grad}
+    new = {k: p for k, p in _tensors(classifier.model).items() if p.requires_grad}
     if not keep_head: saved, new = ({k: v for k, v in d.items() if '.score.' not in k} for d in (saved, new))
     bad = [k for k in {*saved, *new} if k not in saved or k not in new or saved[k].shape != new[k].shape]
     if bad:
@@ -361,13 +381,15 @@ def view_probs(
     classifier.eval()
     if len(enc): check_length(classifier.base.config, int(enc.n.max()), classifier.base.name_or_path)
     width = len(classifier.letters) if classifier.letters is not None else classifier.base.config.num_labels
-    out, missing = np.zeros((len(enc), width), np.float32), option_mask(np.asarray(n)[enc.row], width)
+    missing, packs, out = option_mask(np.asarray(n)[enc.row], width), pack(enc.n, budget, enc.ids), []
     with tqdm(total=len(enc), desc='predict', disable=not progress, mininterval=1, file=sys.stdout) as bar:
-        for p in pack(enc.n, budget, enc.ids):
+        for p in packs:
             logits = classifier(**collate(enc.ids.iloc[p], classifier.device))
-            out[p] = logits.masked_fill(missing[p].to(logits.device), float('-inf')).softmax(-1).cpu()
+            out.append(logits.masked_fill(_put(missing[p], logits.device), float('-inf')).softmax(-1))
             bar.update(len(p))
-    return out
+    probs = np.zeros((len(enc), width), np.float32)
+    if packs: probs[np.concatenate(packs)] = torch.cat(out).cpu()
+    return probs
 
 # %% ../nbs/lib/03c_model.ipynb #b5b5cb1f
 def predict(

@@ -229,8 +229,6 @@ def load_adapter(
 ):
     "Replace a model's adapter, in place"
     from competition_kit.model import with_adapter
-    from peft import PeftModel
-    if isinstance(model.model, PeftModel): model.model = model.model.unload()
     model.model = with_adapter(model.model, folder)
     return model.eval()
 
