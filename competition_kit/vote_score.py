@@ -99,12 +99,14 @@ def verdict(
     spreads = [lead.std(), np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan]
     spread = max([s for s in spreads if np.isfinite(s)], default=None)
     columns = [pd.DataFrame({c: mean[c], f'± {c}': sd[c]}) for c in mean]
-    sentence = _sentence(metric, mean.loc[vote, metric], best, mean.loc[best, metric], lead.mean(), spread)
+    size = by_fold.xs(vote, level='who')['rows']
+    sentence = _sentence(metric, mean.loc[vote, metric], best, mean.loc[best, metric], lead.mean(), spread, size)
     return pd.concat(columns, axis=1).dropna(axis=1, how='all'), sentence
 
 # %% ../nbs/lib/03o_vote_score.ipynb #ae402642
-def _sentence(metric, vote, best, base, lead, spread):
-    head = (f"On held-out rows the vote's {metric.replace('_', '-')} is {vote:.4f}; "
+def _sentence(metric, vote, best, base, lead, spread, size): # `size`: rows of each fold
+    folds = 'one fold' if len(size) == 1 else f'{len(size)} folds'
+    head = (f"On {size.sum()} held-out rows of {folds} the vote's {metric.replace('_', '-')} is {vote:.4f}; "
             f"the best baseline, {best}, has {base:.4f}. ")
     if lead == 0: return head+'The vote is no better: it is not worth submitting.'
     if lead < 0: return head+f'The vote is worse by {-lead:.4f}: it is not worth submitting.'
