@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attempts', 'sample_texts', 'answer_shares', 'text_counts', 'TextRuns', 'TextAsker', 'all_texts', 'save_texts',
-           'ballot_asker', 'plan_texts']
+           'unparsed_sentence', 'ballot_asker', 'plan_texts']
 
 # %% ../nbs/lib/03w_text_voters.ipynb #696c6d8b
 from dataclasses import replace
@@ -163,16 +163,22 @@ def save_texts(
     asker, # A `TextAsker`
     path,  # `replies.parquet` in the folder of the vote
     run:str, # Id of the vote
-) -> dict: # Counts over all runs, as of `text_counts`; `rows_without_answer` is of the run that has most of them
+) -> dict: # Counts over all runs, as of `text_counts`; a row has an answer if one of the runs has
     "Keep the raw replies, print the counts of each run, and return them for the record"
-    replies, counts = all_texts(asker), {}
+    replies = all_texts(asker)
     write_table(replies, path, run=run)
     for name in asker.recs:
-        counts[name] = text_counts(replies[replies.run == name], asker.rows, asker.samples)
-        print(f'{name}: '+', '.join(f"{n} {what.replace('_', ' ')}" for what, n in counts[name].items()))
-    table = pd.DataFrame(counts).T
-    total = {c: int(table[c].sum()) for c in ('replies', 'unparsed', 'retried')}
-    return total | dict(rows_without_answer=int(table.rows_without_answer.max()))
+        counts = text_counts(replies[replies.run == name], asker.rows, asker.samples)
+        print(f'{name}: '+', '.join(f"{n} {what.replace('_', ' ')}" for what, n in counts.items()))
+    return text_counts(replies, asker.rows, asker.samples)
+
+def unparsed_sentence(
+    counts:dict, # With those of `save_texts`, if there are any
+) -> str: # '' without replies
+    "The share of unparsed replies, and the number of rows without a parsed one, in words"
+    if not counts.get('replies'): return ''
+    n, unparsed, rows = (counts[k] for k in ('replies', 'unparsed', 'rows_without_answer'))
+    return f'{unparsed} of {n} replies are unparsed ({unparsed/n:.0%}); {rows} of the rows asked have no parsed reply.'
 
 # %% ../nbs/lib/03w_text_voters.ipynb #5805bcdc
 def ballot_asker(

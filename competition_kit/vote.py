@@ -35,7 +35,7 @@ from .staged import (gap_sentence, gaps, passes, read_answers, staged_vote, vote
 from .submission import check_submission, find_sample, make_submission, practice_score, read_sample
 from .tables import check_texts, table_name, table_path
 from .teachers import adopted
-from .text_voters import ballot_asker, plan_texts, save_texts
+from .text_voters import ballot_asker, plan_texts, save_texts, unparsed_sentence
 from .trained import load_adapter, predict_runs, trusted_prompt
 from .vote_score import (fold_scores, oof_probs, oof_vote, score_vote, training_table, verdict,
                                         voters_worth)
@@ -316,7 +316,6 @@ def finish_staged(
     (each, has), rows, submission = voter_means(asker.answers), asker.rows, run.folder/f'submission{sample.suffix}'
     task, seen, views = rows.attrs['meta']['task'], asker.seen(), asker.answers.views.max(0)
     missing = gaps(asker.answers, asker.names, args.views)
-    print(gap_sentence(missing, why) or 'The vote is complete.')
     write_votes(run.folder/'votes.parquet', rows, vote, dict(zip(asker.voters, each)), task, views, seen, run.id, has)
     files = [submission.name, 'missing.json', 'votes.parquet']
     if score['vote'] is not None:
@@ -329,10 +328,12 @@ def finish_staged(
         metrics |= save_texts(asker.texts, run.folder/'replies.parquet', run.id)
         files.append('replies.parquet')
     facts |= _facts(args, ballot, score, run, submission)
-    facts['sentence'] = f"{facts['sentence']} {gap_sentence(missing, why)}".strip()
+    lacks = f'{gap_sentence(missing, why)} {unparsed_sentence(metrics)}'.strip()
+    facts['sentence'] = f"{facts['sentence']} {lacks}".strip()
     runs_per_row = round(float((asker.answers.views > 0).sum(0).mean()), 3)
     run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=runs_per_row,
                engine=engine_facts(run.folder))
+    print(lacks if why else f'The vote is complete. {lacks}'.strip())
 
 # %% ../nbs/10_vote.ipynb #e32dd9ca
 def run_staged(

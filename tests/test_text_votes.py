@@ -1,5 +1,6 @@
 "Runs of the text route in a vote: shares, retries, abstentions, the clock, a kill, and what is refused"
 import shutil
+from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +8,7 @@ from competition_kit import text_voters as T
 from competition_kit.base import load_tokenizer, tiny_base
 from competition_kit.clock import Clock
 from competition_kit.completions import answer_rows
-from competition_kit.core import Refusal, data_path, models_path, read_table, root_at
+from competition_kit.core import Refusal, data_path, models_path, read_table, root_at, write_table
 from competition_kit.probs import read_probs
 from competition_kit.predictions import write_sample
 from competition_kit.record import read_record, run_stage, start_run, write_record
@@ -81,7 +82,7 @@ def plan(row, turn):
     "Row 0: always B; row 1: A, A, B; row 2: an answer at the second round; the others never"
     return ['B', 'AAB'[turn % 3], '?' if turn < 3 else 'A', 'I am not sure.'][min(row, 3)]
 
-def test_texts_and_letters_vote_together(both, monkeypatch):
+def test_texts_and_letters_vote_together(both, monkeypatch, capsys):
     engine = planted(monkeypatch, plan)
     run = held(*both, weights='1 3', retries=1)
     p, (letters, text) = tables(run)
@@ -100,6 +101,9 @@ def test_texts_and_letters_vote_together(both, monkeypatch):
     m = run.record['metrics']
     assert (m['replies'], m['retried'], m['unparsed']) == (24+18, 18, 3+15+15) and m['rows_without_answer'] == 5
     assert len(engine.asked) == 42 and len({*zip(replies.id, replies.seed)}) == 42 and set(replies.run) == {both[1]}
+    unparsed = '33 of 42 replies are unparsed (79%); 5 of the rows asked have no parsed reply.'
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f'The vote is complete. {unparsed}'
+    assert run.record['sentence'].endswith(unparsed)
 
 @pytest.mark.parametrize('samples', [1, 3])
 def test_a_score_asks_as_a_vote(tmp_path, samples):
@@ -180,6 +184,23 @@ def test_the_time_is_up_within_a_text(both):
     assert run.record['stopped'].startswith(('TimeoutError', 'the time is up'))
     assert run.record['missing']['runs'][both[0]] == 0 and run.record['missing']['runs'][both[1]] > 0
     assert check_submission(run.folder/'submission.jsonl', sample, 'choice', rows)
+
+def test_the_time_is_up_before_a_text(both):
+    args = VoteArgs('few', ' '.join(both), budget=.001)
+    with start_run('vote', dict(of='a test'), {}) as run:
+        run_staged(run, args, args.ballot, rows_to_predict(args.ballot, 'few'), find_sample('few'), Clock(.001))
+    assert run.record['metrics']['replies'] == 0 and 'unparsed' not in run.record['sentence']
+
+def test_a_row_has_an_answer_if_one_of_its_texts_is_parsed(tmp_path):
+    rows = pd.DataFrame([dict(id=i, options=['yes', 'no']) for i in 'abc'])
+    rows.attrs['meta'] = dict(task='choice')
+    asker = SimpleNamespace(recs=('one', 'two'), rows=rows, samples=1, folder=tmp_path)
+    for run, texts in dict(one='A??', two='?A?').items():
+        replies = pd.DataFrame(dict(id=list('abc'), attempt=0, text=list(texts)))
+        (tmp_path/run).mkdir()
+        write_table(replies, tmp_path/run/'0.parquet')
+    counts = T.save_texts(asker, tmp_path/'replies.parquet', 'vote-1')
+    assert counts == dict(replies=6, unparsed=4, retried=0, rows_without_answer=1)
 
 def test_a_trained_run_answers(both):
     run = held('', both[1], samples=2, retries=1)
