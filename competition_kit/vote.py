@@ -329,8 +329,11 @@ def finish_staged(
         files.append('replies.parquet')
     facts |= _facts(args, ballot, score, run, submission)
     lacks = f'{gap_sentence(missing, why)} {unparsed_sentence(metrics)}'.strip()
-    facts['sentence'] = f"{facts['sentence']} {lacks}".strip()
     runs_per_row = round(float((asker.answers.views > 0).sum(0).mean()), 3)
+    if score['metrics'] and runs_per_row < len(asker.names):
+        facts['sentence'] += (' The score is of a vote that asks every voter for every row; '
+                              f'here {runs_per_row:.3g} of {len(asker.names)} runs were asked on average.')
+    facts['sentence'] = f"{facts['sentence']} {lacks}".strip()
     run.finish(metrics, files, **facts, stopped=why, missing=missing, runs_per_row=runs_per_row,
                engine=engine_facts(run.folder))
     print(lacks if why else f'The vote is complete. {lacks}'.strip())

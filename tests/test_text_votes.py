@@ -164,6 +164,7 @@ def test_a_cascade_asks_texts_for_the_rows_in_doubt(both, monkeypatch):
     asked = ~np.isnan(text).all(1)
     margin = np.sort(letters, 1)[:, -1]-np.sort(letters, 1)[:, -2]
     assert asked.sum() == 4 and margin[asked].max() <= margin[~asked].min() and len(engine.asked) == 8
+    assert 'every voter for every row; here 1.5 of 2 runs were asked on average.' in run.record['sentence']
 
 class SlowClock(Clock):
     "A clock on which each look takes a second"
