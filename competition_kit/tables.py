@@ -367,7 +367,8 @@ def _mix_parts(mix): # the tables of a mix, the validated one first
     unknown = [p.name for p in parts if p.name not in known and p.name.removesuffix('_test') not in samples]
     if unknown:
         raise Refusal(f"the mix {mix!r} names an unknown table: {', '.join(unknown)}; there are {', '.join(known)}",
-                      data_path())
+                      data_path(), fix='Name one of these, or make the table: ck run 02_split -p data '
+                                       f"{unknown[0].removesuffix('_test')}")
     return [first, *(p for p in parts if p != first)]
 
 def _joined(parts, tables): # one table; a column that only some of them have is None elsewhere

@@ -1128,7 +1128,8 @@ def test_mix_refusals(root):
     table('other', 5, 200, task='preference2')
     for mix, match in [
         ('train + extar',
-         'unknown table: extar; there are extra, other, sample_arena, sample_extra, sample_logic, train'),
+         'unknown table: extar; there are extra, other, sample_arena, sample_extra, sample_logic, train. Name one of '
+         'these, or make the table: ck run 02_split -p data extar'),
         ('train + other', 'different tasks'),
         ('train + extra:6', 'asks for 6 rows of extra, which has 5'),
         ('train + train', 'twice'),
