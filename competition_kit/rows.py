@@ -484,6 +484,10 @@ def _table(ids, label, target, texts, **more): # what every layout becomes; a co
 def _names(cols, names): # the given columns as text, where the file has them
     return {c: [to_text(v, Counter()) for v in cols[c]] for c in names if c in cols}
 
+def _rationales(cells): # the column `rationale`, None where a row has none; no column where no row has one
+    texts = [to_text(v, Counter()) or None for v in cells]
+    return dict(rationale=texts) if any(texts) else {}
+
 # %% ../nbs/lib/01d_rows.ipynb #a6b34180
 def _pair_task(cols, label, p, prompt_has_turns):
     ties = 'winner_tie' in cols or (label == 2).any() or (p[:, 2] > 0).any()
@@ -507,6 +511,8 @@ def _read_pairs(cols, path):
     return rows, dict(task=task.name, **notes)
 
 # %% ../nbs/lib/01d_rows.ipynb #79a88728
+_question_fields = {'question', 'options', 'answer', 'rationale'}
+
 def _is_question(q): return isinstance(q, dict) and isinstance(q.get('options'), list) and 'question' in q
 
 def _check_questions(cols, ids, path):
@@ -519,7 +525,7 @@ def _read_tianchi(cols, path):
     notes, letters = Counter(), tasks['choice'].letters
     problem_ids = _ids(cols['id'], path, 'a problem id')
     _check_questions(cols, problem_ids, path)
-    ids, answers, texts = [], [], {c: [] for c in text_columns['choice']}
+    ids, answers, rationales, texts = [], [], [], {c: [] for c in text_columns['choice']}
     for i, problem, questions in zip(problem_ids, cols['problem'], cols['questions']):
         problem = to_text(problem, notes)
         for k, q in enumerate(questions):
@@ -528,11 +534,14 @@ def _read_tianchi(cols, path):
             texts['question'].append(to_text(q['question'], notes))
             texts['options'].append([to_text(o, notes) for o in q['options']])
             answers.append(to_text(q.get('answer'), Counter()).strip())
+            rationales.append(q.get('rationale'))
     n = np.array([len(o) for o in texts['options']])
     refuse((n < 1) | (n > len(letters)), f'a question needs 1 to {len(letters)} options', path, ids)
     known = [list(letters[:k]) for k in n]
     label = _named(answers, known, ids, path, 'an answer letter that the row does not have')
-    return _table(ids, label, [None]*len(n), texts), dict(task='choice', **notes, problems=len(problem_ids))
+    rows = _table(ids, label, [None]*len(n), texts | _rationales(rationales))
+    ignored = {k for questions in cols['questions'] for q in questions for k in q}-_question_fields
+    return rows, dict(task='choice', ignored=ignored, **notes, problems=len(problem_ids))
 
 # %% ../nbs/lib/01d_rows.ipynb #d6181a36
 def _own_texts(cols, kind, path, notes): # the text columns of one of the kit's own tables
@@ -579,7 +588,7 @@ def _read_rows(cols, path):
     refuse([not _is_target(t, k) for t, k in zip(cols['target'], n)],
            'a soft label that is not one number for each option, summing to 1', path, ids)
     refuse([not _is_weight(w) for w in cols['weight']], 'a weight that is not a number from 0', path, ids)
-    more = _names(cols, ('group', 'source', 'language'))
+    more = _names(cols, ('group', 'source', 'language')) | _rationales(cols.get('rationale', []))
     rows = _table(ids, label.astype(int), cols['target'], texts, weight=cols['weight'], **more)
     return rows, dict(task=task, **notes)
 
@@ -600,10 +609,10 @@ def read_raw(
     cols = read_columns(path)
     layout = find_layout(cols, path)
     rows, notes = layout_readers[layout](cols, path)
-    ignored = sorted(set(cols)-set(rows)-set(layouts[layout].split())-{'p_model_a', 'p_tie', 'p_model_b'})
+    ignored = set(cols)-set(rows)-set(layouts[layout].split())-{'p_model_a', 'p_tie', 'p_model_b'}
     labelled = int((rows.label >= 0).sum())
     info = dict(file=path.name, layout=layout, task=notes.pop('task'), rows=len(rows), labelled=labelled,
-                ignored=ignored, **notes)
+                ignored=sorted(ignored | notes.pop('ignored', set())), **notes)
     return rows, info
 
 # %% ../nbs/lib/01d_rows.ipynb #cae36e88
@@ -645,6 +654,7 @@ def correct(
     "Apply corrections in order; refused as a whole if one of them does not fit"
     task, new = _task(task), rows.to_dict('list')
     at, bad, fields = {i: j for j, i in enumerate(new['id'])}, {}, _fields(rows)
+    judged = [c for c in ('target', 'rationale') if c in rows]  # what belongs to the old label
     for change in changes:
         i, field = str(change['id']), fields.get(change['field'])
         if i not in at: why = 'an unknown id'
@@ -654,9 +664,10 @@ def correct(
             bad.setdefault(why, []).append(i)
             continue
         new[field][at[i]] = value
-        if field == 'label': new['target'][at[i]] = None
+        if field == 'label':
+            for c in judged: new[c][at[i]] = None
     if bad: raise Refusal(next(iter(bad)), where, next(iter(bad.values())), 'Correct the list; nothing was applied')
     out = rows.copy()
-    for c in {'target', *(fields[change['field']] for change in changes)}:
+    for c in {*judged, *(fields[change['field']] for change in changes)}:
         out[c] = pd.Series(new[c], index=rows.index, dtype=rows[c].dtype)
     return out

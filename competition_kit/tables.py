@@ -187,6 +187,7 @@ def _read_test(path, rows, meta):
     if both := sorted(set(rows.id) & set(test.id)): raise Refusal('ids that the training file has, too', path, both)
     _check_spelling(list(test.id), list(rows.id), path, 'the training file')
     _check_submission_ids(test, pair, path)
+    test = test.drop(columns='rationale', errors='ignore')  # it argues for a label
     return test.assign(label=-1, target=pd.Series([None]*len(test), dtype=object))
 
 # %% ../nbs/lib/01f_tables.ipynb #bfa830b9

@@ -176,6 +176,25 @@ def test_tianchi(root):
     assert test.id[0] == 'xp00-0'
 
 
+def test_rationales(root):
+    told = tianchi()
+    told[1]['questions'][0] |= dict(rationale='Because.', label='A')
+    told[1]['questions'][1] |= dict(rationale='')
+    test = [dict(r, id='x' + r['id']) for r in told[:5]]
+    put(data_path('t/train.jsonl'), told)
+    put(data_path('t/test.jsonl'), test)
+    rows, test = split('t')
+    assert rows.id[rows.rationale.notna()].tolist() == ['p01-0']
+    assert rows.rationale[1] == 'Because.'
+    assert rows.attrs['meta']['read']['train']['ignored'] == ['label']
+    assert 'rationale' not in test  # it argues for a label
+    write_rows(rows, data_path('again/train.parquet'))
+    again, _ = split('again')
+    assert again.rationale.equals(rows.rationale)
+    put(data_path('plain/train.jsonl'), tianchi())
+    assert 'rationale' not in split('plain')[0]
+
+
 def test_own_table_and_own_task(root, monkeypatch):
     put(data_path('w/train.csv'), [dict(r, model_a='m') for r in wsdm()])
     rows, _ = split('w')
@@ -913,11 +932,13 @@ def test_corrections_refused(root):
         split('t', corrections='fix.csv')
 
 
-def test_a_corrected_label_drops_its_soft_label():
+def test_a_corrected_label_drops_its_soft_label_and_rationale():
     rows = pd.DataFrame(dict(id=['a', 'b'], label=[0, 1], target=[[0.9, 0.1], [0.2, 0.8]], prompt=[['x'], ['y']]))
+    rows['rationale'] = ['A.', 'B.']
     out = correct(rows, [dict(id='a', field='winner', old='model_a', new='model_b', why='')], 'preference2')
     assert out.label.tolist() == [1, 1]
     assert out.target.tolist() == [None, [0.2, 0.8]]
+    assert out.rationale.dropna().tolist() == ['B.']
     assert rows.target[0] == [0.9, 0.1]
 
 

@@ -1,5 +1,5 @@
 "The text route: exact masks, transformers' loss, resumed runs, replies that are learned, planted rows"
-import shutil, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 import numpy as np
 import pytest
 import torch
@@ -15,7 +15,7 @@ from competition_kit.probs import align, read_probs
 from competition_kit.record import find_run
 from competition_kit.replies import Request, TransformersEngine
 from competition_kit.rows import tasks
-from competition_kit.tables import load_rows, write_rows
+from competition_kit.tables import load_rows, split, write_rows
 from competition_kit.text import TextPrompt
 from competition_kit.train import TrainArgs, held_out, run_table, train_fold
 from competition_kit.trained import load_run, predict_runs, trusted_prompt
@@ -172,6 +172,21 @@ def test_a_mix_holds_out_rows_without_a_rationale(tiny):
     assert args.rows.rationale.notna().sum() == len(some) and len(args.rows) == len(rows)
     assert set(args.rows.id.iloc[args.completions.row]) == set(some.id[some.fold != 0])
     assert len(args.fold_at[1]) == (rows.fold == 0).sum()
+
+def test_rationales_of_a_raw_file_are_trained_on(tiny):
+    rows = told(20)
+    asked = [dict(question=q, options=o, answer='AB'[k], rationale=None if i % 4 else t) for i, (q, o, k, t) in
+             enumerate(zip(rows.question, rows.options, rows.label, rows.rationale))]
+    file = data_path('raw/train.jsonl')
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('\n'.join(json.dumps(dict(id=i, problem=p, questions=[q]))
+                              for i, p, q in zip(rows.id, rows.problem, asked)))
+    write_rows(split('raw')[0], data_path('raw.parquet'))
+    args = TrainArgs(**dict(small, mix='raw'), base=tiny)
+    texts = dict(zip(rows.id+'-0', rows.rationale))
+    taught = args.rows.iloc[args.completions.row]
+    assert taught.rationale.tolist() == [texts[i] for i in taught.id]
+    assert 0 < len(taught) == (args.rows.rationale.notna() & (args.rows.fold != 0)).sum()
 
 # ---- refusals, before work begins
 def test_planted_rows_are_refused(tiny):
