@@ -578,11 +578,11 @@ def test_turns_stay_apart():
 
 # ---- time
 def test_every_text_is_encoded_once(tok, monkeypatch):
-    pairs, choices, calls, encode = Prompt(tok, 'preference', 128), Prompt(tok, 'choice', 128), [], P.encode_texts
-    def counted(tok, texts, special=False):
-        calls.append(list(texts))
-        return encode(tok, calls[-1], special)
-    monkeypatch.setattr(P, 'encode_texts', counted)
+    pairs, choices, calls, reader = Prompt(tok, 'preference', 128), Prompt(tok, 'choice', 128), [], P._reader
+    def counted(tok):
+        read = reader(tok)
+        return lambda texts: calls.append(texts) or read(texts)
+    monkeypatch.setattr(P, '_reader', counted)
     rows = pair(*[([f'q{i} '*i*9], [f'a{i}'], [f'b{i} '*99]) for i in range(20)])
     pairs.encode(rows, views=2)
     assert calls == [[t for row in fields(rows, 'preference') for t in row]]
@@ -670,9 +670,11 @@ def same_enc(a, b):
     if not a.drop(columns='ids').equals(b.drop(columns='ids')): return False
     return all((x == y).all() and x.dtype == y.dtype == np.int32 for x, y in zip(a.ids, b.ids))
 
-def test_more_rows_than_a_call(tok):
-    pr, rows = Prompt(tok, 'preference', 96), big_rows(2500)
+def test_more_rows_than_a_call(tok, monkeypatch):
+    pr, rows, twin, found = Prompt(tok, 'preference', 96), big_rows(2500), P._text_tokenizer, []
+    monkeypatch.setattr(P, '_text_tokenizer', lambda *a: found.append(1) or twin(*a))
     e = pr.encode(rows)
+    assert len(found) == 1, 'a large vocabulary is written as JSON for each'
     assert e.row.tolist() == list(np.arange(2500).repeat(2))
     assert all(ends_whole(pr, i) for i in e.ids)
     for at in (0, 1023, 1024, 2499):
