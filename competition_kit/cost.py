@@ -126,18 +126,22 @@ class Job:
     base:dict                 # From `shape`
     method:str='lora'         # `lora` or `full`
     dtype:str='bf16'          # Of the base: bf16, fp16, fp32, nf4, gptq4 or gptq8
-    route:str='answer'        # `answer` or `score`
+    route:str='answer'        # `answer`, `score`, `score2` or `text`
     r:int=16                  # Rank of the LoRA; 0: none
     modules:str='all-linear'  # Its places, as in `add_lora`
     dropout:float=0.          # On its input
     compiled:bool=True        # Compiled layers
     shards:int=1              # GPUs that share base and optimiser
 
+def _params(base, route): # Of the base; the score routes have no output matrix
+    return base['params']-(base['head'] if route.startswith('score') else 0)
+
 def trainable_params(job) -> int:
     "Parameters that are trained; a score head has three classes"
-    base, score = job.base, 3*job.base['hidden'] if job.route == 'score' else 0
+    base, d = job.base, job.base['hidden']
+    score = dict(score=3*d, score2=(d+4)*(d//2)+3).get(job.route, 0)
     if job.method == 'lora': return score+lora_params(base, job.r, job.modules)
-    return score+base['params']-(base['head'] if score else 0)
+    return score+_params(base, job.route)
 
 # %% ../nbs/lib/03e_cost.ipynb #888f2366
 def mean_context(lengths) -> float:
@@ -165,10 +169,10 @@ _quantised = ('nf4', 'gptq4', 'gptq8')
 def base_bytes(
     base,           # From `shape`
     dtype='bf16',   # As of a `Job`
-    route='answer', # The score route has no output matrix
+    route='answer', # As of a `Job`
 ) -> float:
     "Bytes of a base"
-    other = base['params']-base['linear']-(base['head'] if route == 'score' else 0)
+    other = _params(base, route)-base['linear']
     return base['linear']*_weight_bytes[dtype]+other*(4 if dtype == 'fp32' else 2)
 
 def _training_bytes(job): # Beside the base: gradients, optimiser, a LoRA's own weights
@@ -178,8 +182,8 @@ def _training_bytes(job): # Beside the base: gradients, optimiser, a LoRA's own 
 # %% ../nbs/lib/03e_cost.ipynb #d751c7f3
 _kept = {  # compiled? → arrays kept for each token and layer, as multiples of a size; `norm32`: fp32 copies a norm;
     # `drop`: bytes for each number of an input that dropout acts on (compiled: a mask; else mask and result)
-    True:  dict(norm=1, norm32=0, ffn=2, q=2, kv=2, drop=1),
-    False: dict(norm=1, norm32=1, ffn=4, q=4, kv=0, drop=4)}
+    True:  dict(norm32=0, ffn=2, drop=1),
+    False: dict(norm32=1, ffn=4, drop=4)}
 
 def _width(job): return 4 if job.dtype == 'fp32' else 2  # bytes of an activation
 
@@ -189,7 +193,8 @@ def layer_bytes(
     "Bytes kept for each token in a layer without activation checkpointing"
     base, keep, r = job.base, _kept[job.compiled], job.r if job.method == 'lora' else 0
     lora = _chosen(base, job.modules).values() if r else ()
-    n = keep['norm']*base['norms']*base['hidden']+keep['ffn']*base['ffn']+keep['q']*base['q']+keep['kv']*base['kv']
+    results = 1+(job.dtype == 'fp32')  # of attention: those of single rows, and the pack's
+    n = base['norms']*base['hidden']+keep['ffn']*base['ffn']+(1+results)*base['q']+2*base['kv']
     n += base['qk_norm']*(base['q']+base['kv'])
     dropped = keep['drop']*sum(i for i, _ in lora) if job.dropout else 0
     return _width(job)*(n+r*len(lora))+dropped+4*keep['norm32']*base['norms']*base['hidden']
@@ -373,11 +378,17 @@ _measured = dict(  # all with a LoRA on one GPU, without activation checkpointin
     bases=('qwen2.5-7b', 'qwen2.5-14b', 'qwen2.5-32b', 'llama-3.1-8b', 'gemma-2-9b'))
 
 def _extrapolated(job, gpu, gpus, checkpointed): # What no measured point covers, in words
-    if gpu['name'] == 'CPU': return ['speed: not timed on a CPU; a guess from its rate of matrix products']
+    notes = {'route text: without logits of rationales, and without held-out replies (ck cost --generate)':
+             job.route == 'text'}
+    if gpu['name'] == 'CPU': notes['speed: not timed on a CPU; a guess from its rate of matrix products'] = True
+    else: notes |= _extrapolated_gpu(job, gpu, gpus, checkpointed)
+    return [note for note, holds in notes.items() if holds]
+
+def _extrapolated_gpu(job, gpu, gpus, checkpointed): # Note → does it hold?
     sizes, name = (job.base['hidden'], job.base['ffn']), gpu['name']
     near = [known_bases[b] for b in _measured['bases']]
     links = ', links at 70 % of their rate' if job.shards > 1 else ''
-    notes = {
+    return {
         f"speed: training was not timed on {name}; its rate of matrix products is {gpu['source']}, "
         "the share of it that training reaches the H200's": not any(g in name for g in _measured['gpus']),
         'attention: a GPU before compute capability 8 has no varlen kernel, and takes one call a row': not gpu['bf16'],
@@ -387,7 +398,6 @@ def _extrapolated(job, gpu, gpus, checkpointed): # What no measured point covers
         f'format {job.dtype}: not measured; computed from its bytes': job.dtype not in _measured['dtypes'],
         'activation checkpointing: measured on four layers only, at .7 to 1.1 of this time': checkpointed > 0,
         f'{gpus} GPUs: not measured; 97 % of equal work{links}': gpus > 1}
-    return [note for note, holds in notes.items() if holds]
 
 def _launch_hours(job, gpu, packs): # that a slow processor needs to start the kernels of so many packs
     if gpu['name'] == 'CPU': return 0.
@@ -425,16 +435,18 @@ def _fit(job, tokens, free, gpus, sharded): # The job as it fits, sharded if nee
     return over(gpus)
 
 # %% ../nbs/lib/03e_cost.ipynb #d1df41fc
-def _token_counts(lengths, max_len, template): # An array of them
+def _token_counts(lengths, max_len, template, route): # An array of them
     n = contest_lengths(lengths, max_len=max_len) if isinstance(lengths, str) else np.asarray(lengths).clip(max=max_len)
     if n.size == 0 or n.min() < 1: raise Refusal('lengths must be token counts above zero')
     if not 0 <= template < n.min():
         raise Refusal(f'template counts tokens of every row, and the shortest has {n.min()}: {template} cannot be')
-    return n
+    rationale = 400 if route == 'text' and isinstance(lengths, str) else 0  # mean tokens, as in `generation_cost`
+    return n+rationale
 
 def _check_choices(method, route, dropout, **above_zero):
-    if method not in ('lora', 'full') or route not in ('answer', 'score'):
-        raise Refusal(f'no method {method!r} on a route {route!r}', fix='Take lora or full, answer or score')
+    if method not in ('lora', 'full') or route not in ('answer', 'score', 'score2', 'text'):
+        raise Refusal(f'no method {method!r} on a route {route!r}',
+                      fix='Take lora or full, and answer, score, score2 or text')
     if not 0 <= dropout < 1: raise Refusal(f'lora_dropout is a share from 0 to below 1, not {dropout}')
     if wrong := [f'{k}={v}' for k, v in above_zero.items() if not 0 < v < np.inf]:
         raise Refusal(f"{', '.join(wrong)}: numbers above zero are needed")
@@ -458,7 +470,7 @@ def cost(
     gpus:int=1,                   # How many of them
     method:str='lora',            # `lora` or `full`
     format:str='auto',            # dtype of the base: auto (bf16 where possible), bf16, fp16, fp32, nf4, gptq4, gptq8
-    route:str='answer',           # `answer` or `score`
+    route:str='answer',           # `answer`, `score`, `score2` or `text`
     lora_r:int=16,                # Rank of the LoRA
     lora_modules='all-linear',    # Its places
     lora_dropout:float=0.,        # On its input
@@ -466,10 +478,10 @@ def cost(
     max_len:int=2048,             # Longer rows are cut to it
     template:int=0,               # Tokens of the shared prefix; they count in `lengths` and in memory
     rows:int=None,                # Rows to train on; None: as many as `lengths` has (a named one 57,477)
-    views:int=2,                  # Orders in which each row is seen
+    views:int=2,                  # Orders in which each row is seen; the route text has one
     epochs:float=1.,              # Passes over the rows
     pack_tokens:int=16384,        # Tokens in a pack; never less than the longest row
-    compiled:bool=True,           # Compiled layers; on a CPU they never are
+    compiled:bool=True,           # Compiled layers; never on a CPU, in fp32, or before compute capability 8
     sharded:bool=None,            # Base and optimiser over the GPUs; None: for `full`, and where one is too small
     shared:float=0.,              # Tokens below the template that both views of a row begin with, computed once
     batch:int=0,                  # Rows of a step, which no pack goes beyond; 0: packs are full
@@ -477,10 +489,12 @@ def cost(
     "The cost of a training"
     _check_choices(method, route, lora_dropout, gpus=gpus, views=views, epochs=epochs, pack_tokens=pack_tokens,
                    rows=1 if rows is None else rows, lora_r=lora_r if method == 'lora' else 1)
-    config, n, gpu = base_config(base), _token_counts(lengths, max_len, template), _spec(gpu, format, gpus)
+    views = 1 if route == 'text' else views
+    config, n, gpu = base_config(base), _token_counts(lengths, max_len, template, route), _spec(gpu, format, gpus)
     tokens, sizes = max(pack_tokens, int(n.max())), dict(shape(config), name=_base_label(base, config))
-    job = Job(sizes, method, _definite_dtype(format, method, gpu, config), route, lora_r, lora_modules, lora_dropout,
-              compiled and gpu['name'] != 'CPU')
+    dtype = _definite_dtype(format, method, gpu, config)
+    varlen = gpu['name'] != 'CPU' and gpu['bf16'] and dtype != 'fp32'  # as of a `Classifier`
+    job = Job(sizes, method, dtype, route, lora_r, lora_modules, lora_dropout, compiled and varlen)
     job, checkpointed = _fit(job, tokens, gpu['free'], gpus, sharded)
     speed = _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared if views == 2 else 0)
     seen = (len(n) if rows is None else rows)*views*epochs
@@ -495,7 +509,7 @@ def cost(
 def _summary(job, gpu, gpus, tokens, checkpointed): # The job, and its memory in GB
     base, sizes = job.base, {f'{k}_gb': round(v/1e9, 2) for k, v in memory(job, tokens, checkpointed).items()}
     return dict(base=base['name'], gpu=gpu['name'], gpus=gpus, sharded=job.shards > 1, method=job.method,
-                dtype=job.dtype, route=job.route, params=base['params']-(base['head'] if job.route == 'score' else 0),
+                dtype=job.dtype, route=job.route, params=_params(base, job.route),
                 trainable=trainable_params(job), layers=base['layers'], checkpointed=checkpointed, pack_tokens=tokens,
                 **sizes, memory_gb=round(gpu['free']/1e9, 1))
 

@@ -3,6 +3,7 @@ import json, re, subprocess, sys
 from dataclasses import replace
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 from competition_kit.core import Refusal
 from competition_kit.cost import (Job, base_bytes, base_config, contest_lengths, cost, cost_table, find_gpu,
@@ -139,9 +140,31 @@ def test_bytes_of_training(shapes):
     full = replace(job, method='full')
     assert memory(full, 1, 80)['learning'] == 8*job.base['params']
     assert memory(replace(full, dtype='fp32'), 1, 80)['learning'] == 12*job.base['params']
-    assert layer_bytes(replace(job, dtype='fp32')) == 2*layer_bytes(job)
     assert layer_bytes(replace(job, r=0)) < layer_bytes(job) < layer_bytes(replace(job, dropout=.1))
     assert layer_bytes(job) < layer_bytes(replace(job, compiled=False))
+
+@pytest.mark.parametrize('heads', [1, 2, 4])
+def test_a_plain_layer_keeps_what_autograd_saves(heads):
+    "keys and values have their own heads, and are not repeated"
+    from competition_kit.attention import register_attention
+    from competition_kit.model import Classifier, add_lora
+    from transformers import AutoModelForCausalLM
+    register_attention()
+    lengths, kept, kind = [48, 16], [], dict(SMALL, model_type='llama', vocab_size=100, num_key_value_heads=heads)
+    def bytes_of(layers):
+        config = AutoConfig.for_model(**dict(kind, num_hidden_layers=layers))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation='packed').requires_grad_(False)
+        model = add_lora(Classifier(model, [1, 2]), 2).train()
+        own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+        def save(t):
+            kept.append(t)  # a freed place would be used again
+            if t.untyped_storage().data_ptr() not in own: saved[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+        ids, at = torch.ones(1, 64, dtype=int), torch.cat([torch.arange(n) for n in lengths])[None]
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t): model(ids, at, np.r_[0, np.cumsum(lengths)])
+        return sum(s.nbytes() for s in saved.values())
+    job = Job(shape(kind), r=2, dtype='fp32', compiled=False)
+    assert (bytes_of(3)-bytes_of(1))/2/64 == pytest.approx(layer_bytes(job), rel=.02)
 
 # ---- activation checkpointing
 @pytest.mark.parametrize('base', ['qwen2.5-14b', 'gemma-2-9b'])
@@ -313,6 +336,26 @@ def test_routes():
     assert score['base_gb'] < answer['base_gb']
     full = cost('qwen2.5-7b', 'H200', method='full', route='score', pack_tokens=4096)
     assert full['trainable'] == full['params']+3*3584 == 7_615_616_512-3584*(152064-3)
+
+    two = cost('qwen2.5-7b', 'H200', route='score2')
+    assert two['trainable']-answer['trainable'] == 3584*1792+1792+1792*3+3
+    assert two['params'] == score['params']
+
+def test_the_route_text():
+    kw = dict(base='qwen2.5-7b', gpu='H200', lengths=[500]*40)
+    text, answer = cost(**kw, route='text'), cost(**kw, views=1)
+    assert text.pop('extrapolated') == ['route text: without logits of rationales, and without held-out replies '
+                                        '(ck cost --generate)']
+    assert not answer.pop('extrapolated')
+    assert text == dict(answer, route='text')
+    assert 'text route' in cost_table(cost(**kw, route='text'))
+    named = [cost('qwen2.5-7b', 'H200', lengths='logic', route=r)['mean_len'] for r in ('text', 'answer')]
+    assert named[0] == named[1]+400
+
+@pytest.mark.parametrize('gpu, format', [('T4', 'nf4'), ('V100', 'auto'), ('H200', 'fp32')])
+def test_layers_without_a_varlen_kernel_are_not_compiled(gpu, format):
+    kw = dict(base='qwen2.5-7b', gpu=gpu, format=format, pack_tokens=512, max_len=512)
+    assert cost(**kw) == cost(**kw, compiled=False)
 
 def test_no_torch_for_a_gpu():
     code = """import competition_kit.cost as c, sys
