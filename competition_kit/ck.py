@@ -372,7 +372,8 @@ def _add_cost(commands):
     o('--method', choices=['lora', 'full'], help='trainable parameters: LoRA, or all (lora)')
     o('--format', choices=['auto', 'bf16', 'fp16', 'fp32', 'nf4', 'gptq4', 'gptq8'],
       help='dtype of the base (auto: bf16 or fp16)')
-    o('--route', choices=['answer', 'score'], help='logits of the letters, or a new head (answer)')
+    o('--route', choices=['answer', 'score', 'score2', 'text'],
+      help='logits of the letters, a head of one or two layers, or rationales of 400 tokens (answer)')
     o('--lora-r', type=int, metavar='R', help='rank (16)')
     o('--lora-modules', metavar='NAMES', help='all-linear (default), or names separated by commas')
     o('--lora-dropout', type=float, metavar='P', help="on the LoRA's input (0)")

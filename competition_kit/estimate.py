@@ -100,8 +100,7 @@ def _training(job, jobs, gpu):
     (rows, lengths), base = size_of_job(job, jobs), base_of_job(job, jobs)
     names = 'method lora_r lora_modules lora_dropout max_len views epochs pack_tokens batch gpus'.split()
     given = {k: argument(job, k) for k in names}
-    route = 'score' if str(argument(job, 'route')).startswith('score') else 'answer'
-    c = cost(base, gpu, format=argument(job, 'dtype'), route=route, lengths=lengths, rows=rows,
+    c = cost(base, gpu, format=argument(job, 'dtype'), route=argument(job, 'route'), lengths=lengths, rows=rows,
              sharded=argument(job, 'sharded') or None, **given)
     disk = 4*c['trainable'] if given['method'] == 'lora' else base_bytes(_shape(base), 'bf16')
     slow = dict(why=slow) if (slow := slow_processor(c)) else {}

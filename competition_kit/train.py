@@ -32,6 +32,7 @@ from .parity import check_length
 from .ranks import as_rank, gather_to_rank0, is_sharded, launch, rank, ranks, shard
 from .record import find_run, run_stage
 from .replies import TransformersEngine, read_replies
+from .reply_cost import plan_line
 from .rows import tasks
 from .speed import checkpoint_activations, compile_layers, fuse, layers, worth_compiling
 from .tables import check_texts, load_rows, table_hashes
@@ -260,10 +261,13 @@ def _cost(a, enc): # what the planner expects of a run, as text
     names = 'method lora_r lora_modules lora_dropout views epochs pack_tokens batch'
     same = {k: getattr(a, k) for k in names.split()} | dict(max_len=max(a.max_len, int(enc.n.max())))
     try:
-        return cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype,
-                               route='score' if a.route.startswith('score') else 'answer', lengths=enc.n[enc.view == 0],
-                               template=template, gpus=ranks(), sharded=a.sharded and ranks() > 1,
-                               compiled=a.compiled != 'no', shared=max(0., float(shared)), **same))
+        table = cost_table(cost(a.base, format='auto' if quant_kind(a.base) else a.dtype, route=a.route,
+                                lengths=enc.n[enc.view == 0], template=template, gpus=ranks(),
+                                sharded=a.sharded and ranks() > 1, compiled=a.compiled != 'no',
+                                shared=max(0., float(shared)), **same))
+        if a.route != 'text': return table
+        texts = 2*a.samples*len(a.scored)  # of the trained model and of its base
+        return f'{table}\nreplies      {plan_line(texts, a.max_new_tokens, a.base)}'
     except Refusal as e:
         if torch.cuda.is_available() and a.recompute < 0: raise
         return str(e)

@@ -17,7 +17,7 @@ from competition_kit.replies import Request, TransformersEngine
 from competition_kit.rows import tasks
 from competition_kit.tables import load_rows, split, write_rows
 from competition_kit.text import TextPrompt
-from competition_kit.train import TrainArgs, held_out, run_table, train_fold
+from competition_kit.train import TrainArgs, _cost, held_out, run_table, train_fold
 from competition_kit.trained import load_run, predict_runs, trusted_prompt
 
 pytestmark = pytest.mark.usefixtures('baselines_once', 'samples')
@@ -187,6 +187,13 @@ def test_rationales_of_a_raw_file_are_trained_on(tiny):
     taught = args.rows.iloc[args.completions.row]
     assert taught.rationale.tolist() == [texts[i] for i in taught.id]
     assert 0 < len(taught) == (args.rows.rationale.notna() & (args.rows.fold != 0)).sum()
+
+def test_the_cost_is_of_the_route(tiny):
+    told(12, fold=[0]*3+[1]*9)
+    args = TrainArgs(**dict(small, score_every=2), base=tiny, samples=3)
+    said = _cost(args, args.completions)
+    assert 'text route' in said and f'{args.completions.n.sum():,} tokens' in said
+    assert 'ck cost --generate 12 ' in said  # three replies of the model and of its base to two rows
 
 # ---- refusals, before work begins
 def test_planted_rows_are_refused(tiny):
