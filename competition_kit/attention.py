@@ -45,11 +45,11 @@ def exact_attention(
     "Causal attention of one sequence"
     n, m = q.shape[2], k.shape[2]
     i, j = torch.arange(m-n, m, device=q.device)[:, None], torch.arange(m, device=q.device)
-    if not softcap and not window and not chunk:
-        mask = None if n == m else j <= i
-        grouped = q.shape[1] != k.shape[1]
+    plain = not softcap and not window and not chunk
+    if not plain or q.is_cuda: k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
+    if plain:
+        mask, grouped = None if n == m else j <= i, q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == m, scale=scaling, enable_gqa=grouped)
-    k, v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k, v))
     scores = q@k.transpose(2, 3)*scaling
     if softcap: scores = torch.tanh(scores/softcap)*softcap
     hidden = (j > i) | (i-j >= (window or m)) | (j//(chunk or m) < i//(chunk or m))

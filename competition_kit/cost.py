@@ -132,6 +132,7 @@ class Job:
     dropout:float=0.          # On its input
     compiled:bool=True        # Compiled layers
     shards:int=1              # GPUs that share base and optimiser
+    varlen:bool=True          # Attention for packs; without it a call a row, for which a GPU repeats keys and values
 
 def _params(base, route): # Of the base; the score routes have no output matrix
     return base['params']-(base['head'] if route.startswith('score') else 0)
@@ -193,8 +194,8 @@ def layer_bytes(
     "Bytes kept for each token in a layer without activation checkpointing"
     base, keep, r = job.base, _kept[job.compiled], job.r if job.method == 'lora' else 0
     lora = _chosen(base, job.modules).values() if r else ()
-    results = 1+(job.dtype == 'fp32')  # of attention: those of single rows, and the pack's
-    n = base['norms']*base['hidden']+keep['ffn']*base['ffn']+(1+results)*base['q']+2*base['kv']
+    attention = 2*(base['q']+base['kv']) if job.varlen else 5*base['q']  # by row: repeated keys, and two results
+    n = base['norms']*base['hidden']+keep['ffn']*base['ffn']+attention
     n += base['qk_norm']*(base['q']+base['kv'])
     dropped = keep['drop']*sum(i for i, _ in lora) if job.dropout else 0
     return _width(job)*(n+r*len(lora))+dropped+4*keep['norm32']*base['norms']*base['hidden']
@@ -494,7 +495,8 @@ def cost(
     tokens, sizes = max(pack_tokens, int(n.max())), dict(shape(config), name=_base_label(base, config))
     dtype = _definite_dtype(format, method, gpu, config)
     varlen = gpu['name'] != 'CPU' and gpu['bf16'] and dtype != 'fp32'  # as of a `Classifier`
-    job = Job(sizes, method, dtype, route, lora_r, lora_modules, lora_dropout, compiled and varlen)
+    job = Job(sizes, method, dtype, route, lora_r, lora_modules, lora_dropout, compiled and varlen,
+              varlen=varlen)
     job, checkpointed = _fit(job, tokens, gpu['free'], gpus, sharded)
     speed = _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared if views == 2 else 0)
     seen = (len(n) if rows is None else rows)*views*epochs

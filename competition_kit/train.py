@@ -295,7 +295,7 @@ def _pays(model, tokens): return worth_compiling(model, 4*tokens*shape(model.bas
 def _layers_to_checkpoint(model, a, longest, compiled): # as few as the free memory allows
     kind, memory = quant_kind(a.base), torch.cuda.mem_get_info()[0]+torch.cuda.memory_allocated()
     job = Job(shape(model.base.config), a.method, f"gptq{kind['bits']}" if kind else a.dtype, a.route, a.lora_r,
-              a.lora_modules, a.lora_dropout, compiled, ranks() if a.sharded else 1)
+              a.lora_modules, a.lora_dropout, compiled, ranks() if a.sharded else 1, model.varlen)
     return layers_to_checkpoint(job, max(a.pack_tokens, longest), memory, ranks())
 
 # %% ../nbs/04_train.ipynb #209c8ba2
