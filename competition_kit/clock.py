@@ -68,13 +68,15 @@ def fits(
 # %% ../nbs/lib/02n_clock.ipynb #a6fe29f3
 def warm_pace(
     clock:Clock,
-    last:int=3, # Pieces that show the present pace
+    last:int=8, # Pieces that show the present pace
 ) -> float: # Seconds a unit; 0 before the first piece
-    "The present pace without a model's first piece, which also starts kernels, if the others are a quarter of it"
+    "The median pace, by units, without a model's first piece, which also starts kernels; it counts if it is the most"
     rest = clock.pieces[1:][-last:]
-    if not rest or 4*sum(u for u, _ in rest) < clock.pieces[0][0]: return present_pace(clock, last)
-    units, seconds = np.sum(rest, 0)
-    return float(seconds/units)
+    if not rest or 4*sum(u for u, _ in rest) < clock.pieces[0][0]: return present_pace(clock)
+    units, seconds = np.array(rest).T
+    order = np.argsort(seconds/units)
+    middle = np.searchsorted(np.cumsum(units[order]), units.sum()/2)
+    return float((seconds/units)[order[middle]])
 
 def cold_seconds(
     clock:Clock,

@@ -268,7 +268,7 @@ class _Paced(BallotRuns): # with the time that each run will take
             key = base_key(recs[run])
             speed[k], size = (1., 1.) if own is None else self.base_sizes[key]/own
             if k != self.run:
-                loads[k] = seconds['adapter']+(key != last)*(seconds['base']*size+cold_seconds(self.clock))
+                loads[k] = seconds['adapter'] if key == last else seconds['base']*size+cold_seconds(self.clock)
             last = key
         return speed, loads
 

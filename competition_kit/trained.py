@@ -10,7 +10,6 @@ __all__ = ['model_stages', 'model_params', 'is_full', 'weights_path', 'base_of',
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
 import functools, os, time
-from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -363,7 +362,7 @@ class RunAsker:
         self.rows, self.views, self.pack_tokens = rows, views, pack_tokens
         self.n, self.task = n_options(rows, rows.attrs['meta']['task']), rows.attrs['meta']['task']
         self.model, self.base, self.lines = None, None, []  # `base`: as of `base_key`; `lines` of `enc`, by view
-        self.seconds = dict(base=0., adapter=0.)  # of the latest load of each
+        self.seconds = dict(base=0., adapter=0.)  # of the latest load: of a base with an adapter, of an adapter alone
 
     def tokens(self, run): # [rows] tokens of the plain view
         enc = encode_cached(self.prompts[run], self.rows, self.views)
@@ -372,17 +371,16 @@ class RunAsker:
     def load(self, run):
         "Make a run's model ready"
         rec, prompt, began = self.recs[run], self.prompts[run], time.perf_counter()
-        if self.model is None or base_key(rec) != self.base:
+        what = 'base' if self.model is None or base_key(rec) != self.base else 'adapter'
+        if what == 'base':
             self.model = None  # the old base goes before the new one comes
             self.model, self.base = load_base(rec, prompt), base_key(rec)
-            import_module('peft')  # slow at first: it counts for the base
-            self.seconds['base'], began = time.perf_counter()-began, time.perf_counter()
         self.model = load_run(rec, prompt, over=self.model)
         self.enc = encode_cached(self.prompts[run], self.rows, self.views)
         self.lines = [np.flatnonzero(self.enc.view == v)[np.argsort(self.enc.row[self.enc.view == v], kind='stable')]
                       for v in range(self.views)]
         _fuse_and_compile(self.model, int(self.enc.n.sum()))
-        self.seconds['adapter'] = time.perf_counter()-began
+        self.seconds[what] = time.perf_counter()-began
 
     def ask(self, at, view): # [those rows, options], un-swapped
         "The loaded run's probabilities for the rows at these positions, in one view"

@@ -268,24 +268,27 @@ def test_a_flipped_bit_changes_no_answer(tmp_path):
 class Models:
     "A `RunAsker` on a simulated GPU: a base loads in 30 seconds for each size, and its first piece takes 15 more"
 
-    def __init__(self, bases, sizes, clock, p, shared):
+    def __init__(self, bases, sizes, clock, p, shared, stall):
         params = [dict(base=b, route='answer', dtype='fp32') for b in bases]
         self.recs = {f'run {k}': dict(run_id=f'run {k}', params=q) for k, q in enumerate(params)}
         self.sizes, self.t, self.p, self.task, self.shared = sizes, clock, p, 'preference', shared
         self.base, self.cold, self.seconds = None, False, dict(base=0.0, adapter=0.0)
+        self.stalls = [0, 0, 0, stall]  # seconds that the first pieces take longer
 
     def load(self, run):
         self.run, key = int(run.split()[1]), base_key(self.recs[run])
         if key != self.base:
             self.base, self.cold = key, True
-            self.seconds['base'] = 30 * self.sizes[key[0]]
+            self.seconds['base'] = 30 * self.sizes[key[0]] + 0.5
             self.t[0] += self.seconds['base']
-        self.seconds['adapter'] = 2.0
-        self.t[0] += 2
+        else:
+            self.seconds['adapter'] = 0.5  # unknown until the second run
+            self.t[0] += 0.5
 
     def ask_views(self, at, views):
         shared = self.shared if len(views) > 1 else 1
         self.t[0] += len(views) * shared * 100 * len(at) / 1000 * self.sizes[self.base[0]] + 15 * self.cold
+        self.t[0] += self.stalls.pop(0) if self.stalls else 0
         self.cold = False
         return len(views) * self.p[self.run, at]
 
@@ -300,6 +303,7 @@ class Models:
     'bases, how',
     [
         ('AAAAAAAAA', dict(views=1)),
+        ('AAAAAAAAA', dict(views=1, stall=60)),
         ('AAAAAAAAA', dict(views=2)),
         ('AAABBBAAA', dict(views=1)),
         ('AAAAAAAAA', dict(views=1, rule='majority', limits=exact_limits(np.ones(9)))),
@@ -309,14 +313,14 @@ class Models:
     ],
 )
 def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
-    "a slow start of a model, a larger base and rows that stop early are part of the forecast"
+    "a slow start of a model, a larger base, a piece that is held up and rows that stop early are part of the forecast"
     sizes, t, n = dict(A=1.0, B=5.0), [0.0], len(bases)
-    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None) | how))
+    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None, stall=0) | how))
     p, label = simulated_voters([1.5] * n, 2 * N, shared=0.6)
     held, test = p[:, :N], p[:, N:]
     clock = Clock(args.budget, now=lambda: t[0])
     asker = object.__new__(P.BallotAsker)
-    asker.models = Models(bases, sizes, t, test, shared=0.8 if args.views == 2 else 1)
+    asker.models = Models(bases, sizes, t, test, shared=0.8 if args.views == 2 else 1, stall=args.stall)
     asker.clock, asker.texts, asker.tables = clock, None, {}
     asker.names = asker.voters = list(asker.models.recs)
     asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
