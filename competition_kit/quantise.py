@@ -373,7 +373,8 @@ def _run_gptqmodel(source, work, ids, bits, group, damp, act_order, dtype, progr
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)  # `quantize` loses it
         model.layer_callback, bar.last = bar, time.perf_counter()
         with _refusals(work), _keeping(kept):
-            log = model.quantize(rows, batch_size=8 if torch.cuda.is_available() else 4, backend=BACKEND.TORCH)
+            batch = 8 if torch.cuda.is_available() else max(1, 4096//max(map(len, ids)))  # rows
+            log = model.quantize(rows, batch_size=batch, backend=BACKEND.TORCH)
         if left := model.quantize_config.dynamic:
             raise Refusal(f'{len(left)} matrices were left as they are: no calibration token reached them',
                           work/'gptqmodel.log', list(left), 'Give more calibration rows, or other ones')
