@@ -4,8 +4,8 @@ usage: python bench/gptq.py time [--layers 4] [--rows 128] [--tokens 2047] [--bi
                                     [--group 128] [--shape JSON]
        python bench/gptq.py kill [--layers 4] [--rows 128] [--tokens 2047] [--bits 4] [--kind llama]
                                     [--group 128] [--shape JSON]
-       python bench/gptq.py quality open=FILE alpaca=FILE [--folds 5] [--first 0] [--seeds 3] [--jobs 4] [--lines …]
-                                    [--set JSON] [--quantise JSON] [--until SECONDS] [--out FOLDER]
+       python bench/gptq.py quality open=FILE alpaca=FILE [--folds 5] [--first 0] [--seeds 3] [--first-seed 0]
+                                    [--jobs 4] [--lines …] [--set JSON] [--quantise JSON] [--until SECONDS] [--out FOLDER]
 `time` makes a model of the 14B shape with random weights, cut to some layers, and quantises it twice in each of the
 settings: by GPTQModel alone, and by the kit. `kill` ends the kit's run by SIGKILL when half of the layers are finished,
 continues it, and compares its bytes with those of a whole run. `quality` trains the folds of the first table, quantises
@@ -196,7 +196,8 @@ def measure_quality(a):
     until = began+a.until
     with workers(a.jobs, begin) as pool:
         folds = range(a.first, a.folds)
-        wanted = [('train', FIT | a.set | dict(fold=f, seed=s)) for s in range(a.seeds) for f in folds]
+        wanted = [('train', FIT | a.set | dict(fold=f, seed=s)) for s in range(a.first_seed, a.seeds)
+                  for f in folds]
         runs = {}
         for _, how, run, took in results(pool, one, wanted, until):
             print('train', how['fold'], how['seed'], run, f'{took:.0f} s', flush=True)
@@ -237,7 +238,8 @@ if __name__ == '__main__':
     q.add_argument('--lines', nargs='+', default=list(LINES), choices=list(LINES))
     q.add_argument('--folds', type=int, default=5, help='end of the folds, exclusive')
     q.add_argument('--first', type=int, default=0, help='fold to begin with')
-    q.add_argument('--seeds', type=int, default=3)
+    q.add_argument('--seeds', type=int, default=3, help='end of the seeds, exclusive')
+    q.add_argument('--first-seed', type=int, default=0, help='seed to begin with')
     q.add_argument('--jobs', type=int, default=4, help='processes a GPU')
     q.add_argument('--set', type=json.loads, default={}, help='further arguments of every training, as JSON')
     q.add_argument('--quantise', type=json.loads, default={}, help='further arguments of every quantisation, as JSON')
