@@ -217,6 +217,8 @@ def _finished(rec, code): # The run of a record that is done
     changed += [n for n in then if today.get(n, then[n]) != then[n]]
     if changed: again = f"; changed since: {', '.join(changed)}; `ck run --again` repeats it"
     print(f"{rec['run_id']} is done already, nothing was run{took}{again}")
+    for k in 'sentence', 'verdict', 'worth':
+        if rec.get(k): print(rec[k])
     return Run(rec)
 
 # %% ../nbs/lib/01_record.ipynb #21863a96
