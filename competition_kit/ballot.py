@@ -7,6 +7,7 @@ __all__ = ['is_prob_file', 'is_table', 'voter_table', 'ballot_records', 'text_ru
            'left_out', 'voter_weights', 'run_weights']
 
 # %% ../nbs/lib/03l_ballot.ipynb #01ff2f38
+from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -78,9 +79,12 @@ def candidates(
 def group_by_recipe(
     recs:list, # Records of train runs
 ) -> list: # Lists of records, each in order of folds
-    "Runs that differ only in their folds belong together"
-    groups = {}
-    for rec in recs: groups.setdefault(recipe_key(rec), []).append(rec)
+    "Runs that differ only in their folds belong together; a further run of a fold belongs to a further group"
+    groups, times = {}, Counter()
+    for rec in recs:
+        key, fold = recipe_key(rec), rec['fold']
+        groups.setdefault((key, times[key, fold]), []).append(rec)
+        times[key, fold] += 1
     return [sorted(g, key=lambda r: r['fold'] or 0) for g in groups.values()]
 
 def _differences(params): # where each of several sets of arguments differs from the others

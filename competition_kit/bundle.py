@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from . import core
 from .adapter import check_adapter
+from .ballot import group_by_recipe
 from .base import base_hash, fetched_base
 from .core import Refusal, file_sums, hash_obj, models_path, now, read_json, sha256, write_json
 from .log import people
 from .record import find_run, records
 from .rows import tasks
 from .tables import load_rows
-from .trained import check_run, is_full, model_params, model_stages, parents, recipe_key, weights_path
+from .trained import check_run, is_full, model_params, model_stages, parents, weights_path
 
 # %% ../nbs/lib/11_bundle.ipynb #31174d65
 @dataclass(frozen=True)
@@ -107,12 +108,10 @@ def _refuse_other(rec): # a run that is no finished model
                   fix='Name finished train, distill, merge or gptq runs')
 
 def _with_voters(recs, weights, how): # a line a run; the weight is that of its voter
-    keys = [recipe_key(r) for r in recs]
-    order = list(dict.fromkeys(keys))
-    voters = [[w for w, k in zip(weights, keys) if k == key] for key in order]
-    total = [sum(w) if how == 'sum' else sum(w)/len(w) for w in voters]
-    return [dict(run=r['run_id'], voter=order.index(k), weight=round(total[order.index(k)], 6))
-            for r, k in zip(recs, keys)]
+    voter = {r['run_id']: k for k, group in enumerate(group_by_recipe(recs)) for r in group}
+    of = [[w for w, r in zip(weights, recs) if voter[r['run_id']] == k] for k in range(1+max(voter.values()))]
+    total = [sum(w) if how == 'sum' else sum(w)/len(w) for w in of]
+    return [dict(run=i, voter=voter[i], weight=round(total[voter[i]], 6)) for i in (r['run_id'] for r in recs)]
 
 # %% ../nbs/lib/11_bundle.ipynb #52ecbbf2
 def largest_activation(

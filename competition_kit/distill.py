@@ -28,6 +28,7 @@ from .teach import (check_teacher, label_support, read_teachers, signs, student_
                                    teacher_table, write_teachers)
 from .teachers import OnlineTeacher, ask_teacher, distinct_teachers, member, members, teacher_inputs
 from .train import TrainArgs, held_out, run_table, train
+from .trained import free_params
 
 # %% ../nbs/07_distill.ipynb #db8c1dcd
 @dataclass(frozen=True)
@@ -161,8 +162,7 @@ def own_run(
     args, # `DistillArgs`
 ) -> str: # A run id
     "A run of `04_train` with the student's own arguments, but for those that only change its time and memory"
-    free = 'fold', 'gpus', 'sharded', 'pack_tokens', 'recompute', 'compiled', 'save_every'
-    own = {f.name: getattr(args, f.name) for f in fields(TrainArgs) if f.name not in free}
+    own = {f.name: getattr(args, f.name) for f in fields(TrainArgs) if f.name not in ('fold', *free_params)}
     done = [r for r in records() if r['stage'] == 'train' and r.get('status') == 'done']
     same = [r for r in done if own.items() <= r['params'].items()]
     if not same:
