@@ -5,7 +5,8 @@ usage: python bench/gptq.py time [--layers 4] [--rows 128] [--tokens 2047] [--bi
        python bench/gptq.py kill [--layers 4] [--rows 128] [--tokens 2047] [--bits 4] [--kind llama]
                                     [--group 128] [--shape JSON]
        python bench/gptq.py quality open=FILE alpaca=FILE [--folds 5] [--first 0] [--seeds 3] [--first-seed 0]
-                                    [--jobs 4] [--lines …] [--set JSON] [--quantise JSON] [--until SECONDS] [--out FOLDER]
+                                    [--jobs 4] [--lines …] [--set JSON] [--quantise JSON]
+                                    [--until SECONDS] [--out FOLDER]
 `time` makes a model of the 14B shape with random weights, cut to some layers, and quantises it twice in each of the
 settings: by GPTQModel alone, and by the kit. `kill` ends the kit's run by SIGKILL when half of the layers are finished,
 continues it, and compares its bytes with those of a whole run. `quality` trains the folds of the first table, quantises

@@ -23,7 +23,7 @@ def repeated(q, k, v, layout): # as many heads of keys as of queries
 
 def grouped(q, k, v, layout): return varlen_attention(q, k, v, q.shape[-1]**-.5, layout)
 
-def sdpa(q, k, v, scaling): return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+def sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 def one_row(name, n):
     heads, kv, size = SHAPES[name]
