@@ -111,7 +111,7 @@ def _with_voters(recs, weights, how): # a line a run; the weight is that of its 
     voter = {r['run_id']: k for k, group in enumerate(group_by_recipe(recs)) for r in group}
     of = [[w for w, r in zip(weights, recs) if voter[r['run_id']] == k] for k in range(1+max(voter.values()))]
     total = [sum(w) if how == 'sum' else sum(w)/len(w) for w in of]
-    return [dict(run=i, voter=voter[i], weight=round(total[voter[i]], 6)) for i in (r['run_id'] for r in recs)]
+    return [dict(run=i, voter=voter[i], weight=round(total[voter[i]], 9)) for i in (r['run_id'] for r in recs)]
 
 # %% ../nbs/lib/11_bundle.ipynb #52ecbbf2
 def largest_activation(

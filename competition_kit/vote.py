@@ -193,7 +193,7 @@ def _ties(args, each, weights): # for the record: how many rows are tied
     return dict(ties=int(majority(each, weights)[1].sum())) if args.rule == 'majority' else {}
 
 def _facts(args, ballot, score, run, submission): # for the record: who votes and who does not, with which weights
-    weights = run_weights(ballot, score['weights']).round(4).tolist()
+    weights = run_weights(ballot, score['weights']).round(9).tolist()
     return dict(members=list(ballot.run), weights=weights, rule=args.rule,
                 left_out=left_out(ballot, args.data, args.runs), submission=f'models/{run.id}/{submission.name}',
                 sentence=score['sentence'], table=without_nan(score['table']), **_worth_facts(score))

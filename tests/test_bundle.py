@@ -9,6 +9,7 @@ from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_mo
                                     package_bases, package_facts, package_runs, prior_submission, resolve,
                                     submission_cells, take_submission, targets, vote_arguments, whole_runs)
 from competition_kit.ck import main
+from competition_kit.combine import majority
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
 from competition_kit.record import find_run, run_stage, start_run
 from competition_kit.submission import check_submission, find_sample
@@ -27,6 +28,13 @@ def test_a_vote_brings_its_voters_and_weights(runs):
     assert [r['run_id'] for r in recs] == held.record['members'][:4], 'a voter of weight 0 stays at home'
     packed = voter_weights(ballot, ' '.join(str(w) for w in {r['voter']: r['weight'] for r in how['runs']}.values()))
     np.testing.assert_allclose(run_weights(ballot, packed), held.record['weights'][:4])
+
+def test_a_tie_of_a_vote_is_a_tie_in_its_package(runs):
+    "four rounded sixths and a third decide what nobody has decided"
+    held = run_stage(vote, VoteArgs(rule='majority', views=1))
+    weights = {r['voter']: r['weight'] for r in package_runs([held.id])[1]['runs']}
+    share, tied = majority(np.eye(3)[:, None], list(weights.values()))
+    assert tied.all() and np.ptp(share) < 1e-6
 
 def test_a_vote_brings_its_arguments(runs):
     "else a package would ask five times for each reply, or leave the memory limit at home"

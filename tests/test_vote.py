@@ -709,7 +709,7 @@ def test_a_vote(runs, own_root):
     r, rows = run.record, load_rows('sample_arena_test')
     assert sorted(r['members']) == sorted(runs)
     assert abs(sum(r['weights']) - 1) < 1e-3
-    assert r['weights'] == [0.1667] * 4 + [0.3333]
+    assert r['weights'] == pytest.approx([1 / 6] * 4 + [1 / 3])
     assert check_submission(own_root / r['submission'], find_sample('sample_arena'), 'preference', rows)
     v = read_probs(run.folder / 'votes.parquet')
     each = [align(read_probs(run.folder / f'{i}.parquet'), rows) for i in runs]
