@@ -63,10 +63,13 @@ def _raw_test(test):
     rows.attrs['meta'] = dict(task=info['task'])
     return rows
 
-def sample_file(data, sample, test): # the host's sample submission; None where a test file has none beside it
+def sample_file(data, sample, test): # the host's sample submission; None where no file beside the test file could be it
     if sample or not test: return find_sample(data, sample)
     found = [p for p in sample_files(test_file(test).parent) if p.suffix in ('.csv', '.jsonl')]
-    return found[0] if len(found) == 1 else None
+    if len(found) > 1:
+        raise Refusal(f'{len(found)} files could be the sample submission', test_file(test).parent,
+                      fix='Name it with sample=')
+    return found[0] if found else None
 
 def write_sample(
     rows,    # The rows to predict
