@@ -239,7 +239,7 @@ def _tensors(model): # saved name → parameter of the adapter
 
 def _kind(config): # what two adapters have in common if the tensors of one fit in the other's place
     c = dict(config.to_dict(), modules_to_save=set(config.modules_to_save or ()))  # peft lists a head several times
-    return {k: v for k, v in c.items() if k not in ('base_model_name_or_path', 'inference_mode')}
+    return {k: v for k, v in c.items() if k != 'base_model_name_or_path'}
 
 def _refilled(model, adapter, f): # its tensors copied over those of the present adapter, if it is of the same kind
     from peft import PeftConfig

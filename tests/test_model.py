@@ -9,7 +9,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 from competition_kit.base import _fetch, base_hash, base_path, fetched_base, load_tokenizer, pick_dtype
 from competition_kit.core import Refusal, damage, models_path
 from competition_kit.model import (Classifier, add_lora, collate, continue_from, load_classifier, option_mask,
-                                   pack_loss, packed_attention, predict, view_probs)
+                                   pack_loss, packed_attention, predict, view_probs, with_adapter)
 from competition_kit.prompt import Prompt
 from competition_kit.speed import fuse, layers
 from competition_kit.rows import swap_probs, tasks
@@ -504,7 +504,8 @@ def test_score_adapter_carries_its_head(dtype, tiny, prompt, tmp_path):
     torch.manual_seed(99)  # another random head under it
     again = load_classifier(tiny('llama'), prompt, 'score', dtype, adapter=str(tmp_path/'a'))
     assert torch.equal(packed(again, ids), want)
-    assert not any(p.requires_grad for p in again.parameters())
+    over = with_adapter(classifier.model, tmp_path/'a')  # in place of one that was trained
+    assert not any(p.requires_grad for model in (again, over) for p in model.parameters())
     if dtype == 'fp32':
         ref = reference(tiny('llama'), AutoModelForSequenceClassification, num_labels=3)
         plain = PeftModel.from_pretrained(ref, tmp_path/'a').eval()
