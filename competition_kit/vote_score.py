@@ -141,7 +141,8 @@ def _table(ballot, data): # the one table that all runs were trained and held ou
 def _known_baselines(ballot, rows): # fold → baselines of exactly these rows, from the records of the runs
     recs, size = ballot_records(ballot), rows.fold.value_counts()
     if len({_drawn(model_params(rec)) for rec in recs}) != 1: return {}  # then the runs have several tables
-    same, out = [rec for rec in recs if size.get(rec['fold']) == rec.get('held_out') and same_tables(rec)], {}
+    scored, out = [rec for rec in recs if 'baselines' in rec['metrics']], {}  # not those that have seen these rows
+    same = [rec for rec in scored if size.get(rec['fold']) == rec.get('held_out') and same_tables(rec)]
     for rec in same: # a text run has its own base as a baseline: the best one counts, whoever is named first
         here = out.setdefault(rec['fold'], {})
         for name, s in rec['metrics']['baselines'].items():

@@ -66,6 +66,16 @@ def test_a_merge_votes_teaches_and_continues(runs, tiny, tmp_path):
     with pytest.raises(Refusal, match='was trained on'): train_fold(start=merged[0].id, fold=1, **args)
 
 
+@pytest.mark.parametrize('gate', [{}, dict(fold=0, held_out=8)])  # of `09_gptq`, which compares on seen rows too
+def test_a_merge_of_folds_has_no_score_beside_a_run_that_has_one(runs, own_root, gate):
+    mixed = merge_runs(members=f'{runs[0]} {runs[3]}')
+    write_record(mixed.folder/'record.json', find_run(mixed.id) | gate)
+    alone, both = (score_vote(voters(runs=names), 'sample_arena') for names in (runs[0], f'{mixed.id} {runs[0]}'))
+    assert (alone['rows'].fold == 0).all() and len(alone['rows']) == 8
+    assert both['metrics'] == alone['metrics']
+    assert both['sentence'].endswith('It is of 1 of the 2 voters; the others have no out-of-fold rows.')
+
+
 def test_a_merge_does_not_vote_beside_its_members(runs, own_root):
     from competition_kit.vote import candidates, left_out
     merged = merge_runs(members=seeds(runs, 0)).id
