@@ -23,9 +23,6 @@ class Answers:
     total:np.ndarray  # [runs, rows, options], float32, the sum over views, un-swapped
     views:np.ndarray  # [runs, rows], int8: how many views were asked
 
-    @property
-    def asked(self): return self.views.max(0) > 0  # [rows], bool: has a model seen the row?
-
 def no_answers(
     voter,       # [runs] position of the voter that a run belongs to
     n_rows:int,
