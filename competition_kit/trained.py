@@ -257,12 +257,14 @@ def kept_probs(
     path,      # `<run id>.parquet`
     rows,      # The rows it should have
     views:int, # The orderings it should have averaged
+    key:str='',# From `prediction_key`, else only the rows' ids are compared
 ): # Probability table, or None
     "A probability table that was written before, if it is whole, of this run and of these rows"
     if not path.exists(): return None
     try: probs = read_probs(path)
     except Refusal: return None
-    same = probs.attrs['meta'].get('run') == path.stem and list(probs.id) == list(rows.id)
+    meta = probs.attrs['meta']
+    same = meta.get('run') == path.stem and key in ('', meta.get('made_of')) and list(probs.id) == list(rows.id)
     return probs if same and (probs.views == views).all() else None
 
 # %% ../nbs/lib/03h_trained.ipynb #bc3e9e17
@@ -282,7 +284,7 @@ def copy_earlier(
     "Take the same predictions from the folder of another vote, merge or asking of teachers, if there are any"
     folders = 'vote-*', 'merge-*/members', 'pseudo-*/asked', '.teachers/*'
     for f in sorted(f for folder in folders for f in models_path().glob(f'{folder}/{path.name}')):
-        if (probs := kept_probs(f, rows, views)) is None or probs.attrs['meta'].get('made_of') != key: continue
+        if kept_probs(f, rows, views, key) is None: continue
         with atomic(path) as tmp: tmp.write_bytes(f.read_bytes())
         return
 
@@ -323,10 +325,10 @@ def not_predicted(
     views:int, # As for `kept_probs`
 ) -> list: # Ids
     "The runs whose predictions are neither there nor in an earlier folder, from which they are copied"
-    files = {r: Path(folder)/f'{r}.parquet' for r in runs}
-    for r, f in files.items():
-        if kept_probs(f, rows, views) is None: copy_earlier(f, rows, views, prediction_key(find_run(r), rows))
-    return [r for r, f in files.items() if kept_probs(f, rows, views) is None]
+    files = {r: (Path(folder)/f'{r}.parquet', rows, views, prediction_key(find_run(r), rows)) for r in runs}
+    for kept in files.values():
+        if kept_probs(*kept) is None: copy_earlier(*kept)
+    return [r for r, kept in files.items() if kept_probs(*kept) is None]
 
 def predict_runs(
     runs,                  # Ids of train runs

@@ -796,6 +796,15 @@ def test_a_kept_table_of_another_run_is_predicted_again(runs, own_root):
     assert kept_probs(mine, rows, 1) is None
 
 
+def test_rows_with_other_texts_are_predicted_again(runs, own_root):
+    rows = load_rows('sample_arena_test')
+    longer = rows.assign(response_a=rows.response_a.map(lambda turns: [t + ' and more' for t in turns]))
+    first, second = (
+        align(predict_runs(runs[:1], r, own_root / 'vote', views=1, progress=False)[runs[0]], rows) for r in (rows, longer)
+    )
+    assert (first != second).any(1).all()
+
+
 def test_what_a_vote_is_made_of_is_its_name(runs, own_root):
     first = held(views=1)
     mark(own_root, {runs[0]: dict(vote_weight=5)})
