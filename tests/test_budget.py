@@ -7,6 +7,7 @@ from competition_kit.clock import Clock
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
 from competition_kit.probs import align, read_probs
 from competition_kit.record import run_stage, start_run
+from competition_kit.rows import tasks
 from competition_kit.submission import check_submission, find_sample, make_submission
 from competition_kit.tables import load_rows, write_rows
 from competition_kit.vote import (
@@ -92,8 +93,12 @@ def test_files_alone_are_a_cascade(own_root, samples):
         write_probs(own_root / f'{k}.parquet', test, p[k], 'preference', seen=False)
     how = dict(runs='0.parquet 1.parquet')
     np.testing.assert_allclose(votes_of(held(**how, rescore=0)), p.mean(0), atol=1e-5)  # without scores: all fit
-    few = votes_of(held(**how, rescore=0.25))
-    np.testing.assert_allclose(few, rescore(p[0], p[1][rows := least_certain(p[0], 0.25)], rows), atol=1e-5)
+    want = rescore(p[0], p[1][rows := least_certain(p[0], 0.25)], rows)
+    np.testing.assert_allclose(votes_of(few := held(**how, rescore=0.25)), want, atol=1e-5)
+    submitted = pd.read_csv(few.folder / 'submission.csv')
+    columns = submitted[[f'winner_{o}' for o in tasks['preference'].options]]
+    np.testing.assert_allclose(columns, want, atol=1e-5)
+    assert read_json(few.folder / 'missing.json') == few.record['missing']
 
 
 def test_a_first_run_without_weight_begins_no_cascade(runs):
