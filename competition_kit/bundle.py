@@ -87,6 +87,8 @@ def package_runs(
     marks = people()
     weights = [marks.get(r['run_id'], {}).get('vote_weight') for r in recs]
     weights = [1. if w is None else float(w) for w in weights]
+    if not any(weights):
+        raise Refusal('every run has the weight 0 in the workbook', fix='Write a number above 0 into vote_weight')
     return recs, dict(rule='mean', views=2, rescore=1., runs=_with_voters(recs, weights, 'mean'))
 
 _brought = 'rule', 'views', 'change', 'rescore', 'pack_tokens', 'max_memory_gb', 'samples', 'retries'  # of a vote

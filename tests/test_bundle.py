@@ -70,6 +70,11 @@ def test_faults_come_together_and_before_any_file(runs, own_root):
         bundle([run_stage(vote, VoteArgs(runs=runs[3])).id, runs[3]], 'cpu', own_root/'package')
     assert not list(own_root.glob('*package*'))
 
+def test_runs_that_weigh_nothing_are_refused_here_and_not_by_the_platform(runs, monkeypatch):
+    monkeypatch.setattr('competition_kit.bundle.people', lambda: {runs[0]: dict(vote_weight=0.)})
+    with pytest.raises(Refusal, match='weight 0'): package_runs(runs[:1])
+    assert [r['weight'] for r in package_runs(runs[:2])[1]['runs']] == [.5, .5]
+
 def test_a_base_that_is_gone_is_named(runs):
     rec = find_run(runs[0])
     gone = dict(rec, params=dict(rec['params'], base='./gone'))
