@@ -224,9 +224,13 @@ class BallotRuns:
         models = [r for r in self.names if r not in self.tables and not self.is_text(r)]
         self.models = EngineAsker(models, rows, views, pack_tokens, engine, folder, **options)
         self.answers = no_answers(pd.factorize(ballot.voter)[0], len(rows), len(tasks[self.models.task].options))
+        self.read_tables()
+
+    def read_tables(self): # again for a vote that goes on: a cascade has left out some of their answers
+        a, views = self.answers, self.models.views
         for r, table in self.tables.items():
             k = self.names.index(r)
-            self.answers.total[k], self.answers.views[k] = views*align(table, rows), views
+            a.total[k], a.views[k] = views*align(table, self.rows), views
 
     def is_text(self, run): return self.texts is not None and run in self.texts.recs
     def keeps(self, k): return self.is_text(self.names[k]) # its replies, while they are written

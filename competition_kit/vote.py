@@ -236,6 +236,7 @@ def vote_asker(
                    **dict(pack_tokens=args.pack_tokens) | sizes)
     asker = make(rows=rows, clock=clock, folder=run.folder)
     read_answers(run.folder/'answers.npz', asker.answers, f'{run.id} {asker.names}')
+    asker.read_tables()
     return make, weights, asker
 
 # %% ../nbs/10_vote.ipynb #e1012429

@@ -101,6 +101,27 @@ def test_files_alone_are_a_cascade(own_root, samples):
     assert read_json(few.folder / 'missing.json') == few.record['missing']
 
 
+def test_a_restarted_cascade_may_take_more_rows_of_a_file(own_root, samples, monkeypatch):
+    "another pace, another share: what the first attempt left out of the file is read again"
+    import competition_kit.vote as V
+    from competition_kit.probs import write_probs
+
+    test = load_rows('sample_arena_test')
+    p = np.random.default_rng(0).dirichlet([1] * 3, (2, len(test)))
+    for k in 0, 1:
+        write_probs(own_root / f'{k}.parquet', test, p[k], 'preference', seen=False)
+    how = dict(runs='0.parquet 1.parquet', rescore=0)
+    for share in 0.25, 0.5:
+        plan = dict(share=share, predicted_minutes=1, metric='')
+        monkeypatch.setattr(V, 'cascade_plan', lambda *a, plan=plan: plan | dict(curve=EMPTY))
+        if share == 0.25:
+            with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+                m.setattr(V, 'finish_staged', lambda *a, **kw: 1 / 0)
+                held(**how)
+    want = rescore(p[0], p[1][rows := least_certain(p[0], 0.5)], rows)
+    np.testing.assert_allclose(votes_of(held(**how)), want, atol=1e-5)
+
+
 def test_a_first_run_without_weight_begins_no_cascade(runs):
     with pytest.raises(Refusal, match='has weight 0'):
         held(runs=f'{runs[0]} {runs[2]}', weights='0 1', rescore=0.1)
