@@ -562,16 +562,16 @@ def _own_labels(cells, path): # -1 where there is none
     return np.array([-1 if v is None else v for v in cells])
 
 def _own_task(cols, kind, label, path): # the name in the file's metadata, or else what the labels tell
-    sizes = {len(t) for t in cols['target'] if t is not None}
+    sizes = {len(t) for t in cols['target'] if isinstance(t, list)}
     task = 'choice' if kind == 'choice' else 'preference' if (label == 2).any() or 3 in sizes else 'preference2'
     if file_kind(path) != '.parquet': return task
     with _on_disk(path) as file: return read_meta(file).get('task', task)
 
 # %% ../nbs/lib/01d_rows.ipynb #4251e8ed
-def _is_label(v, n): return isinstance(v, (int, float)) and v == int(v) and -1 <= v < n
+def _is_label(v, n): return v in range(-1, n)
 
 def _is_target(t, n):
-    if t is None: return True
+    if not isinstance(t, list): return t is None
     return len(t) == n and all(isinstance(v, (int, float)) and v >= 0 for v in t) and abs(sum(t)-1) < 1e-3
 
 def _is_weight(w): return isinstance(w, (int, float)) and 0 <= w < np.inf
@@ -582,7 +582,9 @@ def _read_rows(cols, path):
     texts = _own_texts(cols, kind, path, notes)
     label = _own_labels(cols['label'], path)
     task = _own_task(cols, kind, label, path)
-    n = n_options(texts if kind == 'choice' else ids, _task(task, path))
+    most = len(_task(task, path).options)
+    n = [len(o) for o in texts['options']] if kind == 'choice' else [most]*len(ids)
+    refuse([k > most for k in n], f'more options than {task} has, which are {most}', path, ids)
     refuse([not _is_label(v, k) for v, k in zip(label.tolist(), n)],
            f'a label outside the options of {task}', path, ids)
     refuse([not _is_target(t, k) for t, k in zip(cols['target'], n)],
@@ -600,6 +602,8 @@ def read_meta(path) -> dict:
 
 # %% ../nbs/lib/01d_rows.ipynb #95a2b72b
 layout_readers = dict(rows=_read_rows, tianchi=_read_tianchi, lmsys=_read_pairs, wsdm=_read_pairs, pairs=_read_pairs)
+_may_have = dict.fromkeys(('lmsys', 'wsdm', 'pairs'), 'model_a model_b p_model_a p_model_b p_tie source language')
+_may_have['tianchi'] = ''  # columns besides those of the layout
 
 def read_raw(
     path,  # CSV, JSON, JSON Lines or Parquet in one of the `layouts`, perhaps packed as .gz or .zip
@@ -609,7 +613,8 @@ def read_raw(
     cols = read_columns(path)
     layout = find_layout(cols, path)
     rows, notes = layout_readers[layout](cols, path)
-    ignored = set(cols)-set(rows)-set(layouts[layout].split())-{'p_model_a', 'p_tie', 'p_model_b'}
+    read = _may_have[layout].split() if layout in _may_have else rows
+    ignored = set(cols)-set(layouts[layout].split())-set(read)
     labelled = int((rows.label >= 0).sum())
     info = dict(file=path.name, layout=layout, task=notes.pop('task'), rows=len(rows), labelled=labelled,
                 ignored=sorted(ignored | notes.pop('ignored', set())), **notes)

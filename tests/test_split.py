@@ -237,6 +237,31 @@ def test_own_table_refused(root):
     refused(root, 'alien/train.parquet', None, 'no task called grade; there are preference, preference2, choice')
 
 
+@pytest.mark.parametrize(
+    'change, match',
+    [
+        (dict(label=6), 'label outside the options of choice.*p13-0'),
+        (dict(label=0.5), 'label outside the options of choice.*p13-0'),
+        (dict(target=[0.3, 0.3, 0.4]), 'soft label.*p13-0'),
+        (dict(target=1.0), 'soft label.*p13-0'),
+        (dict(options=[f'o{k}' for k in range(9)]), 'more options than choice has, which are 7.*p13-0'),
+    ],
+)
+@pytest.mark.parametrize('n', [1, 14])
+def test_each_row_of_an_own_choice_table_is_checked(root, n, change, match):
+    own = dict(group='', source='', fold=-1, label=1, target=None, weight=1.0, problem='p', question='q')
+    table = [dict(own, id=f'p{k}-0', options=['x', 'y']) for k in range(14 - n, 14)]
+    assert read_raw(put(root / 'good.jsonl', table))[0].label.tolist() == [1] * len(table)
+    with pytest.raises(Refusal, match=match):
+        read_raw(put(root / 'bad.jsonl', changed(table, n - 1, **change)))
+
+
+@pytest.mark.parametrize('rows', [tianchi(), lmsys(), wsdm()])
+def test_columns_that_only_the_own_layout_reads_are_named(root, rows):
+    more = dict(fold=1, label=0, target=None, weight=2.0)
+    assert read_raw(put(root / 'train.jsonl', [r | more for r in rows]))[1]['ignored'] == sorted(more)
+
+
 def test_layout_by_path_and_relative_paths(root):
     put(root / 'raw/my_train.csv', lmsys())
     put(root / 'raw/other.csv', lmsys(3))
