@@ -147,8 +147,7 @@ def best_shift(
 def _gain(p, q, label): # how much better q is than p, in nats a row, and in standard errors
     at = np.arange(len(label))
     d = np.log(np.maximum(q[at, label], 1e-3)) - np.log(np.maximum(p[at, label], 1e-3))
-    error = d.std()/max(1, len(d))**.5
-    return d.mean(), d.mean()/error if error else 0.
+    return d.mean(), d.mean()/max(d.std()/max(1, len(d))**.5, 1e-6)
 
 def check_teacher(
     t:Teacher,
