@@ -23,7 +23,7 @@ from .record import find_run, records
 from .replies import (end_engine, generate as ask, job_table, read_replies, reply_engine, reply_input,
                                      start_engine)
 from .reply_cost import plan_line
-from .rows import file_readers, packed_suffixes, read_columns
+from .rows import file_readers, packed_suffixes, read_columns, refuse, to_text
 from .tables import (apart_tables, check_replaced, check_texts, load_rows, table_hashes, table_name,
                                     write_rows)
 from .text import TextPrompt, after_thought, repeats
@@ -41,9 +41,10 @@ def script(
 # %% ../nbs/05a_pairs.ipynb #fc7c42b5
 def _turns(cell): # The user's turns of a cell: a list, a list as JSON, or one text
     if isinstance(cell, str) and re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', cell, re.S):
-        try: cell = json.loads(cell)
-        except ValueError: pass
-    return [cell or ''] if cell is None or isinstance(cell, str) else list(cell)
+        try: turns = json.loads(cell)
+        except ValueError: turns = [{}]
+        if all(o is None or isinstance(o, str) for o in turns): return turns
+    return cell if isinstance(cell, list) else [cell]
 
 def _is_file(data): return Path(data).suffix.lower() in (*file_readers, *packed_suffixes)
 def _pool_file(data): return Path(data) if Path(data).is_absolute() else project_root()/data
@@ -55,9 +56,11 @@ def read_pool(
     columns = read_columns(_pool_file(data)) if _is_file(data) else load_rows(data).to_dict('list')
     if 'prompt' not in columns: raise Refusal(f"no column prompt; there are {', '.join(columns)}", data)
     turns = [_turns(c) for c in columns['prompt']]
-    text = ['\n'.join(t or '' for t in v) for v in turns]
-    ids = [str(i) for i in columns.get('id', [hash_obj(t, 16) for t in text])]
-    language = [v or script(t) for v, t in zip(columns.get('language', ['']*len(text)), text)]
+    odd = [any(not isinstance(o, (str, type(None))) for o in v) for v in turns]
+    refuse(odd, 'prompts that are neither a text nor a list of texts; their numbers from 0', data, range(len(turns)))
+    text, none = ['\n'.join(to_text(o, Counter()) for o in v) for v in turns], [None]*len(turns)
+    ids = [hash_obj(t, 16) if i in (None, '') else str(i) for i, t in zip(columns.get('id', none), text)]
+    language = [v if isinstance(v, str) and v else script(t) for v, t in zip(columns.get('language', none), text)]
     pool = pd.DataFrame(dict(id=ids, prompt=text, turns=[len(t) for t in turns], language=language))
     if 'id' in columns and (twice := pool.id.duplicated()).any():
         raise Refusal('two prompts with one id', data, pool.id[twice], 'Give each prompt an id of its own')

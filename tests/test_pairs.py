@@ -6,7 +6,8 @@ from competition_kit.core import Refusal, data_path, jsonl_text, models_path, re
 from competition_kit.pairs import PairsArgs, join_answers, pair_rows, pairs, parse_writer, read_pool
 from competition_kit.record import run_stage
 from competition_kit.replies import read_replies
-from competition_kit.tables import load_rows, publish
+from competition_kit.rows import text_columns
+from competition_kit.tables import load_rows, publish, write_rows
 
 THINGS = 'river forest market teacher winter bridge garden harbour letter window kitchen mountain'.split()
 TEXTS = [f'Write {k+3} sentences about a {a} near a {b}, and say who might live there.'
@@ -141,6 +142,21 @@ def test_pools(tmp_path, samples):
     pool = read_pool(tmp_path/'p.csv')
     assert pool.language.tolist() == ['cjk', 'latin', 'latin'] and pool.turns.tolist() == [1, 2, 1]
     assert pool.prompt.tolist() == ['谁是艾达？', 'One?\nTwo?', '[sic] a "b"'] and pool.id.is_unique
+
+def test_gaps_of_a_pool_are_filled(tmp_path):
+    def pool(*lines):
+        (tmp_path/'p.jsonl').write_text(''.join(json.dumps(o)+'\n' for o in lines), encoding='utf-8')
+        return read_pool(tmp_path/'p.jsonl')
+    found = pool(dict(id=None, prompt='Who?\ud800', language=None),
+                 dict(id='7', prompt='["a", {}, "b"]', language='en'))
+    assert found.prompt.tolist() == ['Who?\ufffd', '["a", {}, "b"]'] and found.language.tolist() == ['latin', 'en']
+    assert found.id[1] == '7' and found.id[0] not in ('', 'None')
+    with pytest.raises(Refusal, match=r'neither a text nor a list of texts.*Rows \(2\): 1, 2'):
+        pool(dict(prompt='Who?'), dict(prompt=[dict(role='user', content='Who?')]), dict(prompt=5))
+    table = pd.DataFrame(dict(id=['a', 'b'], group='', source='', fold=-1, label=-1, target=None, weight=1.))
+    table = table.assign(language=['French', None], **{c: [['Qui ?'], ['谁？']] for c in text_columns['pair']})
+    write_rows(table, data_path('gaps.parquet'), task='preference')
+    assert read_pool('gaps').language.tolist() == ['French', 'cjk']
 
 def test_too_few_prompts_are_refused_before_a_model_is_loaded(bases):
     write_pool(*TEXTS)
