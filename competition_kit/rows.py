@@ -644,7 +644,8 @@ def _as_kept(v, row, field, options): # a correction's value in the form the tab
 def _corrected(change, row, field, task): # the new value and None, or None and why the change does not fit
     options = list(task.letters[:len(row['options'])]) if 'options' in row else list(task.options)
     old, new = (_as_kept(change[k], row, field, options) for k in ('old', 'new'))
-    if old is None or old != row[field]: return None, 'the old value is not what the table has'
+    have = '' if row[field] is None or row[field] != row[field] else row[field]  # a missing cell
+    if old is None or old != have: return None, 'the old value is not what the table has'
     if new is None or (field == 'options' and not row['label'] < len(new) <= len(task.letters)):
         return None, 'a value outside the options'
     return new, None
@@ -660,6 +661,7 @@ def correct(
     task, new = _task(task), rows.to_dict('list')
     at, bad, fields = {i: j for j, i in enumerate(new['id'])}, {}, _fields(rows)
     judged = [c for c in ('target', 'rationale') if c in rows]  # what belongs to the old label
+    told = {str(c['id']) for c in changes if c['field'] == 'rationale'}  # rows that get one for the new label
     for change in changes:
         i, field = str(change['id']), fields.get(change['field'])
         if i not in at: why = 'an unknown id'
@@ -668,9 +670,9 @@ def correct(
         if why:
             bad.setdefault(why, []).append(i)
             continue
-        new[field][at[i]] = value
+        new[field][at[i]] = value or None if field == 'rationale' else value
         if field == 'label':
-            for c in judged: new[c][at[i]] = None
+            for c in judged: new[c][at[i]] = new[c][at[i]] if c == 'rationale' and i in told else None
     if bad: raise Refusal(next(iter(bad)), where, next(iter(bad.values())), 'Correct the list; nothing was applied')
     out = rows.copy()
     for c in {*judged, *(fields[change['field']] for change in changes)}:

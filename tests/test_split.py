@@ -967,6 +967,20 @@ def test_a_corrected_label_drops_its_soft_label_and_rationale():
     assert rows.target[0] == [0.9, 0.1]
 
 
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_label_and_its_rationale_are_corrected_together(root, order):
+    told = tianchi()
+    told[1]['questions'][0]['rationale'] = 'It is B.'
+    put(data_path('t/train.jsonl'), told)
+    lines = [('p01-0', 'answer', 'B', 'A', ''), ('p01-0', 'rationale', 'It is B.', 'It is A.', '')]
+    fixes(root / 'fix.csv', *lines[::order], ('p00-0', 'rationale', '', 'So A.', ''))
+    rows = split('t', corrections='fix.csv')[0].set_index('id')
+    assert rows.label['p01-0'] == 0
+    assert rows.rationale.dropna().to_dict() == {'p00-0': 'So A.', 'p01-0': 'It is A.'}
+    fixes(root / 'fix.csv', ('p01-0', 'rationale', 'It is B.', '', ''))
+    assert split('t', corrections='fix.csv')[0].rationale.isna().all()
+
+
 def test_order_and_process_do_not_matter(tmp_path):
     code = '''
 import json
