@@ -77,8 +77,8 @@ def _candidates(role, folder): # files that could be the training or the test fi
     files = [p for p in files if p.suffix.lower() not in packed_suffixes or _stem(p) not in plain]
     return [p for p in files if re.search(role, p.name.lower())]
 
-def _find(role, folder):
-    found = _candidates(role, folder)
+def _find(role, folder, other=''): # the only candidate that is not the other file
+    found = [p for p in _candidates(role, folder) if p != _root_path(other)]
     if len(found) > 1:
         names = [p.name for p in found]
         raise Refusal(f'several files could be the {role} file: {names}', folder, fix=f'Name one with {role}=')
@@ -110,8 +110,9 @@ def raw_files(
     if name in samples and not train: make_raw(name)
     if not train and _is_file_name(data): train = os.fspath(data)
     folder = data_path(name)
-    test = test or (_test_beside(train) if train else None) or _find('test', folder)
+    test = test or (_test_beside(train) if train else None)
     train = train or _find('train', folder)
+    test = test or _find('test', folder, train or '')
     if not train:
         found = sorted(p.name for p in folder.glob('*'))[:12] if folder.is_dir() else 'nothing: there is no such folder'
         raise Refusal(f'no training file called *train*{{{",".join(file_readers)}}}; found {found}', folder,

@@ -738,6 +738,14 @@ def test_the_test_file_beside_a_training_file(root):
     assert raw_files('z')['train'].name == 'train.csv'  # unpacked beside it
 
 
+def test_a_training_file_with_test_in_its_name(root):
+    train = put(data_path('c/contest_train.jsonl'), tianchi())
+    assert raw_files('c') == dict(train=train)
+    test = put(data_path('c/contest_test.jsonl'), tianchi())
+    assert raw_files('c') == raw_files('c', train='data/c/contest_train.jsonl') == dict(train=train, test=test)
+
+
+
 @pytest.mark.parametrize('value', [7, 1e5, None, True])
 def test_names_that_papermill_made_values(root, value):
     for f in (raw_files, split, S.table_name, load_rows, parse_mix):
