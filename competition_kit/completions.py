@@ -46,6 +46,13 @@ def _rationale_tokens(prompt, rows, limit): # a token array a row, with the end 
                       fix=f'Give max_new_tokens={n.max()}, or leave these rows out')
     return ids
 
+def _check_answers(rows): # refuse rationales that belong to other rows, or to a label that has been corrected since
+    said = parse_replies(pd.DataFrame(dict(id=rows.id, text=rows.rationale)), rows)
+    other = (said.how == 'tag') & (rows.label >= 0) & (said.option != rows.label)
+    if other.any():
+        raise Refusal('rationales that answer with another option than the label', ids=rows.id[other].tolist(),
+                      fix='Check that each stands at its row, correct the label, or leave these rows out')
+
 def encode_completions(
     prompt:TextPrompt,
     rows,                    # Table of rows
@@ -55,6 +62,7 @@ def encode_completions(
     at = np.flatnonzero(has_rationale(rows))
     if not len(at): raise Refusal('no row has a rationale', fix='Run 05_generate')
     taught = rows.iloc[at]
+    _check_answers(taught)
     prompts, rationales = prompt.encode(taught), _rationale_tokens(prompt, taught, max_new_tokens)
     ids = pd.Series([np.append(*pair) for pair in zip(prompts.ids, rationales)], dtype=Tokens.dtype)
     return pd.DataFrame(dict(row=at, view=0, ids=ids, n=ids.map(len), cut=prompts.cut, start=prompts.n))

@@ -204,6 +204,9 @@ def test_planted_rows_are_refused(tiny):
         return str(e.value)
     texts = rows.rationale.tolist()
     assert rows.id[5] in refused('rationales without text', rationale=texts[:5]+[' \n']+texts[6:])
+    k = next(k for k in range(2, 11) if rows.label[k] != rows.label[k+1])
+    shifted = refused('with another option than the label', rationale=texts[:k]+[texts[k+1]]+texts[k+1:])
+    assert rows.id[k] in shifted and rows.id[k+1] not in shifted
     said = refused('more than max_new_tokens=64', rationale=texts[:7]+['Thus '*200]+texts[8:])
     assert rows.id[7] in said and rows.id[6] not in said and 'Give max_new_tokens=' in said
     assert '05_generate' in refused('no row has a rationale', rationale=[None]*12)
