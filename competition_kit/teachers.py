@@ -142,7 +142,8 @@ def _allowed(name, rows, task, fold, in_sample): # (records, what they have pred
     if not recs: raise Refusal(f'{name} has no run that held out fold {fold}', fix='Train it, or take in_sample=False')
     tables = [member(r, rows, task) for r in recs]
     seen = np.stack([t.seen for t in tables])
-    relearned = (rows.label < 0).to_numpy() & ~(seen == 0).any(0)  # unlabelled rows that every member was trained on
+    by_models = (rows.label < 0) & (rows.target.isna() | rows.source.isin(('pseudo', 'test_pseudo')))
+    relearned = by_models.to_numpy() & ~(seen == 0).any(0)  # rows that every member learned from labels of models
     return recs, tables, (seen == 0) | (seen == 1) & relearned | in_sample
 
 def _mean(name, tables, use): # the mean of the members that may predict a row

@@ -362,6 +362,18 @@ def test_a_second_round_relabels_with_the_newer_student(rows, tmp_path, tiny):
     assert round_of([child.id]) == 2, 'its parent learned from labels of a model'
 
 
+def test_soft_labels_of_people_are_not_predicted_by_a_run_that_learned_them(tiny, tmp_path):
+    rows, n = load_rows('sample_arena')[20:32], 12
+    for source in ('people', 'pseudo'):
+        told = dict(id=source+rows.id, source=source, label=-1, target=[[.5, .3, .2]]*n)
+        told['prompt'] = [[f'{source} ask {k}?'] for k in range(n)]
+        write_rows(rows.assign(**told), data_path(f'{source}.parquet'))
+    mix = 'sample_arena:20 + people + pseudo'
+    run, rows = train_fold(base=tiny, **dict(small, mix=mix)), load_rows(mix)
+    told = ask_teacher(run.id, rows, 'preference', tmp_path)
+    assert told.has.tolist() == ((rows.fold == 0) & rows.main | (rows.source == 'pseudo')).tolist()
+
+
 def test_denoised_labels_keep_folds_and_labels(rows, tmp_path):
     adopt_files([foreign(tmp_path/'r.csv', rows)], 'sample_arena', 'x', seen='no')
     run = run_stage(pseudo, PseudoArgs(teachers='x', own=.6, margin=0.))
