@@ -216,7 +216,7 @@ class SplitArgs:
     def files(self): return raw_files(self.data, self.train, self.test, self.corrections)
     @cached_property
     def hashes(self): return {role: sha256(path) for role, path in self.files.items()}
-    def inputs(self): return self.hashes | {n: content_hash(table_path(n)) for n in apart_tables(self.apart)}
+    def inputs(self): return self.hashes | {f'apart.{n}': content_hash(table_path(n)) for n in apart_tables(self.apart)}
 
 def make_split(
     run,             # From `run_stage`

@@ -53,6 +53,8 @@ def table_name(
     name = _stem(data) if _is_file_name(data) else data
     if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(name)):
         raise Refusal(f'{name!r} is not a name for a table', fix='Letters, digits, _ and -, at most 64')
+    if name in ('base', 'start', 'engine', 'calibration', 'file'):  # other inputs in the record of a run
+        raise Refusal(f'a table cannot be called {name}', fix='Give it another name')
     return name
 
 # %% ../nbs/lib/01f_tables.ipynb #29ee3a21

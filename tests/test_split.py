@@ -1423,6 +1423,22 @@ def test_stage(root, monkeypatch):
     assert not list((root / 'elsewhere').iterdir())
 
 
+def test_a_table_called_train_is_not_the_training_file(root):
+    from competition_kit.record import run_stage
+
+    put(data_path('train/train.csv'), wsdm())
+    publish(run_stage(S.make_split, S.SplitArgs('train')).folder, 'train')
+    ids = set()
+    for n in (60, 50):
+        put(data_path('more/train.csv'), wsdm(n))
+        run = run_stage(S.make_split, S.SplitArgs('more', apart='train'))
+        assert len(read_table(run.folder / 'rows.parquet')) == n - 40
+        ids.add(run.id)
+    assert len(ids) == 2
+    with pytest.raises(Refusal, match='a table cannot be called base'):
+        raw_files('base')
+
+
 def test_a_refused_stage_publishes_nothing(root):
     put(data_path('l/train.csv'), lmsys())
     run_driver(data='l')
