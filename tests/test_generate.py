@@ -175,7 +175,7 @@ def test_a_thought_that_the_prompt_opens_is_told(base):
     read = [parse_reply(prompt.opened+t, ['Anna', 'Ben']).how for t in ('The answer is B, or', 'Hm.</think>\n\nB')]
     assert read == ['cut off', 'last line']
     for text in ('Hm.</think>\n\nB', '<think>Hm.</think>\n\nB'):
-        line, = encode_completions(prompt, ROWS[:1].assign(rationale=text)).itertuples()
+        line, = encode_completions(prompt, ROWS[:1].assign(rationale=text, label=1)).itertuples()
         assert tok.decode(line.ids[:-1]).endswith('assistant\n<think>\nHm.</think>\n\nB')
 
 def test_lengths_are_checked(engine, enc):
