@@ -120,16 +120,16 @@ _ends = '(?![A-Za-z0-9+#]|-[a-z])'
 _letter = ('(?-i:(?<![A-Za-z0-9+])(?!A (?!or |and |is |as |because |since |but )[a-z])([A-Z])'
            f'{_ends})')  # a word of its own, and not the article A
 _answer = (r'\b(?:answer|(?:right|correct|best) (?:option|choice))(?: is| would be| must be)?'
-           r'(?: indeed| therefore| thus| clearly)?[\s*]*:?[\s*]*'
-           r'|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?[\s*]*:?[\s*]*|(?<![不非别])选择?\s*:?\s*')
+           r'(?: indeed| therefore| thus| clearly)?[\s*]*+:?+[\s*]*+'
+           r'|(?:答案|正确的?选项|正确的?选择)】?(?:应该|应)?(?:是|为)?[\s*]*+:?+[\s*]*+|(?<![不非别])选择?\s*+:?+\s*+')
 _stated = re.compile(rf'(?:{_answer})(?:option |choice |选项\s*)?[*_("“\[\\]*{_letter}', re.I)
 _stated_too = re.compile(rf'{_letter}[*_)\]"”]*(?: is (?:the )?(?:answer|correct(?! about| that)|'
                          r'right(?!-| (?!answer|option|choice|one|because|since)))\b'
-                         r'|\s*(?:选项|项)?\s*[是为]?\s*(?:正确|成立|符合题意)(?!吗|性))', re.I)
+                         r'|\s*+(?:选项|项)?+\s*+[是为]?+\s*+(?:正确|成立|符合题意)(?!吗|性))', re.I)
 _supposed = re.compile(r'(?:如果|假如|假设|倘若|若)[^,。;]*|\b(?:if|suppose|assume|assuming)\b[^,.;]*', re.I)
 
 # %% ../nbs/lib/03n_text.ipynb #119acdc4
-_denied = re.compile(r'[*_)\]"]*\s*(?:选项|项)?\s*[是就也都]*\s*(?:不对|错|不正确|不成立|不符合)'
+_denied = re.compile(r'[*_)\]"]*+\s*+(?:选项|项)?+\s*+[是就也都]*+\s*+(?:不对|错|不正确|不成立|不符合)'
                      r'|[*_)\]"]* (?:is|was|would be) (?:wrong|not|false|incorrect)', re.I)
 _joined = re.compile(r'(?:[*_)\]]*\s*(?:(?i:or|and)\b|[/,、或和])\s*(?:(?i:option|choice) )?'
                      rf'[*_(\[]*[A-Z]{_ends})*')
@@ -209,7 +209,8 @@ def _in_tag(text, options):
     if not re.fullmatch('[a-z]', _bare(text)) and (named := _named(text, options)): return named
     if found := _captions(text, options) or _states(text, options): return found
     rest = _without(text, options, _lettered)
-    def denied(m): return _negation.search(rest, 0, m.start()) or _denied.match(rest, m.end())
+    no = _negation.search(rest)
+    def denied(m): return no and no.end() <= m.start() or _denied.match(rest, m.end())
     loose = [m[1] for m in re.finditer(rf"(?<!')(?!I){_letter}", rest) if not denied(m)]
     return {_position(c, options) for c in loose} or _listed(text, options) or _texts_in(text, options)
 

@@ -1,4 +1,5 @@
 "Text answers: prompts in two languages, planted replies, faults of rationales, votes"
+import time
 import numpy as np
 import pandas as pd
 import pytest
@@ -127,6 +128,14 @@ FAULTS = [(REASON+'<output>C</output>', '', 'stop'),
 
 @pytest.mark.parametrize('text, fault, finish', FAULTS)
 def test_faults(text, fault, finish): assert rationale_fault(text, NAMES, 2, finish) == fault
+
+@pytest.mark.parametrize('text', [
+    'A'+' '*1500, 'answer'+'*'*1500, 'The answer is'+' '*1500+'x', '<output>A'+'\n'*1500, '<output>'+'A '*6000,
+    '答案'+'* '*750, 'answer **'+'_'*1500+'('*1500])
+def test_a_long_run_of_marks_is_read_at_once(text):
+    began = time.process_time()
+    parse_reply(text, NAMES)
+    assert time.process_time()-began < .5
 
 def test_lists_are_no_loops():
     people = 'Abigail Ben Cleo Dora Emil Fay Gus Hanna Ida Jon'.split()
