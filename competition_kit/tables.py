@@ -305,7 +305,8 @@ def apart_tables(
     "The tables whose rows a new table must not repeat; a table that is not there is refused"
     names = apart.split()
     for name in names: table_path(name)
-    return names+[f'{n}_test' for n in names if data_path(f'{n}_test.parquet').exists()]
+    tests = [f'{n}_test' for n in names if data_path(f'{n}_test.parquet').exists()]
+    return list(dict.fromkeys(names+tests))
 
 def leave_out_copies(
     rows,       # Table of rows

@@ -1170,6 +1170,7 @@ def test_split_apart_leaves_out_copies_of_other_tables(root):
     leaks = json.loads((run.folder / 'leaks.json').read_text())
     assert leaks['left_out'] == {'contest': 2}
     assert '2 in contest' in leak_text(leaks)
+    assert split('l', apart='contest contest')[0].attrs['meta']['left_out'] == {'contest': 2}
     table('contest', 6, 2000)
     assert run_driver(data='l', apart='contest').id != run.id  # another contest, another split
     assert len(load_rows('l')) == len(rows)
