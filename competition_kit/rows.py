@@ -580,6 +580,8 @@ def _read_rows(cols, path):
     notes, ids = Counter(), _ids(cols['id'], path)
     kind = 'pair' if 'prompt' in cols else 'choice'
     texts = _own_texts(cols, kind, path, notes)
+    odd = [kind == 'choice' and not isinstance(o, list) for o in cols.get('options', ids)]
+    refuse(odd, 'options that are no list', path, ids)
     label = _own_labels(cols['label'], path)
     task = _own_task(cols, kind, label, path)
     most = len(_task(task, path).options)

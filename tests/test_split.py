@@ -245,6 +245,8 @@ def test_own_table_refused(root):
         (dict(target=[0.3, 0.3, 0.4]), 'soft label.*p13-0'),
         (dict(target=1.0), 'soft label.*p13-0'),
         (dict(options=[f'o{k}' for k in range(9)]), 'more options than choice has, which are 7.*p13-0'),
+        (dict(options='["x", "y"]', label=0), 'options that are no list.*p13-0'),
+        (dict(options=None, label=0), 'options that are no list.*p13-0'),
     ],
 )
 @pytest.mark.parametrize('n', [1, 14])
