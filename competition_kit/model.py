@@ -232,7 +232,7 @@ def _no_gptqmodel(): # PEFT for a moment as if neither GPTQModel nor torchao wer
     finally:
         for module, name, real in found: setattr(module, name, real)
 
-# %% ../nbs/lib/03c_model.ipynb #74d1e951
+# %% ../nbs/lib/03c_model.ipynb #a3f05d1b
 def _tensors(model): # saved name → parameter of the adapter
     own = {n: p for n, p in model.named_parameters() if 'lora_' in n or 'modules_to_save' in n}
     return {n.replace('.default', '').replace('.modules_to_save', ''): p for n, p in own.items()}
@@ -251,6 +251,7 @@ def _refilled(model, adapter, f): # its tensors copied over those of the present
         for k, p in own.items(): p.copy_(new[k])
     return True
 
+# %% ../nbs/lib/03c_model.ipynb #74d1e951
 def with_adapter(model, adapter):
     "An adapter over a model, in place of its last; peft leaves out tensors that do not fit, so we compare the names"
     from peft import PeftModel
