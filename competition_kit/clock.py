@@ -70,7 +70,7 @@ def warm_pace(
     clock:Clock,
     last:int=8, # Pieces that show the present pace
 ) -> float: # Seconds a unit; 0 before the first piece
-    "The median pace, by units, without a model's first piece, which also starts kernels; it counts if it is the most"
+    "The median pace, by units, without a model's first piece, unless the others are less than a quarter of it"
     rest = clock.pieces[1:][-last:]
     if not rest or 4*sum(u for u, _ in rest) < clock.pieces[0][0]: return present_pace(clock)
     units, seconds = np.array(rest).T

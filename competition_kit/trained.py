@@ -257,7 +257,7 @@ def kept_probs(
     path,      # `<run id>.parquet`
     rows,      # The rows it should have
     views:int, # The orderings it should have averaged
-    key:str='',# From `prediction_key`, else only the rows' ids are compared
+    key:str='', # From `prediction_key`; '': only the rows' ids are compared
 ): # Probability table, or None
     "A probability table that was written before, if it is whole, of this run and of these rows"
     if not path.exists(): return None
