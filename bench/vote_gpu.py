@@ -1,9 +1,10 @@
 """How long do nine voters take beside one, and does the forecast of a vote under a budget hold?
 
-usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--what cascade nine gpus] [--seeds 3]
+usage: python bench/vote_gpu.py open=FILE alpaca=FILE --teacher BASE [--what cascade nine forecasts gpus] [--seeds 3]
            [--set JSON] [--pack-tokens 32768] [--gpus 2] [--engines packs vllm] [--memory GB] [--jobs 4] [--small]
-cascade: the 135M, then the teacher for as many rows as are worth it; nine: below; gpus: voters without a score head by
-packs on one GPU, then by packs and by vLLM on `--gpus`, one process each. `--small`: 60 rows and one seed, for a CPU.
+cascade: the 135M, then the teacher for as many rows as are worth it; nine: below; forecasts: six votes of the nine;
+gpus: voters without a score head by packs on one GPU, then by packs and by vLLM on `--gpus`, one process each.
+`--small`: 60 rows and one seed, for a CPU.
 Nine voters (fold 0 of the three families of `vote_quality.py`, three seeds) predict the rows of the second file. They
 are trained if they do not lie in CK_ROOT. Aims: nine voters at most 6 times one, with the answers of the full vote in
 99.9 % of the rows; predicted within 15 % of the measured minutes."""
@@ -58,18 +59,49 @@ def held(runs, a, **how): # (record, [rows, options], seconds) of a vote
     with contextlib.redirect_stderr(io.StringIO()): run, seconds = timed(run_stage, vote, args)
     return run.record, np.stack(read_probs(run.folder/'votes.parquet').p), seconds
 
+def watch(): # print what a forecast knew, and how long each run then took: seconds to load, and for 100,000 tokens
+    import competition_kit.vote as vote
+    from competition_kit.predictions import BallotAsker
+    plain, load, ask, took = vote.forecast, BallotAsker.load, BallotAsker.ask_views, {}
+    def told(asker, *how):
+        report(what='a forecast knows', used=asker.clock.used(), loads=np.round(asker.expected()[1], 3).tolist(),
+               pieces=[round(s/u*1e5, 4) for u, s in asker.clock.pieces])
+        return plain(asker, *how)
+    def timed_load(asker, k):
+        _, seconds = timed(load, asker, k)
+        took.setdefault(asker.names[k], []).append(round(seconds, 3))
+    def timed_ask(asker, k, at, views):
+        p, seconds = timed(ask, asker, k, at, views)
+        took[asker.names[k]].append(round(seconds/asker.sizes[at].sum()*1e5, 4))
+        return p
+    vote.forecast, BallotAsker.load, BallotAsker.ask_views = told, timed_load, timed_ask
+    return took
+
 def forecast(what, record, seconds):
     predicted, measured = record['predicted_minutes'], record['vote_minutes']
     report(what=f'forecast: {what}', predicted_minutes=predicted, measured_minutes=measured,
            off_by=predicted/measured-1, seconds_of_the_stage=seconds, share=record.get('share'))
 
+def full_vote(runs, a, took, rule, weights=''):
+    took.clear()
+    full, p, seconds = held(runs, a, views=1, rule=rule, weights=weights)
+    forecast(f'{len(runs)} voters, {rule}', full, seconds)
+    report(what='seconds to load, then of each piece for 100,000 tokens', runs=list(took.values()))
+    return full, p, seconds
+
+def forecasts(runs, a, rounds=3): # of the same vote, whose equal weights are other numbers each time: it is done anew
+    held(runs[:1], a, views=1)  # kernels and caches are warm
+    took = watch()
+    for k in range(2, rounds+2):
+        for rule in ('mean', 'majority'): full_vote(runs, a, took, rule, ' '.join([str(k)]*len(runs)))
+
 def nine_over_one(runs, a):
     held(runs[:1], a, views=1)  # kernels and caches are warm
+    took = watch()
     one, _, seconds = held(runs[:1], a, views=1, weights='1')
     report(what='one voter', rows=one['missing']['rows'], minutes=one['vote_minutes'], seconds_of_the_stage=seconds)
     for rule, changes in dict(mean=(.001, .01), majority=(.001,)).items():
-        full, p, seconds = held(runs, a, views=1, rule=rule)
-        forecast(f'{len(runs)} voters, {rule}', full, seconds)
+        full, p, seconds = full_vote(runs, a, took, rule)
         for change in changes:
             some, q, seconds = held(runs, a, views=1, rule=rule, change=change)
             report(what=f'{len(runs)} voters one after another, {rule}, change {change:g}',
@@ -99,7 +131,7 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
     p.add_argument('--pack-tokens', type=int, default=32768)
-    p.add_argument('--what', nargs='*', default=['cascade', 'nine'], choices=['cascade', 'nine', 'gpus'])
+    p.add_argument('--what', nargs='*', default=['cascade', 'nine'], choices=['cascade', 'nine', 'forecasts', 'gpus'])
     p.add_argument('--gpus', type=int, default=2)
     p.add_argument('--engines', nargs='+', default=['packs', 'vllm'], choices=['packs', 'vllm'])
     p.add_argument('--memory', type=float, default=0., help='limit of a model on several GPUs, in 1e9 bytes')
@@ -118,4 +150,5 @@ if __name__ == '__main__':
     runs = trained(a)
     if 'cascade' in a.what: a_cascade(runs, a)
     if 'nine' in a.what: nine_over_one([r for line in FAMILIES for r in runs[line]], a)
+    if 'forecasts' in a.what: forecasts([r for line in FAMILIES for r in runs[line]], a)
     if 'gpus' in a.what: several_gpus(runs['labels']+runs[FAMILIES[1]][:2], a)
