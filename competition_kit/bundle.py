@@ -350,7 +350,7 @@ def host_test(
         if 'sample' in name and 'submi' in name or not re.search('(?<![a-z])test', name): return False
         return p.suffix.lower() in ('.csv', '.json', '.jsonl', '.parquet', '.zip', '.gz') and p.is_file()
     found = filter(is_test, Path(sample).parent.rglob('*'))
-    return min(found, key=lambda p: (len(p.parts), str(p)), default=None)
+    return min(found, key=lambda p: ('train' in p.name.lower(), len(p.parts), str(p)), default=None)
 
 def prior_submission(
     sample,     # The host's sample submission
@@ -413,6 +413,7 @@ def clean_environment(**more) -> dict:
 def install(
     package, # Folder of the package
     folder,  # Of the new environment
+    seconds=None, # After which pip is ended
 ) -> str: # Its Python
     "Install the wheels of the package, without a network, and refuse any that has another hash"
     python, package = f'{folder}/bin/python', Path(package)
@@ -421,7 +422,7 @@ def install(
     pip = next((package/'wheels').glob('pip-*.whl'))
     words = [python, f'{pip}/pip', 'install', '-q', '--no-index', f'--find-links={package}/wheels', '--require-hashes',
              '--no-deps', '--no-compile', '--no-cache-dir', '-r', str(package/'requirements.txt')]
-    p = subprocess.run(words, env=clean_environment(), capture_output=True, text=True)
+    p = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, timeout=seconds)
     if p.returncode: raise RuntimeError(p.stderr.strip()[-1000:])
     return python
 
@@ -548,19 +549,21 @@ def noted(what):
         faults.append(f'{what}: {type(e).__name__}: {e}')
         print(faults[-1])
 
-def first_file(pattern, *folders):
-    "The first file of that name below the folders"
-    return next((p for f in folders for p in sorted(Path(f).rglob(pattern)) if p.is_file()), None)'''
+def first_file(name, *folders):
+    "The first file below the folders whose name fits, in capitals or not; if there are others, a fault names one"
+    found = [p for f in folders for p in sorted(Path(f).rglob('*')) if re.fullmatch(name, p.name, re.I) and p.is_file()]
+    if len(found) > 1: faults.append(f'{len(found)} files could be meant: {found[0]} was taken, not {found[1]}')
+    return next(iter(found), None)'''
 
 # %% ../nbs/lib/11_bundle.ipynb #8112c9f4
 _first = '''places = [p for p in ('/kaggle/input', '.') if Path(p).is_dir()]
 facts = dict(prior={}, files={}, runs=[], target={})
 with noted('package'):
-    package = Path(PACKAGE) if PACKAGE else first_file('bundle.json', *places).parent
+    package = Path(PACKAGE) if PACKAGE else first_file(r'bundle\.json', *places).parent
     facts = json.loads((package/'bundle.json').read_text())
     print(f'package: {package}')
 with noted('first submission'):
-    sample = Path(SAMPLE) if SAMPLE else first_file('*sample*submi*', *places)
+    sample = Path(SAMPLE) if SAMPLE else first_file(r'(?=.*sample).*submi.*\.(csv|jsonl)', *places)
     test = Path(TEST) if TEST else host_test(sample)
     prior_submission(sample, OUT, facts['prior'])
     print(f'{OUT}: the class prior, for {sample}; test file: {test}')
@@ -574,7 +577,7 @@ print(*faults or ['All files are whole, and the machine is as planned.'], sep='\
 _second = '''work, python = Path(WORK or tempfile.mkdtemp()), None
 with noted('install'):
     started = time.time()
-    python = install(package, work/'env')
+    python = install(package, work/'env', DEADLINE-started)
     print(f'installed in {time.time()-started:.0f} s')'''
 
 _third = '''lacks, why, broken = None, 'nothing was installed', []

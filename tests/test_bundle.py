@@ -213,7 +213,8 @@ def test_the_newest_submission_is_taken(samples, own_root):
 
 @pytest.mark.parametrize('files, found', [
     (['test.csv', 'train.csv'], 'test.csv'), (['Test.parquet', 'latest.csv', 'a/test.csv'], 'Test.parquet'),
-    (['sample_submission_test.csv', 'z/test_rows.jsonl'], 'z/test_rows.jsonl'), (['test.md', 'contest.csv'], None)])
+    (['sample_submission_test.csv', 'z/test_rows.jsonl'], 'z/test_rows.jsonl'), (['test.md', 'contest.csv'], None),
+    (['a_train_without_test.csv', 'z/test.csv'], 'z/test.csv')])
 def test_the_test_file_is_found_beside_the_sample(own_root, files, found):
     (own_root/'sample_submission.csv').write_text('id')
     for f in files:
@@ -232,19 +233,33 @@ def test_a_vote_that_hangs_ends_at_the_deadline(samples, own_root):
     assert lacks is None and why == 'the deadline came' and time.time()-start < 10
     assert check_submission(out, sample, 'preference')
 
+def run_cells(folder, sample="SAMPLE = ''"): # the submission notebook without a package, in a folder; its report
+    settings, *cells = submission_cells(targets['cpu'])
+    given = settings.replace("PACKAGE = ''", "PACKAGE = 'nowhere'").replace("SAMPLE = ''", sample)
+    (folder/'cells.py').write_text('\n\n'.join([given, *cells]))
+    p = subprocess.run([sys.executable, '-I', '-S', 'cells.py'], cwd=folder, capture_output=True, text=True)
+    assert not p.returncode, p.stderr
+    return read_json(folder/'missing.json')
+
 def test_the_notebook_needs_nothing_but_python_and_leaves_the_prior(samples, own_root):
     "without a package: each cell notes what is wrong, and the sample becomes the submission"
     sample = find_sample('sample_arena')
-    settings, *cells = submission_cells(targets['cpu'])
-    given = settings.replace("PACKAGE = ''", "PACKAGE = 'nowhere'").replace("SAMPLE = ''", f'SAMPLE = {str(sample)!r}')
-    script = own_root/'cells.py'
-    script.write_text('\n\n'.join([given, *cells]))
+    report = run_cells(own_root, f'SAMPLE = {str(sample)!r}')
     assert "OUT = 'submission.jsonl'" in submission_cells(targets['cpu'], 'submission.jsonl')[0]
-    p = subprocess.run([sys.executable, '-I', '-S', script], cwd=own_root, capture_output=True, text=True)
-    assert not p.returncode, p.stderr
     assert check_submission(own_root/'submission.csv', sample, 'preference')
-    report = read_json(own_root/'missing.json')
     assert report['submission'] == 'the class prior' and any('bundle.json' in fault for fault in report['faults'])
+
+@pytest.mark.parametrize('name', ['sampleSubmission.csv', 'submission_sample.csv'])
+def test_the_sample_is_found_by_the_names_that_the_kit_takes(samples, own_root, name):
+    "other files of such names are no samples, and a second sample is named"
+    host = own_root/'host'
+    (host/'z').mkdir(parents=True)
+    sample = find_sample('sample_arena').rename(host/name)
+    shutil.copy(sample, sample.with_suffix('.csv.zip'))
+    def several(report): return [fault for fault in report['faults'] if 'could be meant' in fault]
+    assert not several(run_cells(host)) and check_submission(host/'submission.csv', sample, 'preference')
+    shutil.copy(sample, host/'z')
+    assert f'not z/{name}' in several(run_cells(host))[0]
 
 # ---- wheels
 def wheel(folder, name, version, requires=()):
@@ -272,13 +287,14 @@ def test_wheels_that_are_not_there_are_named(runs, own_root):
     with pytest.raises(Refusal, match='transformers'): bundle(runs[:1], 'cpu', own_root/'package', own_root/'wheels')
     assert not list(own_root.glob('*package*'))
 
-def test_an_exchanged_wheel_is_not_installed(own_root):
+def test_an_exchanged_wheel_is_not_installed_and_pip_ends_at_the_deadline(own_root):
     import ensurepip
     wheel(own_root/'wheels', 'votes', '1.0')
     bundled = next((Path(ensurepip.__file__).parent/'_bundled').glob('pip-*.whl'))
     shutil.copy(bundled, own_root/'wheels')
     (own_root/'requirements.txt').write_text(f'votes==1.0 --hash=sha256:{"0"*64}\n')
     with pytest.raises(RuntimeError, match='DO NOT MATCH'): install(own_root, own_root/'env')
+    with pytest.raises(subprocess.TimeoutExpired): install(own_root, own_root/'env', seconds=0)
 
 # ---- the adapter target
 def adapter_with(runs, **fields): # a run whose adapter's configuration has been changed
