@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .base import base_hash, fetched_base, is_embedded, load_tokenizer, local_base
-from .core import (Refusal, atomic, bases_path, damage_cached, hash_obj, models_path, project_root,
-                                  read_json)
+from .core import (Refusal, atomic, bases_path, content_hash, damage_cached, data_path, hash_obj,
+                                  models_path, project_root, read_json)
 from .folds import fold_rows
 from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record, records
@@ -25,7 +25,7 @@ from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
 from .pack import prefix_tree
 from .prompt import Prompt, encode_cached
-from .tables import load_rows, table_hashes
+from .tables import load_rows, parse_mix
 
 # %% ../nbs/lib/03h_trained.ipynb #1971883f
 model_stages = 'train', 'distill', 'merge', 'gptq'  # stages whose runs are models
@@ -158,7 +158,10 @@ def same_tables(
 ) -> bool:
     "Are today's tables those that a run was trained on? A table that is gone is refused; a merge has none of its own"
     if 'mix' not in rec['params']: return True
-    return all(rec['inputs'].get(name) == sha for name, sha in table_hashes(rec['params']['mix']).items())
+    files = {part.name: data_path(f'{part.name}.parquet') for part in parse_mix(rec['params']['mix'])}
+    if gone := [name for name, file in files.items() if not file.is_file()]:  # a sample is not made again for this
+        raise Refusal(f'no table called {gone[0]}', data_path(), fix='Put it back')
+    return all(rec['inputs'].get(name) == content_hash(file) for name, file in files.items())
 
 def training_rows(
     recs:list, # Records, from `ancestors`

@@ -314,6 +314,7 @@ def test_a_model_folder_and_a_test_file_are_enough(runs, own_root, tmp_path_fact
         got = pd.read_csv(run.folder / 'submission.csv', dtype={'id': str}).set_index('id').loc[ids]
         np.testing.assert_allclose(got.to_numpy(), expected, atol=2e-5)
         assert held(**kw).id == run.id
+        assert not data_path().exists(), 'a sample made there would give the next vote a score, and another id'
 
 
 def test_a_training_table_beside_a_test_file_is_part_of_the_name(runs, own_root):
