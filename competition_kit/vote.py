@@ -19,8 +19,8 @@ from .ballot import (candidates, group_by_recipe, is_prob_file, left_out, run_we
                                     voter_weights, voters)
 from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
-from .core import (Refusal, at_least, content_hash, data_path, hash_obj, one_of, project_root, sha256,
-                                  share, write_json)
+from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_root, sha256, share,
+                                  write_json)
 from .memory import limit_memory, plan_memory
 from .engine import engine_facts, engine_input
 from .gate import without_nan
@@ -37,8 +37,8 @@ from .tables import check_texts, table_name, table_path
 from .teachers import adopted
 from .text_voters import ballot_asker, plan_texts, save_texts, unparsed_sentence
 from .trained import load_adapter, predict_runs, trusted_prompt
-from .vote_score import (fold_scores, oof_probs, oof_vote, score_vote, training_table, verdict,
-                                        voters_worth)
+from .vote_score import (fold_scores, oof_probs, oof_vote, score_tables, score_vote, training_table,
+                                        verdict, voters_worth)
 _all_ = ['agreement', 'BallotAsker', 'by_strength', 'candidates', 'check_submission', 'combine', 'entropy',
          'find_sample', 'fit_weights', 'fold_scores', 'group_by_recipe', 'left_out', 'limit_memory',
          'load_adapter', 'majority', 'make_submission', 'oof_probs', 'oof_vote', 'plan_memory',
@@ -126,11 +126,9 @@ def vote_inputs(
     files = {'vote_weight': hash_obj(ballot.vote_weight.tolist())}
     if sample := sample_file(data, sample, test): files['sample'] = sha256(sample)
     name = table_name(data)
-    if test:
-        table = data_path(f'{name}.parquet')  # the score, fitted weights and the prior depend on it, where it is
-        known = {name: content_hash(table)} if table.is_file() else {}
-        return {**runs, **known, **files, 'test': sha256(test_file(test))}
-    return {**runs, **{n: content_hash(table_path(n)) for n in (name, f'{name}_test')}, **files}
+    known = {n: content_hash(table_path(n)) for n in score_tables(ballot, name)}  # of score, fitted weights and prior
+    if test: return {**runs, **known, **files, 'test': sha256(test_file(test))}
+    return {**runs, **known, **{n: content_hash(table_path(n)) for n in (name, f'{name}_test')}, **files}
 
 def _sum(run): # a hash of a voter's run, or of its probabilities
     if is_prob_file(run): return content_hash(project_root()/run)

@@ -19,7 +19,9 @@ from competition_kit.vote import (
     oof_probs,
     oof_vote,
     run_weights,
+    score_tables,
     score_vote,
+    training_table,
     vote,
     voter_weights,
     voters,
@@ -580,6 +582,26 @@ def test_rows_that_nobody_can_vouch_for_do_not_score(runs, own_root, capsys):
     )  # nor does a voter of weight 0 lend the vote its score
     assert none['metrics'] is none['vote'] is None
     assert 'have weight 0' in none['sentence']
+
+
+def test_runs_are_scored_on_their_own_table_and_it_names_the_vote(runs):
+    "with a test file nobody need say `data`; the labels of another table, under the same ids, once made the score"
+    def mix(run, text):
+        f = models_path(run, 'record.json')
+        write_record(f, (rec := read_record(f)) | dict(params=rec['params'] | dict(mix=text)))
+
+    rows = load_rows('sample_arena')
+    for name in 'mine', 'more': write_rows(rows, data_path(f'{name}.parquet'))
+    write_rows(rows.assign(label=(rows.label + 1) % 3), data_path('sample_arena.parquet'))
+    args = VoteArgs(runs=' '.join(runs[:2]), test='data/sample_arena/test.csv')
+    for other, tables in ('mine', {'mine'}), ('mine:30', {'mine'}), ('more > mine', {'mine', 'more'}):
+        for run, text in zip(runs, ('mine', other)): mix(run, text)
+        assert list(training_table(ballot := voters(runs=args.runs), args.data).label) == list(rows.label), other
+        assert set(score_tables(ballot, args.data)) == tables == {'mine', 'more', 'sample_arena'} & set(args.inputs())
+    mix(runs[1], 'more')
+    with pytest.raises(Refusal, match='mine, more, and none of sample_arena. Say with data='):
+        training_table(voters(runs=args.runs), args.data)
+    assert list(training_table(voters(runs=args.runs), 'more').label) == list(rows.label)
 
 
 def test_weights_of_one_fold_are_scored_on_rows_that_they_were_not_fitted_on():
