@@ -123,12 +123,18 @@ def _linked(folder): # the id of the run in a folder; one from elsewhere is link
     if not (folder/'record.json').is_file():
         raise Refusal('a model folder without record.json: its prompt and task are unknown', folder,
                       fix='Copy the whole folder of the run')
-    run, here = read_json(folder/'record.json')['run_id'], models_path()
-    if not (here/run).exists():
-        here.mkdir(parents=True, exist_ok=True)
-        (here/run).unlink(missing_ok=True)  # a link whose folder is gone
-        (here/run).symlink_to(folder.resolve())
-    return run
+    run = read_json(folder/'record.json')['run_id']
+    here = models_path(run)
+    if not here.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.unlink(missing_ok=True)  # a link whose folder is gone
+        here.symlink_to(folder.resolve())
+    if _outputs(here) == _outputs(folder): return run
+    raise Refusal(f'models/{run} has other results, and one id stands for one of them', folder,
+                  fix=f'Move models/{run} away to vote with this folder, or name {run} to vote with that one')
+
+def _outputs(folder): # of a run: file → hash; None for a folder without a record
+    return read_json(folder/'record.json').get('outputs') if (folder/'record.json').is_file() else None
 
 def _ballot_line(rec, marks): # one run's line of the table, without its voter
     run, weight = rec['run_id'], marks.get(rec['run_id'], {}).get('vote_weight')

@@ -6,7 +6,7 @@ from competition_kit.cascade import least_certain, rescore
 from competition_kit.clock import Clock
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
 from competition_kit.probs import align, read_probs
-from competition_kit.record import run_stage, start_run
+from competition_kit.record import read_record, run_stage, start_run, write_record
 from competition_kit.rows import tasks
 from competition_kit.submission import check_submission, find_sample, make_submission
 from competition_kit.tables import load_rows, write_rows
@@ -346,6 +346,21 @@ def test_whole_models_predict_without_their_base(runs, own_root, tmp_path_factor
             got = held(data='lmsys', runs=str(elsewhere / run), test=str(elsewhere / 'test.csv'), views=1)
             table = pd.read_csv(got.folder / 'submission.csv', dtype={'id': str}).set_index('id').loc[ids]
             np.testing.assert_allclose(table.to_numpy(), p, atol=2e-5)
+
+
+@pytest.mark.parametrize('here', ['repeated', 'under way', 'without a record', 'the same'])
+def test_a_folder_does_not_become_the_run_of_that_id_here(runs, tmp_path_factory, here):
+    folder, own = tmp_path_factory.mktemp('input') / runs[0], models_path(runs[0], 'record.json')
+    shutil.copytree(models_path(runs[0]), folder)
+    rec = read_record(own)
+    other = {'repeated': rec | dict(outputs={'probs.parquet': '0'}), 'the same': rec | dict(minutes=9.)}
+    if here == 'without a record': own.unlink()
+    else: write_record(own, other.get(here, {k: v for k, v in rec.items() if k != 'outputs'}))
+    if here == 'the same':
+        assert list(voters(runs=str(folder)).run) == [runs[0]]
+        return
+    with pytest.raises(Refusal, match=f'models/{runs[0]} has other results.*Move'):
+        voters(runs=str(folder))
 
 
 def test_a_folder_without_a_record_is_refused(own_root):
