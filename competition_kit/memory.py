@@ -52,9 +52,10 @@ def plan_memory(
 
 # %% ../nbs/lib/03p_memory.ipynb #1880cb91
 def limit_memory(
-    limit_gb:float, # 1e9 bytes
+    limit_gb:float, # 1e9 bytes; 0: no limit
 ):
     "Let torch take no more of the GPU than the limit; nothing happens on a CPU"
     import torch
-    if not torch.cuda.is_available(): return
-    torch.cuda.set_per_process_memory_fraction(min(1., limit_gb*1e9/torch.cuda.mem_get_info()[1]))
+    if not torch.cuda.is_available() or not (limit_gb or torch.cuda.is_initialized()): return
+    share = limit_gb*1e9/torch.cuda.mem_get_info()[1] if limit_gb else 1.
+    torch.cuda.set_per_process_memory_fraction(min(1., share))

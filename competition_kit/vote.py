@@ -136,11 +136,10 @@ def _sum(run): # a hash of a voter's run, or of its probabilities
 
 # %% ../nbs/10_vote.ipynb #3071e650
 def _within_memory(args, ballot, rows): # the plan, for the record; empty without a limit
+    limit_memory(args.max_memory_gb)  # also 0, which ends the limit of an earlier vote
     if not args.max_memory_gb: return {}
     plan, texts = plan_memory(ballot, rows, args.views, args.pack_tokens, args.max_memory_gb), text_runs(ballot)
-    if texts: plan |= plan_texts(texts, rows, args.max_memory_gb, args.engine)
-    limit_memory(args.max_memory_gb)
-    return plan
+    return plan | plan_texts(texts, rows, args.max_memory_gb, args.engine) if texts else plan
 
 def _shared(args): return dict(limit_gb=args.max_memory_gb, tensor_parallel=args.tensor_parallel) # for `Engine`
 

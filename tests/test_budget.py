@@ -13,6 +13,7 @@ from competition_kit.tables import load_rows, write_rows
 from competition_kit.vote import (
     VoteArgs,
     by_strength,
+    limit_memory,
     plan_memory,
     run_staged,
     rows_to_predict,
@@ -378,7 +379,7 @@ def test_a_sample_is_written_for_questions(own_root):
 
 
 # ---- memory
-def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs):
+def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs, monkeypatch):
     ballot, rows = voters(runs=runs[0]), load_rows('sample_arena_test')
     wide = plan_memory(ballot, rows, 2, 4096, 100)
     assert wide['pack_tokens'] == 4096
@@ -388,9 +389,29 @@ def test_packs_are_made_to_fit_and_a_model_that_cannot_is_refused(runs):
     assert tight['planned_gb'] <= limit + 5e-4
     with pytest.raises(Refusal, match='max_memory_gb is 0.0001'):
         plan_memory(ballot, rows, 2, 4096, 1e-4)
+    import competition_kit.vote as V
+
+    limits = []
+    monkeypatch.setattr(V, 'limit_memory', limits.append)
     run = held(runs=runs[0], max_memory_gb=limit)
     assert run.record['memory'] == tight
     np.testing.assert_allclose(votes_of(run), votes_of(held(runs=runs[0])), atol=2e-5)
+    assert limits == [limit, 0], 'the second vote in this process has no limit'
+
+
+def test_a_limit_of_the_gpu_is_lifted(monkeypatch):
+    import torch
+
+    shares, begun = [], [True]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', begun.pop)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (0, 80e9))
+    monkeypatch.setattr(torch.cuda, 'set_per_process_memory_fraction', shares.append)
+    for limit in 16, 0, 100: limit_memory(limit)
+    assert shares == [0.2, 1, 1]
+    begun.append(False)
+    limit_memory(0)  # a driver that uses no GPU starts none
+    assert len(shares) == 3
 
 
 def test_voters_of_one_weight_are_asked_base_after_base(runs):
