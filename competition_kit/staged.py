@@ -74,7 +74,7 @@ def gap_sentence(
     mean = len(runs)-sum(runs.values())/n
     found = f'all {n} rows have a prediction, on average of {mean:.1f} of {len(runs)} runs'
     if missing['one_view']: found += f", {missing['one_view']} rows without swapped views"
-    if missing['no_model']: found = f"{missing['no_model']} of {n} rows have the class prior: no model has seen them"
+    if missing['no_model']: found = f"{missing['no_model']} of {n} rows have the prior: no model has seen them"
     return f'The vote stopped early ({why}): {found}.'
 
 # %% ../nbs/lib/02o_staged.ipynb #60781239

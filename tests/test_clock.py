@@ -94,7 +94,7 @@ def test_an_engine_that_dies_says_what_is_missing(dies_at):
     assert 'device lost' in said
     answered = (m.a.views > 0).any(0)
     assert missing['no_model'] == (~answered).sum()
-    assert ('class prior' in said) == (not answered.all())
+    assert ('rows have the prior' in said) == (not answered.all())
     np.testing.assert_allclose(m.saves[-1][1][~answered], 1 / 3, atol=1e-6)
 
 
