@@ -226,6 +226,7 @@ class _Sheet:
     at:dict             # Key → its row
     title:str           # As people named it
     twice:dict = field(default_factory=dict)  # Our column → positions of others with nearly the same header
+    copies:dict = field(default_factory=dict) # Key → further rows with it
     merged:list = ()    # Merged ranges: first row, first column, last row, last column
     calc:bool = False   # Has it formulas?
 
@@ -235,11 +236,12 @@ def _sheet(cells, name='runs'): # None for a sheet without the key column
     if top is None: return None
     names = _header(cells[top], name)
     cols = {n: j for j, n in reversed(list(enumerate(names))) if n}
-    rows = {str(cells[i][cols[key]]).strip(): i for i in range(len(cells)-1, top, -1)}
+    rows = {}
+    for i in range(top+1, len(cells)): rows.setdefault(str(cells[i][cols[key]]).strip(), []).append(i)
     twice = {c.name: _namesakes(cells[top], c.name, cols[c.name]) for c in _SHEETS[name] if c.name in cols}
     twice[key] = [j for j, n in enumerate(names) if n == key and j != cols[key]]
-    at = {k: i for k, i in rows.items() if k}
-    return _Sheet(cells, top, cols, at, name, {c: js for c, js in twice.items() if js})
+    at, copies = {k: i[0] for k, i in rows.items() if k}, {k: i[1:] for k, i in rows.items() if k and len(i) > 1}
+    return _Sheet(cells, top, cols, at, name, {c: js for c, js in twice.items() if js}, copies)
 
 def _namesakes(header, name, col): # Positions of other columns with nearly the same header
     return [j for j, n in enumerate(header) if j != col and _folded(n) == _folded(name)]
@@ -452,6 +454,10 @@ def _check_people(sh, name, key, stored, path):
     for c in ('keep', 'vote_weight'):
         if c not in sh.cols: continue
         i, j, where = sh.at[key], sh.cols[c], _cell_name(sh, key, c)
+        for r in sh.copies.get(key, ()):
+            if str(sh.cells[r][j]).strip() in ('', str(sh.cells[i][j]).strip()): continue
+            raise Refusal(f'{c} is {sh.cells[i][j]!r} here and {sh.cells[r][j]!r} in row {r+1}, which has this run too',
+                          where, fix='Delete one of the two rows')
         for r, left, r2, right in sh.merged:
             if r <= i <= r2 and left <= j <= right and str(sh.cells[r][left]).strip():
                 raise Refusal(f'{c} is part of a merged cell', where, fix='Unmerge it and write a value for each run')

@@ -512,6 +512,22 @@ def test_two_columns_of_one_name(root, col, near, left):
     edit(root, lambda wb, ws, at: [ws.cell(2, c.column, 1) for c in ws[1] if log._folded(c.value) == log._folded(col)])
     assert people(id)[col] == 1  # both say the same
 
+@pytest.mark.parametrize('col', ['keep', 'vote_weight'])
+def test_a_copied_row_that_says_something_else(root, col):
+    "the first of two rows would have steered the vote, whatever people wrote into the other"
+    id, other = run(), run(1)
+    def copy_row(wb, ws, at, n=6):
+        for j in range(1, ws.max_column+1): ws.cell(n, j, ws.cell(2, j).value)
+    edit(root, copy_row)
+    assert people(id)[col] is None
+    edit(root, lambda wb, ws, at: ws.cell(6, at[col], 1))
+    with pytest.raises(Refusal, match=f"{col} is '' here and 1.0 in row 6.*Delete"): people()
+    assert people(other)[col] is None
+    edit(root, lambda wb, ws, at: ws.cell(2, at[col], 1))
+    assert people(id)[col] == 1  # both say the same
+    edit(root, lambda wb, ws, at: setattr(ws.cell(6, at[col]), 'value', None))
+    assert people(id)[col] == 1 and 'up to date' in sync_log()
+
 def test_two_columns_of_run_ids(root):
     id = run()
     run(1)
