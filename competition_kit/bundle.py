@@ -23,7 +23,7 @@ from .ballot import group_by_recipe
 from .base import base_hash, fetched_base
 from .core import Refusal, file_sums, hash_obj, models_path, now, read_json, sha256, write_json
 from .log import people
-from .record import find_run, records
+from .record import BEST, find_run, records
 from .rows import tasks
 from .tables import load_rows
 from .trained import check_run, is_full, model_params, model_stages, parents, weights_path
@@ -102,7 +102,17 @@ def _of_vote(vote):
     recs = [find_run(m) for m, w in weights.items() if w]
     each(_refuse_other, recs)
     how = {k: vote['params'][k] for k in _brought if k in vote['params']}
-    return recs, dict(how, runs=_with_voters(recs, [weights[r['run_id']] for r in recs], 'sum'))
+    runs = _with_voters(recs, [weights[r['run_id']] for r in recs], 'sum')
+    if how.get('rescore') == 0: how['rescore'] = _best_share(vote, [r['run'] for r in runs if not r['voter']])
+    return recs, dict(how, runs=runs)
+
+def _best_share(vote, first): # of the rows to re-score, out of fold; 0 (as many as fit) where there are no scores
+    metric, curve = (vote.get('cascade', {}).get(k) for k in ('metric', 'curve'))
+    score = {float(share): line[metric] for share, line in (curve or {}).items()}
+    if not score or None in score.values(): return 0.
+    if best := BEST[metric](sorted(score), key=score.get): return best
+    raise Refusal('out of fold, re-scoring is worth nothing for any share of the rows', vote['run_id'],
+                  fix=f"Pack the first model alone: {' '.join(first)}")
 
 def _refuse_other(rec): # a run that is no finished model
     if rec['stage'] in model_stages and rec.get('status') == 'done': return

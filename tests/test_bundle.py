@@ -11,7 +11,7 @@ from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_mo
 from competition_kit.ck import main
 from competition_kit.combine import majority
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
-from competition_kit.record import find_run, run_stage, start_run
+from competition_kit.record import find_run, read_record, run_stage, start_run, write_record
 from competition_kit.submission import check_submission, find_sample
 from competition_kit.tables import load_rows
 from competition_kit.trained import predict_runs
@@ -43,6 +43,19 @@ def test_a_vote_brings_its_arguments(runs):
     packed = vote_arguments(how.pop('runs'), how, 30, 'test.csv', 'sample.csv')
     kept = {k: v for k, v in vars(VoteArgs(**packed)).items() if k in given and k != 'weights'}
     assert kept == {k: v for k, v in given.items() if k != 'weights'}
+
+def test_a_cascade_brings_the_share_that_was_best_out_of_fold(runs):
+    "the platform has no out-of-fold rows, and would re-score as many rows as fit"
+    held = run_stage(vote, VoteArgs(runs=f'{runs[2]} {runs[0]} {runs[1]}', weights='1 3', rescore=0.))
+    file = held.folder/'record.json'
+    def share(*scores, metric='log_loss'):
+        curve = {str(k/4): {metric: score} for k, score in enumerate(scores)}
+        write_record(file, read_record(file) | dict(cascade=dict(metric=metric, curve=curve)))
+        return package_runs([held.id])[1]['rescore']
+    assert share(1., .8, .7, .7, .9) == .5 and share(.2, .4, .9, metric='accuracy') == .5
+    assert share(None, None) == share() == 0
+    with pytest.raises(Refusal, match=rf'worth nothing.*alone: {runs[2]}\.$'): share(.7, .8, .9)
+
 
 def test_all_gpus_vote_where_rows_can_be_cut():
     one = dict(run='train-f0-1', voter=0, weight=1.)
