@@ -7,10 +7,10 @@ __all__ = ['targets', 'Target', 'find_target', 'each', 'package_runs', 'largest_
            'package_bases', 'folder_bytes', 'check_model', 'needed_packages', 'pip_options', 'run_pip',
            'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file', 'prior_csv', 'prior_lines',
            'host_test', 'prior_submission', 'file_fault', 'file_faults', 'found_gpus', 'machine_faults',
-           'clean_environment', 'install', 'whole_runs', 'vote_arguments', 'link_bases', 'ids_of', 'take_submission',
-           'guarded_vote', 'submission_cells', 'write_notebook', 'copy_run', 'copy_bases', 'class_shares',
-           'needed_files', 'file_list', 'package_sizes', 'check_size', 'package_facts', 'package_folder', 'bundle',
-           'adapter_config', 'adapter_package']
+           'clean_environment', 'install', 'torch_faults', 'whole_runs', 'vote_arguments', 'link_bases', 'ids_of',
+           'take_submission', 'guarded_vote', 'submission_cells', 'write_notebook', 'copy_run', 'copy_bases',
+           'class_shares', 'needed_files', 'file_list', 'package_sizes', 'check_size', 'package_facts',
+           'package_folder', 'bundle', 'adapter_config', 'adapter_package']
 
 # %% ../nbs/lib/11_bundle.ipynb #df8842bc
 import concurrent.futures, contextlib, csv, hashlib, importlib.metadata, inspect, io, json, os, re, shutil, signal
@@ -436,6 +436,18 @@ def install(
     if p.returncode: raise RuntimeError(p.stderr.strip()[-1000:])
     return python
 
+# %% ../nbs/lib/11_bundle.ipynb #0e7d4c92
+def torch_faults(
+    python,   # Of the installed environment
+    gpus:int, # How many it should compute on
+) -> list: # Sentences
+    "What torch says where it cannot compute on the GPUs"
+    if not gpus: return []
+    ask = f"import torch; [(torch.ones(9, device=f'cuda:{{k}}')*2).sum().item() for k in range({gpus})]"
+    p = subprocess.run([python, '-c', ask], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    if not p.returncode: return []
+    return [f'torch cannot compute on {gpus} GPUs: {(p.stderr.strip().splitlines() or [""])[-1]}']
+
 # %% ../nbs/lib/11_bundle.ipynb #d9f59296
 def whole_runs(
     runs:list,   # Dicts of `run`, `voter`, `weight` and `needs`: beginnings of its files
@@ -588,7 +600,9 @@ _second = '''work, python = Path(WORK or tempfile.mkdtemp()), None
 with noted('install'):
     started = time.time()
     python = install(package, work/'env', DEADLINE-started)
-    print(f'installed in {time.time()-started:.0f} s')'''
+    print(f'installed in {time.time()-started:.0f} s')
+    faults += torch_faults(python, min(len(found_gpus()), facts['target']['gpus']))
+    print(*faults, sep='\\n')'''
 
 _third = '''lacks, why, broken = None, 'nothing was installed', []
 with noted('vote'):
@@ -622,7 +636,7 @@ def submission_cells(
                     found_gpus, machine_faults)
     votes = source(whole_runs, link_bases, vote_arguments, ids_of, take_submission, guarded_vote)
     return [_settings.format(out=out, minutes=int(target.hours*60*.95)), '\n\n'.join([_start, checks, _first]),
-            '\n\n'.join([source(clean_environment, install), _second]), '\n\n'.join([votes, _third])]
+            '\n\n'.join([source(clean_environment, install, torch_faults), _second]), '\n\n'.join([votes, _third])]
 
 # %% ../nbs/lib/11_bundle.ipynb #c68bb0a3
 def write_notebook(

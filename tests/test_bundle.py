@@ -7,7 +7,8 @@ import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
                                     found_gpus, guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
                                     package_bases, package_facts, package_runs, prior_submission, resolve,
-                                    submission_cells, take_submission, targets, vote_arguments, whole_runs)
+                                    submission_cells, take_submission, targets, torch_faults, vote_arguments,
+                                    whole_runs)
 from competition_kit.ck import main
 from competition_kit.combine import majority
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
@@ -63,6 +64,16 @@ def test_all_gpus_vote_where_rows_can_be_cut():
     assert [gpus(n) for n in (0, 1, 4)] == [1, 1, 4]
     assert gpus(4, rescore=.5) == 4 and gpus(4, rescore=0.) == gpus(4, rule='ranks') == 1
     VoteArgs(**vote_arguments([one], dict(rule='ranks', rescore=1.), 9, 'test.csv', 's.csv', 4))
+
+def test_a_torch_that_cannot_use_the_gpus_is_a_fault(own_root):
+    "an old driver: the vote would run on the CPU without a word"
+    python = own_root/'python'
+    old = 'echo "RuntimeError: the driver is too old" >&2\nexit 1\n'
+    python.write_text(f'#!/bin/sh\necho "$2" | grep -q "range(2)" || exit 0\n{old}')
+    python.chmod(0o755)
+    assert torch_faults(python, 0) == torch_faults(python, 1) == []
+    assert torch_faults(python, 2) == ['torch cannot compute on 2 GPUs: RuntimeError: the driver is too old']
+    assert 'torch_faults(python' in submission_cells(targets['t4x2'])[2]
 
 def test_a_failing_nvidia_smi_shows_no_gpu(own_root, monkeypatch):
     (own_root/'nvidia-smi').write_text('#!/bin/sh\necho "Tesla T4, 15360 MiB, 550"\nexit $FAILS\n')
