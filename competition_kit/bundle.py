@@ -775,6 +775,12 @@ def package_folder(
     if out.exists(): raise Refusal('the folder is there already', out, fix='Delete it, or give another one')
     return out
 
+def _empty_beside(out): # a hidden folder that becomes `out` when it is whole
+    tmp = out.with_name(f'.{out.name}.tmp')
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    return tmp
+
 # %% ../nbs/lib/11_bundle.ipynb #e0cbcf7b
 def bundle(
     runs,            # Run ids: a finished vote, or model runs
@@ -791,8 +797,7 @@ def bundle(
     each(lambda rec: check_model(rec, t), recs)
     bases = package_bases(recs, there)
     check_size(recs, bases, t)
-    found, tmp = resolve(needed_packages(recs), t, wheels), out.with_name(f'.{out.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
+    found, tmp = resolve(needed_packages(recs), t, wheels), _empty_beside(out)
     write_wheels(found, t, tmp, wheels)
     check_size(recs, bases, t, folder_bytes(tmp))
     for rec in recs: copy_run(rec, tmp/'models')
@@ -800,8 +805,7 @@ def bundle(
     write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
     submission = 'submission.csv' if tasks[recs[0]['task']].pair else 'submission.jsonl'
     write_notebook(tmp/'submit.ipynb', t, f"Submission of {', '.join(runs)}", submission)
-    tmp.rename(out)
-    return out
+    return tmp.rename(out)
 
 # %% ../nbs/lib/11_bundle.ipynb #04057812
 def adapter_config(
@@ -837,11 +841,11 @@ def adapter_package(
     _refuse_other(rec)
     check_run(rec)
     config, file = adapter_config(rec, target.rank), weights_path(rec)/'adapter_model.safetensors'
-    out.mkdir(parents=True)
-    with zipfile.ZipFile(out/'submission.zip', 'w', zipfile.ZIP_STORED) as z:
+    tmp = _empty_beside(out)
+    with zipfile.ZipFile(tmp/'submission.zip', 'w', zipfile.ZIP_STORED) as z:
         z.writestr('adapter_config.json', json.dumps(config, indent=1))
         z.write(file, file.name)
     base = dict(name=model_params(rec)['base'], hash=rec['base'])
-    write_json(out/'bundle.json', dict(made=now(), run=rec['run_id'], base=base, rank=config['r'],
-                                        target=asdict(target), files=file_list(out, {})))
-    return out
+    write_json(tmp/'bundle.json', dict(made=now(), run=rec['run_id'], base=base, rank=config['r'],
+                                        target=asdict(target), files=file_list(tmp, {})))
+    return tmp.rename(out)

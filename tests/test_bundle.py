@@ -347,6 +347,13 @@ def test_the_zip_has_two_files_and_the_base_is_named(runs, own_root):
     assert facts['base']['hash'] == find_run(runs[0])['base'] and 'submission.zip' in facts['files']
     assert main(['bundle', runs[4], '--target', 'adapter', '--out', str(own_root/'score')]) == 2
 
+def test_an_adapter_package_is_whole_or_absent(runs, own_root, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr('competition_kit.bundle.file_list', lambda *a: 1/0)
+        bundle(runs[:1], 'adapter', own_root/'zip')
+    assert not (own_root/'zip').exists()
+    assert bundle(runs[:1], 'adapter', own_root/'zip') == own_root/'zip' and not list(own_root.glob('.zip*'))
+
 def test_the_command_refuses(root, capsys):
     assert main(['bundle', 'x', '--target', 't4']) == 2
     assert main(['bundle', 'x', '--there', 'qwen']) == 2
