@@ -23,7 +23,7 @@ from .ballot import group_by_recipe
 from .base import base_hash, fetched_base
 from .core import Refusal, file_sums, hash_obj, models_path, now, read_json, sha256, write_json
 from .log import people
-from .record import BEST, find_run, records
+from .record import BEST, find_run, records, write_record
 from .rows import tasks
 from .tables import load_rows
 from .trained import check_run, is_full, model_params, model_stages, parents, weights_path
@@ -140,12 +140,9 @@ def largest_activation(
 def check_fp16(
     rec:dict, # Record of a model run
 ):
-    "Refuse a model that a GPU without bf16 cannot serve, or that nobody has measured"
-    run, dtype = rec['run_id'], str(model_params(rec)['dtype'])
-    if dtype == 'fp32': return
-    if dtype == 'bf16':
-        raise Refusal('it computes in bf16, which the target does not have', run,
-                      fix='Train it with dtype auto, or take a target with bf16')
+    "Refuse a model that fp16 cannot serve, or that nobody has measured"
+    if str(model_params(rec)['dtype']) == 'fp32': return
+    run = rec['run_id']
     most = largest_activation(run)
     if most is None:
         raise Refusal('nobody has measured whether its activations fit into fp16', run,
@@ -660,6 +657,7 @@ def write_notebook(
 def copy_run(
     rec:dict, # Record of a model run
     folder,   # `models` of the package
+    fp16=False, # Serve a model in bf16 in fp16, as its copied record says
 ):
     "Copy a run's record, weights and outputs; of its ancestors the record alone"
     run, here = rec['run_id'], models_path(rec['run_id'])
@@ -668,6 +666,8 @@ def copy_run(
     for name in dict.fromkeys(names):
         (Path(folder)/run/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(here/name, Path(folder)/run/name)
+    if fp16 and model_params(rec)['dtype'] == 'bf16':
+        write_record(Path(folder)/run/'record.json', rec | dict(model=model_params(rec) | dict(dtype='fp16')))
     for parent in parents(rec['params']):
         record = models_path(parent['run_id'], 'record.json')
         if not record.exists() or (Path(folder)/parent['run_id']).exists(): continue
@@ -800,7 +800,7 @@ def bundle(
     found, tmp = resolve(needed_packages(recs), t, wheels), _empty_beside(out)
     write_wheels(found, t, tmp, wheels)
     check_size(recs, bases, t, folder_bytes(tmp))
-    for rec in recs: copy_run(rec, tmp/'models')
+    for rec in recs: copy_run(rec, tmp/'models', t.fp16)
     names = copy_bases(bases, tmp/'bases')
     write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
     submission = 'submission.csv' if tasks[recs[0]['task']].pair else 'submission.jsonl'

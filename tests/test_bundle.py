@@ -15,7 +15,7 @@ from competition_kit.core import Refusal, models_path, read_json, root_at, write
 from competition_kit.record import find_run, read_record, run_stage, start_run, write_record
 from competition_kit.submission import check_submission, find_sample
 from competition_kit.tables import load_rows
-from competition_kit.trained import predict_runs
+from competition_kit.trained import model_params, predict_runs
 from competition_kit.vote import VoteArgs, run_weights, vote, voter_weights, voters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'bench'))
@@ -112,9 +112,8 @@ def quantised(run, most): # a finished run of 09_gptq that measured `most`
 
 def test_fp16_needs_a_measurement(runs):
     rec = find_run(runs[0])
-    half = dict(rec, params=dict(rec['params'], dtype='auto'))
+    half = dict(rec, params=dict(rec['params'], dtype='bf16'))  # as 04_train records `auto` on most GPUs
     with pytest.raises(Refusal, match=f'ck run 09_gptq -p start {runs[0]}'): check_fp16(half)
-    with pytest.raises(Refusal, match='bf16'): check_fp16(dict(rec, params=dict(rec['params'], dtype='bf16')))
     quantised(runs[0], 912.5)
     check_fp16(half)
     quantised(runs[1], 21000)
@@ -156,6 +155,24 @@ def test_a_packed_model_predicts_the_same_where_its_base_is_gone(samples, own_ro
     write_json(config, read_json(config) | dict(rms_norm_eps=.1))
     with pytest.raises(Refusal, match='not the one it was trained on'):
         predictions_there(run.record, own_root/'package', rows, own_root/'again', monkeypatch)
+
+def test_a_model_in_bf16_is_packed_for_fp16(samples, own_root, tiny, monkeypatch):
+    "the packed run votes in fp16, and the run here stays what it is"
+    from competition_kit.train import train_fold
+    monkeypatch.setattr('competition_kit.bundle.check_fp16', lambda rec: None)
+    monkeypatch.setattr('competition_kit.bundle.resolve', lambda *a: [])
+    monkeypatch.setattr('competition_kit.bundle.write_wheels', lambda *a: None)
+    run = train_fold(mix='sample_arena:40', base=tiny, max_len=160, lora_r=2, dtype='bf16', epochs=.3)
+    rows, dtypes = load_rows('sample_arena_test').head(6), {}
+    before = predict_runs([run.id], rows, own_root/'out')[run.id]
+    for target in 'cpu', 't4x2':
+        package = bundle([run.id], target, own_root/target)
+        dtypes[target] = model_params(read_record(package/'models'/run.id/'record.json'))['dtype']
+    link_bases(package, (facts := read_json(package/'bundle.json'))['bases'], facts['files'], package/'root')
+    assert dtypes == dict(cpu='bf16', t4x2='fp16') and not file_faults(package, facts['files'])
+    assert model_params(find_run(run.id))['dtype'] == 'bf16'
+    after = predictions_there(run.record, package, rows, own_root/'there', monkeypatch)
+    assert 0 < np.abs(np.stack(before.p)-np.stack(after.p)).max() < .02
 
 def test_a_base_of_the_platform_is_named_and_may_have_more_files(runs, own_root, monkeypatch):
     from competition_kit.base import base_hash
