@@ -160,7 +160,7 @@ def same_tables(
     if 'mix' not in rec['params']: return True
     files = {part.name: data_path(f'{part.name}.parquet') for part in parse_mix(rec['params']['mix'])}
     if gone := [name for name, file in files.items() if not file.is_file()]:  # a sample is not made again for this
-        raise Refusal(f'no table called {gone[0]}', data_path(), fix='Put it back')
+        raise Refusal(f'no table called {gone[0]}', data_path(), fix='Split its raw files again')
     return all(rec['inputs'].get(name) == content_hash(file) for name, file in files.items())
 
 def training_rows(
