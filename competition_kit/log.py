@@ -472,14 +472,19 @@ def planned() -> list: # One dict a row: `row` (as Excel counts), `stage`, `fold
     "The runs that people planned in the workbook; a row that cannot be understood is refused by its cell"
     path = project_root()/LOG
     sh = _read_book(path).get('runs') if path.exists() else None
+    for id, rows in (sh.copies if sh else {}).items():
+        for i in filter(lambda i: _is_planned(sh, i), rows):
+            _refuse_cell(sh, i, 'run_id', f'has the id of the run in row {sh.at[id]+1}', 'Empty this cell')
     return [_plan(sh, i) for i in _plan_rows(sh)]
+
+def _is_planned(sh, i):
+    status = [sh.cols['status'], *sh.twice.get('status', ())] if 'status' in sh.cols else []
+    return 'planned' in [str(sh.cells[i][j]).strip().lower() for j in status]
 
 def _plan_rows(sh): # Positions of the rows that are planned
     if not sh or not {'status', 'stage'} <= sh.cols.keys(): return []
-    def text(i, j): return str(sh.cells[i][j]).strip().lower()
-    status = [sh.cols['status'], *sh.twice.get('status', ())]
-    free = [i for i in range(sh.top+1, len(sh.cells)) if not text(i, sh.cols['run_id'])]
-    return [i for i in free if 'planned' in [text(i, j) for j in status]]
+    free = [i for i in range(sh.top+1, len(sh.cells)) if not str(sh.cells[i][sh.cols['run_id']]).strip()]
+    return [i for i in free if _is_planned(sh, i)]
 
 # %% ../nbs/lib/01a_log.ipynb #be497169
 def _plan(sh, i):

@@ -528,6 +528,18 @@ def test_a_copied_row_that_says_something_else(root, col):
     edit(root, lambda wb, ws, at: setattr(ws.cell(6, at[col]), 'value', None))
     assert people(id)[col] == 1 and 'up to date' in sync_log()
 
+def test_a_plan_in_a_copied_row_still_has_its_run_id(root):
+    "nobody would have started it, or said so"
+    id = run()
+    def copy_row(wb, ws, at):
+        for j in range(1, ws.max_column+1): ws.cell(4, j, ws.cell(2, j).value)
+        ws.cell(4, at['status'], 'Planned ')
+    edit(root, copy_row)
+    with pytest.raises(Refusal, match='cell A4: a planned run has the id .* in row 2. Empty'): planned()
+    assert people(id)['keep'] is None and 'not updated' not in sync_log()
+    edit(root, lambda wb, ws, at: setattr(ws.cell(4, 1), 'value', None))
+    assert [p['row'] for p in planned()] == [4]
+
 def test_two_columns_of_run_ids(root):
     id = run()
     run(1)
