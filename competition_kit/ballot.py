@@ -7,6 +7,7 @@ __all__ = ['is_prob_file', 'is_table', 'voter_table', 'ballot_records', 'text_ru
            'left_out', 'voter_weights', 'run_weights']
 
 # %% ../nbs/lib/03l_ballot.ipynb #01ff2f38
+import contextlib
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -128,7 +129,7 @@ def _linked(folder): # the id of the run in a folder; one from elsewhere is link
     if not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         here.unlink(missing_ok=True)  # a link whose folder is gone
-        here.symlink_to(folder.resolve())
+        with contextlib.suppress(FileExistsError): here.symlink_to(folder.resolve())  # by another vote
     if _outputs(here) == _outputs(folder): return run
     raise Refusal(f'models/{run} has other results, and one id stands for one of them', folder,
                   fix=f'Move models/{run} away to vote with this folder, or name {run} to vote with that one')

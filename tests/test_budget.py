@@ -1,6 +1,7 @@
 "Votes under a budget: the same numbers when there is time, and a valid submission whenever the process is killed"
 
 import os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from competition_kit.cascade import least_certain, rescore
 from competition_kit.clock import Clock
@@ -362,6 +363,18 @@ def test_a_folder_does_not_become_the_run_of_that_id_here(runs, tmp_path_factory
         return
     with pytest.raises(Refusal, match=f'models/{runs[0]} has other results.*Move'):
         voters(runs=str(folder))
+
+
+def test_two_votes_may_link_a_folder_at_once(runs, tmp_path_factory, monkeypatch):
+    folder, real = tmp_path_factory.mktemp('input') / runs[0], Path.symlink_to
+    shutil.move(models_path(runs[0]), folder)
+
+    def twice(self, target):
+        real(self, target)
+        real(self, target)
+
+    monkeypatch.setattr(Path, 'symlink_to', twice)
+    assert list(voters(runs=str(folder)).run) == [runs[0]]
 
 
 def test_a_folder_without_a_record_is_refused(own_root):
