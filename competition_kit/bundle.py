@@ -23,6 +23,7 @@ from .ballot import group_by_recipe
 from .base import base_hash, fetched_base
 from .core import Refusal, file_sums, hash_obj, models_path, now, read_json, sha256, write_json
 from .log import people
+from .quant import quant_kind
 from .record import BEST, find_run, records, write_record
 from .rows import tasks
 from .tables import load_rows
@@ -143,10 +144,10 @@ def check_fp16(
     "Refuse a model that fp16 cannot serve, or that nobody has measured"
     if str(model_params(rec)['dtype']) == 'fp32': return
     run = rec['run_id']
-    most = largest_activation(run)
-    if most is None:
-        raise Refusal('nobody has measured whether its activations fit into fp16', run,
-                      fix=f'Run `ck run 09_gptq -p start {run}`, which measures them')
+    most, measure = largest_activation(run), f'Run `ck run 09_gptq -p start {run}`, which measures them'
+    if str(model_params(rec)['dtype']) == 'nf4' or not is_full(rec) and quant_kind(model_params(rec)['base']):
+        measure = 'Merge it into the 16-bit twin of its base by 08_merge, quantise that by 09_gptq, and pack the result'
+    if most is None: raise Refusal('nobody has measured whether its activations fit into fp16', run, fix=measure)
     if most > 16384:
         raise Refusal(f'its largest activation is {most:g}; fp16 ends at 65,504, and we ask for a quarter of it', run,
                       fix='Take a target with bf16')

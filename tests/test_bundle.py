@@ -114,6 +114,8 @@ def test_fp16_needs_a_measurement(runs):
     rec = find_run(runs[0])
     half = dict(rec, params=dict(rec['params'], dtype='bf16'))  # as 04_train records `auto` on most GPUs
     with pytest.raises(Refusal, match=f'ck run 09_gptq -p start {runs[0]}'): check_fp16(half)
+    with pytest.raises(Refusal, match='twin of its base by 08_merge'):  # 09_gptq refuses a LoRA over a quantised base
+        check_fp16(dict(rec, params=dict(rec['params'], dtype='nf4')))
     quantised(runs[0], 912.5)
     check_fp16(half)
     quantised(runs[1], 21000)
