@@ -220,6 +220,8 @@ def load_source(
     if args.record: return load_run(args.record, args.prompt)
     return load_classifier(args.base, args.prompt, args.route, args.dtype)
 
+def _is_lora(args): return bool(args.record) and not is_full(args.record)
+
 def _clock(model): # in seconds; on a CPU those of this process, so that other work does not count
     if model.device.type == 'cuda': return time.perf_counter
     return lambda: time.process_time()/torch.get_num_threads()
@@ -229,24 +231,22 @@ def measure(
     args:GptqArgs,
 ) -> tuple: # Probabilities of the held-out rows; letter mass (None on the score routes); seconds of the prediction
     "Predict the held-out rows"
-    held, enc, clock = args.parts[1], args.encoded[1], _clock(model)
-    predict(model, args.prompt, held.iloc[:1], args.views, args.pack_tokens, False)  # now the weights are in memory
-    start = clock()
-    p = predict(model, args.prompt, held, args.views, args.pack_tokens, enc=enc)
-    took = clock()-start
+    held, clock = args.parts[1], _clock(model)
     mass = letter_mass(model, args.prompt, held.iloc[:16])['letters'] if model.letters is not None else None
-    return p, mass, took
+    start = clock()  # now the weights are in memory
+    p = predict(model, args.prompt, held, args.views, args.pack_tokens, enc=args.encoded[1])
+    return p, mass, clock()-start
 
 
 # %% ../nbs/09_gptq.ipynb #2d395821
 def rows_a_second(
     model,          # From `load_classifier`, without an adapter
     args:GptqArgs,
-    seconds=None,   # Of its prediction of all held-out rows: enough on a CPU
+    seconds=None,   # Of its prediction of all held-out rows: enough on a CPU, unless `args` name a LoRA
 ) -> float: # Else the best of three rounds; of one where that takes more than a second
     "Speed of prediction on at most 64 held-out rows, on a CPU 16"
     on_gpu = model.device.type == 'cuda'
-    if seconds and not on_gpu: return len(args.parts[1])/seconds
+    if seconds and not on_gpu and not _is_lora(args): return len(args.parts[1])/seconds
     held, took, clock = args.parts[1].iloc[:64 if on_gpu else 16], [], _clock(model)
     held.attrs = args.parts[1].attrs
     enc = args.prompt.encode(held, args.views)
@@ -259,14 +259,14 @@ def rows_a_second(
 
 # %% ../nbs/09_gptq.ipynb #2d5cd139
 def merged_folder(
-    model,    # A model with or without an adapter
+    model,    # A model with or without an adapter, changed in place; None: it was written before
     args:GptqArgs,
     folder,   # Of the run
 ) -> Path:
     "The folder of the 16-bit weights; an adapter is added into its base and written to `folder/merged`"
-    if not args.record or is_full(args.record): return base_folder(base_of(args.record) if args.start else args.base)
+    if not _is_lora(args): return base_folder(base_of(args.record) if args.start else args.base)
     out = Path(folder)/'merged'
-    if not damage(out): return out
+    if model is None: return out
     shutil.rmtree(out, ignore_errors=True)
     model.model = model.model.merge_and_unload()
     model.model.save_pretrained(out)
@@ -282,17 +282,16 @@ def measure_source(
     "The 16-bit model's answers, largest activations and weights"
     folder, held = Path(folder), args.parts[1]
     facts, table = folder/'before.json', folder/'before.parquet'
-    merged = args.record and not is_full(args.record)
-    if facts.exists() and not (merged and damage(folder/'merged')):
+    if facts.exists() and not (_is_lora(args) and damage(folder/'merged')):
         return merged_folder(None, args, folder), align(read_probs(table), held), read_json(facts)
     check_weights(base_folder(base_of(args.record) if args.start else args.base))
     model = load_source(args)
     p, mass, took = measure(model, args)
-    largest = activations(model, calibration_ids(args, args.rows, args.draw), args.pack_tokens)
     source = merged_folder(model, args, folder)
+    largest = activations(model, calibration_ids(args, args.rows, args.draw), args.pack_tokens)
     letters = None if model.letters is None else list(map(int, model.letters))
     write_probs(table, held, p, args.prompt.task, args.views)
-    speed = rows_a_second(model, args, None if merged else took)
+    speed = rows_a_second(model, args, took)
     write_json(facts, dict(speed=speed, mass=mass, letters=letters, activations=largest.to_dict()))
     del model
     gc.collect()  # GPTQModel needs the memory

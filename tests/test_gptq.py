@@ -125,6 +125,32 @@ def test_lora_is_added_into_its_base(made, which):
     assert found['kl'] < 1e-3, 'the model that is compared is the LoRA over its base'
     assert not (run.folder/'merged').exists() and not (run.folder/'model/adapter_config.json').exists()
 
+def test_a_lora_is_measured_as_it_is_quantised(made, own_root, monkeypatch):
+    "Its largest activations are of the merged model, and both speeds of the same rows, of which the first are longer"
+    from competition_kit import gptq as G
+    spent, real = [0], G.predict
+    def predict(*args, **kw):
+        spent[0] += int((kw.get('enc', args[-1]).n**2).sum())  # a clock that every run reads alike
+        return real(*args, **kw)
+    monkeypatch.setattr(G, 'predict', predict)
+    monkeypatch.setattr(G, '_clock', lambda model: lambda: spent[0])
+    load = G.load_source
+    def strong(args): # the LoRA, whose q_proj gives more than it gets
+        model = load(args)
+        for name, p in model.named_parameters(): p.data *= 1e4 if 'q_proj.lora_B' in name else 1
+        return model
+    monkeypatch.setattr(G, 'load_source', strong)
+    args = GptqArgs(start=made['lora'], rows=24)
+    train = args.parts[0].assign(size=lambda d: d.response_a.map(str).map(len)).sort_values('size', ascending=False)
+    train.attrs = args.table.attrs
+    args.__dict__['parts'] = [args.parts[0], train.iloc[:40].drop(columns='size').reset_index(drop=True)]
+    source, _, facts = G.measure_source(args, own_root/'measured')
+    model = G.load_classifier(str(source), args.prompt, args.route, args.dtype)
+    *_, took = G.measure(model, args)
+    assert G.rows_a_second(model, args, took) == facts['speed'] != 40/took
+    found = Q.activations(model, calibration_ids(args, 24, 0))
+    assert np.allclose([facts['activations'][k] for k in found.index], found, rtol=1e-4)
+
 def test_a_killed_quantisation_continues_with_the_same_bytes(tiny, tmp_path, monkeypatch):
     ids = [np.array(i) for i in np.random.default_rng(0).integers(3, 400, (32, 40))]
     make = dict(source=tiny, ids=ids, dtype='fp32', progress=False)
