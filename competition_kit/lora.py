@@ -60,15 +60,18 @@ def check_loras(
 ) -> list: # Names of all layers that any of them has
     "Refuse LoRAs that cannot have been trained over one base and one route"
     if not loras: raise Refusal('no adapters to merge')
-    def no(a, b, what): raise Refusal(what, f'{a.folder}, {b.folder}', fix='Merge LoRAs of one base and one route')
+    def no(what, *of):
+        raise Refusal(what, ', '.join(str(l.folder) for l in of), fix='Merge LoRAs of one base and one route')
     first, first_with = loras[0], {k: l for l in reversed(loras) for k in l.layers}
+    members = Counter(k for l in loras for k in l.layers)
     for l in loras[1:]:
-        if not set(l.layers) & set(first.layers): no(first, l, 'the adapters have no layer in common')
-        if l.head != first.head: no(first, l, f'the score heads differ: {first.head}, {l.head}')
+        if l.head != first.head: no(f'the score heads differ: {first.head}, {l.head}', first, l)
         for k, (out, _, n) in l.layers.items():
             out_, _, n_ = first_with[k].layers[k]
             if (out, n) == (out_, n_): continue
-            no(first_with[k], l, f'{k} is {n_} → {out_} in the first, and {n} → {out} in the second')
+            no(f'{k} is {n_} → {out_} in the first, and {n} → {out} in the second', first_with[k], l)
+    alone = [l for l in loras if all(members[k] == 1 for k in l.layers)]
+    if alone and len(loras) > 1: no('the adapter has no layer in common with the others', alone[0])
     return sorted(first_with)
 
 def mean_weights(
@@ -308,7 +311,7 @@ def written_error(
     w, errors, g = mean_weights(weights, len(loras)), [], torch.Generator().manual_seed(0)
     for k in check_loras(loras):
         own = [(v, *l.pair(k, device)) for l, v in zip(loras, w) if k in l.layers]
-        x = torch.randn(own[0][1].shape[1], generator=g).to(device)
+        x = torch.randn(own[0][1].shape[1], 4, generator=g).to(device)
         each, (a, b) = [v*(b@(a@x)) for v, a, b in own], merged.pair(k, device)
         errors.append(float((b@(a@x)-sum(each)).norm()/sum(e.norm() for e in each).clamp_min(1e-30)))
     return float(np.max(errors))  # NaN stays NaN
