@@ -252,7 +252,8 @@ def merged_config(
     named = all(isinstance(t, list) for t in targets)  # a pattern, such as all-linear, becomes the layers it has found
     wanted = sorted({m for t in targets for m in t} if named else ranks)
     return loras[0].config | dict(r=most, lora_alpha=most, rank_pattern=other, alpha_pattern=other, use_rslora=False,
-                                  target_modules=wanted, lora_dropout=0., inference_mode=True)
+                                  target_modules=wanted, lora_dropout=0., inference_mode=True,
+                                  init_lora_weights=True)
 
 
 # %% ../nbs/lib/03j_lora.ipynb #72c3ff49
