@@ -18,11 +18,11 @@ from .base import base_folder, base_hash, base_name, load_tokenizer, pick_dtype
 from .completions import encode_completions, has_rationale
 from .core import (Refusal, at_least, damage, hash_obj, one_of, project_root, read_json, seal, sha256,
                                   share, write_json)
-from .folds import fold_rows
+from .folds import fold_rows, is_held_out
 from .gate import Limits, compare, default_limits, gate_table, verdict
 from .model import letter_mass, load_classifier, predict
 from .probs import align, baselines, read_probs, scores, write_probs
-from .prompt import Prompt, encode_cached, tokenizer_hash
+from .prompt import Prompt, encode_cached, pick_rows, tokenizer_hash
 from .quant import quant_kind
 from .quantise import (activations, check_calibration, check_installed, check_weights, draw_lines,
                                       fp16_sentence, group_size, layer_shapes, plot_calibration,
@@ -51,7 +51,9 @@ class _Source:
     def parts(self): return fold_rows(self.table, self.fold) # rows to calibrate on, and held-out rows
 
     @cached_property
-    def encoded(self): return [encode_cached(self.prompt, rows, self.views) for rows in self.parts]
+    def encoded(self): # the tokens of `parts`, which a run has from its training
+        enc, rows = encode_cached(self.prompt, self.table, self.views), self.table
+        return [pick_rows(enc, rows.fold != self.fold), pick_rows(enc, is_held_out(rows, self.fold))]
 
     @cached_property
     def text(self): # the prompt of the text route, which asks for reasoning

@@ -125,6 +125,14 @@ def test_lora_is_added_into_its_base(made, which):
     assert found['kl'] < 1e-3, 'the model that is compared is the LoRA over its base'
     assert not (run.folder/'merged').exists() and not (run.folder/'model/adapter_config.json').exists()
 
+def test_tokens_of_the_training_are_used_again(made):
+    kept = set(models_path('.tokens').iterdir())
+    args = GptqArgs(start=made['full'])
+    for rows, enc in zip(args.parts, args.encoded):
+        want = args.prompt.encode(rows, args.views)
+        assert enc.drop(columns='ids').equals(want.drop(columns='ids')) and all(map(np.array_equal, enc.ids, want.ids))
+    assert set(models_path('.tokens').iterdir()) == kept
+
 def test_a_lora_is_measured_as_it_is_quantised(made, own_root, monkeypatch):
     "Its largest activations are of the merged model, and both speeds of the same rows, of which the first are longer"
     from competition_kit import gptq as G
@@ -143,7 +151,8 @@ def test_a_lora_is_measured_as_it_is_quantised(made, own_root, monkeypatch):
     args = GptqArgs(start=made['lora'], rows=24)
     train = args.parts[0].assign(size=lambda d: d.response_a.map(str).map(len)).sort_values('size', ascending=False)
     train.attrs = args.table.attrs
-    args.__dict__['parts'] = [args.parts[0], train.iloc[:40].drop(columns='size').reset_index(drop=True)]
+    held = train.iloc[:40].drop(columns='size').reset_index(drop=True)
+    args.__dict__.update(parts=[args.parts[0], held], encoded=[args.encoded[0], args.prompt.encode(held)])
     source, _, facts = G.measure_source(args, own_root/'measured')
     model = G.load_classifier(str(source), args.prompt, args.route, args.dtype)
     *_, took = G.measure(model, args)
