@@ -7,9 +7,10 @@ __all__ = ['Answers', 'no_answers', 'voter_means', 'vote_so_far', 'gaps', 'gap_s
            'rows_in_doubt', 'passes', 'minutes_needed', 'staged_vote']
 
 # %% ../nbs/lib/02o_staged.ipynb #9b71dfe0
-import zipfile
+import sys, zipfile
 from dataclasses import dataclass
 import numpy as np
+from tqdm import tqdm
 from .cascade import least_certain
 from .clock import Clock, cut_pieces, piece_size, warm_pace, work_within
 from .core import atomic
@@ -193,6 +194,9 @@ class _Progress: # the run that is loaded, and the time of the latest save
         self.write()
         self.saved = self.clock.now()
 
+def _bar(name, total): # none without a name
+    return tqdm(total=total, desc=name or None, disable=not name, mininterval=1, file=sys.stdout)
+
 # %% ../nbs/lib/02o_staged.ipynb #68b663e4
 def staged_vote(
     a:Answers,      # Empty at first; filled in place
@@ -206,6 +210,7 @@ def staged_vote(
     every:float=60,   # Seconds between two saves within a pass
     load_seconds=None,# Function of a run's position: seconds that its load will take; default: the longest so far
     keeps=lambda run: False, # Does a run keep its answers itself? Without a budget it is asked in one piece
+    names=None, # [runs], for a bar of each pass; a run that keeps its answers shows its own. Default: no bars
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
     progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
@@ -213,6 +218,7 @@ def staged_vote(
     def answer(run, views, rows):
         a.total[run, rows] += ask(run, rows, views)
         a.views[run, rows] += len(views)
+        progress.bar.update(len(rows)*len(views))
         progress.save(every)
     def pieces(run, views, rows):
         yield 0, lambda: progress.load(run)
@@ -226,7 +232,8 @@ def staged_vote(
         return load_seconds(run) if load_seconds else max(clock.loads, default=0.)
     for run, views, rows in todo:
         if not len(rows): continue
-        why = work_within(clock, pieces(run, views, rows), expected(run))
+        with _bar(names and not keeps(run) and names[run], len(rows)*len(views)) as progress.bar:
+            why = work_within(clock, pieces(run, views, rows), expected(run))
         progress.save()
         if why: return why
     progress.save()  # a cascade may have left out answers of a file since
