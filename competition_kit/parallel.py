@@ -10,7 +10,7 @@ import os, pickle, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .clock import Clock
 from .core import Refusal, die_with_parent, read_json, write_json
 from .folds import rows_at
@@ -135,14 +135,17 @@ def parallel_vote(
     save()
     parts = _parts(asker, make, how, n, Path(folder), first, limit_gb)
     processes = [_start(path, gpu) for (path, _), gpu in zip(parts, _gpus(n, each))]
+    bar = tqdm(total=a.views.size*how['views'], desc='answers of runs and views', mininterval=1, file=sys.stdout)
     def collect():
         for path, at in parts: _collect(a, at, path)
+        bar.update(int(a.views.sum())-bar.n)
         save()
     try: stalled = _watch(processes, clock, collect)
     finally:
         for p in processes: p.kill()
         for p in processes: p.wait()
         collect()
+        bar.close()
     ends = [_end(k, path, p, k in stalled) for k, ((path, _), p) in enumerate(zip(parts, processes))]
     why = '; '.join(dict.fromkeys(filter(None, ends)))
     if why and not clock.minutes: raise RuntimeError(why)
@@ -161,7 +164,7 @@ class Predictions:
 
 def _finish(paths, processes, runs): # wait; an error if one has failed
     files = [p.with_suffix('')/f'{r}.parquet' for p in paths for r in runs]
-    with tqdm(total=len(files), desc='tables of runs and parts') as bar:
+    with tqdm(total=len(files), desc='tables of runs and parts', file=sys.stdout) as bar:
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
             bar.update(sum(f.exists() for f in files)-bar.n)
             time.sleep(.2)
