@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .clock import Clock
 from .core import Refusal, die_with_parent, read_json, write_json
 from .folds import rows_at
+from .groups import families
 from .probs import align, write_probs
 from .record import find_run
 from .rows import text_columns
@@ -22,13 +23,15 @@ from .trained import kept_probs, not_predicted, predict_runs, prediction_key, tr
 
 # %% ../nbs/lib/03r_parallel.ipynb #c125fb0a
 def row_parts(
-    sizes,  # [rows], such as tokens
-    n:int,  # Number of parts
+    sizes,    # [rows], such as tokens
+    families, # [rows], from `families`
+    n:int,    # Number of parts
 ) -> list: # `n` arrays of positions, each in the order of the rows
-    "Parts of about the same size"
-    order = np.argsort(-np.asarray(sizes), kind='stable')
-    turns = np.arange(len(order)) % (2*n)  # there and back: 0 1 2 2 1 0
-    owner = np.minimum(turns, 2*n-1-turns)
+    "Parts of about the same size; at most `n-1` families are cut"
+    sizes, place = np.maximum(sizes, 1), np.random.default_rng(0).permutation(np.max(families)+1)
+    order = np.argsort(place[families], kind='stable')
+    middle = np.cumsum(sizes[order])-sizes[order]/2
+    owner = (middle*n/sizes.sum()).astype(int)
     return [np.sort(order[owner == k]) for k in range(n)]
 
 # %% ../nbs/lib/03r_parallel.ipynb #a68acefe
@@ -61,7 +64,7 @@ def answer_part(
             a = asker.answers
             a.total[:], a.views[:] = part.answers.total, part.answers.views
             def save(): write_answers(out, a, path.name)
-            todo = passes(a, **part.how)
+            todo = passes(a, **part.how, families=asker.families)
             why = staged_vote(a, todo, asker.load, asker.ask_views, asker.sizes, clock, save, part.first, every=20,
                               load_seconds=asker.load_seconds, keeps=asker.keeps)
         write_json(path.with_suffix('.json'), dict(why=why))
@@ -100,7 +103,7 @@ def _parts(asker, make, how, n, folder, first, limit_gb): # (path, positions) of
     folder.mkdir(parents=True, exist_ok=True)
     for f in folder.glob('*.*'): f.unlink()  # of an interrupted vote; its choices of engines stay
     a, clock, out = asker.answers, asker.clock, []
-    for k, at in enumerate(row_parts(np.atleast_2d(asker.sizes).sum(0), n)):
+    for k, at in enumerate(row_parts(np.atleast_2d(asker.sizes).sum(0), asker.families, n)):
         mine = Answers(a.voter, a.total[:, at], a.views[:, at])
         end = time.monotonic()+clock.left()
         part = Part(make, rows_at(asker.rows, at), mine, how | dict(prior=how['prior'][at]), end, limit_gb, first)
@@ -189,7 +192,7 @@ def predict_parallel(
     parts.mkdir(parents=True, exist_ok=True)
     texts = [c for columns in text_columns.values() for c in columns if c in rows]
     length = sum(rows[c].map(lambda t: len(''.join(t))) for c in texts)
-    work = {parts/f'{k}.part': rows_at(rows, at) for k, at in enumerate(row_parts(length, gpus))}
+    work = {parts/f'{k}.part': rows_at(rows, at) for k, at in enumerate(row_parts(length, families(rows), gpus))}
     for path, some in work.items(): path.write_bytes(pickle.dumps(Predictions(list(runs), some, views, pack_tokens)))
     processes = [_start(path, gpu) for path, gpu in zip(work, _gpus(gpus, 1))]
     try: _finish(list(work), processes, runs)

@@ -18,6 +18,7 @@ from .clock import Clock, cold_seconds
 from .combine import agreement, combine, entropy
 from .core import Refusal, atomic, csv_text, hash_obj, jsonl_text, project_root, write_table
 from .engine import EngineAsker, EngineDied, ask_engine, release
+from .groups import families
 from .memory import prediction_job
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
@@ -239,6 +240,9 @@ class BallotRuns:
     def sizes(self): # [rows], or [runs, rows] where some runs write
         if self.texts is None: return self.tokens()
         return np.stack([self.texts.tokens(r) if self.is_text(r) else self.tokens() for r in self.names])
+
+    @cached_property
+    def families(self): return families(self.rows) # [rows]
 
     def tokens(self): # [rows]
         models = list(self.models.recs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answers', 'no_answers', 'voter_means', 'vote_so_far', 'gaps', 'gap_sentence', 'write_answers', 'read_answers',
-           'rows_in_doubt', 'passes', 'minutes_needed', 'staged_vote']
+           'rows_in_doubt', 'side_by_side', 'passes', 'minutes_needed', 'staged_vote']
 
 # %% ../nbs/lib/02o_staged.ipynb #9b71dfe0
 import sys, zipfile
@@ -125,6 +125,15 @@ def _forget(a, voter, rows): # the other voters' answers to all other rows
 
 def _first_unanswered(a, run, rows): return rows[a.views[run, rows] == 0][:max(1, round(.05*len(rows)))]
 
+# %% ../nbs/lib/02o_staged.ipynb #e5abc4b6
+def side_by_side(
+    rows,     # Positions
+    families, # [all rows], from `families`
+) -> np.ndarray: # The same positions
+    "The rows of a family one after another, at the place of its first row"
+    _, first, family = np.unique(families[rows], return_index=True, return_inverse=True)
+    return rows[np.argsort(first[family], kind='stable')]
+
 # %% ../nbs/lib/02o_staged.ipynb #d43d3dd0
 def passes(
     a:Answers,       # Changes while the passes are worked through
@@ -136,15 +145,17 @@ def passes(
     share:float=1.,  # Of the rows, those of the first voter's smallest margin, that the others are asked for;
                      # or a function without arguments, called after the second voter's first rows
     order=None,      # Of the voters; default: the heaviest first, as `limits` need it
+    families=None,   # [rows], as for `side_by_side`; default: no row begins as another
 ): # Triples: position of a run, views, positions of rows
     "What to ask, in this order; rows are chosen when a pass begins"
     weights, chosen = np.asarray(weights, float), None
     order = ask_order(weights) if order is None else np.asarray(order)
+    families = np.arange(a.views.shape[1]) if families is None else families
     for k, voter in enumerate(order):
         for run in np.flatnonzero(a.voter == voter):
             done = 0
             if k == 0 and run == np.flatnonzero(a.voter == voter)[0]:
-                yield run, [0], np.flatnonzero(a.views[run] == 0)
+                yield run, [0], side_by_side(np.flatnonzero(a.views[run] == 0), families)
                 done = 1
             if k and chosen is None:
                 if callable(share):
@@ -155,7 +166,7 @@ def passes(
             rows = chosen if k else np.argsort(margin(vote_so_far(a, weights, prior, rule)), kind='stable')
             need = a.views[run] == done
             if k: need &= _open_rows(a, k, order, weights, rule, limits)
-            if done < views: yield run, list(range(done, views)), rows[need[rows]]
+            if done < views: yield run, list(range(done, views)), side_by_side(rows[need[rows]], families)
 
 # %% ../nbs/lib/02o_staged.ipynb #56f57e85
 def minutes_needed(

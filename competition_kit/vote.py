@@ -277,7 +277,7 @@ def planned_passes(
         plan['predicted_minutes'] = round(min(minutes, asker.clock.budget()), 3)
         print(f'The whole vote needs about {minutes:.2f} minutes; the budget is {args.budget:g}')
     todo = passes(asker.answers, weights, prior, args.rule, args.views, limits, args.rescore or choose,
-                  order=range(len(weights)))
+                  order=range(len(weights)), families=asker.families)
     known = args.budget and args.rescore and asker.texts is None
     return _telling(todo, asker.clock, tell if known else None), plan
 

@@ -324,6 +324,7 @@ def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
     asker.clock, asker.texts, asker.tables = clock, None, {}
     asker.names = asker.voters = list(asker.models.recs)
     asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
+    asker.families = np.arange(N)
     sized = {base_key(r): np.full(2, sizes[r['params']['base']]) for r in asker.models.recs.values()}
     monkeypatch.setattr(P, '_base_sizes', lambda recs: sized)
     score = dict(oof=dict(zip(asker.names, held)), rows=pd.DataFrame(dict(label=label[:N])))

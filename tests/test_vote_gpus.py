@@ -30,6 +30,7 @@ class Asker:
         self.rows, self.clock, self.fate, self.run = rows, clock, fate, 0
         self.p = simulated_voters([1.5, 1.5], 40)[0][:, rows.id.astype(int)]
         self.answers, self.sizes = no_answers([0, 1], len(rows), 3), np.ones(len(rows))
+        self.families = np.arange(len(rows))
     def __enter__(self): return self
     def __exit__(self, *error): pass
     def load(self, run): self.run = run
@@ -67,11 +68,12 @@ def voted(asker, fate, minutes, folder):
 
 @pytest.mark.parametrize('n', [1, 3, 4])
 def test_parts_hold_every_row_once_and_about_as_many_tokens(n):
-    sizes = np.random.default_rng(n).integers(1, 1000, 301)
-    parts = row_parts(sizes, n)
+    sizes, problem = np.random.default_rng(n).integers(1, 1000, 301), np.arange(301) // 5
+    parts = row_parts(sizes, problem, n)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(301))
     tokens = [sizes[part].sum() for part in parts]
-    assert max(tokens) - min(tokens) <= sizes.max()
+    assert max(tokens) - min(tokens) <= 2 * sizes.max()
+    assert sum(len(set(problem[part])) for part in parts) <= len(set(problem)) + n - 1, 'problems are cut'
 
 
 def test_two_processes_vote_like_one(runs):
