@@ -66,7 +66,7 @@ def answer_part(
             def save(): write_answers(out, a, path.name)
             todo = passes(a, **part.how, families=asker.families)
             why = staged_vote(a, todo, asker.load, asker.ask_views, asker.sizes, clock, save, part.first, every=20,
-                              load_seconds=asker.load_seconds, keeps=asker.keeps)
+                              load_seconds=asker.load_seconds, keeps=asker.keeps, added=asker.added)
         write_json(path.with_suffix('.json'), dict(why=why))
     except Refusal as e: write_json(path.with_suffix('.json'), dict(refusal=str(e)))
 

@@ -23,7 +23,7 @@ from .memory import prediction_job
 from .probs import align, class_prior, log_loss, write_probs
 from .rows import n_options, read_raw, tasks
 from .sequential import calibrated_limits, exact_limits, sequential_vote
-from .staged import minutes_needed, no_answers, rows_in_doubt
+from .staged import added_tokens, minutes_needed, no_answers, rows_in_doubt
 from .submission import find_sample
 from .tables import load_rows, sample_files, table_name
 from .trained import base_key, trained_on
@@ -244,6 +244,15 @@ class BallotRuns:
     @cached_property
     def families(self): return families(self.rows) # [rows]
 
+    @cached_property
+    def shared(self): # [rows], as for `added_tokens`; 0 where some runs write
+        models = list(self.models.recs)
+        if self.texts or not models: return np.zeros(len(self.rows))
+        return self.models.shared(models[0], self.families)
+
+    def added(self, tokens, rows, asked=1.): # as for `staged_vote`
+        return added_tokens(tokens, self.families[rows], self.shared[rows], asked)
+
     def tokens(self): # [rows]
         models = list(self.models.recs)
         return self.models.tokens(models[0]) if models else np.ones(len(self.rows))
@@ -392,9 +401,12 @@ def forecast(
     "How long the whole vote will take, from its beginning"
     a, rows = asker.answers, None if share == 1 else rows_in_doubt(asker.answers, 0, share)
     speed, loads = asker.expected()
-    each = speed*np.broadcast_to(asked, a.voter.max()+1)[a.voter]
+    asked, every, sizes = np.broadcast_to(asked, a.voter.max()+1), np.arange(a.views.shape[1]), np.zeros(a.views.shape)
+    for k, tokens in enumerate(np.broadcast_to(asker.sizes, a.views.shape)):
+        here = rows if a.voter[k] and rows is not None else every
+        sizes[k, here] = speed[k]*asker.added(tokens[here], here, asked[a.voter[k]])
     together = asker.models.together()
-    sizes = each[:, None]*np.asarray(asker.sizes)*np.where(a.views == 0, together, 1)/(together if asker.joint else 1)
+    sizes *= np.where(a.views == 0, together, 1)/(together if asker.joint else 1)
     return minutes_needed(a, sizes, views, asker.clock, rows, loads=loads)
 
 # %% ../nbs/lib/03q_predictions.ipynb #b3bbe46f

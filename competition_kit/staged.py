@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answers', 'no_answers', 'voter_means', 'vote_so_far', 'gaps', 'gap_sentence', 'write_answers', 'read_answers',
-           'rows_in_doubt', 'side_by_side', 'passes', 'minutes_needed', 'staged_vote']
+           'rows_in_doubt', 'side_by_side', 'added_tokens', 'passes', 'minutes_needed', 'staged_vote']
 
 # %% ../nbs/lib/02o_staged.ipynb #9b71dfe0
 import sys, zipfile
@@ -134,6 +134,18 @@ def side_by_side(
     _, first, family = np.unique(families[rows], return_index=True, return_inverse=True)
     return rows[np.argsort(first[family], kind='stable')]
 
+# %% ../nbs/lib/02o_staged.ipynb #c9eaf8fa
+def added_tokens(
+    tokens,   # [rows] of each row alone
+    families, # [rows], as for `side_by_side`
+    shared,   # [rows] tokens with which all rows of its family begin
+    asked=1., # Share of these rows that will be asked, whichever they are
+) -> np.ndarray: # [rows]
+    "Tokens that each row adds where its family is read together"
+    _, family, count = np.unique(families, return_inverse=True, return_counts=True)
+    n = count[family]
+    return asked*tokens-shared*(asked-(1-(1-asked)**n)/n)
+
 # %% ../nbs/lib/02o_staged.ipynb #d43d3dd0
 def passes(
     a:Answers,       # Changes while the passes are worked through
@@ -222,6 +234,7 @@ def staged_vote(
     load_seconds=None,# Function of a run's position: seconds that its load will take; default: the longest so far
     keeps=lambda run: False, # Does a run keep its answers itself? Without a budget it is asked in one piece
     names=None, # [runs], for a bar of each pass; a run that keeps its answers shows its own. Default: no bars
+    added=lambda tokens, rows: tokens, # Function of [rows] tokens and the positions: what the rows add, asked together
 ) -> str: # '' when all is asked, else why not
     "Ask as much as the budget allows"
     progress, tokens = _Progress(load, save, clock), np.broadcast_to(tokens, a.views.shape)
@@ -233,7 +246,7 @@ def staged_vote(
         progress.save(every)
     def pieces(run, views, rows):
         yield 0, lambda: progress.load(run)
-        units = tokens[run, rows]*len(views)
+        units = added(tokens[run, rows], rows)*len(views)
         most = max(first, units.sum()/8) if clock.minutes and not keeps(run) else np.inf  # a forecast needs some pieces
         whole = keeps(run) and not clock.minutes
         for at in cut_pieces(units, lambda: np.inf if whole else min(most, piece_size(clock, first, longest=every))):

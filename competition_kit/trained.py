@@ -23,7 +23,7 @@ from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record, records
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
-from .pack import prefix_tree
+from .pack import prefix_tree, shared_prefix
 from .prompt import Prompt, encode_cached
 from .tables import load_rows, parse_mix
 
@@ -373,8 +373,17 @@ class RunAsker:
         self.seconds = dict(base=0., adapter=0.)  # of the latest load: of a base with an adapter, of an adapter alone
 
     def tokens(self, run): # [rows] tokens of the plain view
+        return self._plain(run).n.to_numpy()
+
+    def shared(self, run, families): # [rows] tokens of the plain view that a family's rows begin with and not all rows
+        ids = list(self._plain(run).ids)
+        each = np.split(np.argsort(families, kind='stable'), np.cumsum(np.bincount(families))[:-1])
+        sizes = [shared_prefix([ids[k] for k in rows]) for rows in each]
+        return np.maximum(np.array(sizes)[families]-shared_prefix(ids), 0)
+
+    def _plain(self, run):
         enc = encode_cached(self.prompts[run], self.rows, self.views)
-        return enc[enc.view == 0].sort_values('row').n.to_numpy()
+        return enc[enc.view == 0].sort_values('row')
 
     def load(self, run):
         "Make a run's model ready"

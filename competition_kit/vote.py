@@ -294,7 +294,8 @@ def ask_alone(args, asker, weights, prior, limits, score, save, pack_tokens): # 
     todo, plan = planned_passes(asker, weights, prior, args, limits, score)
     with asker: # which ends its engines
         why = staged_vote(asker.answers, todo, asker.load, asker.ask_views, asker.sizes, asker.clock, save, pack_tokens,
-                          load_seconds=asker.load_seconds, keeps=asker.keeps, names=asker.names)
+                          load_seconds=asker.load_seconds, keeps=asker.keeps, names=asker.names,
+                          added=asker.added)
     return why, plan
 
 

@@ -268,11 +268,12 @@ def test_a_flipped_bit_changes_no_answer(tmp_path):
 class Models:
     "A `RunAsker` on a simulated GPU: a base loads in 30 seconds for each size, and its first piece takes 15 more"
 
-    def __init__(self, bases, sizes, clock, p, shared, stall):
+    def __init__(self, bases, sizes, clock, p, shared, stall, families):
         params = [dict(base=b, route='answer', dtype='fp32') for b in bases]
         self.recs = {f'run {k}': dict(run_id=f'run {k}', params=q) for k, q in enumerate(params)}
         self.sizes, self.t, self.p, self.task, self.shared = sizes, clock, p, 'preference', shared
         self.base, self.cold, self.seconds = None, False, dict(base=0.0, adapter=0.0)
+        self.families = families  # of 100 tokens, a family shares 60
         self.stalls = [0, 0, 0, stall]  # seconds that the first pieces take longer
 
     def load(self, run):
@@ -287,7 +288,8 @@ class Models:
 
     def ask_views(self, at, views):
         shared = self.shared if len(views) > 1 else 1
-        self.t[0] += len(views) * shared * 100 * len(at) / 1000 * self.sizes[self.base[0]] + 15 * self.cold
+        tokens = 40 * len(at) + 60 * len(set(self.families[at]))
+        self.t[0] += len(views) * shared * tokens / 1000 * self.sizes[self.base[0]] + 15 * self.cold
         self.t[0] += self.stalls.pop(0) if self.stalls else 0
         self.cold = False
         return len(views) * self.p[self.run, at]
@@ -310,21 +312,24 @@ class Models:
         ('AB', dict(rescore=0.25)),
         ('AB', dict(rescore=0, budget=30)),
         ('AB', dict(rescore=0, budget=120)),
+        ('AB', dict(rescore=0, budget=30, family=4)),
+        ('AB', dict(rescore=0.25, family=4)),
+        ('AAAAAAAAA', dict(views=1, rule='majority', limits=exact_limits(np.ones(9)), family=4)),
     ],
 )
 def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
-    "a slow start of a model, a larger base, a piece that is held up and rows that stop early are part of the forecast"
+    "a slow start of a model, a larger base, a piece that is held up, rows that stop early and rows that begin alike are part of the forecast"
     sizes, t, n = dict(A=1.0, B=5.0), [0.0], len(bases)
-    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None, stall=0) | how))
+    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None, stall=0, family=1) | how))
     p, label = simulated_voters([1.5] * n, 2 * N, shared=0.6)
-    held, test = p[:, :N], p[:, N:]
+    held, test, families = p[:, :N], p[:, N:], np.arange(N) // args.family
     clock = Clock(args.budget, now=lambda: t[0])
     asker = object.__new__(P.BallotAsker)
-    asker.models = Models(bases, sizes, t, test, shared=0.8 if args.views == 2 else 1, stall=args.stall)
+    asker.models = Models(bases, sizes, t, test, 0.8 if args.views == 2 else 1, args.stall, families)
     asker.clock, asker.texts, asker.tables = clock, None, {}
     asker.names = asker.voters = list(asker.models.recs)
     asker.answers, asker.sizes = no_answers(range(n), N, 3), np.full(N, 100)
-    asker.families = np.arange(N)
+    asker.families, asker.shared = families, np.full(N, 60)
     sized = {base_key(r): np.full(2, sizes[r['params']['base']]) for r in asker.models.recs.values()}
     monkeypatch.setattr(P, '_base_sizes', lambda recs: sized)
     score = dict(oof=dict(zip(asker.names, held)), rows=pd.DataFrame(dict(label=label[:N])))

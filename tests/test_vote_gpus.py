@@ -36,6 +36,7 @@ class Asker:
     def load(self, run): self.run = run
     def load_seconds(self, run): return 0.
     def keeps(self, run): return False
+    def added(self, tokens, rows): return tokens
     def ask_views(self, run, at, views):
         if run and 0 in set(self.rows.id):
             if self.fate == 'dies': os.kill(os.getpid(), signal.SIGKILL)
