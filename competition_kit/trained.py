@@ -23,7 +23,7 @@ from .groups import copied, group_text
 from .record import check_outputs, find_run, read_record, records
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
-from .pack import prefix_tree, shared_prefix
+from .pack import prefix_tree, shared_in_families
 from .prompt import Prompt, encode_cached
 from .tables import load_rows, parse_mix
 
@@ -376,10 +376,7 @@ class RunAsker:
         return self._plain(run).n.to_numpy()
 
     def shared(self, run, families): # [rows] tokens of the plain view that a family's rows begin with and not all rows
-        ids = list(self._plain(run).ids)
-        each = np.split(np.argsort(families, kind='stable'), np.cumsum(np.bincount(families))[:-1])
-        sizes = [shared_prefix([ids[k] for k in rows]) for rows in each]
-        return np.maximum(np.array(sizes)[families]-shared_prefix(ids), 0)
+        return shared_in_families(list(self._plain(run).ids), families)
 
     def _plain(self, run):
         enc = encode_cached(self.prompts[run], self.rows, self.views)

@@ -318,9 +318,10 @@ class Models:
     ],
 )
 def test_the_predicted_minutes_are_the_measured_ones(bases, how, monkeypatch):
-    "a slow start of a model, a larger base, a piece that is held up, rows that stop early and rows that begin alike are part of the forecast"
+    "slow starts, a larger base, a piece that is held up, rows that stop early and rows that begin alike are in it"
     sizes, t, n = dict(A=1.0, B=5.0), [0.0], len(bases)
-    args = SimpleNamespace(**(dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None, stall=0, family=1) | how))
+    usual = dict(views=2, rule='mean', rescore=1.0, budget=600, limits=None, stall=0, family=1)
+    args = SimpleNamespace(**(usual | how))
     p, label = simulated_voters([1.5] * n, 2 * N, shared=0.6)
     held, test, families = p[:, :N], p[:, N:], np.arange(N) // args.family
     clock = Clock(args.budget, now=lambda: t[0])
