@@ -130,9 +130,12 @@ def side_by_side(
     rows,     # Positions
     families, # [all rows], from `families`
 ) -> np.ndarray: # The same positions
-    "The rows of a family one after another, at the place of its first row"
-    _, first, family = np.unique(families[rows], return_index=True, return_inverse=True)
-    return rows[np.argsort(first[family], kind='stable')]
+    "Up to 16 rows of a family one after another, at the place of the first of them"
+    family, rank = families[rows], np.zeros(len(rows), int)  # `rank`: place of a row within its family
+    count = np.unique(family, return_counts=True)[1]
+    rank[np.argsort(family, kind='stable')] = np.arange(len(rows))-np.repeat(np.cumsum(count)-count, count)
+    _, first, part = np.unique(family*len(rows)+rank//16, return_index=True, return_inverse=True)
+    return rows[np.argsort(first[part], kind='stable')]
 
 # %% ../nbs/lib/02o_staged.ipynb #c9eaf8fa
 def added_tokens(
