@@ -82,7 +82,7 @@ def forecast(what, record, seconds):
     report(what=f'forecast: {what}', predicted_minutes=predicted, measured_minutes=measured,
            off_by=predicted/measured-1, seconds_of_the_stage=seconds, share=record.get('share'))
 
-def full_vote(runs, a, took, rule, weights=''):
+def full_vote(runs, a, took, rule, weights='log'):
     took.clear()
     full, p, seconds = held(runs, a, views=1, rule=rule, weights=weights)
     forecast(f'{len(runs)} voters, {rule}', full, seconds)

@@ -250,7 +250,7 @@ def staged_vote(
     def pieces(run, views, rows):
         yield 0, lambda: progress.load(run)
         units = added(tokens[run, rows], rows)*len(views)
-        most = max(first, units.sum()/8) if clock.minutes and not keeps(run) else np.inf  # a forecast needs some pieces
+        most = max(first, units.sum()/8+units.max()) if clock.minutes and not keeps(run) else np.inf  # for a forecast
         whole = keeps(run) and not clock.minutes
         for at in cut_pieces(units, lambda: np.inf if whole else min(most, piece_size(clock, first, longest=every))):
             yield units[at].sum(), lambda: answer(run, views, rows[at])

@@ -112,6 +112,20 @@ def test_a_save_comes_first_and_once_a_minute():
     assert max(np.diff(times)) < 60 + 0.02 * 30 * 60 + 10
 
 
+def test_no_few_rows_are_left_over_for_a_piece_of_their_own():
+    sizes, asked = np.random.default_rng(0).integers(80, 640, N), []
+    m = Machine(600, lambda t: 1e5)
+
+    def ask(run, rows, views):
+        asked.append((run, sizes[rows].sum()))
+        return m.ask(run, rows, views)
+
+    todo = passes(m.a, m.weights, m.prior, views=1)
+    staged_vote(m.a, todo, m.load, ask, sizes, m.clock, m.save)
+    later = [tokens for run, tokens in asked if run]
+    assert len(later) == 16 and min(later) > 0.8 * sizes.sum() / 8
+
+
 def test_swapped_views_come_for_the_smallest_margins_first():
     m = Machine(2.3, lambda t: 1000)
     m.vote()
