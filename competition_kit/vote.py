@@ -56,7 +56,7 @@ class VoteArgs:
     rule:str='mean'          # mean (of probabilities), logits (mean of their logarithms), majority or ranks
     views:int=2              # 1: rows as they are; 2: also with the answers swapped
     sample:str=''            # path of the sample submission, if it is not in data/<data>/
-    pack_tokens:int=4096     # tokens in a pack
+    pack_tokens:int=4096     # tokens in a pack; 131072 keeps a large GPU busy with a small model
     budget:float=0.          # minutes; 0: no limit. The heaviest voter first, then what fits
     change:float=0.          # stop asking where this share of answers may change; majority: none do; 0: ask all
     rescore:float=1.         # a cascade: share of the rows for all but the first run named; 0: what fits the budget
