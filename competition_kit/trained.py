@@ -10,7 +10,7 @@ __all__ = ['model_stages', 'free_params', 'model_params', 'is_full', 'weights_pa
            'RunAsker']
 
 # %% ../nbs/lib/03h_trained.ipynb #3ff2d388
-import functools, os, time
+import functools, json, os, time
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -19,7 +19,7 @@ from .base import base_hash, fetched_base, is_embedded, load_tokenizer, local_ba
 from .core import (Refusal, atomic, bases_path, content_hash, damage_cached, data_path, hash_obj,
                                   models_path, project_root, read_json)
 from .folds import fold_rows
-from .groups import copied, group_text
+from .groups import copied, group_text, text_hash
 from .record import check_outputs, find_run, read_record, records
 from .probs import read_probs, write_probs
 from .rows import n_options, swap_probs
@@ -180,6 +180,10 @@ def rows_seen(
     "The rows that a run or one of its ancestors was trained on"
     return training_rows(ancestors(run))[['id', 'group']]
 
+def _of_kind(past, rows): # those of the rows trained on that are pairs, or have options, as `rows`: a parent's may differ
+    column = 'prompt' if 'prompt' in rows else 'problem'
+    return past[past[column].notna()] if column in past else past[:0]
+
 def has_seen(
     held, # Rows to hold out
     rows, # The whole table that they belong to
@@ -187,19 +191,25 @@ def has_seen(
 ) -> np.ndarray: # [held rows], bool
     "Was a run trained on these rows, or on exact or near copies of them?"
     def of(table): return pd.MultiIndex.from_frame(table[['id', 'group']])
-    other = past[~of(past).isin(of(rows))]  # an id alone tells nothing; groups tell the rows of this table apart
-    same_kind = ('prompt' in past) == ('prompt' in held)
-    texts = group_text(held, other) if len(other) and same_kind else group_text(held)
+    other = _of_kind(past[~of(past).isin(of(rows))], held)  # groups tell the rows of this table apart; an id does not
+    texts = group_text(held, other) if len(other) else group_text(held)
     return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
 
 # %% ../nbs/lib/03h_trained.ipynb #4e7fd33f
+def _contents(rows): # [rows] a hash of each row's texts, whatever the order of its answers
+    if 'prompt' in rows: asked, answers = rows.prompt, zip(rows.response_a, rows.response_b)
+    else: asked, answers = zip(rows.problem, rows.question), rows.options
+    return [text_hash(json.dumps([list(a), sorted(map(list, b))])) for a, b in zip(asked, answers)]
+
 def trained_on(
     rec:dict, # Record of a run
     rows,     # Table of rows
 ) -> np.ndarray: # [rows], bool
-    "Was a run trained on these rows? If a table or an ancestor is gone or changed, all rows count as seen"
-    try: return rows.id.isin(set(rows_seen(rec['run_id']).id)).to_numpy()
+    "Was a run trained on these texts? If a table or an ancestor is gone or changed, all rows count as seen"
+    try: past = _of_kind(training_rows(ancestors(rec['run_id'])), rows)
     except Refusal: return np.ones(len(rows), bool)
+    known = set(_contents(past))
+    return np.array([text in known for text in _contents(rows)], bool)
 
 # %% ../nbs/lib/03h_trained.ipynb #97531cec
 def _is_here(base): # a base that has been fetched; a model with weights of its own does without it
