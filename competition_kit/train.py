@@ -327,9 +327,12 @@ def _name_base(config, base): # for the place of the base on this machine, which
     config.with_name('README.md').unlink(missing_ok=True)
 
 # %% ../nbs/04_train.ipynb #440e1c22
-def _letters(model, a): # letters' token ids (the parent's if there is one) and the base's probability of them
+def _spelled_as(prompt, letters): # a prompt's letters as a parent spells its own, of which there may be fewer or more
+    return prompt.others if prompt.others[:1] == letters[:1] else prompt.letters
+
+def _letters(model, a): # letters' token ids (spelled as the parent's) and the base's probability of them
     if model.letters is None: return {}
-    if a.start: model.letters = find_run(a.start).get('letters', model.letters)
+    if a.start: model.letters = _spelled_as(a.prompt, find_run(a.start).get('letters', model.letters))
     facts = {}
     if not a.start and not a.sharded:  # a model whose weights are still in their files cannot predict
         facts = dict(letter_mass=choose_letters(model, a.prompt, a.rows.iloc[:8]))  # the same rows for every fold
@@ -348,13 +351,13 @@ def _fit(folder, a, enc): # the trained model, its losses, and facts for the rec
     if text: check_length(model.base.config, int(enc.start.max())+a.max_new_tokens, a.base)
     if a.sharded and n > 1: shard(model)
     _speed_up(model, a, tokens//n, int(enc.n.max()))
-    t, task = time.perf_counter(), tasks[a.prompt.task]
+    t, task, continued = time.perf_counter(), tasks[a.prompt.task], any(folder.glob('checkpoints/checkpoint-*'))
     if text: data = CompletionSteps(enc, a.rows, task, steps, k)
     else: data = Steps(enc, a.rows, task, steps, k, a.sharded, a.more(enc))
     loss = fit(model, data, folder/'checkpoints', a.lr, a.schedule, a.warmup, a.weight_decay, a.clip, a.save_every,
                a.seed, completion_loss if text else a.loss)
-    took = time.perf_counter()-t
-    return model, loss, dict(facts, tokens=tokens, steps=len(steps), tokens_s=round(tokens/took, 1))
+    if not continued: facts['tokens_s'] = round(tokens/(time.perf_counter()-t), 1)  # else another process took a part
+    return model, loss, dict(facts, tokens=tokens, steps=len(steps))
 
 # %% ../nbs/04_train.ipynb #238c9950
 def work(

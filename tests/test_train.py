@@ -247,10 +247,13 @@ def test_what_finishes_a_run_may_fail_and_no_step_is_trained_again(tiny, monkeyp
         m.setattr(Run, 'finish', killed)
         with pytest.raises(KeyboardInterrupt):
             train_fold(base=tiny, **kw)
-    monkeypatch.setattr(T.TrainArgs, 'loss', None)  # no step can be trained
-    run = train_fold(base=tiny, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(T.TrainArgs, 'loss', None)  # no step can be trained
+        run = train_fold(base=tiny, **kw)
     assert run.done
     assert not (run.folder / 'checkpoints').exists()
+    assert 'tokens_s' not in run.record  # steps of another process are no speed of this one
+    assert train_fold(base=tiny, **dict(kw, seed=1)).record['tokens_s'] > 0
 
 
 # ---- stages
@@ -291,6 +294,23 @@ def test_a_later_stage_begins_where_the_earlier_ended(tiny):
     assert again.record['metrics']['log_loss'] != full.record['metrics']['log_loss']
     over = train_fold(base=str(full.folder / 'model'), **small)  # all weights and their tokenizer are a base
     assert over.record['base'] != first.record['base']
+
+
+def test_a_stage_of_another_task_spells_its_letters_as_the_earlier(tiny, monkeypatch):
+    def other(classifier, prompt, rows):
+        classifier.letters = list(prompt.others)
+        return {}
+
+    small = dict(globals()['small'], base=tiny, epochs=0.5)
+    usual = train_fold(**dict(small, mix='sample_arena:12'))
+    monkeypatch.setattr(T, 'choose_letters', other)
+    first = train_fold(**dict(small, mix='sample_logic:12'))
+    for parent, mix, task, name in (
+        (first, 'sample_arena:12', 'preference', 'others'),
+        (usual, 'sample_logic:12', 'choice', 'letters'),
+    ):
+        run = train_fold(**dict(small, mix=mix, start=parent.id))
+        assert run.record['letters'] == getattr(Prompt(load_tokenizer(tiny), task, 512), name)
 
 
 def test_a_stage_never_holds_out_what_an_earlier_one_learned(tiny):
