@@ -180,7 +180,7 @@ def rows_seen(
     "The rows that a run or one of its ancestors was trained on"
     return training_rows(ancestors(run))[['id', 'group']]
 
-def _of_kind(past, rows): # those of the rows trained on that are pairs, or have options, as `rows`: a parent's may differ
+def _of_kind(past, rows): # the rows trained on that are pairs, or have options, as `rows`: a parent's may differ
     column = 'prompt' if 'prompt' in rows else 'problem'
     return past[past[column].notna()] if column in past else past[:0]
 
