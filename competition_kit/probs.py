@@ -76,6 +76,10 @@ def align(
     out = np.zeros((len(rows), width), np.float32)
     p = probs.p.to_numpy()[pos]
     n = np.fromiter(map(len, p), int, len(p))
+    wanted = np.fromiter(map(len, rows.options), int, len(p)) if 'options' in rows else n.clip(max=width)
+    if (n != wanted).any():
+        raise Refusal('probabilities for another number of options', where, np.asarray(rows.id)[n != wanted],
+                      'Predict these rows again: another table has the same ids')
     out[np.arange(width) < n[:, None]] = np.concatenate(p) if len(p) else []
     return out
 
