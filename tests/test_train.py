@@ -374,6 +374,13 @@ def test_weights_that_are_none_are_refused(tiny, weight):
         train_fold(base=tiny, **dict(small, mix='part'))
 
 
+def test_rows_without_any_weight_are_refused(tiny):
+    rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
+    write_rows(rows.assign(weight=1.0 * (rows.fold == 0)), data_path('part.parquet'))
+    with pytest.raises(Refusal, match='all .* rows to train on have the weight 0'):
+        train_fold(base=tiny, **dict(small, mix='part'))
+
+
 def test_rows_that_teach_nothing_are_refused(tiny):
     rows = load_rows('sample_arena:40').drop(columns=['main', 'phase'])
     write_rows(rows.assign(label=rows.label.where(rows.fold != 1, -1)), data_path('part.parquet'), task='preference')
