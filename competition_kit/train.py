@@ -181,7 +181,8 @@ def _check_rows(a): # is there something to train on, and have all held-out rows
     if len(odd := rows.id.iloc[train][~((weight >= 0) & (weight < np.inf))]):
         raise Refusal('rows to train on have a weight that is below 0 or no number', ids=odd.tolist(),
                       fix='Give each row a weight from 0 on; 1 is usual')
-    if not weight.any(): raise Refusal(f'all {len(weight)} rows to train on have the weight 0', fix='Give some of them 1')
+    if not weight.any():
+        raise Refusal(f'all {len(weight)} rows to train on have the weight 0', fix='Give them 1')
     if a.route == 'text': _check_rationales(a)
     elif a.loss is pack_loss: _check_labels(rows_at(rows, train))
 
