@@ -182,7 +182,12 @@ def rows_seen(
 
 def _of_kind(past, rows): # the rows trained on that are pairs, or have options, as `rows`: a parent's may differ
     column = 'prompt' if 'prompt' in rows else 'problem'
-    return past[past[column].notna()] if column in past else past[:0]
+    return past[past[column].notna()].dropna(axis=1, how='all') if column in past else past[:0]
+
+def _contents(rows): # [rows] a hash of each row's texts, whatever the order of its answers
+    if 'prompt' in rows: asked, answers = rows.prompt, zip(rows.response_a, rows.response_b)
+    else: asked, answers = zip(rows.problem, rows.question), rows.options
+    return [text_hash(json.dumps([list(a), sorted(map(list, b))])) for a, b in zip(asked, answers)]
 
 def has_seen(
     held, # Rows to hold out
@@ -190,17 +195,13 @@ def has_seen(
     past, # From `training_rows`
 ) -> np.ndarray: # [held rows], bool
     "Was a run trained on these rows, or on exact or near copies of them?"
-    def of(table): return pd.MultiIndex.from_frame(table[['id', 'group']])
-    other = _of_kind(past[~of(past).isin(of(rows))], held)  # groups tell the rows of this table apart; an id does not
+    def own(table): return zip(table.id, table.group, _contents(table))
+    alike, known = _of_kind(past, held), set(own(rows))
+    other = alike[np.array([row not in known for row in own(alike)], bool)]  # of this table, groups tell the rows apart
     texts = group_text(held, other) if len(other) else group_text(held)
     return held.group.isin(set(past.group)).to_numpy() | copied(texts[:len(held)], texts[len(held):])
 
 # %% ../nbs/lib/03h_trained.ipynb #4e7fd33f
-def _contents(rows): # [rows] a hash of each row's texts, whatever the order of its answers
-    if 'prompt' in rows: asked, answers = rows.prompt, zip(rows.response_a, rows.response_b)
-    else: asked, answers = zip(rows.problem, rows.question), rows.options
-    return [text_hash(json.dumps([list(a), sorted(map(list, b))])) for a, b in zip(asked, answers)]
-
 def trained_on(
     rec:dict, # Record of a run
     rows,     # Table of rows
