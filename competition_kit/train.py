@@ -455,6 +455,8 @@ def train(
 ):
     "Fine-tune on all folds but one, predict that one, and finish the run"
     prompt, (rows, held) = args.prompt, (rows_at(args.rows, at) for at in (args.fold_at[0], args.scored))
+    if cut := int(held.group.isin(set(rows.group)).sum()):  # of a table whose folds are not from `02_split`
+        print(f'{cut} of {len(held)} held-out rows share a group with rows to train on: their scores will be too good')
     loss, facts, p = (work if args.gpus == 1 else _all_ranks)(run.folder, args)
     if not np.isfinite(p).all():
         raise Refusal('the trained model predicts NaN', run.folder, fix='Take a smaller lr, or bf16 instead of fp16')

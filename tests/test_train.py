@@ -208,6 +208,15 @@ def test_held_out_rows_are_never_trained_on():
         assert len(train) + len(held) == len(rows)
 
 
+def test_folds_that_cut_a_group_are_named(tiny, capsys):
+    rows = load_rows('sample_arena:12').drop(columns=['main', 'phase'])
+    kw = dict(small, base=tiny, mix='own', epochs=0.5)
+    for group, n in ((rows.group, 0), (rows.group.where(rows.fold > 1, 'same'), (rows.fold == 0).sum())):
+        write_rows(rows.assign(group=group), data_path('own.parquet'), task='preference')
+        train_fold(**kw)
+        assert (f'{n} of {n} held-out rows share a group' in capsys.readouterr().out) == (n > 0)
+
+
 def test_rows_are_tokenised_once(tiny, monkeypatch):
     "the held-out rows too come from the tokens of the whole table; another fold finds them there"
     calls, real = [], Prompt.encode
