@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Training', 'TrainArgs', 'new_model', 'save_model', 'work', 'train', 'train_fold', 'run_table', 'held_out', 'plot_run',
-           'hardest', 'chain', 'fold_rows', 'learned']
+           'hardest']
 
 # %% ../nbs/04_train.ipynb #af5dfd0e
 import gc, os, re, shutil, sys, time
@@ -37,9 +37,8 @@ from .rows import tasks
 from .speed import checkpoint_activations, compile_layers, fuse, layers, worth_compiling
 from .tables import check_texts, load_rows, table_hashes
 from .text import TextPrompt, parse_replies
-from .trained import (ancestors as chain, check_run, has_seen, lineage_of, load_adapter, model_params,
-                                     parents, rows_seen as learned, same_tables, training_rows)
-_all_ = ['chain', 'fold_rows', 'learned']  # of the notebooks below
+from .trained import (check_run, has_seen, lineage_of, load_adapter, model_params, parents, same_tables,
+                                     training_rows)
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
