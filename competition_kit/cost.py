@@ -501,7 +501,7 @@ def cost(
     speed = _tokens_per_second(job, gpu, gpus, n, template, tokens, checkpointed, shared if views == 2 else 0)
     seen = (len(n) if rows is None else rows)*views*epochs
     total = float(n.mean())*seen
-    packs = seen/max(1, min(batch or np.inf, tokens/float(n.mean())))
+    packs = seen/max(1, min(batch*views/gpus or np.inf, tokens/float(n.mean())))  # a GPU has its part of a step's rows
     return _summary(job, gpu, gpus, tokens, checkpointed) | dict(
         mean_len=round(float(n.mean())), tokens=round(total), tokens_s=round(speed), hours=total/speed/3600,
         gpu_hours=gpus*total/speed/3600, launch_hours=_launch_hours(job, gpu, packs/gpus),

@@ -295,6 +295,12 @@ def test_a_template_is_computed_once_a_pack():
     alone = [cost(**kw, lengths=[2000], pack_tokens=2000, template=t)['tokens_s'] for t in (0, 160)]
     assert alone[0] == alone[1]
 
+def test_packs_of_a_step_on_several_gpus():
+    "a step of 8 rows in 2 views is one pack of a GPU, and 8 packs of 8 GPUs: as many steps, and as many packs a GPU"
+    kw = dict(base='qwen2.5-7b', gpu='H200', lengths=np.full(400, 200), pack_tokens=100_000, batch=8, compiled=False)
+    for gpus, views in ((1, 1), (1, 2), (8, 2), (4, 1)):
+        assert cost(**kw, gpus=gpus, views=views)['launch_hours'] == pytest.approx(50*28*.0193/3600)
+
 # ---- GPUs, dtypes and routes
 @pytest.mark.parametrize('gpu', known_gpus)
 def test_every_gpu(gpu):
