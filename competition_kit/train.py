@@ -497,7 +497,10 @@ def run_table(run): # DataFrame
 def held_out(run): # (rows, probabilities)
     "The rows that a run has held out, and its probabilities of them"
     p = run.record['params']
-    _, rows = fold_rows(load_rows(p['mix'], p['seed']), p['fold'])
+    table = load_rows(p['mix'], p['seed'])
+    if not same_tables(run.record):
+        raise Refusal(f"the table of {run.id} ({p['mix']}) has changed since", fix='Restore it, or train again')
+    _, rows = fold_rows(table, p['fold'])
     rows = rows_at(rows, slice(None, None, p.get('score_every', 1)))
     return rows, align(read_probs(run.folder/'probs.parquet'), rows)
 

@@ -351,6 +351,9 @@ def test_a_stage_over_a_table_that_changed_is_refused(tiny):
     write_rows(rows.assign(fold=rows.fold.to_numpy()[::-1]), data_path('own.parquet'), task='preference')
     with pytest.raises(Refusal, match='has changed since'):
         train_fold(**dict(small, start=first.id))
+    write_rows(rows.assign(label=(rows.label + 1) % 3), data_path('own.parquet'), task='preference')
+    with pytest.raises(Refusal, match='has changed since'):
+        held_out(first)  # its probabilities would stand beside other labels
 
 
 def test_rows_with_soft_labels_alone(tiny):
