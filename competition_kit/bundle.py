@@ -15,6 +15,7 @@ __all__ = ['targets', 'Target', 'find_target', 'each', 'package_runs', 'largest_
 # %% ../nbs/lib/11_bundle.ipynb #df8842bc
 import concurrent.futures, contextlib, csv, hashlib, importlib.metadata, inspect, io, json, os, re, shutil, signal
 import subprocess, sys, tempfile, time, zipfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from . import core
@@ -81,6 +82,8 @@ def package_runs(
     "The models to pack, and how they vote"
     recs = each(find_run, names)
     if not recs: raise Refusal('no run is named', fix='Name a finished vote, or train, distill, merge or gptq runs')
+    if twice := [i for i, n in Counter(r['run_id'] for r in recs).items() if n > 1]:
+        raise Refusal(f"named twice: {', '.join(twice)}", fix='Name it once; vote_weight in the workbook is its weight')
     votes = [r for r in recs if r['stage'] == 'vote']
     if votes and len(recs) > 1: raise Refusal('a vote brings its own runs', votes[0]['run_id'], fix='Name it alone')
     if votes: return _of_vote(votes[0])
@@ -234,6 +237,7 @@ def pip_options(
 ) -> list: # Options of `pip install` and `pip download`
     "How pip looks for the target's wheels; GPU targets have glibc 2.35, as Ubuntu 22.04"
     options = ['--only-binary=:all:']
+    if wheels and not Path(wheels).is_dir(): raise Refusal('no such folder of wheels', wheels)
     if wheels: options += ['--no-index', f'--find-links={Path(wheels).resolve()}']
     if not target.python: return options
     tags = [f'manylinux_2_{k}_x86_64' for k in range(5, 36)]+['manylinux2014_x86_64', 'linux_x86_64']
@@ -573,7 +577,8 @@ def first_file(name, *folders):
     "The first file below the folders whose name fits, in capitals or not; if there are others, a fault names one"
     found = [p for f in folders for p in sorted(Path(f).rglob('*')) if re.fullmatch(name, p.name, re.I) and p.is_file()]
     if len(found) > 1: faults.append(f'{len(found)} files could be meant: {found[0]} was taken, not {found[1]}')
-    return next(iter(found), None)'''
+    if not found: raise FileNotFoundError(f'no file called {name} in {", ".join(folders)}: name it in the first cell')
+    return found[0]'''
 
 # %% ../nbs/lib/11_bundle.ipynb #8112c9f4
 _first = '''places = [p for p in ('/kaggle/input', '.') if Path(p).is_dir()]
@@ -773,14 +778,31 @@ def package_folder(
 ) -> Path:
     "Where a package goes; a folder that is there already is refused"
     out = Path(out) if out else models_path('packages', f'{target}-{hash_obj([target, *names])}')
-    if out.exists(): raise Refusal('the folder is there already', out, fix='Delete it, or give another one')
+    _refuse_existing(out)
     return out
 
-def _empty_beside(out): # a hidden folder that becomes `out` when it is whole
-    tmp = out.with_name(f'.{out.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    return tmp
+def _refuse_existing(out):
+    if out.exists(): raise Refusal('the folder is there already', out, fix='Delete it, or give another one')
+
+@contextlib.contextmanager
+def _hidden_until_whole(out): # yields a hidden folder beside `out`, which becomes it; one process at a time
+    from filelock import FileLock, Timeout
+    tmp, lock = (out.with_name(f'.{out.name}.{end}') for end in ('tmp', 'lock'))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=0)
+    try: held.acquire()
+    except Timeout:
+        raise Refusal('another process is packing it', out, fix='Wait for it, or give another folder') from None
+    try:
+        _refuse_existing(out)  # the other process may be done by now
+        shutil.rmtree(tmp, ignore_errors=True)  # of a killed process
+        tmp.mkdir()
+        yield tmp
+        tmp.rename(out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        held.release()
 
 # %% ../nbs/lib/11_bundle.ipynb #e0cbcf7b
 def bundle(
@@ -792,21 +814,23 @@ def bundle(
 ) -> Path: # The folder of the package
     "Pack finished runs for a platform without a network"
     t, out = find_target(target), package_folder(runs, target, out)
+    if t.rank and (there or wheels):
+        raise Refusal('an adapter goes alone, without bases and wheels', fix='Leave out --there and --wheels')
     if t.rank: return adapter_package(runs, t, out)
     recs, how = package_runs(runs)
     if len({r['task'] for r in recs}) > 1: raise Refusal('the runs are of several tasks', fix='Pack them apart')
     each(lambda rec: check_model(rec, t), recs)
     bases = package_bases(recs, there)
     check_size(recs, bases, t)
-    found, tmp = resolve(needed_packages(recs), t, wheels), _empty_beside(out)
-    write_wheels(found, t, tmp, wheels)
-    check_size(recs, bases, t, folder_bytes(tmp))
-    for rec in recs: copy_run(rec, tmp/'models', t.fp16)
-    names = copy_bases(bases, tmp/'bases')
-    write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
-    submission = 'submission.csv' if tasks[recs[0]['task']].pair else 'submission.jsonl'
-    write_notebook(tmp/'submit.ipynb', t, f"Submission of {', '.join(runs)}", submission)
-    return tmp.rename(out)
+    with _hidden_until_whole(out) as tmp:
+        write_wheels(resolve(needed_packages(recs), t, wheels), t, tmp, wheels)
+        check_size(recs, bases, t, folder_bytes(tmp))
+        for rec in recs: copy_run(rec, tmp/'models', t.fp16)
+        names = copy_bases(bases, tmp/'bases')
+        write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
+        submission = 'submission.csv' if tasks[recs[0]['task']].pair else 'submission.jsonl'
+        write_notebook(tmp/'submit.ipynb', t, f"Submission of {', '.join(runs)}", submission)
+    return out
 
 # %% ../nbs/lib/11_bundle.ipynb #04057812
 def adapter_config(
@@ -842,11 +866,11 @@ def adapter_package(
     _refuse_other(rec)
     check_run(rec)
     config, file = adapter_config(rec, target.rank), weights_path(rec)/'adapter_model.safetensors'
-    tmp = _empty_beside(out)
-    with zipfile.ZipFile(tmp/'submission.zip', 'w', zipfile.ZIP_STORED) as z:
-        z.writestr('adapter_config.json', json.dumps(config, indent=1))
-        z.write(file, file.name)
     base = dict(name=model_params(rec)['base'], hash=rec['base'])
-    write_json(tmp/'bundle.json', dict(made=now(), run=rec['run_id'], base=base, rank=config['r'],
-                                        target=asdict(target), files=file_list(tmp, {})))
-    return tmp.rename(out)
+    with _hidden_until_whole(Path(out)) as tmp:
+        with zipfile.ZipFile(tmp/'submission.zip', 'w', zipfile.ZIP_STORED) as z:
+            z.writestr('adapter_config.json', json.dumps(config, indent=1))
+            z.write(file, file.name)
+        write_json(tmp/'bundle.json', dict(made=now(), run=rec['run_id'], base=base, rank=config['r'],
+                                            target=asdict(target), files=file_list(tmp, {})))
+    return Path(out)

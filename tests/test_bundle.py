@@ -94,6 +94,22 @@ def test_faults_come_together_and_before_any_file(runs, own_root):
         bundle([run_stage(vote, VoteArgs(runs=runs[3])).id, runs[3]], 'cpu', own_root/'package')
     assert not list(own_root.glob('*package*'))
 
+def test_a_run_that_is_named_twice_is_refused(runs):
+    with pytest.raises(Refusal, match=f'named twice: {runs[0]}\\.'): package_runs([runs[0], runs[1], runs[0][:-1]])
+
+def test_a_package_is_made_by_one_process_at_a_time(runs, own_root, monkeypatch):
+    "the second would delete what the first has copied; what a killed one left is deleted"
+    out, said = own_root/'zip', []
+    (own_root/'.zip.tmp/left').mkdir(parents=True)
+    def meanwhile(*a):
+        with pytest.raises(Refusal, match='another process is packing') as e: bundle(runs[:1], 'adapter', out)
+        said.append(str(e.value))
+        return {}
+    monkeypatch.setattr('competition_kit.bundle.file_list', meanwhile)
+    assert bundle(runs[:1], 'adapter', out) == out and str(out) in said[0]
+    assert {p.name for p in out.iterdir()} == {'bundle.json', 'submission.zip'}
+    assert not list(own_root.glob('.zip*'))
+
 def test_runs_that_weigh_nothing_are_refused_here_and_not_by_the_platform(runs, monkeypatch):
     monkeypatch.setattr('competition_kit.bundle.people', lambda: {runs[0]: dict(vote_weight=0.)})
     with pytest.raises(Refusal, match='weight 0'): package_runs(runs[:1])
@@ -292,6 +308,10 @@ def test_the_notebook_needs_nothing_but_python_and_leaves_the_prior(samples, own
     assert check_submission(own_root/'submission.csv', sample, 'preference')
     assert report['submission'] == 'the class prior' and any('bundle.json' in fault for fault in report['faults'])
 
+def test_a_file_that_the_notebook_does_not_find_is_named(own_root):
+    faults = run_cells(own_root)['faults']
+    assert any('no file called' in fault and 'submi' in fault and 'first cell' in fault for fault in faults)
+
 @pytest.mark.parametrize('name', ['sampleSubmission.csv', 'submission_sample.csv'])
 def test_the_sample_is_found_by_the_names_that_the_kit_takes(samples, own_root, name):
     "other files of such names are no samples, and a second sample is named"
@@ -328,6 +348,7 @@ def test_what_only_the_target_needs_is_followed_to_the_end(own_root):
 def test_wheels_that_are_not_there_are_named(runs, own_root):
     wheel(own_root/'wheels', 'torch', '2.13.0')
     with pytest.raises(Refusal, match='transformers'): bundle(runs[:1], 'cpu', own_root/'package', own_root/'wheels')
+    with pytest.raises(Refusal, match='no such folder'): bundle(runs[:1], 'cpu', own_root/'package', own_root/'gone')
     assert not list(own_root.glob('*package*'))
 
 def test_an_exchanged_wheel_is_not_installed_and_pip_ends_at_the_deadline(own_root):
@@ -365,6 +386,11 @@ def test_the_zip_has_two_files_and_the_base_is_named(runs, own_root):
     facts = read_json(own_root/'zip/bundle.json')
     assert facts['base']['hash'] == find_run(runs[0])['base'] and 'submission.zip' in facts['files']
     assert main(['bundle', runs[4], '--target', 'adapter', '--out', str(own_root/'score')]) == 2
+
+@pytest.mark.parametrize('option', [['--there', 'smollm2=/kaggle/input/smollm2'], ['--wheels', 'wheels']])
+def test_what_an_adapter_does_not_take_is_refused(runs, own_root, capsys, option):
+    assert main(['bundle', runs[0], '--target', 'adapter', '--out', str(own_root/'zip'), *option]) == 2
+    assert 'Leave out --there and --wheels' in capsys.readouterr().err and not (own_root/'zip').exists()
 
 def test_an_adapter_package_is_whole_or_absent(runs, own_root, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
