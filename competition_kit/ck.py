@@ -39,6 +39,9 @@ def run(
     again:bool=False, # Repeat a run that is done
 ) -> int:          # The exit code
     "Run a notebook and print how it went"
+    return _run(nb, params, gpus, again)['code']
+
+def _run(nb, params, gpus=0, again=False): # As `run_notebook` returns it
     start = monotonic()
     for line in uncommitted(find_notebook(nb), params or ()): print(f'not given: {line}', file=sys.stderr)
     r = run_notebook(nb, params, gpus, again)
@@ -46,7 +49,7 @@ def run(
     result = f"{r['run'] or 'finished'}: {(monotonic()-start)/60:.1f} minutes"
     if r['error']: result = r['error'].removeprefix('Refusal: ')
     print(f"{result}\nnotebook: {_short(r['notebook'])}", file=sys.stderr if r['error'] else sys.stdout)
-    return r['code']
+    return r
 
 def _last_lines(traceback, n=15):
     text = '\n'.join(traceback)
@@ -100,11 +103,14 @@ def log_plan(
 
 def _run_planned(plan):
     os.environ['CK_PLANNED_ROW'] = str(plan['row'])
-    try: return run(plan['stage'], plan['params'])
+    try: r = _run(plan['stage'], plan['params'])
     except Refusal as e:
-        print(e, refuse_plan(plan['row'], str(e)), sep='\n', file=sys.stderr)
-        return 2
+        print(e, file=sys.stderr)
+        r = dict(code=2, run=None, error=str(e))
     finally: del os.environ['CK_PLANNED_ROW']
+    if r['code'] == 2 and not r['run']:  # else the row is the run's
+        print(refuse_plan(plan['row'], r['error'].removeprefix('Refusal: ')), file=sys.stderr)
+    return r['code']
 
 # %% ../nbs/lib/12a_ck.ipynb #ebfefc3a
 def _repeatable(rec): # Notebook, the parameters that it still declares, and the names of the others
@@ -463,6 +469,9 @@ def main(
     except KeyboardInterrupt: return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as e:  # such as a full disk, or a folder that is someone else's
+        print(f'ck: {e}', file=sys.stderr)
         return 1
 
 # %% ../nbs/lib/12a_ck.ipynb #a82f9462

@@ -418,11 +418,18 @@ def people(
     store, out = _harvest(book, path, store), {}
     for name in ('runs', 'votes'):
         stored, sh = store.get(name, {}), book.get(name)
+        for col in _columns_gone(sh, stored):
+            print(f'{LOG}, sheet {sh.title}: there is no column {col}, so its last values count; '
+                  'give the column this header again to change them')
         for key in stored.keys() | (sh.at.keys() if sh else set()):
             if run_id not in (None, key) or not _ID.fullmatch(key): continue  # a row of totals is no run
             if sh and key in sh.at: _check_people(sh, name, key, stored.get(key, {}), path)
             if key in stored: out.setdefault(key, dict.fromkeys(_PEOPLE)).update(_typed(sh, key, stored[key]))
     return out if run_id is None else out.get(run_id, dict.fromkeys(_PEOPLE))
+
+def _columns_gone(sh, stored): # Columns that steer the vote, hold a value, and are not in the sheet
+    def filled(col): return any(o.get(col, {}).get('value', '') != '' for o in stored.values())
+    return [c for c in ('keep', 'vote_weight') if sh and c not in sh.cols and filled(c)]
 
 # %% ../nbs/lib/01a_log.ipynb #ab416285
 _YES, _NO = {'x', 'yes', 'y', '1', 'true', '是', '✓', '✔'}, {'no', 'n', '0', 'false', '否'}
@@ -472,6 +479,9 @@ def planned() -> list: # One dict a row: `row` (as Excel counts), `stage`, `fold
     "The runs that people planned in the workbook; a row that cannot be understood is refused by its cell"
     path = project_root()/LOG
     sh = _read_book(path).get('runs') if path.exists() else None
+    if sh and (gone := [c for c in ('status', 'stage') if c not in sh.cols]):
+        raise Refusal(f"there is no column {' and no column '.join(gone)}", f'{LOG}, sheet {sh.title}',
+                      fix='Plans need it: give the column this header again')
     for id, rows in (sh.copies if sh else {}).items():
         for i in filter(lambda i: _is_planned(sh, i), rows):
             _refuse_cell(sh, i, 'run_id', f'has the id of the run in row {sh.at[id]+1}', 'Empty this cell')
@@ -887,7 +897,12 @@ def _sync(path): # One line: what was done
     if complete and not (new.cells or new.rows or old.note): return up_to_date  # only merged cells differ
     _swap(old, new, want)
     for rec in claims.values(): models_path(rec['run_id'], '.planned').unlink(missing_ok=True)
-    return f'{LOG}: {_counted(new.rows, "row")} added, {_counted(new.cells, "cell")} changed{old.note}'
+    note = old.note+_set_apart(old, new.before)
+    return f'{LOG}: {_counted(new.rows, "row")} added, {_counted(new.cells, "cell")} changed{note}'
+
+def _set_apart(old, before): # Which sheets of our names were no sheets of ours
+    theirs = [s for s in _SHEETS if s not in old.book and s in {title for title, *_ in before}]
+    return ''.join(f'; the sheet {s} had no column {_KEYS[s]}, and is now {s} (old)' for s in theirs)
 
 def _counted(n, word): return f"{n} {word}{'s'*(n != 1)}"
 

@@ -5,7 +5,7 @@ import nbformat, openpyxl, pytest
 from competition_kit.ck import (_ancestors, _command, _pairs, _cost, _parser, doctor, log_plan, log_repro, log_table,
                                 main, uncommitted)
 from competition_kit.core import Refusal
-from competition_kit.log import sync_log
+from competition_kit.log import plan_runs, sync_log
 from competition_kit.record import find_run, start_run, write_record
 
 HEAVY = {'torch', 'transformers', 'pandas', 'numpy', 'papermill', 'openpyxl', 'nbformat', 'jupyter_client', 'pyarrow'}
@@ -75,6 +75,11 @@ def test_empty_project(root, capsys):
     assert main(['log', 'plan']) == 0
     assert main(['log', 'sync']) == 0
     assert not (root/'models').exists() or not list((root/'models').glob('*/record.json'))
+
+def test_a_folder_that_cannot_be_written_is_one_message(root, capsys):
+    (root/'models').touch()
+    assert main(['recipe', 'run', 'quickstart']) == 1
+    assert re.fullmatch(r"ck: .*Not a directory: .*models.*\n", capsys.readouterr().err)
 
 def test_table(root, capsys):
     baselines = dict(prior=dict(log_loss=1.1, accuracy=.3), longer=dict(accuracy=.5))
@@ -222,6 +227,16 @@ def test_plan(project, capsys):
     sync_log(wait=True)
     ws = openpyxl.load_workbook(project/'experiments_log.xlsx')['runs']
     assert ws.cell(5, cols['run_id']).value.startswith('demo-f1-')
+
+def test_a_plan_that_its_notebook_refuses_is_not_planned_again(project, capsys):
+    nb = nbformat.read(project/'nbs/90_demo.ipynb', 4)
+    nb.cells[1].source = 'from competition_kit.core import Refusal\nraise Refusal("fold 7 does not exist")'
+    nbformat.write(nb, project/'nbs/90_demo.ipynb')
+    sync_log()
+    plan_runs([dict(stage='demo', params=dict(fold=7))])
+    assert main(['log', 'plan', '--go']) == 2
+    assert 'refused: fold 7 does not exist' in capsys.readouterr().err
+    assert main(['log', 'plan']) == 0 and 'No row' in capsys.readouterr().out
 
 def test_cost_of_a_training(root, capsys):
     job = '--base Qwen/Qwen2.5-7B-Instruct --gpu H200 --rows 57477 --lengths lmsys --max-len 2048 --lora-r 64'

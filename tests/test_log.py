@@ -646,12 +646,32 @@ def test_sheets_that_are_gone_or_someone_elses(root):
     run()
     edit(root, lambda wb, ws, at: (wb.remove(wb['votes']), setattr(wb['guide'], 'title', 'help'),
                                    ws.delete_cols(1), ws.cell(2, 1, 'theirs')))
-    assert 'not updated' not in sync_log()
+    said = sync_log()
+    assert 'the sheet runs had no column run_id, and is now runs (old)' in said and 'votes had' not in said
     assert len(ids(root)) == 1
     assert openpyxl.load_workbook(root/LOG)['runs (old)']['A2'].value == 'theirs'
+    assert sync_log() == f'{LOG} is up to date'
     edit(root, lambda wb, ws, at: setattr(ws, 'title', 'tmp') or setattr(ws, 'title', 'Runs'))
     run(1)
     assert len(ids(root)) == 2
+
+@pytest.mark.parametrize('col', ['keep', 'vote_weight'])
+def test_a_column_that_steers_the_vote_and_has_another_header_is_named(root, capsys, col):
+    id = run()
+    edit(root, lambda wb, ws, at: ws.cell(2, at[col], 1))
+    sync_log()
+    edit(root, lambda wb, ws, at: (ws.cell(2, at[col], 0), ws.cell(1, at[col], f'my {col}')))
+    capsys.readouterr()
+    assert people(id)[col] == 1
+    assert f'sheet runs: there is no column {col}, so its last values count' in capsys.readouterr().out
+    edit(root, lambda wb, ws, at: ws.cell(1, at[f'my {col}'], col))
+    assert people(id)[col] == 0 and not capsys.readouterr().out
+
+def test_plans_without_their_columns_are_refused(root):
+    "else `ck log plan` would say that nothing is planned"
+    run()
+    edit(root, lambda wb, ws, at: (ws.cell(1, at['status'], 'state'), ws.delete_cols(at['stage'])))
+    with pytest.raises(Refusal, match='sheet runs: there is no column status and no column stage'): planned()
 
 def test_strict_cells(root):
     run()
