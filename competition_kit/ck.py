@@ -427,6 +427,7 @@ def _bundle(args):
     from competition_kit.bundle import bundle, find_target, package_sizes
     if wrong := [o for o in args.there if '=' not in o]: raise Refusal(f'--there {wrong[0]}', fix='Write BASE=FOLDER')
     there = dict(o.split('=', 1) for o in args.there)
+    if len(there) < len(args.there): raise Refusal(f"--there {' '.join(args.there)}", fix='Give each base once')
     folder = bundle(args.runs, args.target, args.out, args.wheels, there)
     print(package_sizes(folder, find_target(args.target)), f'package: {_short(folder)}', sep='\n')
 

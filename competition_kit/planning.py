@@ -44,7 +44,7 @@ def write_recipe(
     for plan in plans: _check_row(plan)
     text = yaml.safe_dump(recipe_of_plans(name, plans), sort_keys=False, allow_unicode=True)
     with atomic(file) as tmp: tmp.write_text(text, encoding='utf-8')
-    try: expand(read_recipe(name))
+    try: expand(read_recipe(file))
     except Refusal:
         file.unlink()
         raise

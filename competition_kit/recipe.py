@@ -220,7 +220,8 @@ def last_start(
             if (name in ('', p['recipe']) or file == p['file']) and scale in ('', p['scale'])]
     start = dict(file='', scale='', values={}, profile='local', cores=0)
     if kept: return {k: kept[-1].get(k, v) for k, v in start.items()}
-    raise Refusal(f"{name or 'no recipe'} {scale} was not started yet", fix='Start one with `ck recipe run`')
+    what = ' at the scale '.join(filter(None, [name or 'a recipe', scale]))
+    raise Refusal(f'{what} was not started yet', fix='Start one with `ck recipe run`')
 
 # %% ../nbs/11_recipe.ipynb #04b05d78
 def resume(
@@ -327,5 +328,12 @@ def command(
     given = {k: v for k, v in vars(args).items() if k in _WORDS}
     if wrong := [text for text in given.get('values', []) if '=' not in text]:
         raise Refusal(f'--set {wrong[0]}', fix='Write NAME=VALUE')
-    if 'values' in given: given['values'] = dict(text.split('=', 1) for text in given['values'])
+    if 'values' in given: given['values'] = _given_once(text.split('=', 1) for text in given['values'])
     return _DOES[args.what](**given)
+
+def _given_once(pairs):
+    found = {}
+    for name, text in pairs:
+        if name in found: raise Refusal(f'--set {name} is given twice')
+        found[name] = text
+    return found

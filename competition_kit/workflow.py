@@ -32,6 +32,7 @@ def at_once(
     cores:int=0,     # As asked for; 0: those of the profile, else one a GPU, or one
 ) -> int: # None where the profile runs its jobs elsewhere
     "How many jobs run at once on this machine"
+    if cores < 0: raise Refusal(f'--cores is {cores}', fix='Give 0 or more')
     options = read_yaml(find_profile(profile))
     if options.get('executor', 'local') != 'local': return None
     return cores or options.get('cores') or max(1, len(gpu_ids()))

@@ -403,6 +403,7 @@ def test_the_command_refuses(root, capsys):
     assert main(['bundle', 'x', '--target', 't4']) == 2
     assert main(['bundle', 'x', '--there', 'qwen']) == 2
     assert 'BASE=FOLDER' in capsys.readouterr().err
+    assert main('bundle x --there qwen=/a qwen=/b'.split()) == 2 and 'each base once' in capsys.readouterr().err
 
 # ---- the whole package, without a network
 @pytest.fixture(scope='module')

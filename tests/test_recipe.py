@@ -121,6 +121,16 @@ def test_a_set_number_may_be_written_as_usual(three, given, rate):
     assert expand(read_recipe('three', rate=given))['last'].args['rate'] == rate
     with pytest.raises(Refusal, match='--set rate=high.*Give a float'): read_recipe('three', rate='high')
 
+@pytest.mark.parametrize('words, what', [('run three --cores -1', '--cores is -1. Give 0 or more'),
+    ('plan three --set text=a --set text=b', '--set text is given twice'),
+    ('resume', 'ck: a recipe was not started yet'), ('resume three --scale one', 'three at the scale one was not'),
+    ('from-log two.yaml', "'two.yaml' is not a name for a recipe")])
+def test_wrong_words_are_refused(three, capsys, words, what):
+    from competition_kit.log import plan_runs
+    plan_runs([dict(stage='work', params=dict(seed=7))])
+    assert main(f'recipe {words}'.split()) == 2 and what in capsys.readouterr().err
+    assert not starts(three) and not list((three/'recipes').glob('two*'))
+
 def test_no_instance_is_lost_because_of_its_name(three):
     text = THREE.replace('foreach: {seed: $seeds}', "foreach: {a: [x, x/y], b: [y/z, z]}").replace(
         'seed: $seed, text: $text', 'text: $a $b')
