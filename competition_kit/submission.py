@@ -6,7 +6,7 @@
 __all__ = ['find_sample', 'sample_layout', 'check_submission', 'read_sample', 'make_submission', 'practice_score']
 
 # %% ../nbs/lib/02g_submission.ipynb #c58b0e72
-import re
+import os, re
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -101,10 +101,13 @@ def _check_answers(got, want, path, letters, allowed):
            [f'{i} ({a!r})' for i, a in flat])
     return len(flat)
 
-def _allowed(sample, rows): # letters of each row, where the test table is known
-    folder = Path(sample).resolve().parent
+def _test_table(sample): # the test table of a sample that lies in `data/<name>/`, or None
+    folder = Path(os.path.abspath(sample)).parent  # unresolved: the folder may be a link
     table = data_path(f'{folder.name}_test.parquet')
-    if rows is None and folder == data_path(folder.name) and table.exists(): rows = load_rows(table.stem)
+    ours = folder.parent.resolve() == data_path().resolve()
+    return load_rows(table.stem) if ours and table.exists() else None
+
+def _allowed(rows): # letters of each row, where the test table is known
     if rows is None or 'options' not in rows: return None
     return {i: tasks['choice'].letters[:len(o)] for i, o in zip(rows['id'], rows['options'])}
 
@@ -112,7 +115,7 @@ def _allowed(sample, rows): # letters of each row, where the test table is known
 def check_submission(
     path,       # The file to submit
     sample,     # The host's sample submission
-    task=None,  # Name of the task: which labels there are
+    task=None,  # Name of the task: which labels there are; None: that of the test table
     rows=None,  # The test table: which letters each row has; found by itself where the sample lies in `data/<name>/`
 ) -> str: # One line that says what was found
     "Refuse a submission that the host would refuse, naming its rows"
@@ -120,6 +123,9 @@ def check_submission(
     if not Path(path).is_file(): raise Refusal('no such file', path)
     if Path(path).read_bytes()[:3] == b'\xef\xbb\xbf':
         raise Refusal('it begins with a byte order mark', path, fix='Save it as UTF-8 without one')
+    if rows is None: rows = _test_table(sample)
+    made = {} if rows is None else rows.attrs.get('meta', {})
+    if task is None and made.get('task') in tasks: task = made['task']
     if kind == 'answers': found = _check_lines(path, sample, want, task, rows)
     else: found = _check_table(path, sample, want, kind, task)
     return f'{Path(path).name}: {found}'
@@ -128,7 +134,7 @@ def check_submission(
 def _check_lines(path, sample, want, task, rows): # JSON lines with an answer for each question
     got = _problems(path)
     _check_ids([str(o['id']) for o in got], [str(o['id']) for o in want], path, sample)
-    letters, allowed = tasks[task or 'choice'].letters, _allowed(sample, rows)
+    letters, allowed = tasks[task or 'choice'].letters, _allowed(rows)
     n = _check_answers(got, want, path, letters, allowed)
     return (f"{len(got)} problems with {n} answers, as the sample asks; "
             f"every letter is one of {'its row' if allowed else letters}")

@@ -455,6 +455,24 @@ def test_letters_of_the_row_are_found_beside_the_sample(own_root):
     assert 'ABCDEFG' in check_submission(bad, far / sample.name)
     assert len(rows) > 40
     assert 'its row' in check_submission(sample, sample)
+    home = data_path('sample_logic').rename(own_root / 'host')
+    data_path('sample_logic').symlink_to(home)
+    with pytest.raises(Refusal, match='no letter of the row'):
+        check_submission(bad, sample)
+
+
+def test_ck_check_takes_the_labels_of_the_test_table(own_root):
+    "the vote has written a tie; the sample, which says model_a in each row, lies beside the table or elsewhere"
+    data_path('ties').mkdir(parents=True)
+    rows = load_rows('sample_arena_test')
+    sample, out = data_path('ties/sample_submission.csv'), own_root / 'submission.csv'
+    sample.write_text('\n'.join(['id,winner', *(f'{i},model_a' for i in rows.id)]) + '\n')
+    write_rows(rows, data_path('ties_test.parquet'))
+    said = make_submission(np.eye(3)[np.arange(len(rows)) % 3], rows, 'preference', sample, out)
+    assert check_submission(out, sample) == said and ' tie' in said
+    shutil.copy(sample, own_root / 'sample.csv')
+    with pytest.raises(Refusal, match='none of model_a, model_b'):
+        check_submission(out, own_root / 'sample.csv')
 
 
 def test_columns_of_another_task(tmp_path):
