@@ -73,7 +73,7 @@ def make_raw(
 
 # %% ../nbs/lib/01f_tables.ipynb #d7e3ab6d
 def _candidates(role, folder): # files that could be the training or the test file
-    names = sorted(set(folder.glob('[!.]*'))-set(sample_files(folder)))
+    names = sorted(set(folder.glob('[!.~]*'))-set(sample_files(folder)))
     files = [p for p in names if p.is_file() and _is_file_name(p.name)]
     plain = {_stem(p) for p in files if p.suffix.lower() not in packed_suffixes}
     files = [p for p in files if p.suffix.lower() not in packed_suffixes or _stem(p) not in plain]
@@ -96,7 +96,7 @@ def sample_files(
     folder,  # Where a competition's files are
 ) -> list: # Paths
     "The files with `sample` and `submi` in their names, which could be the host's sample submission"
-    files = sorted(Path(folder).glob('*'))
+    files = sorted(Path(folder).glob('[!.~]*'))  # without those of macOS and of an open Excel
     return [p for p in files if 'sample' in p.name.lower() and 'submi' in p.name.lower()]
 
 # %% ../nbs/lib/01f_tables.ipynb #0ace69a6

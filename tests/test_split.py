@@ -743,6 +743,9 @@ def test_the_test_file_beside_a_training_file(root):
 def test_a_training_file_with_test_in_its_name(root):
     train = put(data_path('c/contest_train.jsonl'), tianchi())
     assert raw_files('c') == dict(train=train)
+    for name in ('train.csv', 'sample_submission.csv'):  # macOS, an open LibreOffice and an open Excel write these
+        for other in (f'._{name}', f'.~lock.{name}#', f'~${name}'): (train.parent/other).write_bytes(b'\0\5\x16\7')
+    assert raw_files('c') == dict(train=train) and tables.sample_files(train.parent) == []
     test = put(data_path('c/contest_test.jsonl'), tianchi())
     assert raw_files('c') == raw_files('c', train='data/c/contest_train.jsonl') == dict(train=train, test=test)
 
