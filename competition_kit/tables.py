@@ -8,7 +8,7 @@ __all__ = ['ROW_COLUMNS', 'Part', 'check_texts', 'table_name', 'make_raw', 'samp
            'validated_part', 'load_mix', 'table_hashes', 'carry_folds', 'samples']
 
 # %% ../nbs/lib/01f_tables.ipynb #6a9985c7
-import inspect, json, os, pickle, re, shutil, tempfile
+import contextlib, inspect, json, os, pickle, re, shutil, tempfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -58,18 +58,26 @@ def table_name(
     return name
 
 # %% ../nbs/lib/01f_tables.ipynb #29ee3a21
+@contextlib.contextmanager
+def _writing(folder): # a full disk, or a folder that is someone else's, is refused
+    try: yield
+    except OSError as e:
+        raise Refusal(f'cannot write there ({e.strerror or e})', folder,
+                      fix='Make room, or take a folder that is yours with CK_ROOT') from e
+
 def make_raw(
     name:str, # `sample_arena` or `sample_logic`
 ):
     "Write a sample's raw files to `data/`, if they are not there"
     folder = data_path(name)
     if folder.exists(): return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{name}.') as tmp:
-        make_sample(name, Path(tmp)/name)
-        try: os.rename(Path(tmp)/name, folder)
-        except OSError:                      # another process was faster
-            if not folder.exists(): raise
+    with _writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{name}.') as tmp:
+            make_sample(name, Path(tmp)/name)
+            try: os.rename(Path(tmp)/name, folder)
+            except OSError:                      # another process was faster
+                if not folder.exists(): raise
 
 # %% ../nbs/lib/01f_tables.ipynb #d7e3ab6d
 def _candidates(role, folder): # files that could be the training or the test file
@@ -245,7 +253,7 @@ def publish(
     for source, table in tables.items():
         target = data_path(f'{table}.parquet')
         if target.exists() and sha256(source) == sha256(target): continue
-        with atomic(target) as tmp: shutil.copyfile(source, tmp)
+        with _writing(target.parent), atomic(target) as tmp: shutil.copyfile(source, tmp)
 
 # %% ../nbs/lib/01f_tables.ipynb #15a61db5
 def _known(): return sorted({p.stem for p in data_path().glob('*.parquet')} | set(samples))

@@ -740,6 +740,15 @@ def test_the_test_file_beside_a_training_file(root):
     assert raw_files('z')['train'].name == 'train.csv'  # unpacked beside it
 
 
+def test_a_data_folder_that_cannot_be_written_is_refused(root):
+    "a file in its place: root may write into a folder that is read-only"
+    (root / 'run').mkdir()
+    (root / 'run/rows.parquet').write_bytes(b'')
+    (root / 'data').touch()
+    for work in (lambda: raw_files('sample_arena'), lambda: publish(root / 'run', 'x')):
+        with pytest.raises(Refusal, match='data: cannot write there .File exists.*CK_ROOT'): work()
+
+
 def test_a_training_file_with_test_in_its_name(root):
     train = put(data_path('c/contest_train.jsonl'), tianchi())
     assert raw_files('c') == dict(train=train)
