@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GptqArgs', 'calibration_ids', 'load_source', 'measure', 'rows_a_second', 'merged_folder', 'measure_source', 'Try',
-           'tries', 'advice', 'attempt', 'limits', 'gptq', 'report_table', 'draw_spread', 'plot_quantised']
+           'tries', 'advice', 'attempt', 'limits', 'gptq', 'report_table', 'draw_spread', 'layer_errors',
+           'plot_quantised']
 
 # %% ../nbs/09_gptq.ipynb #7ac7ce47
 import gc, shutil, time
@@ -343,12 +344,12 @@ def attempt(
     p,       # Its probabilities of the held-out rows
     facts,   # From `measure_source`
     kept,    # Folder of the quantised models
-) -> tuple: # Folder of the quantised model, its report, its probabilities, a line a layer
+) -> tuple: # Folder of the quantised model, its report with a line a layer, its probabilities
     "Quantise once and compare on the held-out rows"
     ids, shapes = calibration_ids(args, t.rows, t.draw), layer_shapes(source)
     if warning := _check_rows(args, ids, shapes): print(warning)
     folder = Path(kept)/hash_obj([asdict(t), [i.tolist() for i in ids]])
-    layers = quantise(source, folder, ids, t.bits, t.group, args.damp, args.act_order, args.dtype)
+    layers = quantise(source, folder, ids, t.bits, t.group, args.damp, args.act_order, args.dtype).reset_index()
     model = load_classifier(str(folder), args.prompt, args.route, args.dtype)
     if model.letters is not None: model.letters = facts['letters']
     q, mass, took = measure(model, args)
@@ -358,8 +359,9 @@ def attempt(
     held = args.parts[1]
     report = compare(p, q, held.label.to_numpy(), None if mass is None else (facts['mass'], mass), held.group)
     report |= dict(bytes=[weight_bytes(source), weight_bytes(folder)], rows_s=[facts['speed'], speed],
-                   warning=warning, calibration=[len(i) for i in ids], model=folder.name)
-    return folder, report, q, layers
+                   warning=warning, calibration=[len(i) for i in ids], layers=layers.to_dict('records'),
+                   model=folder.name)
+    return folder, report, q
 
 def limits(args, bits): # `Limits` of a run
     by_bits = default_limits(bits)
@@ -414,7 +416,7 @@ def gptq(
     group, report = group_size(layer_shapes(source), args.group), dict(fp16=sentence, tries=[], draws=[])
     kept = run.folder/'tries'
     for t in tries(args, group):
-        folder, found, q, layers = attempt(args, t, source, p, facts, kept)
+        folder, found, q = attempt(args, t, source, p, facts, kept)
         passed, text = verdict(found, limits(args, t.bits))
         report['tries'].append(dict(found, name=t.name, passed=passed, verdict=text))
         write_json(run.folder/'report.json', report)
@@ -425,11 +427,11 @@ def gptq(
                       fix=advice(args, group))
     for k in range(1, args.draws if t.rows < len(args.sequences) else 1):  # draws of all rows are one
         other = Try(t.bits, t.group, t.rows, args.draw+k)
-        _, compared, _, _ = attempt(args, other, source, p, facts, kept)
+        _, compared, _ = attempt(args, other, source, p, facts, kept)
         report['draws'].append(dict(compared, name=other.name))
         write_json(run.folder/'report.json', report)
     print(worth := worth_sentence(found['bytes'], found['rows_s']))
-    _finish(run, args, t, folder, q, dict(report, worth=worth, layers=layers.reset_index().to_dict('records')))
+    _finish(run, args, t, folder, q, dict(report, worth=worth))
     shutil.rmtree(kept)
 
 # %% ../nbs/09_gptq.ipynb #812e887d
@@ -449,16 +451,25 @@ def draw_spread(
     return {k: float(np.std([d[k] for d in same], ddof=1)) for k in ('d_log_loss', 'flips')} if len(same) > 1 else {}
 
 # %% ../nbs/09_gptq.ipynb #34a54408
-def plot_quantised(run): # A matplotlib figure
+def layer_errors(
+    run, # As for `report_table`
+) -> pd.DataFrame: # A line a layer: `error`, its `worst` module, `seconds`
+    "The error that the latest try has left in each layer"
+    return pd.DataFrame(read_json(run.folder/'report.json')['tries'][-1]['layers'])
+
+def plot_quantised(
+    run, # As for `report_table`; one that failed has no probabilities
+): # A matplotlib figure
     "Error of each layer, lengths of calibration and inference, and both models' probability of the label row by row"
     import matplotlib.pyplot as plt
-    r, args = read_json(run.folder/'report.json'), GptqArgs(**run.record['params'])
-    layers, found = pd.DataFrame(r['layers']), r['tries'][-1]
-    fig, ax = plt.subplots(1, 3, figsize=(11, 3), layout='constrained')
+    found, args = read_json(run.folder/'report.json')['tries'][-1], GptqArgs(**run.record['params'])
+    layers, passed = layer_errors(run), (run.folder/'probs.parquet').exists()
+    fig, ax = plt.subplots(1, 2+passed, figsize=(11, 3), layout='constrained')
     ax[0].bar(layers.layer, layers.error)
     ax[0].set(xlabel='layer', ylabel='error', title='error of each layer')
     ax[0].xaxis.get_major_locator().set_params(integer=True)
     plot_calibration(found['calibration'], _inference_lengths(args), ax[1])
+    if not passed: return fig
     held = args.parts[1]
     a, b = (align(read_probs(run.folder/f'{n}.parquet'), held) for n in ('before', 'probs'))
     at = np.arange(len(held)), held.label.to_numpy()

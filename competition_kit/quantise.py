@@ -428,8 +428,8 @@ def worth_sentence(
 ) -> str:
     "Is the quantised model worth having?"
     small, fast = size[1]/size[0], speed[1]/speed[0]
-    text = (f'The weights take {size[1]/2**20:,.0f} MiB instead of {size[0]/2**20:,.0f} ({small:.0%}), and prediction '
-            f'runs at {fast:.2f} times the speed. ')
+    text = (f'The weights take {size[1]/2**20:,.0f} MiB instead of {size[0]/2**20:,.0f} ({small:.0%}). The model '
+            f'predicts {speed[1]:,.1f} rows a second instead of {speed[0]:,.1f}: {fast:.2f} times the speed. ')
     if small > .9: return text+'It is not worth it: most of this model is embeddings, which stay as they are.'
     if fast > 1.05: return text+'It is worth it: smaller and faster.'
     return text+'Weight-only quantisation saves memory, not prefill: it is worth it where 16 bits do not fit.'

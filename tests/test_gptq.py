@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from competition_kit import quantise as Q
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
 from competition_kit.gate import Limits
-from competition_kit.gptq import GptqArgs, calibration_ids, draw_spread, gptq, report_table
+from competition_kit.gptq import (GptqArgs, calibration_ids, draw_spread, gptq, layer_errors, plot_quantised,
+                                  report_table)
 from competition_kit.probs import align, read_probs
-from competition_kit.record import find_run, run_stage
+from competition_kit.record import Run, find_run, run_stage
 from competition_kit.sample import write_arena
 from competition_kit.tables import load_rows, write_rows
 from competition_kit.text import reasoning
@@ -47,8 +48,11 @@ def test_chain_from_a_full_run_to_the_vote(made):
     assert [r['run_id'] for r in ancestors(run.id)] == [run.id, made['full']]
     assert len(report_table(run)) == 2 and draw_spread(run)['flips'] >= 0
     assert [t['warning'] for t in found['tries']] == ['']
-    assert len(found['layers']) == 2 and all(o['error'] > 0 for o in found['layers'])
-    assert rec['worth'].startswith('The weights take 1 MiB instead of 1 (74%), and prediction runs at ')  # at any speed
+    assert len(layer_errors(run)) == 2 and (layer_errors(run).error > 0).all()
+    before, after = found['tries'][0]['rows_s']
+    assert rec['worth'].startswith('The weights take 1 MiB instead of 1 (74%). The model predicts '
+                                   f'{after:,.1f} rows a second instead of {before:,.1f}: ')
+    assert len(plot_quantised(run).axes) == 3
     assert recipe_key(rec) != recipe_key(find_run(made['full']))
     rows = load_rows('sample_arena_test')
     p = predict_runs([made['full'], run.id], rows, models_path('p'), progress=False)
@@ -261,6 +265,8 @@ def test_the_gate_fails_keeps_its_report_and_tries_the_rest(made, monkeypatch):
     assert find_run(run.name)['status'] == 'failed'
     found = read_json(run/'report.json')['tries']
     assert [t['passed'] for t in found] == [False]
+    failed = Run(find_run(run.name))
+    assert len(layer_errors(failed)) == 2 and len(plot_quantised(failed).axes) == 2, 'its layers and its calibration'
     kept = {f: f.stat().st_mtime_ns for f in run.glob('tries/*/manifest.json')}
     with pytest.raises(Refusal, match='Failed: the log-loss'): quantised(**strict)
     assert kept and all(f.stat().st_mtime_ns == t for f, t in kept.items()), 'the quantised model is not made again'
