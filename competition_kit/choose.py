@@ -143,19 +143,21 @@ def weight_gain(
     label,            # [rows]
     part,             # [rows] fold of each row
     rule:str='mean',  # As for `fit_weights`
-) -> dict: # `weights`, fitted on all rows; `gain` in log-loss and its `spread` over folds
+    metric:str='log_loss', # or `accuracy`
+) -> dict: # `weights`, fitted on all rows; `gain` in the `metric`, and its `spread` over folds
     "What fitted weights gain over equal ones on rows that they were not fitted on"
     p, gains = np.asarray(p), []
     for here, other in _folds(np.asarray(part)):
         w = fit_weights(p[:, other], label[other], rule)
-        equal, fitted = (log_loss(combine(p[:, here], o, rule), label[here]) for o in (None, w))
+        equal, fitted = (_loss(combine(p[:, here], o, rule), label[here], metric) for o in (None, w))
         gains.append(equal-fitted)
-    return dict(weights=fit_weights(p, label, rule), gain=float(np.mean(gains)), spread=float(np.std(gains, ddof=1)))
+    return dict(weights=fit_weights(p, label, rule), metric=metric, gain=float(np.mean(gains)),
+                spread=float(np.std(gains, ddof=1)))
 
 def gain_sentence(
     found:dict, # From `weight_gain`
 ) -> str:
     "The gain of fitted weights in words"
-    gain, spread = found['gain'], found['spread']
-    size = f'Fitted weights change the log-loss by {-gain:+.4f} ± {spread:.4f} on folds that they were not fitted on'
-    return f'{size}: {"a gain" if gain > spread else "no gain"}.'
+    gain, spread, sign = found['gain'], found['spread'], -1 if found['metric'] == 'log_loss' else 1
+    size = f"Fitted weights change the {found['metric'].replace('_', '-')} by {sign*gain:+.4f} ± {spread:.4f}"
+    return f'{size} on rows that they were not fitted on: {"a gain" if gain > spread else "no gain"}.'

@@ -9,7 +9,8 @@ __all__ = ['oof_probs', 'oof_vote', 'fold_scores', 'verdict', 'voters_worth', 's
 import numpy as np
 import pandas as pd
 from .ballot import ballot_records, is_table, voter_table, voter_weights
-from .choose import error_correlation, vote_curve, worth_sentence
+from .choose import (enough_votes, error_correlation, gain_sentence, greedy_order, vote_curve,
+                                    weight_gain, worth_sentence)
 from .combine import combine, fit_weights
 from .core import Refusal, data_path, hash_obj
 from .probs import align, baselines, scores
@@ -125,10 +126,15 @@ def voters_worth(
     "How many independent voters the voters are worth, and the score by number of votes"
     if len(oof) < 2: return {}
     p, label, part = np.stack(list(oof.values())), rows.label.to_numpy(), _parts(rows)
-    found = dict(worth=worth_sentence(error_correlation(p, label), weights))
-    if len(np.unique(part)) < 2: return found
-    metric = 'accuracy' if rule == 'majority' else tasks[rows.attrs['meta']['task']].metric
-    return found | dict(curve=vote_curve(p, label, part, rule, metric))
+    worth = worth_sentence(error_correlation(p, label), weights)
+    if len(np.unique(part)) < 2: return dict(worth=worth)
+    metric = 'accuracy' if rule in _no_probs else tasks[rows.attrs['meta']['task']].metric
+    curve = vote_curve(p, label, part, rule, metric)
+    chosen = [list(oof)[k] for k in greedy_order(p, label, rule, metric)[:enough_votes(curve)]]
+    enough = f"{len(chosen)} would be enough: {'; '.join(chosen)}" if len(chosen) < len(p) else 'none can be spared'
+    return dict(worth=f'{worth} With equal weights {enough}.', curve=curve)
+
+_no_probs = 'majority', 'ranks'  # rules whose votes have no log-loss
 
 # %% ../nbs/lib/03o_vote_score.ipynb #97c7f557
 def _drawn(params): # a run's mix, and its seed where rows of it are drawn by chance
@@ -207,6 +213,7 @@ def score_vote(
     else:
         vote = oof_vote(oof, rows, 'fit' if weights == 'fit' else in_oof, rule)
         score |= _scored(vote, oof, rows, table, ballot, fitted=weights == 'fit')
+        if weights == 'fit': score['sentence'] += f' {_gain(p, rows, rule)}'
         return score | voters_worth(oof, rows, in_oof, rule)
     return score | dict(sentence=sentence)
 
@@ -223,6 +230,10 @@ def _scored(vote, oof, rows, table, ballot, fitted): # the vote beside its voter
     pooled = {name: _pooled(g) for name, g in by_fold.groupby('who', sort=False) if name not in every}
     metrics = dict(scores(vote, rows.label.to_numpy()), baselines=pooled, rows=len(rows))
     return dict(vote=vote, metrics=metrics, table=shown, sentence=sentence)
+
+def _gain(p, rows, rule): # of fitted weights, in words
+    metric = 'accuracy' if rule in _no_probs else 'log_loss'
+    return gain_sentence(weight_gain(p, rows.label.to_numpy(), _parts(rows), rule, metric))
 
 def _pooled(folds): # the mean over folds, weighted by their rows
     return {c: round(float(np.average(folds[c], weights=folds.rows)), 5) for c in ('log_loss', 'accuracy', 'ece')}
