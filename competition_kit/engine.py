@@ -538,7 +538,7 @@ class _Choosing(_Served): # which engine answers for the runs on one base
         if self.server and self.served == same: return 'vllm'
         self.close()
         before = self.facts.get(' '.join(same), {}).get('engine', '')
-        if before == 'packs' or self.engine == 'auto' and why_not_served(self.recs[run]): return 'packs'
+        if self.engine == 'auto' and (before == 'packs' or why_not_served(self.recs[run])): return 'packs'
         self.served = same
         try: facts = _measure(self, same, decided=bool(before))
         except Refusal as e:
@@ -546,18 +546,19 @@ class _Choosing(_Served): # which engine answers for the runs on one base
             if self.engine == 'vllm': raise
             facts = dict(engine='packs', why=str(e))
         if facts['engine'] == 'packs': self.close()
-        self._note(facts)
+        self.note(same, facts)
         return facts['engine'].split()[0]
 
-    def _note(self, facts): # for the record
+    def note(self, runs, facts):
+        "Keep for the record which engine answers for some runs, and what the gate measured"
         if 'why' in facts: print(facts['why'])
-        self.facts[' '.join(self.served)] = facts
+        self.facts[' '.join(runs)] = facts
         write_json(self.file, self.facts)
 
     def _died(self, error): # `auto` goes on with packs; what the gate measured stays in the record
         if self.engine == 'vllm': raise error
         self.server = None
-        self._note(self.facts.get(' '.join(self.served), {}) | dict(engine='packs', why=str(error)))
+        self.note(self.served, self.facts.get(' '.join(self.served), {}) | dict(engine='packs', why=str(error)))
 
 # %% ../nbs/lib/03m_engine.ipynb #c1750672
 class EngineAsker(_Choosing):
@@ -575,7 +576,7 @@ class EngineAsker(_Choosing):
         super().__init__(runs, rows, views, pack_tokens)
         self.engine, self.options, self.server = engine if vllm_version() else 'packs', options, None
         self.file, self.facts = Path(folder)/'engine.json', {}
-        if self.engine == 'auto' and self.file.exists(): self.facts = read_json(self.file)
+        if self.engine != 'packs' and self.file.exists(): self.facts = read_json(self.file)
         for run, rec in self.recs.items():
             if self.engine == 'vllm' and (why := why_not_served(rec)): raise Refusal(why, run, fix='Take engine=auto')
 

@@ -326,9 +326,16 @@ class BallotAsker(_Paced):
             raise RuntimeError(str(e).split('; its log ends with')[0]) from e  # the vote keeps what it has
 
     def _answers(self, k, at, views):
-        if self.is_text(self.names[k]): return len(views)*self.texts.ask(self.names[k], at)
+        if self.is_text(self.names[k]): return len(views)*self._shares(self.names[k], at)
         self.joint = len(views) > 1
         return self.models.ask_views(at, views)
+
+    def _shares(self, run, at): # of a text; what its engine's gate has measured goes into the record
+        shares, engine = self.texts.ask(run, at), self.texts.engine
+        gate, models = getattr(engine, 'parity', {}), self.models
+        if gate and ' '.join(gate) not in models.facts:
+            models.note(gate, dict(engine=f'{engine.name} {engine.version}', parity=gate))
+        return shares
 
     def _finite(self, k, at, p):
         bad = ~np.isfinite(p).all(1)

@@ -132,6 +132,11 @@ def test_rows_without_an_answer_get_the_prior_when_nobody_else_votes(both, monke
     np.testing.assert_allclose(p[none], prior_probs(load_rows('few'), rows)[none], atol=1e-6)
     assert (p[~none, 0] == 1).all() and run.record['missing']['one_view'] == 0
 
+def test_what_the_gate_of_a_writing_engine_measured_is_in_the_record(both, monkeypatch):
+    engine = planted(monkeypatch, plan)
+    engine.parity = {both[1]: dict(median=.01, limit=.1)}
+    assert held(*both).record['engine'] == {both[1]: dict(engine='planted 1', parity=engine.parity)}
+
 def test_a_killed_vote_asks_for_what_is_missing(both, monkeypatch):
     planted(monkeypatch, plan).die_at = 20
     monkeypatch.setattr(T, 'generate', lambda *a, **kw: generate(*a, 4, **kw))

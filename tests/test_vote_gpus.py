@@ -251,6 +251,12 @@ def test_packs_take_over_from_an_engine_that_dies(runs, vllm, monkeypatch, tmp_p
     assert facts['engine'] == 'packs' and 'died' in facts['why'] and set(facts['parity']) == set(two)
 
 
+def test_what_the_gate_measured_before_a_restart_stays(runs, vllm, tmp_path):
+    E.write_json(tmp_path / 'engine.json', {'of another base': dict(engine='vllm 1.2.3', parity={})})
+    E.ask_engine(runs[:1], load_rows('sample_arena_test'), tmp_path, engine='vllm', progress=False, tensor_parallel=1)
+    assert set(E.engine_facts(tmp_path)) == {'of another base', runs[0]}
+
+
 def test_a_limit_below_the_cuda_contexts_is_refused(monkeypatch):
     monkeypatch.setattr(E, 'vllm_version', lambda: '1.2.3')
     monkeypatch.setattr(E, '_has_gpu', lambda: True)
