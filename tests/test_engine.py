@@ -71,6 +71,19 @@ def test_an_answer_that_was_interrupted_is_no_answer_to_the_next_request(monkeyp
     with pytest.raises(E.EngineDied, match='died'): e._ask('start', **start)
     assert gone(e.process.pid)
 
+def test_rows_are_asked_by_prefix_answered_in_their_order_and_each_has_all_letters(monkeypatch):
+    engine, asked = object.__new__(E.Engine), []
+    engine.n_adapters = 1
+    def ask(request, ids, slots, **how):
+        asked.append([(slot, *i.tolist()) for slot, i in zip(slots, ids)])
+        return [[i[-1], 0.] for i in ids]
+    monkeypatch.setattr(engine, '_ask', ask)
+    ids = [np.array(i) for i in ([1, 9], [2, 7], [1, 8], [1, 6])]
+    assert engine.letters(ids, [4, 5], [0, 0, 0, 1])[:, 0].tolist() == [9, 7, 8, 6]
+    assert asked == [[(0, 1, 8), (0, 1, 9), (0, 2, 7), (1, 1, 6)]]
+    monkeypatch.setattr(engine, '_ask', lambda *a, **how: [[0., np.nan]])
+    with pytest.raises(Refusal, match='no probability for 1 letters'): engine.letters(ids[:1], [4, 5])
+
 def test_no_rows_have_no_letters():
     with begun() as e: assert e.letters([], [5, 6, 7]).shape == (0, 3)
 
