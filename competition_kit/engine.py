@@ -364,14 +364,16 @@ def parity(
     n,         # [rows] options of each row
     base=None, # As `logp`, of the base without the adapter
     limit:float=.02, # Of the median
-) -> dict: # `median`; `far`: share of rows ten times the limit off; `mass`; `base`: median of the base; `limit`
+) -> dict: # `median`; `far`: share of rows ten times the limit off; `mass`, `low_mass`: rows; `base`: its median; `limit`
     "How far an engine is from the kit's forward, in log-probabilities of letters"
     has = np.arange(np.shape(kit)[1]) < np.asarray(n)[:, None]
     def log(p): return np.log(np.maximum(p, 1e-6))  # below, rounding is all there is
     def off(logp): return np.abs(log(letter_probs(logp, n))-log(np.asarray(kit)))
     gap = off(logp)
     far = float((np.where(has, gap, 0).max(1) > 10*limit).mean())
-    facts = dict(rows=len(gap), median=float(np.median(gap[has])), far=far, mass=float(np.exp(logp).sum(1).mean()))
+    mass = np.exp(logp).sum(1)
+    facts = dict(rows=len(gap), median=float(np.median(gap[has])), far=far, mass=float(mass.mean()),
+                 low_mass=int((mass < .5).sum()))
     return facts | ({} if base is None else dict(base=float(np.median(off(base)[has])))) | dict(limit=limit)
 
 # %% ../nbs/lib/03m_engine.ipynb #25a3fb0f
