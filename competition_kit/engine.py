@@ -364,7 +364,7 @@ def parity(
     n,         # [rows] options of each row
     base=None, # As `logp`, of the base without the adapter
     limit:float=.02, # Of the median
-) -> dict: # `median`; `far`: share of rows ten times the limit off; `mass`, `low_mass`: rows; `base`: its median; `limit`
+) -> dict: # `median`; `far`: share of rows ten times the limit off; `mass`; `low_mass`: rows; `base`: its median
     "How far an engine is from the kit's forward, in log-probabilities of letters"
     has = np.arange(np.shape(kit)[1]) < np.asarray(n)[:, None]
     def log(p): return np.log(np.maximum(p, 1e-6))  # below, rounding is all there is
