@@ -405,6 +405,7 @@ def _keep_own_shards(folder, base, loras, w): # delete those of another merge
     sums, configs = file_sums(files), [l.config | dict(base_model_name_or_path='') for l in loras]
     made_of = dict(base=base_hash(base), members=[sums[f] for f in files], configs=hash_obj(configs), weights=w)
     folder.mkdir(parents=True, exist_ok=True)
+    for f in folder.glob('.*.tmp'): f.unlink()  # half a file of a process that was killed
     if (file := folder/_made_of).exists() and read_json(file) == made_of: return
     for f in folder.glob('model*.safetensors*'): f.unlink()
     write_json(file, made_of)

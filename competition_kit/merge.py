@@ -9,6 +9,7 @@ __all__ = ['named_members', 'check_members', 'base_of_merge', 'MergeArgs', 'past
            'plot_members']
 
 # %% ../nbs/08_merge.ipynb #87920e4e
+import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 import numpy as np
@@ -319,6 +320,7 @@ def write_merge(
         seal(run.folder/'model')
         check_written(run.folder/'model', args)
         return {}
+    shutil.rmtree(run.folder/'adapter', ignore_errors=True)  # half a file of a process that was killed
     table = merge_loras(args.loras, args.w, run.folder/'adapter', args.how, args.rank, args.start, _device())
     if args.how == 'concat': check_written(run.folder/'adapter', args)
     write_table(table.reset_index(names='layer'), run.folder/'layers.parquet')

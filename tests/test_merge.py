@@ -270,6 +270,9 @@ def test_a_killed_merge_ends_with_the_same_weights(runs, own_root, tmp_path, mon
         calls.clear()
         with pytest.raises(KeyboardInterrupt): merge_runs(members=seeds(runs, 0), how=how, rank=3)
         monkeypatch.undo()
+        folder, = models_path().glob('merge-*/'+('model' if how == 'base' else 'adapter'))
+        (folder/'.model.safetensors.0a1b2c3d.tmp').write_bytes(b'half a file, which SIGKILL leaves')
         run = merge_runs(members=seeds(runs, 0), how=how, rank=3)
         assert {f.name: f.read_bytes() for f in run.folder.rglob('*.safetensors')} == whole[how]
+        assert not [f for f in run.record['outputs'] if 'tmp' in f], 'an input of a later run'
         assert not list(run.folder.rglob('*.tmp'))
