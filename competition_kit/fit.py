@@ -9,7 +9,7 @@ __all__ = ['targets', 'line_probs', 'Steps', 'KahanAdamW', 'last_checkpoint', 's
 # %% ../nbs/lib/03g_fit.ipynb #2f8b5c68
 from .core import Refusal, damage, read_json, seal, write_json
 from .model import collate, option_mask, pack_loss
-from .ranks import gather_to_rank0, is_sharded, rank, ranks, shard_like, sum_gradients
+from .ranks import bundles, gather_to_rank0, is_sharded, rank, ranks, shard_like, sum_gradients
 from .rows import n_options, swap_probs
 from pathlib import Path
 from tqdm import tqdm
@@ -83,16 +83,6 @@ class Steps(torch.utils.data.Dataset):
         return dict(collate(self.enc.ids.iloc[lines]), total=total, **{k: t[lines] for k, t in self.tensors.items()})
 
 # %% ../nbs/lib/03g_fit.ipynb #696995f2
-def _bundles(params, size=2**27): # lists of tensors with together at most `size` numbers
-    out, n = [], size
-    for p in params:
-        if n+p.numel() > size:
-            out.append([])
-            n = 0
-        out[-1].append(p)
-        n += p.numel()
-    return out
-
 def _local(t): # this rank's part of a sharded tensor
     return t.to_local() if hasattr(t, 'to_local') else t
 
@@ -136,7 +126,7 @@ class KahanAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]: self.state[p].update(self._new_state(p))
                 self.state[p]['step'] += 1
-            for some in _bundles(params):
+            for some in bundles(params):
                 states = [(p, p.grad, *(self.state[p][k] for k in ('m', 'v', 'lost'))) for p in some]
                 _kahan_step(states, float(self.state[some[0]]['step']), group)
 
