@@ -191,7 +191,7 @@ def _check_tokens(base, model, prompt): # Refuse tokens that a row may hold and 
     beyond = [i for i in prompt.tok.get_vocab().values() if i >= n and (i in own or i not in special)]
     if beyond:
         raise Refusal(f'the base {base!r} has embeddings for {n} tokens, and its tokenizer has {len(beyond)} more '
-                      'that a text can hold')
+                      'that a text can hold', fix='Fetch the tokenizer and the weights of one and the same model')
 
 @contextlib.contextmanager
 def _probed(classifier, n=64): # The model for a moment, with other letters or another head
@@ -252,6 +252,8 @@ def _refilled(model, adapter, f): # its tensors copied over those of the present
     return True
 
 # %% ../nbs/lib/03c_model.ipynb #74d1e951
+_unfit = 'Load it over the base and the route that it was trained with'
+
 def with_adapter(model, adapter):
     "An adapter over a model, in place of its last; peft leaves out tensors that do not fit, so we compare the names"
     from peft import PeftModel
@@ -264,12 +266,12 @@ def with_adapter(model, adapter):
         with _no_gptqmodel(): out = PeftModel.from_pretrained(model, adapter)
     except (AttributeError, RuntimeError, ValueError) as e:
         last = str(e).splitlines()[-1].strip()
-        raise Refusal(f'the adapter does not fit this base and route ({last})', adapter) from e
+        raise Refusal(f'the adapter does not fit this base and route ({last})', adapter, fix=_unfit) from e
     with safe_open(f, 'pt') as o: have = set(o.keys())
     want = set(_tensors(out))
     if have != want:
         raise Refusal(f'the adapter does not fit this base and route: {len(want-have)} tensors missing, '
-                      f'{len(have-want)} too many', adapter)
+                      f'{len(have-want)} too many', adapter, fix=_unfit)
     return out
 
 # %% ../nbs/lib/03c_model.ipynb #c541e8a1

@@ -48,14 +48,15 @@ def read_probs(path): # DataFrame; `.attrs['meta']` names the task, the options 
     "Read a probability table, refusing one with duplicate ids or without its description"
     df = read_table(path)
     if missing := {'id', 'p', 'views', 'seen'} - set(df.columns):
-        raise Refusal(f'not a probability table: no column {sorted(missing)}', path)
+        raise Refusal(f'not a probability table: no column {sorted(missing)}', path, fix='Adopt it with `ck adopt`')
     if df.id.duplicated().any(): raise Refusal('an id occurs twice', path, df.id[df.id.duplicated()])
     meta = df.attrs['meta']
     task, options = meta.get('task'), meta.get('options')
     if task in tasks and options != list(tasks[task].options):
         raise Refusal(f'its options are {options}, not those of {task}', path,
                       fix='Write it again in the order of the task')
-    if hash_obj(list(df.id)) != meta.get('ids'): raise Refusal('the ids are not those it was written with', path)
+    if hash_obj(list(df.id)) != meta.get('ids'):
+        raise Refusal('the ids are not those it was written with', path, fix='Restore the file, or predict again')
     return df
 
 # %% ../nbs/lib/02a_probs.ipynb #02b21796

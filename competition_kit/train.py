@@ -202,7 +202,8 @@ def _check_rationales(a): # has this table rationales to train on?
 # %% ../nbs/04_train.ipynb #46a7b954
 def _check_parent(a, rec):
     run, method = rec['run_id'], model_params(rec).get('method', 'lora')
-    if rec.get('status', 'done') != 'done': raise Refusal(f"{run} is {rec['status']}: it cannot be continued")
+    if rec.get('status', 'done') != 'done':
+        raise Refusal(f"{run} is {rec['status']}: it cannot be continued", fix='Run its command again to the end')
     if 'outputs' in rec: check_run(rec)
     if not a.start: return
     if method != a.method:

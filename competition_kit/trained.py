@@ -358,7 +358,7 @@ def predict_runs(
     files = {r: Path(folder)/f'{r}.parquet' for r in runs}
     task = rows.attrs['meta']['task']
     if other := [r for r in runs if prompts[r].task != task]:
-        raise Refusal(f"runs of another task than {task}: {', '.join(other)}")
+        raise Refusal(f"runs of another task than {task}: {', '.join(other)}", fix='Leave them out')
     def key(r): return base_key(recs[r])
     for _, same in groupby(sorted(not_predicted(runs, rows, folder, views), key=key), key):
         model = None  # the old base goes before the new one comes
