@@ -225,7 +225,7 @@ class _PackTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        torch.manual_seed(self.args.seed*1_000_003+self.state.global_step)
+        torch.manual_seed((self.args.seed*1_000_003+self.state.global_step)*ranks()+rank())
         times = ranks() if ranks() > 1 and is_sharded(model) else 1  # FSDP takes the mean of the ranks' gradients
         values = sum_gradients(model, sum(self._backward(model, p, times) for p in inputs))
         self.sums, self.since = self.sums+values[1:], self.since+1

@@ -160,15 +160,39 @@ def resume(folder):
         if sharded: assert again[0].weight.to_local().numel() < 6, 'each rank holds its part again'
 '''
 
+dropout = '''
+from competition_kit.fit import fit
+
+class Drawing(torch.nn.Module):
+    device, drawn = torch.device('cpu'), []
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+    def forward(self, input_ids):
+        self.drawn.append(torch.rand(3).tolist())
+        return self.w*input_ids.sum()
+
+class TwoSteps(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, k): return [dict(input_ids=torch.ones(1, 2))]
+
+def dropout(folder):
+    fit(Drawing(), TwoSteps(), folder/'dropout', loss=lambda logits: logits)
+    drawn = [None, None]
+    torch.distributed.all_gather_object(drawn, Drawing.drawn)
+    assert len({str(x) for own in drawn for x in own}) == 4, 'each rank and step draws its own dropout'
+'''
+
 both = '''
 def work(folder, config):
     gather(folder)
     resume(folder)
+    dropout(folder)
     (folder/f'done-{r.rank()}').touch()
 '''
 
-def test_two_ranks_gather_and_continue_from_one_checkpoint(tmp_path):
-    on_two(tmp_path, gather+resume+both)
+def test_two_ranks_gather_continue_from_one_checkpoint_and_draw_apart(tmp_path):
+    on_two(tmp_path, gather+resume+dropout+both)
     assert len(list(tmp_path.glob('done-*'))) == 2
     for folder in (tmp_path/'sharded-False', tmp_path/'sharded-True'):
         assert damage(last_checkpoint(folder)) == []
