@@ -134,3 +134,18 @@ def test_the_stored_run_beats_its_baselines():
     shown = [''.join(o.get('text', [])) for c in cells(root/'nbs/04_train.ipynb') for o in c.get('outputs', [])]
     table = next(t for t in shown if 'held-out rows' in t and 'this run' in t).splitlines()
     assert table[2].startswith('this run'), 'best first: a baseline is better than the stored run'
+
+def test_the_tour_takes_the_vote_of_make_run(runs):
+    "other votes may be newer: of one member, of two seeds, or of folds of an older table"
+    from competition_kit.record import records, run_stage
+    from competition_kit.tables import load_rows, table_hashes, table_path, write_rows
+    from competition_kit.vote import VoteArgs, vote
+    cell, = [text(c) for c in cells(root/'nbs/01_tour.ipynb') if 'def newest_vote' in text(c)]
+    function = next(n for n in ast.parse(cell).body if getattr(n, 'name', '') == 'newest_vote')
+    names = dict(records=records, table_hashes=table_hashes)
+    exec(ast.unparse(function), names)
+    assert names['newest_vote']() is None
+    made = [run_stage(vote, VoteArgs(runs=' '.join(runs[k] for k in ks))).id for ks in ([0, 1], [4], [0, 2])]
+    assert names['newest_vote']()['run_id'] == made[0]
+    write_rows(load_rows().assign(fold=0), table_path('sample_arena'))
+    assert names['newest_vote']() is None
