@@ -307,11 +307,17 @@ def best_baselines(
     return {k: BEST[k](v) for k, v in values.items() if v}
 
 # %% ../nbs/lib/01_record.ipynb #40afdee4
+_numbers = {bool: 'True or False', int: 'a whole number', float: 'a number'}
+
 def from_notebook(
     kind,        # The dataclass of a stage's arguments
     names:dict,  # `globals()` of its notebook
 ):
-    "The arguments that stand in a notebook's parameters cell"
+    "The arguments that stand in a notebook's parameters cell; a text such as papermill's `false` is no bool"
+    for f in fields(kind):
+        v = names[f.name]
+        fits = type(v) is f.type or v is f.default or f.type is float and type(v) is int
+        if f.type in _numbers and not fits: raise Refusal(f'{f.name} is {v!r}', fix=f'Write {_numbers[f.type]}')
     return kind(**{f.name: names[f.name] for f in fields(kind)})
 
 def run_stage(

@@ -1,10 +1,11 @@
 "A run's life: ids, seals, outputs, failures, kills, and the workbook at the end of every run"
 import multiprocessing, os, shutil, signal, subprocess, sys, time
+from dataclasses import make_dataclass
 from python_calamine import CalamineWorkbook
 import pytest
 from competition_kit import record
 from competition_kit.core import Refusal, models_path, read_json, write_json
-from competition_kit.record import check_outputs, find_run, records, run_id, start_run
+from competition_kit.record import check_outputs, find_run, from_notebook, records, run_id, start_run
 
 fork = multiprocessing.get_context('fork')
 
@@ -12,6 +13,16 @@ def run(fold=0):
     with start_run('train', dict(fold=fold), {}, fold) as r:
         if not r.done: r.finish(dict(log_loss=.9, accuracy=.5))
     return r.id
+
+@pytest.mark.parametrize('given, kind', [(dict(rslora='false'), 'True or False'), (dict(rslora=0), 'True or False'),
+    (dict(fold=2.), 'a whole number'), (dict(fold=True), 'a whole number'), (dict(lr='1e-3x'), 'a number'),
+    (dict(lr=None), 'a number')])
+def test_a_parameter_of_another_kind_is_refused(given, kind):
+    "as papermill hands them on: `-p rslora false` is a text, and a text is true"
+    Args = make_dataclass('Args', [('rslora', bool, False), ('fold', int, 0), ('lr', float, 1e-3), ('most', int, None)])
+    usual = dict(rslora=True, fold=2, lr=1, most=None)
+    assert from_notebook(Args, usual) == Args(**usual)
+    with pytest.raises(Refusal, match=f'Write {kind}'): from_notebook(Args, usual | given)
 
 def test_only_finite_numbers(root):
     with pytest.raises(Refusal, match='params.lr'): start_run('train', dict(lr=float('inf')), {})
