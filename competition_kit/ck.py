@@ -6,7 +6,7 @@
 __all__ = ['on_cpu', 'uncommitted', 'run', 'log_table', 'log_plan', 'log_repro', 'doctor', 'main']
 
 # %% ../nbs/lib/12a_ck.ipynb #c6b54e2e
-import argparse, importlib, importlib.util, inspect, json, os, re, shlex, shutil, subprocess, sys
+import argparse, contextlib, importlib, importlib.util, inspect, json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 from time import monotonic
 from .core import Refusal, content_hash, models_path, project_root, root_at, to_json, versions
@@ -196,9 +196,24 @@ def log_repro(
     return _repeat(rec, path, params)
 
 # %% ../nbs/lib/12a_ck.ipynb #71102354
+@contextlib.contextmanager
+def _own_copy(run): # yields a new folder for a root of its own, which one process at a time may use
+    from filelock import FileLock, Timeout
+    copy = models_path('.repro', run)
+    copy.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(copy.with_name(f'{run}.lock'), timeout=0)
+    try: lock.acquire()
+    except Timeout:
+        raise Refusal('another process is repeating it', run, fix='Wait for it, or stop that process') from None
+    try:
+        shutil.rmtree(copy)
+        yield copy
+    finally: lock.release()
+
 def _repeat(rec, path, params):
-    home, copy = project_root(), models_path('.repro', rec['run_id'])
-    shutil.rmtree(copy, ignore_errors=True)
+    with _own_copy(rec['run_id']) as copy: return _compared(rec, path, params, project_root(), copy)
+
+def _compared(rec, path, params, home, copy):
     _link_inputs(rec, home, copy)
     with root_at(copy):
         r = run_notebook(path, params)

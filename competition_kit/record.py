@@ -239,7 +239,8 @@ def _sweep_temporary(day=86400): # Seconds
     left = [p for folder in (models_path(), data_path()) for p in folder.glob('.*') if ours.fullmatch(p.name)]
     for p in [*left, *models_path('.tokens').glob('.*'), *models_path('.repro').glob('*')]:
         with contextlib.suppress(OSError):
-            if time.time()-p.stat().st_mtime < day: continue
+            in_use = is_locked(p if p.suffix == '.lock' else p.with_name(f'{p.name}.lock'))  # as of `ck log repro`
+            if in_use or time.time()-p.stat().st_mtime < day: continue
             if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
             else: p.unlink()
 

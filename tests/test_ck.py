@@ -150,6 +150,20 @@ def test_repro(project, capsys, monkeypatch):
     assert (project/'data/more/table.txt').read_text() == 'none'  # the repetition has published its own
     assert (project/'models/.repro'/id/'data/more/table.txt').read_text() == 'grim'
 
+def test_a_repetition_keeps_its_folder_to_itself(project, capsys):
+    "a second one of the same run is refused; a run that ends meanwhile deletes no folder in use, however old"
+    from filelock import FileLock
+    with start_run('demo', {}, {}, notebook='90_demo.ipynb') as run: run.finish({})
+    copy = project/'models/.repro'/run.id
+    copy.mkdir(parents=True)
+    lock = copy.with_name(f'{run.id}.lock')
+    with FileLock(lock):
+        assert main(['log', 'repro', run.id, '--go']) == 2
+        assert 'another process is repeating it' in capsys.readouterr().err
+        for p in (copy, lock): os.utime(p, (0, 0))
+        with start_run('demo', dict(lr=1), {}): assert copy.exists() and lock.exists()
+    with start_run('demo', dict(lr=2), {}): assert not copy.exists() and not lock.exists()
+
 WEIGH = ['of: str = ""\nfile: str = ""', '''from competition_kit.core import project_root
 from competition_kit.log import people
 from competition_kit.record import start_run
