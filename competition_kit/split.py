@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from .core import content_hash, sha256, write_json
+from .core import at_least, content_hash, sha256, write_json
 from .folds import check_fold, fold_rows, is_held_out, make_folds
 from .groups import group_rows, group_text, normalize, second_look, text_hash
 from .rows import (Task, correct, layouts, n_options, read_corrections, read_csv, read_meta,
@@ -211,7 +211,10 @@ class SplitArgs:
     seed:int=0               # seed of the folds
     apart:str=''             # tables, separated by blanks: rows equal or near to theirs are left out
 
-    def __post_init__(self): check_texts(type(self), vars(self))
+    def __post_init__(self):
+        check_texts(type(self), vars(self))
+        at_least(self, 2, 'folds')
+
     @cached_property
     def files(self): return raw_files(self.data, self.train, self.test, self.corrections)
     @cached_property

@@ -1412,6 +1412,12 @@ def run_driver(**kw):
     return ns['run']
 
 
+def test_a_wrong_number_of_folds_leaves_no_failed_run(root):
+    for folds, what in ((1, 'Take 2 or more'), (2.0, 'Write a whole number')):
+        with pytest.raises(Refusal, match=what): run_driver(folds=folds)
+    assert not models_path().exists()
+
+
 def test_stage(root, monkeypatch):
     put(data_path('l/train.csv'), lmsys())
     put(data_path('l/test.csv'), [dict(r, id='t' + r['id']) for r in without(lmsys(4), *hot[6:])])
