@@ -359,7 +359,8 @@ def host_test(
     "The host's test file: in the folder of the sample, or below it"
     def is_test(p):
         name = p.name.lower()
-        if 'sample' in name and 'submi' in name or not re.search('(?<![a-z])test', name): return False
+        if name[0] in '.~' or 'sample' in name and 'submi' in name: return False
+        if not re.search('(?<![a-z])test', name): return False
         return p.suffix.lower() in ('.csv', '.json', '.jsonl', '.parquet', '.zip', '.gz') and p.is_file()
     found = filter(is_test, Path(sample).parent.rglob('*'))
     return min(found, key=lambda p: ('train' in p.name.lower(), len(p.parts), str(p)), default=None)
@@ -574,8 +575,9 @@ def noted(what):
         print(faults[-1])
 
 def first_file(name, *folders):
-    "The first file below the folders whose name fits, in capitals or not; if there are others, a fault names one"
-    found = [p for f in folders for p in sorted(Path(f).rglob('*')) if re.fullmatch(name, p.name, re.I) and p.is_file()]
+    "The first visible file below the folders whose name fits in any case; if there are others, a fault names one"
+    paths = [(f, p) for f in folders for p in sorted(Path(f).rglob('*')) if re.fullmatch(name, p.name, re.I)]
+    found = [p for f, p in paths if p.is_file() and not any(o[0] in '.~' for o in p.relative_to(f).parts)]
     if len(found) > 1: faults.append(f'{len(found)} files could be meant: {found[0]} was taken, not {found[1]}')
     if not found: raise FileNotFoundError(f'no file called {name} in {", ".join(folders)}: name it in the first cell')
     return found[0]'''

@@ -273,7 +273,7 @@ def test_the_newest_submission_is_taken(samples, own_root):
 @pytest.mark.parametrize('files, found', [
     (['test.csv', 'train.csv'], 'test.csv'), (['Test.parquet', 'latest.csv', 'a/test.csv'], 'Test.parquet'),
     (['sample_submission_test.csv', 'z/test_rows.jsonl'], 'z/test_rows.jsonl'), (['test.md', 'contest.csv'], None),
-    (['a_train_without_test.csv', 'z/test.csv'], 'z/test.csv')])
+    (['a_train_without_test.csv', 'z/test.csv'], 'z/test.csv'), (['._test.csv', '~$test.csv', 'test.csv'], 'test.csv')])
 def test_the_test_file_is_found_beside_the_sample(own_root, files, found):
     (own_root/'sample_submission.csv').write_text('id')
     for f in files:
@@ -320,6 +320,8 @@ def test_the_sample_is_found_by_the_names_that_the_kit_takes(samples, own_root, 
     sample = find_sample('sample_arena').rename(host/name)
     shutil.copy(sample, sample.with_suffix('.csv.zip'))
     def several(report): return [fault for fault in report['faults'] if 'could be meant' in fault]
+    (host/'.ipynb_checkpoints').mkdir()
+    for hidden in (f'.ipynb_checkpoints/{name}', f'._{name}', f'~${name}'): (host/hidden).write_bytes(b'\0\5\x16\7')
     assert not several(run_cells(host)) and check_submission(host/'submission.csv', sample, 'preference')
     shutil.copy(sample, host/'z')
     assert f'not z/{name}' in several(run_cells(host))[0]
