@@ -251,12 +251,12 @@ def next_logprobs(
 # %% ../nbs/lib/03s_replies.ipynb #1e2c316c
 def served_parity(
     engine,   # A `VllmEngine` with adapters
-    ids,      # Token arrays of prompts, of which the first 16 are compared
+    ids,      # Token arrays of prompts, of which the first 64 are compared
     new:int,  # Tokens that may come
     limit:float=.1, # Of the median, for 16 bits: rare tokens differ by more than letters
 ) -> dict: # Run → facts of `parity`
     "Compare every adapter with transformers on the 32 most probable next tokens; refuse one that was not read"
-    longest, ids, runs = max(map(len, ids)), ids[:16], [run for run in engine.slots if run]
+    longest, ids, runs = max(map(len, ids)), ids[:64], [run for run in engine.slots if run]
     kit = TransformersEngine(engine.base, engine.prompt, engine.dtype)
     logp = {run: next_logprobs(kit, ids, run) for run in runs}
     kit.close()
@@ -332,13 +332,13 @@ class VllmEngine(_Streaming, VllmServer):
 reply_engines = 'transformers', 'vllm', 'auto'
 
 def reply_engine(
-    engine:str,       # `transformers` (or `packs`, its name in a vote), `vllm` or `auto`
+    engine:str,       # `transformers`, `vllm` or `auto`; `packs`, which says how a vote asks for letters, is `auto`
     base:str,         # Name, folder or Hub id
     dtype:str='auto', # As for `TransformersEngine`
     gpus:int=1,       # That share the model; transformers writes on one
 ) -> str: # `transformers` or `vllm`
     "The engine that generates; one that cannot is refused"
-    if engine == 'packs': engine = 'transformers'
+    if engine == 'packs': engine = 'auto'
     if engine not in reply_engines: raise Refusal(f'no engine named {engine!r}', fix=f"Take {', '.join(reply_engines)}")
     why = why_no_vllm(base, dtype) if vllm_version() else 'vLLM is not installed'
     if engine == 'vllm' and why: raise Refusal(why, base, fix='Take engine=transformers')

@@ -19,7 +19,7 @@ from .memory import prediction_job
 from .predictions import BallotAsker
 from .record import find_run, records
 from .replies import (earlier_replies, end_engine, generate, job_table, read_replies, reply_engine,
-                                     start_engine, text_dtype)
+                                     served_parity, start_engine, text_dtype)
 from .reply_cost import kv_bytes
 from .text import parse_replies, text_votes
 from .trained import base_of, is_full, model_params
@@ -119,15 +119,25 @@ class TextAsker(TextRuns):
     "Runs of the text route that answer some rows at a time; one model is in memory at a time"
     def load(self, run):
         "Start the engine for the runs on one base"
-        rec, prompt = self.recs[run], self.prompts[run]
-        base = base_of(rec), self._dtype(rec), prompt.prompt.max_len
+        rec = self.recs[run]
+        base = base_of(rec), self._dtype(rec), self.prompts[run].prompt.max_len
         if base == self.base: return
         self.close()
         adapters = [r for r, o in self.recs.items() if base_of(o) == base[0] and not is_full(o)]
-        kind = reply_engine(self.kind, *base[:2], self.memory['gpus'])
-        self.engine = start_engine(kind, base[0], prompt, base[1], adapters=adapters, **self.memory)
-        self.base = base
+        self.engine, self.base = self._start(run, *base[:2], adapters), base
         self.engine.clock = self.clock
+
+    def _start(self, run, base, dtype, adapters): # an engine; one that was not asked for must pass its gate first
+        def start(kind): return start_engine(kind, base, self.prompts[run], dtype, adapters=adapters, **self.memory)
+        kind = reply_engine(self.kind, base, dtype, self.memory['gpus'])
+        engine, new = start(kind), model_params(self.recs[run])['max_new_tokens']
+        if kind == 'transformers' or self.kind == 'vllm' or not adapters: return engine
+        try: engine.parity = served_parity(engine, list(self.enc[run].ids), new)
+        except Refusal as e:
+            print('Transformers writes in place of vLLM.', str(e).split('; its log ends with')[0])
+            end_engine(engine)
+            return start('transformers')
+        return engine
 
     def ask(self, run, at):
         "[rows, options] answer shares of the rows at the positions `at`; zeros where nothing was parsed"

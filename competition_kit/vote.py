@@ -62,7 +62,7 @@ class VoteArgs:
     rescore:float=1.         # a cascade: share of the rows for all but the first run named; 0: what fits the budget
     test:str=''              # path of a raw test file, where there is no table <data>_test
     max_memory_gb:float=0.   # memory that a model may take, in 1e9 bytes: packs and batches fit it; 0: no limit
-    engine:str='packs'       # packs (the kit's own forward), vllm, or auto: the faster one, by measurement
+    engine:str='packs'       # packs (the kit's own forward; texts by vLLM if it is there), vllm or auto: the faster one
     gpus:int=1               # processes that predict, each a part of the rows; each takes a GPU where there are any
     tensor_parallel:int=1    # GPUs that share the model in each process, with engine vllm
     samples:int=5            # replies of a text voter to a row that must be parsed
@@ -86,7 +86,9 @@ class VoteArgs:
         check_text_voters(self, ballot)
         return ballot
 
-    def inputs(self): return vote_inputs(self.ballot, self.data, self.sample, self.test) | engine_input(self.engine)
+    def inputs(self):
+        engine = 'auto' if self.engine == 'packs' and text_runs(self.ballot) else self.engine  # vLLM may write
+        return vote_inputs(self.ballot, self.data, self.sample, self.test) | engine_input(engine)
 
 # %% ../nbs/10_vote.ipynb #6ee4633e
 def _check_together(a): # arguments that exclude each other

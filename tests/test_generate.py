@@ -397,6 +397,7 @@ def test_which_engine_generates(monkeypatch):
     with pytest.raises(Refusal, match='no engine named'): GenerateArgs(engine='tgi')
     monkeypatch.setattr(R, 'vllm_version', lambda: '9.9')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert R.reply_engine('packs', 'smollm2') == 'vllm'  # in a vote
     assert R.reply_engine('auto', 'smollm2') == 'vllm' and R.reply_input('vllm') == dict(engine='vllm 9.9')
     assert R.reply_engine('auto', 'smollm2', 'nf4') == 'transformers'
     with pytest.raises(Refusal, match='nf4'): R.reply_engine('vllm', 'smollm2', 'nf4')

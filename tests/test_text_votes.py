@@ -9,6 +9,7 @@ from competition_kit.base import load_tokenizer, tiny_base
 from competition_kit.clock import Clock
 from competition_kit.completions import answer_rows
 from competition_kit.core import Refusal, data_path, models_path, read_table, root_at, write_table
+from competition_kit.engine import EngineDied
 from competition_kit.probs import read_probs
 from competition_kit.predictions import write_sample
 from competition_kit.record import read_record, run_stage, start_run, write_record
@@ -136,6 +137,30 @@ def test_what_the_gate_of_a_writing_engine_measured_is_in_the_record(both, monke
     engine = planted(monkeypatch, plan)
     engine.parity = {both[1]: dict(median=.01, limit=.1)}
     assert held(*both).record['engine'] == {both[1]: dict(engine='planted 1', parity=engine.parity)}
+
+@pytest.mark.parametrize('gate', [None, Refusal('far off'), EngineDied('out of memory')])
+def test_vllm_writes_where_it_is_if_its_gate_passes(both, monkeypatch, capsys, gate):
+    kinds, measured = [], {both[1]: dict(median=.01, limit=.1)}
+    def start(kind, *a, **kw):
+        kinds.append(kind)
+        return Planted(plan)
+    def served_parity(engine, ids, new):
+        assert len(ids) == 8 and new == 8
+        if gate: raise gate
+        return measured
+    for name, f in dict(is_full=lambda rec: False, reply_engine=lambda *a: 'vllm', start_engine=start,
+                        served_parity=served_parity).items(): monkeypatch.setattr(T, name, f)
+    run = held(*both)
+    assert kinds == (['vllm', 'transformers'] if gate else ['vllm'])
+    assert ('Transformers writes in place of vLLM. '+str(gate) in capsys.readouterr().out) == bool(gate)
+    assert run.record['engine'] == ({} if gate else {both[1]: dict(engine='planted 1', parity=measured)})
+    T.TextAsker([both[1]], load_rows('few_test'), run.folder, Clock(0), engine='vllm').load(both[1])
+    assert kinds[-1] == 'vllm'  # asked for by name: the gate's refusal ends the vote
+
+def test_the_version_of_vllm_is_an_input_of_a_vote_with_texts(both, monkeypatch):
+    monkeypatch.setattr('competition_kit.engine.vllm_version', lambda: '9.9')
+    assert VoteArgs('few', ' '.join(both)).inputs()['engine'] == 'auto: vllm 9.9'
+    assert 'engine' not in VoteArgs('few', both[0]).inputs()
 
 def test_a_killed_vote_asks_for_what_is_missing(both, monkeypatch):
     planted(monkeypatch, plan).die_at = 20
