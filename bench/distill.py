@@ -1,7 +1,7 @@
 """What do teachers and pseudo-labels give a small student? Every fold of a table, beside labels alone.
 
 usage: python bench/distill.py open=FILE alpaca=FILE --teacher BASE [--lines labels …] [--folds 5] [--seeds 3]
-                                [--jobs 4] [--set JSON] [--until SECONDS] [--out FOLDER]
+                                [--teacher-seeds 1] [--jobs 4] [--set JSON] [--until SECONDS] [--out FOLDER]
 The first table is trained on and held out; the second gives unlabelled rows (its labels are hidden), or real labels.
 Each line of the result is compared with `labels`, or with the line that it names, fold by fold and seed by seed;
 `least` is the smallest difference that two standard errors of these pairs can tell."""
@@ -134,13 +134,14 @@ if __name__ == '__main__':
     p.add_argument('--lines', nargs='+', default=list(LINES))
     p.add_argument('--folds', type=int, default=5)
     p.add_argument('--seeds', type=int, default=3, help='the most seeds of a line')
+    p.add_argument('--teacher-seeds', type=int, default=1, help='of the teacher; one of them teaches, all are scored')
     p.add_argument('--jobs', type=int, default=4)
     p.add_argument('--until', type=float, default=1e9, help='seconds after which no run is begun')
     p.add_argument('--set', type=json.loads, default={}, help='further arguments of every run, as JSON')
     p.add_argument('--out', default='.')
     a = p.parse_args()
     FIT.update(a.set)
-    LINES['teacher: qwen']['args']['base'] = a.teacher
+    LINES['teacher: qwen'].update(seeds=a.teacher_seeds, args=dict(LINES['teacher: qwen']['args'], base=a.teacher))
     for line in LINES.values(): line['seeds'] = min(line['seeds'], a.seeds)
     began = time.time()
     from competition_kit.core import bases_path, data_path

@@ -40,7 +40,8 @@ class Held:
         rows = rows.loc[sorted(set(rows.index).intersection(*(t.index for t in used.values())))]
         self.label, self.fold, self.group = rows.label.to_numpy(), rows.fold.to_numpy(), groups[rows.index].to_numpy()
         self.p = {key: np.stack(t.p.loc[rows.index]) for key, t in used.items()}
-        self.one = {seed: p for (line, seed), p in self.p.items() if line == ONE_VIEW}
+        self.one, self.large = ({seed: p for (line, seed), p in self.p.items() if line == name}
+                                for name in (ONE_VIEW, TEACHER))
 
     def by_fold(self, make): # [rows, options]; `make` gets masks of one fold and of the others
         out = np.zeros_like(self.p['labels', 0])
@@ -90,7 +91,7 @@ def add_voters(t):
     held = t.held
     for line in held.families:
         t.add(f'single: {SHORT[line]}', [held.p[line, s] for s in held.seeds], 'single: labels' if t.votes else None)
-    if (TEACHER, 0) in held.p: t.add('single: 0.5B', [held.p[TEACHER, 0]], 'single: labels')
+    if held.large: t.add('single: 0.5B', list(held.large.values()), 'single: labels')
     best = min((f'single: {SHORT[line]}' for line in held.families),
                key=lambda name: next(l['log_loss'] for l in t.lines if l['line'] == name))
     for line in held.families:
@@ -143,12 +144,11 @@ def add_swaps(t):
 
 def add_cascade(t): # the large model's weight is chosen on the other folds
     held = t.held
-    if (TEACHER, 0) not in held.p: return
-    large = held.p[TEACHER, 0]
+    if not held.large: return
     for share in .1, .25, .5, 1.:
         votes = []
         for s in held.seeds:
-            small = held.p['labels', s]
+            small, large = held.p['labels', s], held.large.get(s, held.large[0])
             def vote(at, weight):
                 rows = least_certain(small[at], share)
                 return rescore(small[at], large[at][rows], rows, weight)
@@ -157,7 +157,8 @@ def add_cascade(t): # the large model's weight is chosen on the other folds
                 return vote(here, best)
             votes.append(held.by_fold(nested))
         t.add(f'cascade: 0.5B for {share:.0%} of the rows', votes, 'single: labels')
-    t.lines[-1]['gap_to_large'] = t.lines[-1]['log_loss']-log_loss(large, held.label)
+    larges = [log_loss(p, held.label) for p in held.large.values()]
+    t.lines[-1]['gap_to_large'] = t.lines[-1]['log_loss']-np.mean(larges)
 
 def table(held):
     t = Table(held)
