@@ -1,12 +1,12 @@
 """Which engine does a vote take, and does it answer as packs do?
 
-usage: python bench/vote_engines.py [--loras] [--auto pairs_open.parquet] [--texts logic_rg.jsonl] [--bits 8 4]
-                                    [--shape qwen2.5-32b] [--layers 8] [--rows 1500] [--memory GB] [--small]
-loras: SmolLM2 is quantised by 09_gptq, two seeds train a LoRA over it on the arena sample, and vote by packs and vLLM.
+usage: python bench/vote_engines.py [--loras pairs_open.parquet] [--auto pairs_open.parquet] [--texts logic_rg.jsonl]
+           [--bits 8 4] [--shape qwen2.5-32b] [--layers 8] [--rows 1500] [--memory GB] [--small]
+loras: SmolLM2 is quantised by 09_gptq, two seeds train a LoRA over it on 300 pairs, and vote by packs and by vLLM.
 auto: a base of this shape in int4, random codes, cut to some layers; a LoRA over it; so many rows are voted on by
     `auto`, by vLLM and by packs. `auto` measures from 5 seconds of packs on (the kit's limit is a minute).
 texts: SmolLM2 learns rationales by code; its run and one of letters vote with the defaults, then without vLLM.
-`--memory` limits each model, so that other work can use the GPU beside it. `--small`: few rows and layers, for a CPU."""
+`--memory` limits each model, so that other work can use the GPU beside it. `--small`: few rows and layers."""
 import argparse, contextlib, io, itertools, os, tempfile
 from pathlib import Path
 
@@ -40,22 +40,32 @@ def beside(p, q): # two votes on the same rows
 def loras(a):
     from competition_kit.gptq import GptqArgs, gptq
     from competition_kit.record import run_stage
-    base = 'smollm2-2' if a.small else 'smollm2'
+    base, asked = 'smollm2-2' if a.small else 'smollm2', pairs(a.loras, 60 if a.small else 400)
     for bits in a.bits:
-        how = GptqArgs(base=base, bits=bits, max_loss=99., max_flips=1.)  # measured in gptq.py; here nothing fails
+        # what this costs is measured in gptq.py; here nothing fails
+        how = GptqArgs(base=base, mix='pairs', bits=bits, max_loss=99., max_flips=1.)
         run, seconds = quiet(run_stage, gptq, how)
-        runs = [fitted(base=f'models/{run.id}/model', seed=k) for k in (0, 1)]
-        memory = dict(max_memory_gb=a.memory)
-        packs, p = voted(runs)
-        vllm, q = voted(runs, engine='vllm', **memory)
+        runs = [fitted(base=f'models/{run.id}/model', mix='pairs', seed=k) for k in (0, 1)]
+        packs, p = voted(runs, **asked)
+        vllm, q = voted(runs, **asked, engine='vllm', max_memory_gb=a.memory)
         report('vllm', what=f'two LoRAs over GPTQ int{bits}', base=base, seconds_of_09_gptq=seconds, **beside(p, q),
                packs_seconds=packs['seconds'], vllm_seconds=vllm['seconds'], engine=vllm['engine'])
 
-def first_rows(file, n): # a raw file of its first rows
+def first_rows(file, n): # a raw file of its first rows, or of its last ones where n is negative
     small = Path(tempfile.mkdtemp())/Path(file).name
-    if small.suffix == '.parquet': pd.read_parquet(file).head(n).to_parquet(small)
+    if small.suffix == '.parquet':
+        df = pd.read_parquet(file)
+        (df.head(n) if n > 0 else df.tail(-n)).to_parquet(small)
     else: small.write_text(''.join(itertools.islice(Path(file).open(), n)))
     return str(small)
+
+def pairs(file, n): # what to vote on: so many rows from the end; the first 300 become the table `pairs`
+    from distill import write_tables
+    from competition_kit.core import data_path
+    from competition_kit.tables import split
+    data_path().mkdir(parents=True, exist_ok=True)
+    write_tables('pairs', split(first_rows(file, 300))[0])
+    return dict(data='pairs', test=first_rows(file, -n), views=1)
 
 def random_gptq(a): # a folder
     from competition_kit.base import load_tokenizer
@@ -71,12 +81,13 @@ def random_gptq(a): # a folder
 def auto(a):
     import competition_kit.engine as engine
     engine._least_seconds = 0. if a.small else 5.
-    run = fitted(base=random_gptq(a), max_len=1024, batch=8, lr=5e-3)
-    how, got = dict(test=first_rows(a.auto, a.rows), views=1, max_memory_gb=a.memory), {}
-    for name in ('auto', 'vllm', 'packs'): got[name] = voted([run], engine=name, **how)
+    how, got = pairs(a.auto, a.rows) | dict(max_memory_gb=a.memory), {}
+    run = fitted(base=random_gptq(a), mix='pairs', max_len=1024, batch=8, lr=5e-3)
+    for name in ('packs', 'vllm', 'auto'): got[name] = voted([run], engine=name, **how)
     chosen = got['auto'][0]['engine']
-    report('vllm', what='auto over GPTQ int4', shape=a.shape, layers=a.layers, **beside(got['packs'][1], got['vllm'][1]),
-           seconds={name: round(record['seconds'], 1) for name, (record, _) in got.items()}, auto=chosen,
+    report('vllm', what='auto over GPTQ int4', shape=a.shape, layers=a.layers,
+           **beside(got['packs'][1], got['vllm'][1]),
+           seconds={name: round(got[name][0]['seconds'], 1) for name in ('packs', 'vllm')}, auto=chosen,
            vllm=got['vllm'][0]['engine'])
 
 def reasoned_tables(name, file): # of the rows, and of those with a rationale by code
@@ -111,7 +122,7 @@ def texts(a):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--loras', action='store_true')
+    p.add_argument('--loras', metavar='FILE')
     p.add_argument('--auto', metavar='FILE')
     p.add_argument('--texts', metavar='FILE')
     p.add_argument('--bits', nargs='+', type=int, default=[8, 4])
