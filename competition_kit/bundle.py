@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['targets', 'Target', 'find_target', 'each', 'package_runs', 'largest_activation', 'check_fp16', 'base_folder',
-           'package_bases', 'folder_bytes', 'check_model', 'needed_packages', 'pip_options', 'run_pip',
-           'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file', 'prior_csv', 'prior_lines',
-           'host_test', 'prior_submission', 'file_fault', 'file_faults', 'found_gpus', 'machine_faults',
+           'package_bases', 'folder_bytes', 'check_model', 'needed_packages', 'package_engine', 'pip_options',
+           'run_pip', 'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file', 'prior_csv',
+           'prior_lines', 'host_test', 'prior_submission', 'file_fault', 'file_faults', 'found_gpus', 'machine_faults',
            'clean_environment', 'install', 'torch_faults', 'whole_runs', 'vote_arguments', 'link_bases', 'ids_of',
            'take_submission', 'guarded_vote', 'submission_cells', 'write_notebook', 'copy_run', 'copy_bases',
            'class_shares', 'needed_files', 'file_list', 'package_sizes', 'check_size', 'package_facts',
@@ -41,7 +41,8 @@ class Target:
     package_gb:float=200. # Largest package (Kaggle's limit of a data set)
     hours:float=12.       # Longest run; a competition may allow less
     python:str=''         # Its Python; '' is the Python of this machine
-    fp16:bool=False       # Computes 16 bits in fp16 only; no flash attention, no vLLM
+    fp16:bool=False       # Computes 16 bits in fp16 only, without flash attention
+    vllm:bool=False       # vLLM runs there
     rank:int=None         # Largest rank, where the adapter itself is the submission
     source:str=''
 
@@ -49,8 +50,9 @@ _kaggle = 'kaggle.com/docs/notebooks and docs/datasets (2026-09); Kaggle/docker-
 
 targets = dict(
     t4x2=Target('T4', 2, 16.1, 29., python='3.12', fp16=True, source=_kaggle),
-    l4x4=Target('L4', 4, 24., python='3.12', source=f'AIMO-2 (2025): four L4, 96 GB; {_kaggle}'),
-    h100=Target('H100', 1, 80., hours=5., python='3.12', source=f'AIMO-3 (2026-04): one H100, five hours; {_kaggle}'),
+    l4x4=Target('L4', 4, 24., python='3.12', vllm=True, source=f'AIMO-2 (2025): four L4, 96 GB; {_kaggle}'),
+    h100=Target('H100', 1, 80., hours=5., python='3.12', vllm=True,
+                source=f'AIMO-3 (2026-04): one H100, five hours; {_kaggle}'),
     cpu=Target(memory_gb=30., source=_kaggle),
     adapter=Target(package_gb=None, hours=None, rank=32,
                    source='NVIDIA Nemotron Model Reasoning Challenge (2026-03): rank 32 at most'))
@@ -95,7 +97,7 @@ def package_runs(
         raise Refusal('every run has the weight 0 in the workbook', fix='Write a number above 0 into vote_weight')
     return recs, dict(rule='mean', views=2, rescore=1., runs=_with_voters(recs, weights, 'mean'))
 
-_brought = 'rule', 'views', 'change', 'rescore', 'pack_tokens', 'max_memory_gb', 'samples', 'retries'  # of a vote
+_brought = 'rule views change rescore pack_tokens max_memory_gb samples retries engine'.split()  # of a vote
 
 def _of_vote(vote):
     if vote['status'] != 'done': raise Refusal(f"the vote is {vote['status']}", vote['run_id'], fix='Run it again')
@@ -220,15 +222,28 @@ _not_for_votes = {'gguf', 'matplotlib', 'pillow', 'papermill', 'ipykernel', 'jup
                   'reasoning-gym'}
 
 def needed_packages(
-    recs=(), # Records of model runs
+    recs=(),    # Records of model runs
+    vllm=False, # Does the package bring vLLM?
 ) -> list: # Requirements, as pip reads them
     "What a vote needs on the platform, and the pip that installs it"
     every = importlib.metadata.requires('competition_kit')
     lines = [line for line in every if 'extra ==' not in line]
     lines = [line for line in lines if re.match(r'[\w-]+', line)[0].lower() not in _not_for_votes]
-    if any(str(model_params(r)['dtype']) == 'nf4' for r in recs):
-        lines.append(next(line.split(';')[0].strip() for line in every if line.startswith('bitsandbytes')))
+    def extra(start): return next(line.split(';')[0].strip() for line in every if line.startswith(start))
+    if any(str(model_params(r)['dtype']) == 'nf4' for r in recs): lines.append(extra('bitsandbytes'))
+    if vllm: lines.append(extra('vllm=='))
     return [*lines, 'pip']
+
+# %% ../nbs/lib/11_bundle.ipynb #a7c01d12
+def package_engine(
+    recs,     # Records of model runs
+    how:dict, # From `package_runs`
+    target:Target,
+) -> tuple: # (`auto` or `packs`, does the package bring vLLM?)
+    "The engine of the vote on the platform"
+    named = target.vllm and how.get('engine', 'packs') != 'packs'
+    texts = target.vllm and any(model_params(r)['route'] == 'text' for r in recs)
+    return 'auto' if named else 'packs', named or texts
 
 # %% ../nbs/lib/11_bundle.ipynb #87df6b88
 def pip_options(
@@ -258,13 +273,14 @@ def missing_on_target(
     found:list,    # From pip's report
     target:Target,
 ) -> list: # Requirements
-    "Requirements that hold for the target's Python and are not among the packages found"
+    "Requirements that hold for the target's Python and that the packages found do not meet"
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
-    have = {canonicalize_name(o['metadata']['name']) for o in found}
+    have = {canonicalize_name(o['metadata']['name']): o['metadata']['version'] for o in found}
     env = dict(python_version=target.python, python_full_version=f'{target.python}.0', extra='')
     lines = [Requirement(line) for o in found for line in o['metadata'].get('requires_dist', [])]
-    lines = [r for r in lines if r.marker and r.marker.evaluate(env) and canonicalize_name(r.name) not in have]
+    def met(r): return (v := have.get(canonicalize_name(r.name))) and r.specifier.contains(v, prereleases=True)
+    lines = [r for r in lines if r.marker and r.marker.evaluate(env) and not met(r)]
     return sorted({f'{r.name}{r.specifier}' for r in lines})
 
 # %% ../nbs/lib/11_bundle.ipynb #509001fc
@@ -824,8 +840,9 @@ def bundle(
     each(lambda rec: check_model(rec, t), recs)
     bases = package_bases(recs, there)
     check_size(recs, bases, t)
+    how['engine'], vllm = package_engine(recs, how, t)
     with _hidden_until_whole(out) as tmp:
-        write_wheels(resolve(needed_packages(recs), t, wheels), t, tmp, wheels)
+        write_wheels(resolve(needed_packages(recs, vllm), t, wheels), t, tmp, wheels)
         check_size(recs, bases, t, folder_bytes(tmp))
         for rec in recs: copy_run(rec, tmp/'models', t.fp16)
         names = copy_bases(bases, tmp/'bases')

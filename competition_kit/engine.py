@@ -100,7 +100,8 @@ def engine_env() -> dict:
     own = dict(PYTHONPATH=path, PYTHONSAFEPATH='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false',
                VLLM_NO_USAGE_STATS='1', VLLM_WORKER_MULTIPROCESSING_METHOD='spawn')
     if not _has_gpu(): own['TORCHDYNAMO_DISABLE'] = '1'  # for a CPU, compiling takes long
-    usual = dict(VLLM_LOGGING_LEVEL='WARNING', VLLM_CPU_KVCACHE_SPACE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0')
+    usual = dict(VLLM_LOGGING_LEVEL='WARNING', VLLM_CPU_KVCACHE_SPACE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0',
+                 VLLM_USE_FLASHINFER_SAMPLER='0')  # it takes no seeds, and would be compiled at the start
     return usual | kept | own
 
 def _has_gpu():

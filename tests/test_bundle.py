@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
                                     found_gpus, guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
-                                    package_bases, package_facts, package_runs, prior_submission, resolve,
-                                    submission_cells, take_submission, targets, torch_faults, vote_arguments,
-                                    whole_runs)
+                                    needed_packages, package_bases, package_engine, package_facts, package_runs,
+                                    prior_submission, resolve, submission_cells, take_submission, targets,
+                                    torch_faults, vote_arguments, whole_runs)
 from competition_kit.ck import main
 from competition_kit.combine import majority
 from competition_kit.core import Refusal, models_path, read_json, root_at, write_json
@@ -339,13 +339,30 @@ def wheel(folder, name, version, requires=()):
 def test_markers_of_the_target_count():
     lines = ['c; python_version >= "3.12"', 'a-b; python_version >= "3.12"', 'd; python_version < "3.12"',
              'e; extra == "x"']
-    found = [dict(metadata=dict(name='A.b', requires_dist=lines))]
+    found = [dict(metadata=dict(name='A.b', version='1', requires_dist=lines))]
     assert missing_on_target(found, targets['l4x4']) == ['c']
 
 def test_what_only_the_target_needs_is_followed_to_the_end(own_root):
     for k in range(7): wheel(own_root/'wheels', f'w{k}', '1.0', [f'w{k+1}; python_version >= "3.12"']*(k < 6))
     found = resolve(['w0'], targets['l4x4'], own_root/'wheels')
     assert sorted(o['name'] for o in found) == [f'w{k}' for k in range(7)]
+
+def test_a_bound_of_the_target_alone_holds(own_root):
+    wheel(own_root/'wheels', 'a', '1.0', ['b', 'c<2; python_version >= "3.12"'])
+    wheel(own_root/'wheels', 'b', '1.0', ['c'])
+    for version in ('1.0', '2.0'): wheel(own_root/'wheels', 'c', version)
+    found = {o['name']: o['version'] for o in resolve(['a'], targets['l4x4'], own_root/'wheels')}
+    assert found == dict(a='1.0', b='1.0', c='1.0')
+
+def test_vllm_is_packed_where_a_vote_would_ask_it():
+    letters, writer = (dict(run_id='r', stage='train', params=dict(route=r, dtype='bf16')) for r in ('answer', 'text'))
+    def asked(rec, target, **how): return package_engine([rec], how, targets[target])
+    assert asked(letters, 'h100') == asked(letters, 'h100', engine='packs') == ('packs', False)
+    assert asked(letters, 'l4x4', engine='vllm') == asked(writer, 'h100', engine='auto') == ('auto', True)
+    assert asked(writer, 'h100') == ('packs', True)
+    for target in ('t4x2', 'cpu'): assert asked(writer, target, engine='vllm') == ('packs', False)
+    assert [line for line in needed_packages([letters], True) if line.startswith('vllm==')]
+    assert not [line for line in needed_packages([letters]) if 'vllm' in line]
 
 def test_wheels_that_are_not_there_are_named(runs, own_root):
     wheel(own_root/'wheels', 'torch', '2.13.0')
