@@ -17,7 +17,7 @@ from .core import Refusal, hash_obj, models_path, project_root, read_json
 from .log import people
 from .probs import read_probs
 from .record import find_run, records
-from .tables import check_texts, table_name, validated_part
+from .tables import check_texts, table_name, table_path, validated_part
 from .teachers import adopted, adopted_table
 from .trained import check_run, model_params, model_stages, recipe_key
 
@@ -74,6 +74,7 @@ def candidates(
     chosen, every = any(_keep(r, marks) for r in sound), {r['run_id']: r for r in records()}
     if sound: return [r for k, r in sound.items() if chosen or not _made_of(k, every) & set(sound)]
     why = f", and {len(kept)} damaged: {'; '.join(map(_damage, kept))}" if kept else ''
+    table_path(data)  # a table that is not there is refused by its name
     raise Refusal(f'there is no finished train run on {data} that may vote{why}',
                   fix=f'Train one: ck run 04_train -p mix {data} -p fold 0. Or empty the column keep')
 

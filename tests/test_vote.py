@@ -555,7 +555,9 @@ def test_who_votes(runs, own_root):
     mark(own_root, {r: dict(keep='no') for r in runs})
     with pytest.raises(Refusal, match='may vote'):
         voters()
-    with pytest.raises(Refusal, match='on other'):
+    with pytest.raises(Refusal, match='on sample_logic'):
+        voters('sample_logic')
+    with pytest.raises(Refusal, match='no table called other; there are'):
         voters('other')
     with pytest.raises(Refusal, match='runs begin'):
         voters(runs='train-f0')
