@@ -37,8 +37,8 @@ from .tables import check_texts, table_name, table_path
 from .teachers import adopted
 from .text_voters import ballot_asker, plan_texts, save_texts, unparsed_sentence
 from .trained import load_adapter, predict_runs, trusted_prompt
-from .vote_score import (fold_scores, oof_probs, oof_vote, score_tables, score_vote, training_table,
-                                        verdict, voters_worth)
+from .vote_score import (check_test_ids, fold_scores, oof_probs, oof_vote, score_tables, score_vote,
+                                        training_table, verdict, voters_worth)
 _all_ = ['agreement', 'BallotAsker', 'by_strength', 'candidates', 'check_submission', 'combine', 'entropy',
          'find_sample', 'fit_weights', 'fold_scores', 'group_by_recipe', 'left_out', 'limit_memory',
          'load_adapter', 'majority', 'make_submission', 'oof_probs', 'oof_vote', 'plan_memory',
@@ -155,6 +155,7 @@ def run_vote(
     check_text_voters(args, ballot)
     clock = Clock(args.budget)
     rows = rows_to_predict(ballot, args.data, args.test)
+    check_test_ids(ballot, args.data, rows)
     sample = sample_file(args.data, args.sample, args.test) or write_sample(rows, run.folder)
     read_sample(sample, rows, rows.attrs['meta']['task'])
     if (solution := _solution(sample)).is_file(): practice_score(sample, solution)  # refused now, not after hours

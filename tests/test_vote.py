@@ -887,6 +887,33 @@ def test_a_file_made_elsewhere_votes_too(runs, own_root):
         held(runs='other/none.parquet')
 
 
+@pytest.mark.parametrize('weights', ['log', 'fit'])
+def test_a_file_is_not_scored_on_other_rows_of_the_same_ids(runs, own_root, weights):
+    table, test = load_rows('sample_arena'), load_rows('sample_arena_test')
+    raw = pd.DataFrame({c: test[c] for c in ('id', 'prompt', 'response_a', 'response_b')})
+    for where, texts in ('other', raw), ('same', table[raw.columns]):
+        (own_root / where).mkdir()
+        texts = texts.assign(id=list(table.id[: len(texts)]))
+        texts.to_json(own_root / where / 'test.jsonl', orient='records', lines=True)
+        p = np.random.default_rng(0).dirichlet([1] * 3, len(texts))
+        write_probs(own_root / where / 'p.parquet', texts, p, 'preference', seen=False)
+    with pytest.raises(Refusal, match='has these ids for other rows.*name with data='):
+        held(runs='other/p.parquet', test='other/test.jsonl', weights=weights)
+    assert held(runs='same/p.parquet', test='same/test.jsonl', weights=weights).record['metrics']['rows'] == len(table)
+
+
+@pytest.mark.parametrize('budget', [0, 5])
+def test_files_are_not_scored_on_a_table_of_another_task(runs, own_root, budget):
+    test = load_rows('sample_arena_test')[['id', 'prompt', 'response_a', 'response_b']]
+    (own_root / 'two').mkdir()
+    test.to_json(own_root / 'two/test.jsonl', orient='records', lines=True)
+    p = np.random.default_rng(0).dirichlet([1] * 2, len(test))
+    write_probs(own_root / 'two/p.parquet', test, p, 'preference2', seen=False)
+    run = held(runs='two/p.parquet', test='two/test.jsonl', budget=budget)
+    assert "task is on this machine: the vote has no score" in run.record['sentence']
+    np.testing.assert_allclose(np.stack(read_probs(run.folder / 'votes.parquet').p), p, atol=1e-6)
+
+
 def test_voters_come_as_they_are_named(runs, own_root):
     "the first one begins a cascade, and weights follow this order"
     test = load_rows('sample_arena_test')
