@@ -244,6 +244,10 @@ def _scored(vote, oof, rows, table, ballot, fitted): # the vote beside its voter
     shown, sentence = verdict(by_fold, every, task, _seed_scores(ballot, oof, rows, tasks[task].metric))
     if len(oof) < n_voters:
         sentence += f' It is of {len(oof)} of the {n_voters} voters; the others have no out-of-fold rows.'
+    own = [rec for rec in ballot_records(ballot) if rec['stage'] in ('train', 'distill')]
+    if other := [rec['run_id'] for rec in own if not same_tables(rec)]:
+        sentence += (f" The table has changed since {', '.join(other)} held out its rows: "
+                     'where an id has other texts now, the score is wrong.')
     if fitted and rows.fold.nunique() == 1:
         sentence += ' There is one fold: the weights of each half of its groups were fitted on the other half.'
     pooled = {name: _pooled(g) for name, g in by_fold.groupby('who', sort=False) if name not in every}

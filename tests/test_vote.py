@@ -1071,6 +1071,14 @@ def test_baselines_of_a_changed_table_are_fitted_again(runs, own_root):
     assert _known_baselines(ballot, held_rows) == {}
 
 
+def test_a_changed_table_is_named_beside_its_score(runs, own_root):
+    ballot, rows = voters(), load_rows('sample_arena')
+    assert 'has changed' not in score_vote(ballot)['sentence']
+    changed = rows.drop(columns=['main', 'phase']).assign(label=rows.label.to_numpy()[::-1])
+    write_rows(changed, data_path('sample_arena.parquet'), task='preference')
+    assert f"has changed since {', '.join(runs)} held out its rows" in score_vote(ballot)['sentence']
+
+
 def test_another_base_under_the_same_name(runs, own_root, tmp_path):
     rec = find_run(runs[0])
     folder = tmp_path / 'moved'
