@@ -139,5 +139,6 @@ def fit_weights(
     loss, equal = logits if rule == 'logits' else mean, np.full(k, 1/k)
     w = minimize(loss, equal, jac=True, method='SLSQP', bounds=[(0, 1)]*k, options=dict(ftol=1e-10, maxiter=200),
                  constraints=dict(type='eq', fun=lambda w: w.sum()-1, jac=lambda w: np.ones(k))).x.clip(0)
+    w[w < 1e-6*w.sum()] = 0  # what is left of a zero: its voter need not be asked
     w /= w.sum()
     return w if loss(w)[0] <= loss(equal)[0] else equal

@@ -4,7 +4,9 @@ import os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from competition_kit.cascade import least_certain, rescore
+from competition_kit.choose import simulated_voters
 from competition_kit.clock import Clock
+from competition_kit.combine import fit_weights
 from competition_kit.core import Refusal, data_path, models_path, read_json, root_at
 from competition_kit.probs import align, read_probs
 from competition_kit.record import read_record, run_stage, start_run, write_record
@@ -84,6 +86,14 @@ def test_a_cascade_killed_before_its_record_ends_in_the_next_attempt(runs, monke
 
 
 EMPTY = pd.DataFrame(dict(minutes=[1.0]), [1.0])
+
+
+@pytest.mark.parametrize('rule', ['mean', 'logits'])
+def test_a_voter_that_is_fitted_away_is_not_asked(rule):
+    for seed in range(4):
+        p, label = simulated_voters([1.5, 1.4, 0, 0.1, 0.2], 400, 0.3, seed=seed)
+        w = fit_weights(p, label, rule)
+        assert (w[:2] > 0.2).all() and (w[2:] == 0).all()
 
 
 def test_files_alone_are_a_cascade(own_root, samples):
