@@ -50,7 +50,7 @@ runs  | git               | 14 |        | kit    | Commit of the code.
 runs  | public_lb         | 11 |        | people | Your score on the public leaderboard.
 runs  | private_lb        | 11 |        | people | Your score on the private leaderboard.
 runs  | keep              |  8 |        | people | x, yes or 1: this run votes. no or 0: it does not. Empty: undecided.
-runs  | vote_weight       | 12 |        | people | A number: this run's weight in the vote. Empty: 1.
+runs  | vote_weight       | 12 |        | people | A number; the folds of a voter share their mean. Empty: 1.
 runs  | doubtful          | 30 |        | kit    | Row, its label and another option: corrections.csv of 05_generate.
 runs  | note              | 44 |        | people | Anything.
 '''
@@ -706,6 +706,8 @@ Do not use sparklines, text boxes and 2010-style data bars: the library that wri
 
 # How the vote is steered
 `keep`: x, yes or 1 lets a run vote; no or 0 keeps it out. `vote_weight`: its weight, a number; empty means 1.
+Runs that differ only in the fold are one voter: it counts the mean of their weights, and they share that equally.
+To leave out one of them, write no into `keep`.
 
 # How to plan a run
 On a free row of `runs` write the status planned, the stage (such as train), and the fold.
