@@ -600,7 +600,7 @@ def first_file(name, *folders):
 
 # %% ../nbs/lib/11_bundle.ipynb #8112c9f4
 _first = '''places = [p for p in ('/kaggle/input', '.') if Path(p).is_dir()]
-facts = dict(prior={}, files={}, runs=[], target={})
+facts, package, sample, test = dict(prior={}, files={}, runs=[], target={}), None, None, None
 with noted('package'):
     package = Path(PACKAGE) if PACKAGE else first_file(r'bundle\.json', *places).parent
     facts = json.loads((package/'bundle.json').read_text())
@@ -610,6 +610,7 @@ with noted('first submission'):
     test = Path(TEST) if TEST else host_test(sample)
     prior_submission(sample, OUT, facts['prior'])
     print(f'{OUT}: the class prior, for {sample}; test file: {test}')
+    if not test: faults.append(f'no test file beside {sample}: name it in the first cell')
 damaged = {}
 with noted('files'): damaged = file_faults(package, facts['files'])
 with noted('machine'): faults += machine_faults(facts['target'])
@@ -625,7 +626,7 @@ with noted('install'):
     faults += torch_faults(python, min(len(found_gpus()), facts['target']['gpus']))
     print(*faults, sep='\\n')'''
 
-_third = '''lacks, why, broken = None, 'nothing was installed', []
+_third = '''lacks, why, broken = None, 'the vote did not start', []
 with noted('vote'):
     root = work/'root'
     (root/'models').mkdir(parents=True, exist_ok=True)
@@ -634,8 +635,10 @@ with noted('vote'):
     runs, broken = whole_runs(facts['runs'], damaged)
     minutes = (DEADLINE-time.time())/60
     if not runs: why = 'no run is whole'
+    elif not test: why = 'there is no test file'
     elif minutes <= 0: why = 'the deadline came before the vote'
-    elif python:
+    elif not python: why = 'nothing was installed'
+    else:
         link_bases(package, facts['bases'], facts['files'], root)
         environment = clean_environment(CK_ROOT=str(root.resolve()), CK_BASES=str((root/'bases').resolve()))
         gpus = min(len(found_gpus()), facts['target']['gpus'])

@@ -20,6 +20,11 @@ from competition_kit.vote import VoteArgs, run_weights, vote, voter_weights, vot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'bench'))
 
+@pytest.fixture
+def no_wheels(monkeypatch):
+    monkeypatch.setattr('competition_kit.bundle.resolve', lambda *a: [])
+    monkeypatch.setattr('competition_kit.bundle.write_wheels', lambda *a: None)
+
 # ---- runs and weights
 def test_a_vote_brings_its_voters_and_weights(runs):
     held = run_stage(vote, VoteArgs(weights='3 1 0', rule='logits', views=1))
@@ -174,12 +179,10 @@ def test_a_packed_model_predicts_the_same_where_its_base_is_gone(samples, own_ro
     with pytest.raises(Refusal, match='not the one it was trained on'):
         predictions_there(run.record, own_root/'package', rows, own_root/'again', monkeypatch)
 
-def test_a_model_in_bf16_is_packed_for_fp16(samples, own_root, tiny, monkeypatch):
+def test_a_model_in_bf16_is_packed_for_fp16(samples, own_root, tiny, monkeypatch, no_wheels):
     "the packed run votes in fp16, and the run here stays what it is"
     from competition_kit.train import train_fold
     monkeypatch.setattr('competition_kit.bundle.check_fp16', lambda rec: None)
-    monkeypatch.setattr('competition_kit.bundle.resolve', lambda *a: [])
-    monkeypatch.setattr('competition_kit.bundle.write_wheels', lambda *a: None)
     run = train_fold(mix='sample_arena:40', base=tiny, max_len=160, lora_r=2, dtype='bf16', epochs=.3)
     rows, dtypes = load_rows('sample_arena_test').head(6), {}
     before = predict_runs([run.id], rows, own_root/'out')[run.id]
@@ -292,13 +295,23 @@ def test_a_vote_that_hangs_ends_at_the_deadline(samples, own_root):
     assert lacks is None and why == 'the deadline came' and time.time()-start < 10
     assert check_submission(out, sample, 'preference')
 
-def run_cells(folder, sample="SAMPLE = ''"): # the submission notebook without a package, in a folder; its report
-    settings, *cells = submission_cells(targets['cpu'])
-    given = settings.replace("PACKAGE = ''", "PACKAGE = 'nowhere'").replace("SAMPLE = ''", sample)
-    (folder/'cells.py').write_text('\n\n'.join([given, *cells]))
+def run_cells(folder, sample="SAMPLE = ''", package='nowhere', second=None): # the submission notebook; its report
+    settings, first, install, third = submission_cells(targets['cpu'])
+    given = settings.replace("PACKAGE = ''", f'PACKAGE = {str(package)!r}').replace("SAMPLE = ''", sample)
+    (folder/'cells.py').write_text('\n\n'.join([given, first, second or install, third]))
     p = subprocess.run([sys.executable, '-I', '-S', 'cells.py'], cwd=folder, capture_output=True, text=True)
     assert not p.returncode, p.stderr
     return read_json(folder/'missing.json')
+
+def test_a_test_file_that_is_not_there_is_named(runs, own_root, no_wheels):
+    "else the vote would fail at a path that is None, and the report say that nothing was installed"
+    package, host = bundle(runs[:1], 'cpu', own_root/'package'), own_root/'host'
+    host.mkdir()
+    shutil.copy(find_sample('sample_arena'), host)
+    installed = f'work, python = Path("work"), {sys.executable!r}'
+    report = run_cells(host, package=package, second=installed)
+    assert report['submission'] == 'the class prior' and report['ended_early'] == 'there is no test file'
+    assert len(report['faults']) == 1 and 'no test file beside sample_submission.csv' in report['faults'][0]
 
 def test_the_notebook_needs_nothing_but_python_and_leaves_the_prior(samples, own_root):
     "without a package: each cell notes what is wrong, and the sample becomes the submission"
