@@ -526,7 +526,7 @@ def take_submission(
     root,   # Project root of the vote
     sample, # The host's sample submission
     out,    # Where to
-) -> dict: # What the vote says that it lacks; None while no model has seen a row
+) -> dict: # What the vote says that it lacks; None while no model has answered a row
     "Copy the vote's newest submission, if it has the sample's columns and ids in order"
     found = Path(root).glob(f'models/vote-*/submission{Path(sample).suffix}')
     for file in sorted(found, key=os.path.getmtime, reverse=True):
@@ -566,7 +566,8 @@ run_stage(vote, VoteArgs(**json.loads(sys.argv[1])))'''
             p.wait()
     lines = (Path(root)/'vote.log').read_text(errors='replace').strip().splitlines() or ['']
     why = 'the deadline came' if late else f'the vote ended with {p.returncode}: {lines[-1]}' if p.returncode else ''
-    return take_submission(root, sample, out), why
+    lacks = take_submission(root, sample, out)
+    return lacks, why or ('no row has an answer of a model' if lacks is None else '')
 
 # %% ../nbs/lib/11_bundle.ipynb #c40f27b0
 _settings = '''PACKAGE = ''  # folder of this package; empty: found by its bundle.json

@@ -59,11 +59,12 @@ def gaps(
     a:Answers,
     runs,      # Names of the runs
     views:int, # Orderings asked for
-) -> dict: # `rows`, `no_model`, `one_view`: counts of rows; `runs`: run → rows that it was not asked for
-    "What is missing from the vote"
-    seen = a.views.max(0)
+) -> dict: # `rows`, `no_model`, `one_view`: counts of rows; `runs`: run → rows that it has not answered
+    "What is missing from the vote; a text that says no answer is missing too"
+    answered = np.where(a.total.sum(-1) > 0, a.views, 0)
+    seen = answered.max(0)
     return dict(rows=len(seen), no_model=int((seen == 0).sum()), one_view=int((seen == 1).sum()) if views > 1 else 0,
-                runs={name: int((v == 0).sum()) for name, v in zip(runs, a.views)})
+                runs={name: int((v == 0).sum()) for name, v in zip(runs, answered)})
 
 def gap_sentence(
     missing:dict, # From `gaps`
@@ -75,7 +76,7 @@ def gap_sentence(
     mean = len(runs)-sum(runs.values())/n
     found = f'all {n} rows have a prediction, on average of {mean:.1f} of {len(runs)} runs'
     if missing['one_view']: found += f", {missing['one_view']} rows without swapped views"
-    if missing['no_model']: found = f"{missing['no_model']} of {n} rows have the prior: no model has seen them"
+    if missing['no_model']: found = f"{missing['no_model']} of {n} rows have the prior: no model has answered them"
     return f'The vote stopped early ({why}): {found}.'
 
 # %% ../nbs/lib/02o_staged.ipynb #60781239

@@ -101,6 +101,8 @@ def test_texts_and_letters_vote_together(both, monkeypatch, capsys):
     np.testing.assert_allclose(p[~answered], letters[~answered], atol=1e-6)
     m = run.record['metrics']
     assert (m['replies'], m['retried'], m['unparsed']) == (24+18, 18, 3+15+15) and m['rows_without_answer'] == 5
+    missing = run.record['missing']
+    assert missing['runs'][both[1]] == 5 and missing['no_model'] == 0, 'a reply without an answer is missing'
     assert len(engine.asked) == 42 and len({*zip(replies.id, replies.seed)}) == 42 and set(replies.run) == {both[1]}
     unparsed = '33 of 42 replies are unparsed (79%); 5 of the rows asked have no parsed reply.'
     assert capsys.readouterr().out.strip().splitlines()[-1] == f'The vote is complete. {unparsed}'
@@ -132,6 +134,7 @@ def test_rows_without_an_answer_get_the_prior_when_nobody_else_votes(both, monke
     assert none.sum() == 7
     np.testing.assert_allclose(p[none], prior_probs(load_rows('few'), rows)[none], atol=1e-6)
     assert (p[~none, 0] == 1).all() and run.record['missing']['one_view'] == 0
+    assert run.record['missing']['no_model'] == 7
 
 def test_what_the_gate_of_a_writing_engine_measured_is_in_the_record(both, monkeypatch):
     engine = planted(monkeypatch, plan)
