@@ -28,7 +28,7 @@ from .quant import quant_kind
 from .record import BEST, find_run, records, write_record
 from .rows import tasks
 from .tables import load_rows
-from .trained import check_run, is_full, model_params, model_stages, parents, weights_path
+from .trained import check_run, is_full, model_params, model_stages, parents, recipe_key, weights_path
 
 # %% ../nbs/lib/11_bundle.ipynb #31174d65
 @dataclass(frozen=True)
@@ -784,13 +784,19 @@ def package_facts(
     names:dict,    # From `copy_bases`
 ) -> dict:
     "What `bundle.json` holds"
-    needs = {r['run_id']: needed_files(r, names) for r in recs}
+    needs = _needs(recs, names)
     python = target.python or '.'.join(map(str, sys.version_info[:2]))
     return dict(made=now(), target=asdict(target) | dict(python=python), task=recs[0]['task'], prior=class_shares(recs),
                 runs=[dict(r, needs=needs[r['run']]) for r in how['runs']],
                 how={k: v for k, v in how.items() if k != 'runs'},
                 bases={name: dict(hash=b['hash'], folder=names[name]) for name, b in bases.items()},
                 files=file_list(folder, bases))
+
+def _needs(recs, names): # run → beginnings of file names, as in `needed_files`
+    groups = group_by_recipe(recs)
+    voters = Counter(recipe_key(group[0]) for group in groups)  # several of one recipe are known by all their folds
+    return {r['run_id']: [f for o in (group if voters[recipe_key(r)] > 1 else [r]) for f in needed_files(o, names)]
+            for group in groups for r in group}
 
 # %% ../nbs/lib/11_bundle.ipynb #8b3dfc51
 def package_folder(

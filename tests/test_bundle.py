@@ -227,6 +227,24 @@ def test_damaged_files_are_named_and_their_runs_stay_out(runs, own_root):
     weights = next(name for name in facts['files'] if name.startswith('bases/') and name.endswith('.safetensors'))
     assert not whole_runs(facts['runs'], {weights: 'missing'})[0], 'all of them need the base'
 
+def test_a_voter_goes_whole_where_another_has_its_recipe(runs, own_root):
+    "else the folds of both would be sorted into voters anew, and the weights be too many or go to others"
+    from competition_kit.train import train_fold
+    rec = find_run(runs[0])
+    twin = train_fold(**rec['params'] | dict(pack_tokens=512)).id  # the same recipe and fold
+    held = run_stage(vote, VoteArgs(runs=f'{runs[0]} {runs[1]} {twin} {runs[2]} {runs[3]}', weights='2 1 1'))
+    recs, how = package_runs([held.id])
+    names = copy_bases(bases := package_bases(recs), own_root/'package/bases')
+    facts = package_facts(own_root/'package', targets['cpu'], recs, how, bases, names)
+    def left(broken):
+        whole, out = whole_runs(facts['runs'], [f'models/{broken}/adapter/adapter_model.safetensors'])
+        given = vote_arguments(whole, facts['how'], 9, 'test.csv', 'sample.csv')
+        ballot = voters(runs=given['runs'])
+        return out, dict(zip(ballot.run, run_weights(ballot, voter_weights(ballot, given['weights'])).round(3)))
+    assert left(runs[0]) == (runs[:2], {twin: .5, runs[2]: .25, runs[3]: .25})
+    assert left(twin) == ([twin], {runs[0]: .333, runs[1]: .333, runs[2]: .167, runs[3]: .167})
+    assert left(runs[3]) == ([runs[3]], {runs[0]: .25, runs[1]: .25, twin: .25, runs[2]: .25})
+
 # ---- the guard
 def one_vote(own_root, no_model, text): # the folder of a vote that is under way
     folder = own_root/'root/models/vote-1'
