@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['targets', 'Target', 'find_target', 'each', 'package_runs', 'largest_activation', 'check_fp16', 'base_folder',
-           'package_bases', 'folder_bytes', 'check_model', 'needed_packages', 'package_engine', 'pip_options',
-           'run_pip', 'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file', 'prior_csv',
-           'prior_lines', 'host_test', 'prior_submission', 'file_fault', 'file_faults', 'found_gpus', 'machine_faults',
-           'clean_environment', 'install', 'torch_faults', 'whole_runs', 'vote_arguments', 'link_bases', 'ids_of',
-           'take_submission', 'guarded_vote', 'submission_cells', 'write_notebook', 'copy_run', 'copy_bases',
-           'class_shares', 'needed_files', 'file_list', 'package_sizes', 'check_size', 'package_facts',
+           'package_bases', 'folder_bytes', 'check_model', 'package_packs', 'needed_packages', 'package_engine',
+           'pip_options', 'run_pip', 'missing_on_target', 'resolve', 'kit_wheel', 'write_wheels', 'replace_file',
+           'prior_csv', 'prior_lines', 'host_test', 'prior_submission', 'file_fault', 'file_faults', 'found_gpus',
+           'machine_faults', 'clean_environment', 'install', 'torch_faults', 'whole_runs', 'vote_arguments',
+           'link_bases', 'ids_of', 'take_submission', 'guarded_vote', 'submission_cells', 'write_notebook', 'copy_run',
+           'copy_bases', 'class_shares', 'needed_files', 'file_list', 'package_sizes', 'check_size', 'package_facts',
            'package_folder', 'bundle', 'adapter_config', 'adapter_package']
 
 # %% ../nbs/lib/11_bundle.ipynb #df8842bc
@@ -216,6 +216,22 @@ def check_model(
     if room and need > .9*room:
         raise Refusal(f'its weights take {need:.1f} GB, and {target.gpu or "the machine"} has {room:g}', rec['run_id'],
                       fix='Quantise it with 09_gptq, or take a larger target')
+
+# %% ../nbs/lib/11_bundle.ipynb #b7d1c0a2
+def package_packs(
+    recs,      # Records of model runs
+    how:dict,  # From `package_runs`
+    target:Target,
+) -> dict: # `pack_tokens`; empty where the vote brings none
+    "The packs of the vote, as far as the target's memory goes"
+    from competition_kit.cost import tokens_that_fit
+    from competition_kit.memory import prediction_job
+    room, most = target.gpu_gb or target.memory_gb, how.get('pack_tokens')
+    for rec in recs if most and room else ():
+        if model_params(rec)['route'] == 'text': continue
+        with contextlib.suppress(Refusal): # of a base that the cost model does not know
+            most = min(most, max(1, tokens_that_fit(prediction_job(rec), .9e9*room)))
+    return dict(pack_tokens=most) if most else {}
 
 # %% ../nbs/lib/11_bundle.ipynb #654d3dd7
 _not_for_votes = {'gguf', 'matplotlib', 'pillow', 'papermill', 'ipykernel', 'jupyterlab', 'nbdev', 'execnb', 'fastcore',
@@ -851,6 +867,7 @@ def bundle(
     bases = package_bases(recs, there)
     check_size(recs, bases, t)
     how['engine'], vllm = package_engine(recs, how, t)
+    how |= package_packs(recs, how, t)
     with _hidden_until_whole(out) as tmp:
         write_wheels(resolve(needed_packages(recs, vllm), t, wheels), t, tmp, wheels)
         check_size(recs, bases, t, folder_bytes(tmp))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
                                     found_gpus, guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
-                                    needed_packages, package_bases, package_engine, package_facts, package_runs,
-                                    prior_submission, resolve, submission_cells, take_submission, targets,
+                                    needed_packages, package_bases, package_engine, package_facts, package_packs,
+                                    package_runs, prior_submission, resolve, submission_cells, take_submission, targets,
                                     torch_faults, vote_arguments, whole_runs)
 from competition_kit.ck import main
 from competition_kit.combine import majority
@@ -145,6 +145,19 @@ def test_fp16_needs_a_measurement(runs):
 def test_weights_must_fit_into_the_gpu(runs):
     small = replace(targets['t4x2'], gpu_gb=.001)
     with pytest.raises(Refusal, match='T4 has 0.001'): check_model(find_run(runs[0]), small)
+
+def test_packs_of_a_large_gpu_are_cut_for_a_small_one(runs, own_root, no_wheels):
+    "else the vote would end with a full memory on the platform"
+    held, small = run_stage(vote, VoteArgs(pack_tokens=131072)).id, replace(targets['h100'], gpu_gb=.1)
+    def packs(target): return read_json(bundle([held], target, own_root/target)/'bundle.json')['how']['pack_tokens']
+    assert packs('h100') == 131072
+    recs, how = package_runs([held])
+    cut = package_packs(recs, how, small)['pack_tokens']
+    assert 1024 < cut < 131072 and package_packs(recs, how | dict(pack_tokens=512), small) == dict(pack_tokens=512)
+    assert package_packs(recs, {}, small) == {}, 'the default of a vote'
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(targets, 'small', small)
+        assert packs('small') == cut
 
 # ---- what a package predicts
 def packed(rec, folder): # the run and its base in a package
