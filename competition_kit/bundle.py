@@ -297,7 +297,8 @@ def missing_on_target(
     lines = [Requirement(line) for o in found for line in o['metadata'].get('requires_dist', [])]
     def met(r): return (v := have.get(canonicalize_name(r.name))) and r.specifier.contains(v, prereleases=True)
     lines = [r for r in lines if r.marker and r.marker.evaluate(env) and not met(r)]
-    return sorted({f'{r.name}{r.specifier}' for r in lines})
+    for r in lines: r.marker = None
+    return sorted(set(map(str, lines)))
 
 # %% ../nbs/lib/11_bundle.ipynb #509001fc
 def resolve(

@@ -391,6 +391,12 @@ def test_what_only_the_target_needs_is_followed_to_the_end(own_root):
     found = resolve(['w0'], targets['l4x4'], own_root/'wheels')
     assert sorted(o['name'] for o in found) == [f'w{k}' for k in range(7)]
 
+def test_an_extra_that_only_the_target_needs_is_followed(own_root):
+    wheel(own_root/'wheels', 'a', '1.0', ['b[more]; python_version >= "3.12"'])
+    wheel(own_root/'wheels', 'b', '1.0', ['c; extra == "more"\nProvides-Extra: more'])
+    wheel(own_root/'wheels', 'c', '1.0')
+    assert sorted(o['name'] for o in resolve(['a'], targets['l4x4'], own_root/'wheels')) == ['a', 'b', 'c']
+
 def test_a_bound_of_the_target_alone_holds(own_root):
     wheel(own_root/'wheels', 'a', '1.0', ['b', 'c<2; python_version >= "3.12"'])
     wheel(own_root/'wheels', 'b', '1.0', ['c'])
