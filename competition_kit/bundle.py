@@ -703,6 +703,7 @@ def copy_run(
     rec:dict, # Record of a model run
     folder,   # `models` of the package
     fp16=False, # Serve a model in bf16 in fp16, as its copied record says
+    shares=None,# From `class_shares`: what the vote gives to rows that no model has seen
 ):
     "Copy a run's record, weights and outputs; of its ancestors the record alone"
     run, here = rec['run_id'], models_path(rec['run_id'])
@@ -711,8 +712,9 @@ def copy_run(
     for name in dict.fromkeys(names):
         (Path(folder)/run/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(here/name, Path(folder)/run/name)
-    if fp16 and model_params(rec)['dtype'] == 'bf16':
-        write_record(Path(folder)/run/'record.json', rec | dict(model=model_params(rec) | dict(dtype='fp16')))
+    more = dict(class_shares=shares) if shares else {}
+    if fp16 and model_params(rec)['dtype'] == 'bf16': more['model'] = model_params(rec) | dict(dtype='fp16')
+    if more: write_record(Path(folder)/run/'record.json', rec | more)
     for parent in parents(rec['params']):
         record = models_path(parent['run_id'], 'record.json')
         if not record.exists() or (Path(folder)/parent['run_id']).exists(): continue
@@ -872,7 +874,7 @@ def bundle(
     with _hidden_until_whole(out) as tmp:
         write_wheels(resolve(needed_packages(recs, vllm), t, wheels), t, tmp, wheels)
         check_size(recs, bases, t, folder_bytes(tmp))
-        for rec in recs: copy_run(rec, tmp/'models', t.fp16)
+        for rec in recs: copy_run(rec, tmp/'models', t.fp16, class_shares(recs))
         names = copy_bases(bases, tmp/'bases')
         write_json(tmp/'bundle.json', package_facts(tmp, t, recs, how, bases, names))
         submission = 'submission.csv' if tasks[recs[0]['task']].pair else 'submission.jsonl'

@@ -350,11 +350,13 @@ class BallotAsker(_Paced):
 
 # %% ../nbs/lib/03q_predictions.ipynb #0e102b24
 def prior_probs(
-    table,    # From `training_table`; None: all options of a row are equal
+    table,    # From `training_table`, or None
     rows,     # The rows to predict
+    shares=None, # Option → share, where there is no table; without it all options of a row are equal
 ) -> np.ndarray: # [rows, options]
     "Probabilities for rows that no model has seen"
     task = tasks[rows.attrs['meta']['task']]
+    if table is None and shares: return np.tile([shares[o] for o in task.options], (len(rows), 1))
     label = np.array([], int) if table is None else table.label.to_numpy()
     return class_prior(label[label >= 0], n_options(rows, task), len(task.options))
 

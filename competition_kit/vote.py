@@ -15,8 +15,8 @@ __all__ = ['VoteArgs', 'check_text_voters', 'vote_inputs', 'run_vote', 'vote', '
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 import numpy as np
-from .ballot import (candidates, group_by_recipe, is_prob_file, left_out, run_weights, text_runs,
-                                    voter_weights, voters)
+from .ballot import (ballot_records, candidates, group_by_recipe, is_prob_file, left_out, run_weights,
+                                    text_runs, voter_weights, voters)
 from .clock import Clock
 from .combine import agreement, combine, entropy, fit_weights, majority
 from .core import (Refusal, at_least, content_hash, hash_obj, one_of, project_root, sha256, share,
@@ -352,7 +352,8 @@ def run_staged(
 ):
     "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
     if set(text_runs(ballot)) == set(ballot.run): args = replace(args, views=1)  # a text has no swapped view
-    prior, memory = prior_probs(training_table(ballot, args.data), rows), memory or {}
+    shares = next((rec['class_shares'] for rec in ballot_records(ballot) if rec.get('class_shares')), None)  # a package
+    prior, memory = prior_probs(training_table(ballot, args.data), rows, shares), memory or {}
     pack_tokens = memory.get('pack_tokens', args.pack_tokens)
     first_submission(run, rows, prior, sample)
     score = score_vote(ballot, args.data, args.weights, args.rule)

@@ -3,6 +3,7 @@ import json, os, shutil, subprocess, sys, time, zipfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest
 from competition_kit.bundle import (adapter_config, bundle, check_fp16, check_model, copy_bases, copy_run, file_faults,
                                     found_gpus, guarded_vote, host_test, ids_of, install, link_bases, missing_on_target,
@@ -207,6 +208,16 @@ def test_a_model_in_bf16_is_packed_for_fp16(samples, own_root, tiny, monkeypatch
     assert model_params(find_run(run.id))['dtype'] == 'bf16'
     after = predictions_there(run.record, package, rows, own_root/'there', monkeypatch)
     assert 0 < np.abs(np.stack(before.p)-np.stack(after.p)).max() < .02
+
+def test_rows_that_no_model_has_seen_get_the_class_prior_of_the_package(runs, own_root):
+    rec, shares = find_run(runs[0]), dict(model_a=.5, model_b=.3, tie=.2)
+    copy_run(rec, own_root/'package/models', shares=shares)
+    test = own_root/'data/sample_arena/test.csv'
+    with root_at(own_root/'package'):
+        done = run_stage(vote, VoteArgs(data='gone', runs=runs[0], budget=1e-9, test=str(test)))
+        table = pd.read_csv(models_path(done.id, 'submission.csv'))
+    assert done.record['missing']['no_model'] == len(table)
+    np.testing.assert_allclose(table[[f'winner_{o}' for o in shares]], [[.5, .3, .2]]*len(table))
 
 def test_a_base_of_the_platform_is_named_and_may_have_more_files(runs, own_root, monkeypatch):
     from competition_kit.base import base_hash
