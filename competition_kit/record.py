@@ -315,11 +315,18 @@ def from_notebook(
     names:dict,  # `globals()` of its notebook
 ):
     "The arguments that stand in a notebook's parameters cell; a text such as papermill's `false` is no bool"
+    if more := _injected(names.get('In', ()))-{f.name for f in fields(kind)}:
+        raise Refusal(f"unknown parameters: {', '.join(sorted(more))}",
+                      fix=f"It takes {', '.join(f.name for f in fields(kind))}")
     for f in fields(kind):
         v = names[f.name]
         fits = type(v) is f.type or v is f.default or f.type is float and type(v) is int
         if f.type in _numbers and not fits: raise Refusal(f'{f.name} is {v!r}', fix=f'Write {_numbers[f.type]}')
     return kind(**{f.name: names[f.name] for f in fields(kind)})
+
+def _injected(cells): # names in the cells that papermill adds below the parameters, also those that no cell declares
+    given = [c.splitlines() for c in cells if c.startswith('# Parameters\n')]
+    return {line.split(' = ')[0] for lines in given for line in lines if re.match(r'\w+ = ', line)}
 
 def run_stage(
     work,  # Function of the run and its arguments, which finishes the run

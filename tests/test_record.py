@@ -24,6 +24,15 @@ def test_a_parameter_of_another_kind_is_refused(given, kind):
     assert from_notebook(Args, usual) == Args(**usual)
     with pytest.raises(Refusal, match=f'Write {kind}'): from_notebook(Args, usual | given)
 
+def test_a_parameter_that_papermill_knows_nothing_of_is_refused():
+    "`papermill -p flod 2` trained fold 0"
+    Args = make_dataclass('Args', [('fold', int, 0), ('note', str, '')])
+    cells = ['', 'fold: int = 0', '# Parameters\nfold = 2\nnote = "a\\nflod = 1"\n']
+    names = dict(fold=2, note='a', In=cells)
+    assert from_notebook(Args, names) == Args(2, 'a')
+    with pytest.raises(Refusal, match='unknown parameters: flod. It takes fold, note'):
+        from_notebook(Args, names | dict(In=[*cells, '# Parameters\nflod = 2\nfold = 2\n']))
+
 def test_only_finite_numbers(root):
     with pytest.raises(Refusal, match='params.lr'): start_run('train', dict(lr=float('inf')), {})
     with pytest.raises(Refusal, match='metrics.baselines.prior.ece'):
