@@ -478,6 +478,8 @@ def _check_people(sh, name, key, stored, path):
 def planned() -> list: # One dict a row: `row` (as Excel counts), `stage`, `fold`, `params`
     "The runs that people planned in the workbook; a row that cannot be understood is refused by its cell"
     path = project_root()/LOG
+    if path.exists() and (fault := _fault(path)):
+        raise Refusal(f'it could not be read ({fault})', LOG, fix='`ck log sync` makes it again from the records')
     sh = _read_book(path).get('runs') if path.exists() else None
     if sh and (gone := [c for c in ('status', 'stage') if c not in sh.cols]):
         raise Refusal(f"there is no column {' and no column '.join(gone)}", f'{LOG}, sheet {sh.title}',

@@ -923,3 +923,10 @@ def test_a_flipped_bit_in_what_people_wrote_is_refused(root):
     assert 'not as the kit kept it' in sync_log()
     f.write_bytes(text)
     assert people(id)['vote_weight'] == 3
+
+def test_plans_of_a_broken_workbook_are_refused(root):
+    "`ck log plan` ended in a traceback"
+    (root/LOG).write_text('broken')
+    with pytest.raises(Refusal, match='could not be read .*`ck log sync` makes it again'): planned()
+    sync_log(wait=True)
+    assert planned() == []
