@@ -58,12 +58,14 @@ def read_foreign(
     here = rows[rows.id.isin(set(df.id.astype(str)))].reset_index(drop=True)
     df = df.set_index(df.id.astype(str)).loc[list(here.id)]
     names, n = option_columns(df, task, columns), n_options(here, task)
-    if len(names) == 1: values = df[names[0]].map(np.atleast_1d)
+    if len(names) == 1: values = df[names[0]].map(lambda v: pd.to_numeric(np.atleast_1d(v), errors='coerce'))
     else: values = df[names].apply(pd.to_numeric, errors='coerce').to_numpy(float)
     z = np.full((len(here), len(tasks[task].options)), -np.inf)
     for i, (v, k) in enumerate(zip(values, n)):
         if len(v) not in (k, z.shape[1]): raise Refusal(f'{len(v)} numbers for {k} options', path, [here.id[i]])
         z[i, :k] = v[:k]
+    if (odd := np.isnan(z).any(1) | np.isposinf(z).any(1)).any():
+        raise Refusal('a cell is no number', path, here.id[odd].tolist(), 'Correct the file')
     return here, _softmax(z) if logits else _probabilities(z, here.id, path)
 
 # %% ../nbs/lib/02i_adopt.ipynb #c505af0b
@@ -84,7 +86,7 @@ def _softmax(z):
 
 def _probabilities(z, ids, path):
     p = np.where(np.isneginf(z), 0, z)
-    bad = ~np.isfinite(p).all(1) | (p < 0).any(1) | (np.abs(p.sum(1)-1) > 1e-3)
+    bad = (p < 0).any(1) | (np.abs(p.sum(1)-1) > 1e-3)
     if bad.any():
         raise Refusal('the numbers of a row are no probabilities: they do not sum to one', path, ids[bad].tolist(),
                       'Say --logits if they are logits')

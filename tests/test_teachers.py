@@ -64,6 +64,22 @@ def test_files_of_another_task_or_table_are_refused(rows, tmp_path):
         adopt_files([str(tmp_path/'two.csv')], 'sample_arena', 'x')
 
 
+@pytest.mark.parametrize('cell', ['x', None, float('inf')])
+@pytest.mark.parametrize('logits', [False, True])
+def test_a_cell_that_is_no_number_is_named(rows, tmp_path, cell, logits):
+    "a softmax of it was nan, which a file of the run was refused for; a list of texts ended in a traceback"
+    df = pd.DataFrame(dict(id=rows.id, p_model_a=.5, p_model_b=.3, p_tie=.2)).astype(object)
+    df.loc[3, 'p_tie'] = cell
+    df.to_csv(file := tmp_path/'odd.csv', index=False)
+    columns = 'p_model_a p_model_b p_tie'
+    with pytest.raises(Refusal, match=rf'odd.csv: a cell is no number. Rows \(1\): {rows.id[3]}'):
+        adopt_files([str(file)], 'sample_arena', 'x', columns=columns, logits=logits)
+    if cell != 'x': return
+    pd.DataFrame(dict(id=rows.id, p=[['.5', cell, '.2']]*len(rows))).to_parquet(file := tmp_path/'odd.parquet')
+    with pytest.raises(Refusal, match='odd.parquet: a cell is no number'):
+        adopt_files([str(file)], 'sample_arena', 'x', logits=logits)
+
+
 def test_missing_rows_are_refused_or_trained_on_their_label(rows, tmp_path, tiny):
     part = rows[rows.fold != 3]
     adopt_files([foreign(tmp_path/'part.csv', part)], 'sample_arena', 'part', seen='no')
