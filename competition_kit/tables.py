@@ -127,8 +127,12 @@ def raw_files(
         found = sorted(p.name for p in folder.glob('*'))[:12] if folder.is_dir() else 'nothing: there is no such folder'
         raise Refusal(f'no training file called *train*{{{",".join(file_readers)}}}; found {found}', folder,
                       fix='Put the raw files there, or name one with train=')
-    files = dict(train=train, test=test, corrections=corrections)
-    return {role: _root_path(path) for role, path in files.items() if path}
+    named = dict(train=train, test=test, corrections=corrections)
+    files = {role: _root_path(path) for role, path in named.items() if path}
+    for role, path in files.items():
+        if not Path(path).is_file():
+            raise Refusal('no such file', path, fix=f'Give {role}= a path from the project root, or a whole one')
+    return files
 
 # %% ../nbs/lib/01f_tables.ipynb #b80d5541
 def split(

@@ -885,6 +885,14 @@ def test_tasks_must_agree(root):
     refused(root, 'l/test.jsonl', tianchi(), 'the training file is preference, the test file choice')
 
 
+@pytest.mark.parametrize('role', ['train', 'test', 'corrections'])
+@pytest.mark.parametrize('name', ['nosuch.csv', 'data'])
+def test_a_raw_file_that_is_not_there_is_refused(root, role, name):
+    "`ck run 02_split -p train nosuch.csv` ended in a traceback"
+    with pytest.raises(Refusal, match=f'{name}: no such file. Give {role}='):
+        raw_files('sample_arena', **{role: name})
+
+
 def test_check_fold():
     rows = pd.DataFrame(dict(fold=[-1, 0, 1, 0]))
     check_fold(rows, 1)
