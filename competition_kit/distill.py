@@ -233,9 +233,10 @@ def check_teachers(
     for t, lacks in zip(teachers, ~use[:, 1:].T):
         check_teacher(t, rows, args.prompt.task)
         if args.missing == 'refuse' and lacks.any():
-            raise Refusal(f'{t.name} has no probability for {lacks.sum()} of {len(rows)} rows',
+            raise Refusal(f'{t.name} has no out-of-fold probability for {lacks.sum()} of {len(rows)} rows',
                           ids=rows.id[lacks].tolist(),
-                          fix='Train its other folds, take missing=label, or in_sample=True')
+                          fix='Train its other folds; adopt its files with --seen no or fold, where that is true; '
+                              'or take missing=label, or in_sample=True')
     idle = ~(use[:, 1:].any(1) | use[:, 0] & (args.terms.ce > 0))
     if idle.any():
         raise Refusal(f'{idle.sum()} of {len(rows)} rows have no teacher, and no label that counts',

@@ -80,11 +80,18 @@ def test_a_cell_that_is_no_number_is_named(rows, tmp_path, cell, logits):
         adopt_files([str(file)], 'sample_arena', 'x', logits=logits)
 
 
+def test_a_teacher_that_may_have_seen_the_rows_is_refused_with_what_to_say(rows, tmp_path, tiny):
+    "it had a probability for each row, and the refusal said that it had none"
+    adopt_files([foreign(tmp_path/'t.csv', rows)], 'sample_arena', 't')
+    with pytest.raises(Refusal, match='t has no out-of-fold probability for .* --seen no or fold'):
+        distill_fold(**dict(small, mix='sample_arena', teachers='t', base=tiny))
+
+
 def test_missing_rows_are_refused_or_trained_on_their_label(rows, tmp_path, tiny):
     part = rows[rows.fold != 3]
     adopt_files([foreign(tmp_path/'part.csv', part)], 'sample_arena', 'part', seen='no')
     args = dict(small, mix='sample_arena', teachers='part', base=tiny)
-    with pytest.raises(Refusal, match='has no probability for'): distill_fold(**args)
+    with pytest.raises(Refusal, match='has no out-of-fold probability for'): distill_fold(**args)
     use = DistillArgs(**args, missing='label').targets.use
     assert use[:, 0].all()
     assert (~use[:, 1]).sum() == (rows.fold == 3).sum()
