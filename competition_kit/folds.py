@@ -49,6 +49,7 @@ def check_fold(
 ):
     "Refuse a fold that the table does not have"
     have = sorted(set(rows['fold'])-{-1})
+    if not have: raise Refusal('the table has no folds', fix='Take one that 02_split made of training rows')
     if fold not in have:
         raise Refusal(f'fold {fold} does not exist: the table has {have}',
                       fix='Choose one of them, or split again with more folds')

@@ -899,6 +899,7 @@ def test_check_fold():
     for bad in (2, -1):
         with pytest.raises(Refusal, match=rf'fold {bad} does not exist: the table has \[0, 1\]'):
             check_fold(rows, bad)
+    with pytest.raises(Refusal, match='the table has no folds. Take one'): check_fold(rows.assign(fold=-1), 0)
 
 
 # -- swapping ------------------------------------------------------------------------------------------------------
