@@ -42,7 +42,7 @@ class Target:
     hours:float=12.       # Longest run; a competition may allow less
     python:str=''         # Its Python; '' is the Python of this machine
     fp16:bool=False       # Computes 16 bits in fp16 only, without flash attention
-    vllm:bool=False       # vLLM runs there
+    vllm:bool=False       # May a package bring vLLM?
     rank:int=None         # Largest rank, where the adapter itself is the submission
     source:str=''
 

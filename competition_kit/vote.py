@@ -352,7 +352,8 @@ def run_staged(
 ):
     "Vote as far as the budget goes, and finish the run; a submission lies there from the first second on"
     if set(text_runs(ballot)) == set(ballot.run): args = replace(args, views=1)  # a text has no swapped view
-    shares = next((rec['class_shares'] for rec in ballot_records(ballot) if rec.get('class_shares')), None)  # a package
+    known = (rec.get('class_shares') for rec in ballot_records(ballot))  # in the records of a package
+    shares = next(filter(None, known), None)
     prior, memory = prior_probs(training_table(ballot, args.data), rows, shares), memory or {}
     pack_tokens = memory.get('pack_tokens', args.pack_tokens)
     first_submission(run, rows, prior, sample)
